@@ -42,7 +42,7 @@ def run(capsys, *words, code=0) -> str:
 def test_it_prints_counts_lengths_marked_rows_and_the_next_command(recipe_file, capsys):
     out = run(capsys, "data", "try.yaml", "data.max_examples=20", "--show", "1")
     assert "30 rows read, 20 used" in out and "p50" in out and "with loss" in out
-    assert "### Response:\n[[It is " in out and "]]<EOS </s>>" in out and out.count("-- ") == 1
+    assert "### Response:\n[[It is " in out and "</s>]]" in out and out.count("-- ") == 1
     assert "\x1b" not in out and "\\x1b[31m" in out
     assert out.rstrip().endswith("next: recipes train try.yaml data.max_examples=20")
 
@@ -57,7 +57,7 @@ def test_refused_data_prints_its_numbers_first_and_names_the_line_of_the_recipe(
 ):
     replace(recipe_file, "max_length: 128", "max_length: 8")
     said = run(capsys, "data", "try.yaml", code=4)
-    assert "30 rows cut at max_length=8" in said
+    assert "30 of 30 rows: cut at max_length=8" in said
     assert "try.yaml:6: 30/30 rows have no supervised token at max_length=8" in said
 
 
@@ -65,8 +65,8 @@ def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):
     rows = [{"instruction": f"What is {i}?", "response": f"It is {i}. " * 100} for i in range(30)]
     write(recipe_file.with_name("rows.jsonl"), rows)
     out = run(capsys, "data", "try.yaml", "--show", "1")
-    assert "30 rows cut at max_length=128, 30 lose their end" in out
-    assert "[[It is" in out and "<EOS" not in out
+    assert "30 of 30 rows: cut at max_length=128, 30 of them lose their end" in out
+    assert "[[It is" in out and "</s>" not in out
 
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -98,11 +98,9 @@ def test_new_check_and_data_agree_about_rows_that_cannot_be_used(recipe_file, tm
 
 def test_check_reads_the_first_rows_and_all_of_them_when_asked(recipe_file, monkeypatch, capsys):
     monkeypatch.setattr("recipes_lib.data.splits.NUM_CHECKED", 30)
-    assert "note" not in run(capsys, "check", "try.yaml")
     with recipe_file.with_name("rows.jsonl").open("a") as file:
         file.write('{"instruction": "a", "response": "b"}\n{"instruction": "a"}\n')
-    assert main(["check", "try.yaml"]) == 0
-    assert "only the first 30 rows of" in capsys.readouterr().err
+    run(capsys, "check", "try.yaml")
     assert "rows.jsonl:32: column 'response'" in run(capsys, "check", "--full", "try.yaml", code=4)
 
 
@@ -147,12 +145,12 @@ def test_own_rows_of_every_shape_go_from_new_to_what_the_loss_sees(recipe_file, 
     ]
     tools = [{"type": "function", "function": {"name": "f"}}]
     said = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b."}]
-    call_shown = '[[{"name": "f", "arguments": {"a": 1}}]]<EOS </s>>'
+    call_shown = '[[{"name": "f", "arguments": {"a": 1}}</s>]]'
     for name, row, text in (
-        ("sharegpt", {"conversations": said}, "[[b.]]<EOS </s>>"),
+        ("sharegpt", {"conversations": said}, "[[b.</s>]]"),
         ("openai", {"messages": turns, "tools": tools}, call_shown),
         ("alpaca", {"instruction": "a?", "input": "", "output": "b."}, "a?</s><|assistant|>[[b."),
-        ("pairs", {"question": "a?", "answer": "b."}, "a?</s><|assistant|>[[b.]]"),
+        ("pairs", {"question": "a?", "answer": "b."}, "a?</s><|assistant|>[[b.</s>]]"),
     ):
         write(tmp_path / f"{name}.jsonl", [row] * 30)
         new = ("new", "own", "--from", "try.yaml", "--data", f"{name}.jsonl")

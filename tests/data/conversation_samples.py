@@ -49,4 +49,4 @@ def encode_row(fields, tokenizer, template=None, train=None, **data):
 
 def learned(item, tokenizer) -> list[str]:
     spans = decoded_spans(tokenizer, item.ids, item.labels)
-    return [span.text for span in spans if span.supervised]
+    return [text for text, has_loss in spans if has_loss]

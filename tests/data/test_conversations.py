@@ -6,8 +6,13 @@ import json
 
 import pytest
 
-from recipes_lib.data.conversations import check_roles, conversation_of, read_messages
-from recipes_lib.data.rows import BadRow, DataRow
+from recipes_lib.data.rows import (
+    BadRow,
+    DataRow,
+    check_roles,
+    conversation_of,
+    read_messages,
+)
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
 RESULT = {"role": "tool", "content": "sunny"}
@@ -34,22 +39,21 @@ def refused(check, cases) -> list[str]:
 def test_a_bad_message_is_described():
     parts = [{"type": "text", "text": "One "}, {"type": "image", "image": "a.png"}]
     cases = (
-        ("hi", "expected {role, content}, found str"),
+        (3, "expected dict, found int"),
         ({"role": "bot", "content": "a"}, "unknown role 'bot'"),
         ({"role": "user", "content": None}, "(user): expected text, found None"),
         ({"role": "user", "content": "\udc00"}, "lone surrogate"),
-        ({"role": "user", "content": parts}, "content part 1 is 'image'; only "),
-        ({"role": "user", "content": "a", "name": "Ann"}, "messages.name: not supported"),
-        ({"role": "user", "content": "a", "weight": 1}, "weight 1 is not supported"),
-        ({**ANSWERED, "weight": 0.5}, "weight 0.5 is not supported"),
+        ({"role": "user", "content": parts}, "only content parts {type: text"),
+        ({"role": "user", "content": "a", "weight": 1}, "weight 1: "),
+        ({**ANSWERED, "weight": 0.5}, "weight 0.5: "),
         ({**ANSWERED, "reasoning_content": ["a"]}, "thoughts: expected text, found list"),
         ({**ANSWERED, "tool_calls": [{"name": "f", "arguments": "{city"}]}, "'f': not JSON ("),
-        ({**ANSWERED, "tool_calls": [{"name": "f", "arguments": "[1]"}]}, "object, found list"),
+        ({**ANSWERED, "tool_calls": [{"name": "f", "arguments": "[1]"}]}, "dict, found list"),
         ({**ANSWERED, "tool_calls": [{"arguments": {"a": 1}}]}, "a tool call needs a name"),
         ({**ANSWERED, "tool_calls": "weather"}, "the tool call: not JSON"),
     )
     assert not refused(lambda message: read_messages([message], "messages"), cases)
-    with pytest.raises(BadRow, match="expected a list of messages, found None"):
+    with pytest.raises(BadRow, match="expected list, found None"):
         read_messages(None, "messages")
 
 
@@ -83,7 +87,6 @@ def test_tool_calls_of_every_spelling_become_one():
         for message in (
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "assistant", "tool_calls": json.dumps([call])},
-            {"role": "assistant", "function_call": call},
             {"from": "function_call", "value": json.dumps([call])},
         ):
             assert read_messages([message], "messages") == [expected], message
@@ -93,7 +96,6 @@ def test_a_sharegpt_conversation_with_calls_is_the_openai_one():
     value = json.dumps({"name": "weather", "arguments": {"city": "Bonn"}})
     sharegpt = [
         {"from": "human", "value": "And in Bonn?"},
-        {"from": "gpt", "value": "Let me see."},
         {"from": "function_call", "value": value},
         {"from": "observation", "value": "sunny"},
         {"from": "function_call", "value": value},
@@ -101,25 +103,21 @@ def test_a_sharegpt_conversation_with_calls_is_the_openai_one():
         {"from": "gpt", "value": "Sunny."},
     ]
     messages = read_messages(sharegpt, "conversations")
-    said = {**CALLED, "content": "Let me see."}
     result = {"role": "tool", "content": '{"sky": "blue"}'}
-    assert messages == [ASKED, said, RESULT, CALLED, result, ANSWERED]
+    assert messages == [ASKED, CALLED, RESULT, CALLED, result, ANSWERED]
     check_roles(messages)
 
 
-def test_who_speaks_when_is_checked_and_that_there_is_something_to_learn():
+def test_who_speaks_when_is_checked():
     cases = (
-        ((), "no messages"),
+        ((), "no assistant turn"),
         (turns("user"), "no assistant turn"),
         (turns("user", "user", "assistant"), "message 1 is user, expected assistant"),
         (turns("assistant", "user", "assistant"), "message 0 is assistant, expected user"),
         (turns("user", "assistant", "system", "assistant"), "message 2 is system, expected user"),
         (turns("user", "assistant", "user"), "the last message is not the assistant's"),
-        ([ASKED, CALLED, ASKED, ANSWERED], "tool call without result: message 1"),
         ([ASKED, CALLED, RESULT, ASKED, ANSWERED], "message 3 is user, expected assistant"),
         ([ASKED, RESULT, ANSWERED], "message 1 is tool, expected assistant"),
-        ([ASKED, {**ANSWERED, "content": " "}, ASKED, ANSWERED], "message 1 (assistant) is empty"),
-        ([ASKED, {**ANSWERED, "weight": 0}], "nothing to train on: every assistant turn has"),
     )
     assert not refused(check_roles, cases)
     check_roles(turns("system", "user", "assistant", "user", "assistant"))

@@ -16,11 +16,15 @@ from pyarrow import parquet
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
 from recipes_lib.data import sources
-from recipes_lib.data.columns import look_at
-from recipes_lib.data.conversations import conversation_of, template_values
-from recipes_lib.data.rows import BadRows, SettingError, message_texts
+from recipes_lib.data.rows import (
+    BadRows,
+    SettingError,
+    conversation_of,
+    message_texts,
+    template_values,
+)
 from recipes_lib.data.sources import count_rows, data_files, listed_sources, read_file
-from recipes_lib.data.splits import read_data
+from recipes_lib.data.splits import look_at, read_data
 
 TASK = {"instruction": "Größe?", "response": 'Say "é",\nthen stop.'}
 TASKS = [{**TASK, "instruction": f"{i}?"} for i in range(3)]
@@ -53,9 +57,8 @@ def write_all(folder: Path, rows: list[dict[str, str]]) -> list[Path]:
         ("bom.jsonl", "\ufeff" + lines),
     ):
         (folder / name).write_text(content, encoding="utf-8")
-    for name, sign in (("rows.csv", ","), ("rows.tsv", "\t"), ("old.csv", ",")):
-        encoding = "latin-1" if name == "old.csv" else "utf-8"
-        with (folder / name).open("w", newline="", encoding=encoding) as stream:
+    for name, sign in (("rows.csv", ","), ("rows.tsv", "\t")):
+        with (folder / name).open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, [*rows[0]], delimiter=sign)
             writer.writeheader()
             writer.writerows(rows)
@@ -65,8 +68,7 @@ def write_all(folder: Path, rows: list[dict[str, str]]) -> list[Path]:
 
 def test_every_format_gives_the_same_rows(tmp_path):
     for file in write_all(tmp_path, TASKS):
-        encoding = {"encoding": "latin-1"} if file.name == "old.csv" else {}
-        assert [row.fields for row in rows_of(file, **encoding)] == TASKS, file
+        assert [row.fields for row in rows_of(file)] == TASKS, file
         if file.suffix not in (".csv", ".tsv"):  # a text with line ends counts as more
             assert count_rows(file) == 3, file
     assert len(read_file(tmp_path / "rows.jsonl", max_rows=2)) == 2
@@ -81,14 +83,15 @@ def test_every_format_gives_the_same_rows(tmp_path):
 def test_a_damaged_file_is_named_with_its_line(tmp_path):
     good = json.dumps(TASK)
     for name, content, line, words in (
-        ("a.jsonl", f'{good}\n{{"torn"\n', 2, "not JSON (Expecting ':' delimiter at column 8)"),
-        ("a.jsonl", f'{good}\n{{"instruction": "\xe9"}}\n'.encode("latin-1"), 2, "is not UTF-8"),
-        ("a.jsonl", f"{good}\n[1]\n", 2, "expected an object with columns, found list"),
-        ("a.json", "[\n{]", 2, "not JSON"),
-        ("a.json", '{"data": [{}],\n "b": 2}', 1, "expected a list of objects"),
-        ("a.csv", "instruction,response\na\n", 2, "1 fields, but the header has 2"),
-        ("a.csv", 'instruction,response\na,"b', 2, "not CSV"),
-        ("a.csv", "a,a\nb,c\n", 1, "column names appear twice: a"),
+        ("a.jsonl", f'{good}\n{{"torn"\n', 2, "not JSON (Expecting ':' delimiter"),
+        ("a.jsonl", f'{good}\n{{"instruction": "\xe9"}}\n'.encode("latin-1"), 2, "'utf-8' codec"),
+        ("a.jsonl", f"{good}\n[1]\n", 2, "expected dict, found list"),
+        ("a.json", "[\n{]", None, "cannot be read as json"),
+        ("a.json", '{"data": [{}],\n "b": 2}', None, "expected a list of objects"),
+        ("a.csv", "instruction,response\na\n", 2, "not as many fields as the header has (2)"),
+        ("a.csv", "instruction,response\na,b,c\n", 2, "not as many fields as the header has (2)"),
+        ("a.csv", 'instruction,response\na,"b', None, "cannot be read as csv"),
+        ("a.csv", "a,a\nb,c\n", None, "two columns have one name: a"),
         ("a.parquet", b"PAR1", None, "cannot be read as parquet"),
         ("a.jsonl.gz", "", None, "not a data file; known endings: .jsonl, .ndjson, .json, .csv"),
     ):
@@ -119,20 +122,21 @@ def test_a_source_that_is_nowhere_names_the_nearest(tmp_path, monkeypatch):
         rows_of("nobody/nothing")
 
 
-def test_the_hub_is_away_only_where_no_connection_can_be_made(monkeypatch):
+def test_the_hub_is_away_only_where_no_connection_can_or_may_be_made(monkeypatch):
     import huggingface_hub
 
-    class ConnectError(Exception):
-        pass
-
-    for error, answers in (
-        (ValueError("slow"), True),
-        (ConnectError("CERTIFICATE_VERIFY_FAILED"), True),
-        (ConnectError("Name or service not known"), False),
+    kinds = {
+        name: type(name, (Exception,), {}) for name in ("ConnectError", "OfflineModeIsEnabled")
+    }
+    for error, is_away in (
+        (ValueError("slow"), False),
+        (kinds["ConnectError"]("CERTIFICATE_VERIFY_FAILED"), False),
+        (kinds["ConnectError"]("Name or service not known"), True),
+        (kinds["OfflineModeIsEnabled"]("HF_HUB_OFFLINE"), True),
     ):
         session = Mock(head=Mock(side_effect=error))
         monkeypatch.setattr(huggingface_hub, "get_session", lambda session=session: session)
-        assert sources.hub_answers() == answers, error
+        assert sources.hub_is_away() == is_away, error
 
 
 def test_sources_take_the_keys_of_data():
@@ -150,14 +154,12 @@ def test_what_cannot_be_used_is_described_with_its_lines(read):
         ({**TASK, "response": 3}, "chat", {}, "'response': expected text, found int"),
         ({"text": ["a"]}, "raw", {}, "'text': expected text, found list"),
         ({**TASK, "response": "\ud83d"}, "dolly", {}, "lone surrogate"),
-        ({**chat, "tools": {"name": "f"}}, "chat", {}, "expected a list, found dict"),
+        ({**chat, "tools": {"name": "f"}}, "chat", {}, "expected list, found dict"),
         ({**chat, "tools": "weather"}, "chat", {}, "not JSON"),
         ({**chat, "tools": ["weather"]}, "chat", {}, "no function with a name"),
-        ({**chat, "chat_template_kwargs": [1]}, "chat", {}, "expected an object, found list"),
+        ({**chat, "chat_template_kwargs": [1]}, "chat", {}, "expected dict, found list"),
         ({"messages": other, "system": "Be brief."}, "chat", {}, "a system message and another"),
         (TASK, "dolly", {"system_prompt": "Be brief."}, "acts in prompt_format chat alone"),
-        (TASK, "dolly", {"delimiter": "::"}, "data.delimiter: "),
-        (TASK, "dolly", {"encoding": "utf-7x"}, "data.encoding: unknown encoding"),
     ):
         with pytest.raises(DataError, match=words) as caught:
             read([row, row], prompt_format, **keys)
@@ -185,28 +187,17 @@ def test_columns_of_another_format_name_the_format_to_try(read):
         with pytest.raises(SettingError, match="columns are ") as caught:
             read([row], prompt_format)
         assert suggestion in "\n".join(caught.value.hints)
-    for keys in ({"columns": {"response": "categry"}}, {"drop_columns": ["categry"]}):
-        with pytest.raises(SettingError, match="no column 'categry'") as caught:
-            read([{**TASK, "category": ""}], **keys)
-        assert caught.value.hints[0].startswith("did you mean category")
+    with pytest.raises(SettingError, match="no column 'categry'") as caught:
+        read([{**TASK, "category": ""}], columns={"response": "categry"})
+    assert caught.value.hints[0].startswith("did you mean category")
 
 
-def test_what_changes_what_a_row_says_is_refused_until_the_recipe_drops_it(read):
-    named = {**TURNS[1], "name": "Ann"}
-    for row, prompt_format, name in (
-        ({**TASK, "history": [["earlier", "turn"]]}, "dolly", "history"),
-        ({**TASK, "system": "Be brief."}, "alpaca", "system"),
-        ({"messages": TURNS, "documents": [{"title": "t"}]}, "chat", "documents"),
-        ({"messages": TURNS, "conversations": TURNS[:1]}, "chat", "conversations"),
-        ({"messages": [TURNS[0], named]}, "chat", "messages.name"),
-    ):
-        with pytest.raises(DataError, match=f"{name}: not supported") as caught:
-            read([row], prompt_format)
-        assert f"to train without it: data.drop_columns: [{name}]" in caught.value.hints
-        assert len(read([row], prompt_format, drop_columns=[name])) == 1
-    for nothing in (None, "", [], {}, [None], {"name": None}, "[]", "null", " "):
-        row = {"messages": TURNS, "tools": nothing, "history": nothing}
-        assert len(read([row], "chat")) == 1
+def test_columns_and_keys_of_messages_that_nothing_reads_are_named(write_jsonl):
+    rows = [{"messages": TURNS, "documents": [{"title": "t"}]}, {"messages": [*TURNS]}]
+    rows[1]["messages"][0] = {**TURNS[0], "images": ["a.png"]}
+    section = DataSection(source=str(write_jsonl(rows)), prompt_format="chat")
+    [unused] = read_data(section, BadRows()).unused.values()
+    assert unused == ["documents", "messages.images"]
 
 
 def test_a_system_column_is_the_system_message_of_its_row(read):
@@ -263,9 +254,9 @@ def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
         assert look_at(write_jsonl([row])).prompt_formats == formats
     for name, content, words in (
         ("odd.jsonl", b'{"a": "b"}', "columns a are not understood"),
-        ("odd.jsonl", b"", "has no rows"),
-        ("odd.csv", b"instruction;response\na;b\n", "separated by ';'"),
-        ("odd.csv", "instruction,response\na,\xe9\n".encode("latin-1"), "is not UTF-8"),
+        ("odd.jsonl", b"", "0 rows"),
+        ("odd.csv", b"instruction;response\na;b\n", "columns instruction;response are not"),
+        ("odd.csv", "instruction,response\na,\xe9\n".encode("latin-1"), "cannot be read as csv"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=words):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from recipes_lib.config.sections import DataSection
 from recipes_lib.data.prompts import task_prompt
 from recipes_lib.data.rows import SettingError
-from recipes_lib.data.supervision import Supervision, decoded_spans, plain_backend, prompt_ids
+from recipes_lib.data.supervision import Supervision, decoded_spans, prompt_ids
 
 BOS, EOS = 1, 2
 
@@ -29,8 +29,8 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 def test_the_completion_carries_loss_and_comes_back(tiny_tokenizer, instruction, context, response):
     item = encode_task(tiny_tokenizer, instruction, response, context)
     prompt = task_prompt("dolly", instruction, context)
-    with plain_backend(tiny_tokenizer, split_special=True) as backend:
-        offsets = backend.encode(prompt + response).offsets
+    keys = {"split_special_tokens": True, "return_offsets_mapping": True}
+    offsets = tiny_tokenizer(prompt + response, **keys)["offset_mapping"]
     for label, (_, end) in zip(item.labels, offsets, strict=False):
         assert label != -100 or end <= len(prompt)
     assert "".join(learned(item, tiny_tokenizer)).removesuffix("</s>").endswith(response)
@@ -44,8 +44,8 @@ def test_tokens_are_bos_text_eos_and_eos_carries_loss(tiny_tokenizer):
     assert (item.ids == EOS).sum() == 1
     assert item.ids.dtype == np.int32 and item.labels.dtype == np.int32
     prompt, completion = decoded_spans(tiny_tokenizer, item.ids, item.labels)
-    assert prompt == ("<s>### Instruction:\nDo.\n\n### Response:\n", False, "")
-    assert completion == ("Yes.</s>", True, "</s>")
+    assert prompt == ("<s>### Instruction:\nDo.\n\n### Response:\n", False)
+    assert completion == ("Yes.</s>", True)
     empty = encode_task(tiny_tokenizer, "Do.", "")
     assert empty.supervised == 1 and empty.labels[-1] == EOS
 
@@ -74,7 +74,6 @@ def test_special_tokens_in_the_text_are_text_unless_they_are_kept(tiny_tokenizer
     item = encode_task(tiny_tokenizer, "Say </s> and <s>.", "ok </s> <|user|> done")
     assert (item.ids == EOS).sum() == 1 and (item.ids == BOS).sum() == 1
     assert learned(item, tiny_tokenizer) == ["ok </s> <|user|> done</s>"]
-    assert tiny_tokenizer.backend_tokenizer.encode_special_tokens is False  # as it was
     fields = {"instruction": "Do.", "response": "ok </s>"}
     item = encode_row(fields, tiny_tokenizer, special_tokens="keep")
     assert (item.ids == EOS).sum() == 1 and item.ids[-1] == EOS  # TRL appends none either

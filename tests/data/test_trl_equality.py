@@ -39,19 +39,19 @@ def ours(recipe, tokenizer) -> list[dict[str, list[int]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_tokenizer", "smollm2_tokenizer"])
 def test_two_hundred_dolly_rows_are_equal(
-    recipe_for, write_jsonl, trl_rows, request, shared_data, name
+    recipe_for, write_jsonl, trl_rows, request, shared_data, name, monkeypatch
 ):
     with (shared_data / "dolly" / "dolly-1k-stratified.jsonl").open(encoding="utf-8") as stream:
         dolly = [json.loads(next(stream)) for _ in range(200)]
     tokenizer, path = request.getfixturevalue(name), write_jsonl(dolly)
-    keys = {"split": NO_SPLIT, "max_unsupervised_fraction": 1.0}
+    monkeypatch.setattr("recipes_lib.data.prepare.MOST_UNSUPERVISED", 1.0)
     for train in (
         {"max_length": 1024},
         {"max_length": 100},
         {"max_length": 100, "truncation_mode": "keep_end"},
         {"max_length": 512, "completion_only_loss": False},
     ):
-        recipe = recipe_for(path, train=train, **keys)
+        recipe = recipe_for(path, train=train, split=NO_SPLIT)
         assert ours(recipe, tokenizer) == trl_rows(pairs(dolly), tokenizer, **train), train
 
 

@@ -37,9 +37,9 @@ from recipes_lib.core.lock import is_held
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
-from recipes_lib.data.conversations import Message
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.data.prompts import generation_prompt
+from recipes_lib.data.rows import Message
 from recipes_lib.evals.engine import HFEngine, Request, Sampling
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import load_eval
@@ -49,7 +49,7 @@ from recipes_lib.weights.load import load_tokenizer
 from recipes_lib.weights.runs import BASE, TRUST, Family, families, finished_run
 
 if TYPE_CHECKING:
-    from recipes_lib.data.audit import DataAudit
+    from recipes_lib.data.prepare import DataAudit
     from recipes_lib.plan.plan import Plan
 
 _POLL_S = 0.1
@@ -66,8 +66,7 @@ def run_data(
     against: Annotated[list[str], "evals whose questions must not be in the rows that train"] = [],  # noqa: B006 (it is not changed)
 ) -> int:
     """Prepare the recipe's data, print the audit and some rows."""
-    from recipes_lib.data.audit import RefusedData
-    from recipes_lib.data.prepare import prepare_data
+    from recipes_lib.data.prepare import RefusedData, prepare_data
 
     # an override may follow the evals
     words = [*overrides, *(word for word in against if "=" in word)]
@@ -124,16 +123,7 @@ def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:
     num_supervised = sum(label != IGNORED for label in row["labels"])
     say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
     spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
-    if not spans[-1].text.strip():
-        spans.pop()  # a newline that the template puts after the last turn
-    shown = ""
-    for span in spans:
-        if span.supervised:
-            end = f"<EOS {span.end_token}>" if span.end_token else ""
-            shown += f"[[{span.text.removesuffix(span.end_token)}]]{end}"
-        else:
-            shown += span.text
-    say(shown)
+    say("".join(f"[[{text}]]" if has_loss else text for text, has_loss in spans).rstrip())
 
 
 # ---- plan ----

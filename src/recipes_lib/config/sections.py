@@ -50,7 +50,7 @@ _Template = Annotated[str, IsPath(unless=lambda text: text.startswith(TRL) or is
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
 _Attention = Literal["sdpa", "eager", "varlen", "flex_attention"] | _Flash
-_OfTexts = Literal["id", "instruction", "context", "response", "category"]
+_OfTexts = Literal["id", "instruction", "context", "response"]
 _OfPairs = Literal["prompt", "completion", "text"]
 _Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_template_kwargs"]
 
@@ -108,10 +108,6 @@ class SplitSection(Section):
 class FiltersSection(Section):
     """Rows to leave out, counted in the audit."""
 
-    categories: list[str] | None = None
-    """Keep only rows whose category is one of these."""
-    drop_empty_completions: bool = False
-    """Leave out rows with an empty completion; otherwise they train on the end token alone."""
     max_tokens: int | None = Field(None, ge=1)
     """Leave out rows longer than this many tokens instead of truncating them."""
 
@@ -124,8 +120,6 @@ class SourcePart(Section):
     subset: str | None = None
     source_split: str | None = None
     revision: str | None = None
-    encoding: str | None = None
-    delimiter: str | None = None
     columns: dict[_Column, str] | None = None
     max_examples: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0)
@@ -143,8 +137,7 @@ class DataSection(Section):
 
     source: _Source | _Sources
     """Hub id, local file (jsonl, json, csv, parquet), folder, or a list of
-    {source, subset, source_split, columns, encoding, delimiter, max_examples, weight} for a
-    mixture.
+    {source, subset, source_split, columns, max_examples, weight} for a mixture.
     """
     subset: str | None = None
     """Configuration of a Hub data set."""
@@ -153,18 +146,9 @@ class DataSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     columns: dict[_Column, str] = {}
-    """Our name -> the file's name, for id, instruction, context, response, category, prompt,
-    completion, text, messages, system, tools, chat_template_kwargs.
+    """Our name -> the file's name, for id, instruction, context, response, prompt, completion,
+    text, messages, system, tools, chat_template_kwargs.
     """
-    drop_columns: list[str] = []
-    """Columns to leave out although they change what a row says (tools, history, documents, ...),
-    and keys of messages, written messages.KEY. Without this, rows where one that is not
-    supported holds something are refused.
-    """
-    encoding: str = "utf-8"
-    """Encoding of text files, as Python names it: utf-8, latin-1, cp1252, utf-16."""
-    delimiter: str | None = None
-    """Character between the columns of .csv and .tsv files. Absent: a comma, in .tsv a tab."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with rows that cannot be used: error names all of them and stops, skip leaves them
     out, counts them and says why.
@@ -200,8 +184,6 @@ class DataSection(Section):
     """What to do where a row's text contains a special token such as </s>: text reads it as
     ordinary characters, keep lets it act as the special token.
     """
-    max_unsupervised_fraction: float = Field(0.05, ge=0, le=1)
-    """Refuse to train when more than this fraction of rows has no token with loss."""
 
     @field_validator("source")
     @classmethod

@@ -1,48 +1,72 @@
-"""From a recipe and a tokenizer to data sets that TRL trains on as they are, with their audit. What
-was prepared is kept under `.cache/rows`; a resume, an evaluation and the other ranks read it.
+"""From a recipe and a tokenizer to data sets that TRL trains on as they are, with their audit: what
+would happen silently is counted, and its rows are named.
+
+What was prepared is kept under `.cache/rows`; a resume, an evaluation and the other ranks read it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import file_hash, hash_of, publish, write_json
+from recipes_lib.core.files import file_hash, hash_of, publish, read_object, write_json
 from recipes_lib.core.project import cache_root, shown_path
 from recipes_lib.core.ranks import on_main_rank
-from recipes_lib.data.audit import DataAudit
 from recipes_lib.data.prompts import (
     chat_template,
+    check_arguments,
     format_hash,
     training_template,
-    unread_argument,
 )
-from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, place
+from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, listed, place
 from recipes_lib.data.sources import hub_data_set, is_on_hub, listed_sources, source_files
 from recipes_lib.data.splits import (
     SPLITS,
     TRAIN,
-    VALIDATION,
     Rows,
     fingerprint_of,
     first_in_hash_order,
     read_data,
-    select_rows,
     split_rows,
 )
-from recipes_lib.data.supervision import BATCH_ROWS, Encoded, Supervision, encode
+from recipes_lib.data.supervision import Encoded, Supervision, encode, special_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+BATCH_ROWS = 1000
+NUM_CACHED = 20
+MOST_UNSUPERVISED = 0.05  # of the rows
 _RECORD = "prepared.json"
+
+
+@dataclass
+class DataAudit:
+    """supervision.json."""
+
+    prompt_format: str
+    loss_on: str
+    rows: dict[str, Any]  # numbers: read, bad, filtered, used, duplicates; of each split
+    tokens: dict[str, dict[str, int]]  # total, p5, p50, p95 and max of a row
+    places: dict[str, list[str]]  # file and line of the rows of which something is true
+    end_tokens: dict[str, int]  # how many rows end with each
+    bad_rows: dict[str, list[str]]  # why rows were left out
+    unused_columns: dict[str, list[str]]  # and keys of messages, by file
+    sources: list[dict[str, Any]]  # the rows that each has and gives
+    training_template: dict[str, str] | None = None  # file and hash of TRL's
+    notes: list[str] = field(default_factory=list)  # how conversations are rendered
+    warnings: list[str] = field(default_factory=list)  # what the user should know before training
 
 
 @dataclass(frozen=True)
@@ -60,6 +84,14 @@ class PreparedData:
     splits: dict[str, Any]  # splits.json
     fingerprint: str  # `splits.fingerprint_of`
     prompt_format_hash: str
+
+
+class RefusedData(SettingError):
+    """Data that cannot teach what the recipe asks for, with what was counted."""
+
+    def __init__(self, audit: DataAudit, key: str, what: str, *hints: str) -> None:
+        super().__init__(key, what, *hints)
+        self.audit = audit
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
@@ -85,14 +117,15 @@ def _prepared_folder(recipe: Recipe, settings: Supervision, tokenizer: Any) -> P
         return folder
     data, scratch = _prepare(recipe, settings, tokenizer, key), folder.with_name(f".{key}.tmp")
     names = ("splits", "fingerprint", "prompt_format_hash")
-    record = {name: getattr(data, name) for name in names} | {"audit": vars(data.audit)}
+    record = {name: getattr(data, name) for name in names} | {"audit": asdict(data.audit)}
     parts = {name: rows for name in SPLITS if (rows := getattr(data, name)) is not None}
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
         disable_progress_bars()
         DatasetDict(parts).save_to_disk(scratch)
         write_json(scratch / _RECORD, record)
         publish(scratch, folder)
+        for old in sorted(folder.parent.iterdir(), key=os.path.getmtime)[:-NUM_CACHED]:
+            shutil.rmtree(old, ignore_errors=True)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -124,12 +157,11 @@ def _read(folder: Path) -> PreparedData | None:
     """Return what `_prepared_folder` kept; None on a machine that does not see the folder."""
     from datasets import load_from_disk
 
-    try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        parts: dict[str, Any] = dict.fromkeys(SPLITS) | dict(load_from_disk(str(folder)))
-        audit = DataAudit(**record.pop("audit"))
-    except (OSError, ValueError, LookupError, TypeError):
+    record = read_object(folder / _RECORD, remedy=f"delete {folder}")
+    if not record:
         return None
+    parts: dict[str, Any] = dict.fromkeys(SPLITS) | dict(load_from_disk(str(folder)))
+    audit = DataAudit(**record.pop("audit"))
     return PreparedData(**parts, **record, audit=audit)
 
 
@@ -143,7 +175,7 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) ->
     read = read_data(section, bad)
     if len(bad) and not read.rows:
         raise bad.error(read.num_read)
-    rows, filtered = select_rows(read.rows, section)
+    rows = first_in_hash_order(read.rows, section.max_examples, section.split.seed)
     is_pair_loss = recipe.train.get("completion_only_loss") is True
     if is_pair_loss and any("text" in row.fields for row in rows):
         what = "train.completion_only_loss: true needs prompt and completion"
@@ -154,60 +186,55 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) ->
     template, training = None, training_template(section, tokenizer)
     if section.prompt_format == "chat":
         template = training[1] if training else chat_template(section, tokenizer)
-        if reason := unread_argument(section.chat_template_kwargs, template):
-            raise SettingError("data.chat_template_kwargs", f"data.{reason.what}", *reason.hints)
+        try:
+            check_arguments(section.chat_template_kwargs, template)
+        except BadRow as reason:
+            what = f"data.{reason.what}"
+            raise SettingError("data.chat_template_kwargs", what, *reason.hints) from None
     encoded: dict[str, Encoded] = {}
     for start in range(0, len(rows), BATCH_ROWS):
         batch = rows[start : start + BATCH_ROWS]
-        items = encode(batch, settings, tokenizer, template)
-        for row, item in zip(batch, items, strict=True):
+        for row, item in zip(batch, encode(batch, settings, tokenizer, template), strict=True):
             if isinstance(item, BadRow):
                 bad.add(row, item)
             else:
                 encoded[row.id] = item
     if len(bad) and (section.on_bad_row == "error" or not encoded):
         raise bad.error(read.num_read)
-    if (limit := section.filters.max_tokens) is not None:
+    limit, filtered = section.filters.max_tokens, {}
+    if limit is not None:
         fitting = {id: item for id, item in encoded.items() if item.tokens_before <= limit}
-        filtered["max_tokens"] = len(encoded) - len(fitting)
         if not fitting:
             what = f"0 rows: all {len(encoded)} rows are longer than {limit} tokens"
             raise SettingError("data.filters.max_tokens", what)
-        encoded = fitting
+        filtered, encoded = {"max_tokens": len(encoded) - len(fitting)}, fitting
     rows = [row for row in rows if row.id in encoded]
 
     # tokens -> splits -> data sets
     parts = split_rows(rows, section.split)
+    for name in SPLITS:
+        parts[name] = [row for row in parts[name] if encoded[row.id].supervised]
     parts[TRAIN] = _repeated(parts[TRAIN], read, section.split.seed)
-    with_loss = {
-        name: [row for row in part if encoded[row.id].supervised] for name, part in parts.items()
-    }
-    audit = DataAudit.of(settings, rows, [encoded[row.id] for row in rows], tokenizer)
-    audit.rows |= {"read": read.num_read, "bad": len(bad), "filtered": filtered}
-    audit.rows |= {name: len(part) for name, part in parts.items()}
-    audit.rows |= {"trained": len(with_loss[TRAIN]), "validated": len(with_loss[VALIDATION])}
-    audit.bad_rows, audit.unused_columns = bad.places_by_reason(), read.unused
-    for number, (source, num_rows) in enumerate(read.sources):
-        counts = {"used": sum(row.source == number for row in rows)}
-        counts |= {name: sum(row.source == number for row in part) for name, part in parts.items()}
-        name = shown_path(Path(source.source))
-        audit.sources.append({"source": name, "weight": source.weight, "rows": num_rows} | counts)
+    counts = {"read": read.num_read, "bad": len(bad), "filtered": filtered, "used": len(rows)}
+    audit = DataAudit(
+        prompt_format=section.prompt_format,
+        loss_on="whole text" if settings.whole else "completion",
+        rows=counts | {name: len(part) for name, part in parts.items()},
+        bad_rows=bad.places_by_reason(),
+        unused_columns=read.unused,
+        sources=_sources(rows, read, parts),
+        **_seen(rows, [encoded[row.id] for row in rows], tokenizer),
+    )
     if training is not None:
         digest = hashlib.sha256(training[1].encode()).hexdigest()
         audit.training_template = {"file": training[0], "sha256": digest}
-    audit.describe(settings)
-    audit.check(settings, evaluates=recipe.train.get("eval_strategy", "no") != "no")
-    splits: dict[str, Any] = {
-        "method": section.split.method,
-        "seed": section.split.seed,
-        "fractions": {"validation": section.split.validation, "test": section.split.test},
-    }
+    _describe(audit, settings)
+    _check(audit, settings, evaluates=recipe.train.get("eval_strategy", "no") != "no")
+    splits: dict[str, Any] = {"method": section.split.method}
     for name, part in parts.items():
-        ids = [row.id for row in part]
-        without = [id for id in ids if not encoded[id].supervised]
-        splits[name] = {"count": len(ids), "ids": ids, "without_supervision": without}
+        splits[name] = {"count": len(part), "ids": [row.id for row in part]}
     return PreparedData(
-        **{name: _data_set(part, encoded, key + name) for name, part in with_loss.items()},
+        **{name: _data_set(part, encoded, key + name) for name, part in parts.items()},
         audit=audit,
         splits=splits,
         fingerprint=fingerprint_of(parts),
@@ -221,13 +248,12 @@ def _repeated(rows: Sequence[DataRow], read: Rows, seed: int) -> list[DataRow]:
     """
     times: dict[str, int] = {}
     for number, (source, _) in enumerate(read.sources):
-        if source.weight > 1:
-            whole, part = divmod(source.weight, 1)
-            own = [row for row in rows if row.source == number]
-            times |= {row.id: int(whole) for row in own}
-            for row in first_in_hash_order(own, round(part * len(own)), seed):
-                times[row.id] += 1
-    return [row for row in rows for _ in range(times.get(row.id, 1))]
+        whole, part = divmod(max(source.weight, 1), 1)
+        own = [row for row in rows if row.source == number]
+        times |= {row.id: int(whole) for row in own}
+        for row in first_in_hash_order(own, round(part * len(own)), seed):
+            times[row.id] += 1
+    return [row for row in rows for _ in range(times[row.id])]
 
 
 def _data_set(rows: Sequence[DataRow], encoded: dict[str, Encoded], name: str) -> Dataset | None:
@@ -244,3 +270,121 @@ def _data_set(rows: Sequence[DataRow], encoded: dict[str, Encoded], name: str) -
     }
     # without a fingerprint, `datasets` would pickle the table, in three times its memory
     return datasets.Dataset(pyarrow.table(columns), fingerprint=name)
+
+
+# ---- the audit ----
+
+
+def _seen(rows: list[DataRow], items: list[Encoded], tokenizer: Any) -> dict[str, Any]:
+    """Return what the tokens of the rows that are used show."""
+    special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    texts = re.compile("|".join(re.escape(name) for name in special if len(name) > 1) or "(?!)")
+    places: dict[str, list[str]] = {}
+    seen = set[bytes]()
+    for row, item in zip(rows, items, strict=True):
+        was_cut, has_end = len(item.ids) < item.tokens_before, item.end_token >= 0
+        for name, is_true in {
+            "truncated": was_cut,
+            "lost_end": was_cut and not has_end,
+            "no_supervised_tokens": not item.supervised,
+            "without_end_token": not was_cut and not has_end,
+            "empty_completions": row.is_empty,
+            "changed_by_template": item.changed,
+            "other_prompt": item.other_prompt,
+            "special_tokens": any(map(texts.search, row.texts)),
+            "duplicates": row.content in seen,
+        }.items():
+            places.setdefault(name, []).extend([row.place] if is_true else [])
+        seen.add(row.content)
+    ends = Counter(item.end_token for item in items if item.end_token >= 0)
+    return {
+        "places": places,
+        "end_tokens": {tokenizer.convert_ids_to_tokens(end): ends[end] for end in ends},
+        "tokens": {
+            "prompt": _distribution(item.prompt_tokens for item in items),
+            "row, as trained": _distribution(len(item.ids) for item in items),
+            "with loss": _distribution(item.supervised for item in items),
+        },
+    }
+
+
+def _distribution(lengths: Iterable[int]) -> dict[str, int]:
+    """Return the total, and per row the percentiles and the maximum, as whole tokens."""
+    values = np.fromiter(lengths, dtype=np.int64)
+    p5, p50, p95 = map(int, np.percentile(values, (5, 50, 95), method="nearest"))
+    return {"total": int(values.sum()), "p5": p5, "p50": p50, "p95": p95, "max": int(values.max())}
+
+
+def _sources(rows: list[DataRow], read: Rows, parts: dict[str, list[DataRow]]) -> list[Any]:
+    """Return how many rows each source has and gives."""
+    table = []
+    for number, (source, num_rows) in enumerate(read.sources):
+        name = shown_path(Path(source.source))
+        line = {"source": name, "weight": source.weight, "rows": num_rows}
+        for title, part in {"used": rows, **parts}.items():
+            line[title] = sum(row.source == number for row in part)
+        table.append(line)
+    return table
+
+
+def _describe(audit: DataAudit, settings: Supervision) -> None:
+    """Fill in the notes and the warnings, once everything is counted."""
+    if template := audit.training_template:
+        name = f"{template['file']} ({template['sha256'][:12]})"
+        what = f"trained through TRL's {name}; the plain one is saved, and answers"
+        audit.notes.append(f"chat template: {what}")
+    if date := settings.section.template_date:
+        what = f"prints the date, fixed to {date} for this run"
+        audit.notes.append(f"chat template: {what}, in every resume, chat and evaluation")
+    used, lost = audit.rows["used"], len(audit.places["lost_end"])
+    if bad := audit.rows["bad"]:
+        what = f"{bad} of {audit.rows['read']} rows cannot be used and are left out"
+        audit.warnings.append(f"{what} (on_bad_row: skip):")
+        for what, places in [*audit.bad_rows.items()][:10]:
+            audit.warnings.append(f"  {len(places)} x {what}: {listed(places, 3)}")
+    for file, columns in audit.unused_columns.items():
+        audit.warnings.append(f"columns that are not used: {listed(columns)} (in {file})")
+    acting = "ACTING as such" if audit.prompt_format == "chat" else "read as text"
+    for name, what in (
+        ("truncated", f"cut at max_length={settings.max_length}, {lost} of them lose their end"),
+        ("no_supervised_tokens", "no supervised token, left out"),
+        ("empty_completions", "an empty completion, which teaches the end token alone"),
+        ("changed_by_template", "the chat template changes or drops text"),
+        (
+            "other_prompt",
+            "not as the model is asked: the prompt ends in a space, or the template begins a"
+            " thought (data.chat_template_kwargs: {enable_thinking: ...})",
+        ),
+        ("special_tokens", f"special tokens in the text, {acting}"),
+        ("duplicates", "exact duplicates"),
+    ):
+        if places := audit.places[name]:
+            audit.warnings.append(f"{len(places)} of {used} rows: {what}: {listed(places, 3)}")
+    if audit.end_tokens and settings.eos_token not in audit.end_tokens:
+        ends, eos = listed(audit.end_tokens, 3), settings.eos_token
+        what = f"turns end with {ends}, but generation stops at {eos}"
+        audit.warnings.append(f"{what}: set train.eos_token to the turn's end")
+
+
+def _check(audit: DataAudit, settings: Supervision, *, evaluates: bool) -> None:
+    """Raise RefusedData where the data cannot teach what the recipe asks for, before step 1."""
+    used, bare = audit.rows["used"], audit.places["no_supervised_tokens"]
+    if len(audit.places["empty_completions"]) == used:
+        what = f"{used}/{used} rows have an empty completion: there is nothing to learn"
+        raise RefusedData(audit, "data.source", what, "check data.columns")
+    if len(bare) > MOST_UNSUPERVISED * used or not audit.rows[TRAIN]:
+        p95 = audit.tokens["prompt"]["p95"]
+        what = f"{len(bare)}/{used} rows have no supervised token"
+        what += f" at max_length={settings.max_length}; p95 prompt is {p95}"
+        most = f"at most {MOST_UNSUPERVISED:.0%} are accepted; {listed(bare, 3)}"
+        hint = "raise train.max_length above that, or set data.filters.max_tokens"
+        raise RefusedData(audit, "train.max_length", what, most, hint)
+    if endless := audit.places["without_end_token"]:
+        what = f"{len(endless)}/{used} rows do not end with a supervised end token"
+        why = f"the model would not learn to stop: {listed(endless, 3)}"
+        hint = "end each assistant turn with a special token, inside any {% generation %} block"
+        raise RefusedData(audit, "data.chat_template", what, why, hint)
+    if evaluates and not audit.rows["validation"]:
+        what = f"none of {used} rows is held out for the validation of train.eval_strategy"
+        hint = "add rows, raise data.split.validation, or set train.eval_strategy: 'no'"
+        raise RefusedData(audit, "data.split.validation", what, hint)

@@ -20,8 +20,7 @@ from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
 from recipes_lib.core.errors import one_line
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import Message, with_system_prompt
-from recipes_lib.data.rows import BadRow, DataRow, SettingError
+from recipes_lib.data.rows import BadRow, DataRow, Message, SettingError, with_system_prompt
 
 # The prompt of a task without and with a context.
 HEADINGS = {
@@ -93,7 +92,7 @@ def render_chat(
     """Return a conversation as text, and the spans of characters that `{% generation %}` marks.
 
     Args:
-        values: what the template gets beside the messages (`conversations.template_values`).
+        values: what the template gets beside the messages (`rows.template_values`).
         prompt: end where the assistant must start to write.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -133,29 +132,27 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
 
 
 def _undated_template(section: DataSection, tokenizer: Any) -> str:
-    given = section.chat_template
+    given, key = section.chat_template, "data.chat_template"
     if given is None:
         own = getattr(tokenizer, "chat_template", None)
         own = own.get("default") if isinstance(own, dict) else own
         if not own:
             what = "prompt_format chat needs a chat template, and the tokenizer has none"
-            hint = "set data.chat_template to a .jinja file or to one of TRL's, as trl:llama3"
+            hint = f"set {key} to a .jinja file or to one of TRL's, as trl:llama3"
             raise SettingError("data.prompt_format", what, hint)
         return str(own)
     if is_inline(given):
         return given
     shipped = trl_templates()
     if given.startswith(TRL) and given not in shipped:
-        hints = [f"ChatML is {TRL}qwen2_5; all: {', '.join(shipped)}"]
-        hints = did_you_mean(given, shipped) or hints
-        raise SettingError("data.chat_template", f"TRL ships no template {given!r}", *hints)
+        hints = did_you_mean(given, shipped) or [f"all: {', '.join(shipped)}"]
+        raise SettingError(key, f"TRL ships no template {given!r}", *hints)
     path = shipped.get(given) or Path(given).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         what = f"{shown_path(path)} cannot be read: {one_line(error)}"
-        hint = "give a .jinja file in UTF-8, or the template itself"
-        raise SettingError("data.chat_template", what, hint) from None
+        raise SettingError(key, what, "give a .jinja file, or the template itself") from None
 
 
 def template_date(section: DataSection, tokenizer: Any, recorded: str | None) -> str | None:
@@ -178,15 +175,13 @@ def _with_date(template: str, date: str | None) -> str:
     return TODAY.sub(lambda match: repr(day.strftime(match["form"])), template)
 
 
-def unread_argument(names: Iterable[str], template: str) -> BadRow | None:
-    """Return the error about a template argument that the chat template does not name."""
+def check_arguments(names: Iterable[str], template: str) -> None:
+    """Raise a BadRow for a template argument that the chat template does not name."""
     words = set(re.findall(r"[A-Za-z_]\w*", template))
     for name in names:
         if name not in words:
-            hints = did_you_mean(name, sorted(words)) or ["remove it, or choose another template"]
             what = f"chat_template_kwargs: the chat template does not read '{name}'"
-            return BadRow(what, hints[0])
-    return None
+            raise BadRow(what, *did_you_mean(name, sorted(words)))
 
 
 def training_template(section: DataSection, tokenizer: Any) -> tuple[str, str] | None:

@@ -7,25 +7,22 @@ into null and "007" into 7, and its JSON reader names no line.
 
 from __future__ import annotations
 
-import codecs
 import csv
 import json
-import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.documents import near_file
 from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
 from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import Row, remembered_hash
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import without_nulls
-from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, parsed_json, type_name
+from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, parsed_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,9 +33,6 @@ SPLIT_WORDS = {
     "validation": "validation|valid|val|dev|eval",
     "test": "test|testing",
 }
-# Files that `datasets` writes beside the rows.
-NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
-_OF_CHAT = ("chat_template", "chat_template_kwargs", "system_prompt", "chat_loss")
 Numbered = tuple[int | None, Row | BadRow]
 
 
@@ -51,8 +45,6 @@ class Source:
     source_split: str = "train"
     revision: str | None = None
     columns: Mapping[str, str]
-    encoding: str = "utf-8"
-    delimiter: str | None = None
     max_examples: int | None = None
     weight: float = 1  # times that an epoch has its training rows; below 1, the share that is read
 
@@ -62,11 +54,11 @@ def listed_sources(section: DataSection) -> list[Source]:
     if not section.source:
         raise SettingError("data.source", "is empty: name at least one source")
     absent = DataSection(source="")
-    for key in _OF_CHAT if section.prompt_format != "chat" else ():
-        if getattr(section, key) != getattr(absent, key):
+    for key in ("chat_template", "chat_template_kwargs", "system_prompt", "chat_loss"):
+        if section.prompt_format != "chat" and getattr(section, key) != getattr(absent, key):
             what = f"data.{key} acts in prompt_format chat alone, not in {section.prompt_format}"
             raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
-    shared = ("subset", "source_split", "revision", "columns", "encoding", "delimiter")
+    shared = ("subset", "source_split", "revision", "columns")
     whole = Source(source="", **{name: getattr(section, name) for name in shared})
     sources = []
     for entry in [section.source] if isinstance(section.source, str) else section.source:
@@ -78,37 +70,27 @@ def listed_sources(section: DataSection) -> list[Source]:
 
 def is_on_hub(source: Source) -> bool:
     """Return whether no file or folder has a source's name, and it is not named like a file."""
-    is_local = find_path(source.source) is not None or data_format(Path(source.source))
+    path = Path(source.source).expanduser()
+    is_local = path.exists() or data_format(path)
     return not is_local and bool(HUB_ID.fullmatch(source.source))
-
-
-def find_path(name: str) -> Path | None:
-    """Return the file or folder `name`; None where there is none, as for a Hub id."""
-    path = Path(name).expanduser()
-    return path if path.exists() else None
 
 
 def load_rows(
     source: Source, bad: BadRows | None = None, max_rows: int | None = None
 ) -> list[DataRow]:
     """Return the rows of one source, as `read_file` returns them; at most `max_rows` of a file."""
-    if is_on_hub(source):
-        return [
-            DataRow(source.source, None, number, without_nulls(row))
-            for number, row in enumerate(hub_data_set(source), 1)
-        ]
-    keys: dict[str, Any] = {"encoding": source.encoding, "delimiter": source.delimiter}
-    files = source_files(source)
-    return [row for file in files for row in read_file(file, bad, max_rows=max_rows, **keys)]
+    if not is_on_hub(source):
+        return [row for file in source_files(source) for row in read_file(file, bad, max_rows)]
+    rows = map(without_nulls, hub_data_set(source))
+    return [DataRow(source.source, None, number, row) for number, row in enumerate(rows, 1)]
 
 
 def source_files(source: Source) -> list[Path]:
     """Return the files of a local source, or raise an error that names the nearest."""
-    if (path := find_path(source.source)) is not None:
-        return [path] if path.is_file() else data_files(path, source.source_split)
     path = Path(source.source).expanduser()
-    parent = path.parent.resolve()
-    hints = [*near_file(path), f"looked in {shown_path(parent)}"]
+    if path.exists():
+        return data_files(path, source.source_split) if path.is_dir() else [path]
+    hints = [*near_file(path), f"looked in {shown_path(path.parent.resolve())}"]
     raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
 
 
@@ -124,14 +106,14 @@ def source_hashes(section: DataSection) -> dict[str, str]:
 
 def data_files(folder: Path, split: str) -> list[Path]:
     """Return a folder's data files in name order, of `split` where names tell splits apart."""
-    shown = shown_path(folder)
     files: list[Path] = []
     for place in (folder, folder / split, folder / "data"):
-        paths = sorted(place.glob("[!.]*"))
-        files = files or [path for path in paths if data_format(path) and path.name not in NOT_DATA]
+        # `datasets` writes dataset_info.json beside the rows
+        present = [path for path in sorted(place.glob("[!.]*")) if data_format(path)]
+        files = files or [path for path in present if not path.name.startswith("dataset_info")]
     if not files:
         what = f"no data file in this folder; known endings: {', '.join(DATA_FORMATS)}"
-        raise DataError(what, file=shown)
+        raise DataError(what, file=shown_path(folder))
 
     def of_split(words: str) -> list[Path]:
         name = re.compile(rf"(^|[-_.])({words})([-_.]|$)")
@@ -141,7 +123,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
     chosen = of_split(SPLIT_WORDS.get(split, re.escape(split)))
     chosen = chosen or [path for path in files if path not in named]
     if not chosen:
-        what = f"{shown} has no file of the split '{split}', only {files[0].name} and the like"
+        what = f"{shown_path(folder)} has no file of the split '{split}', only {files[0].name}"
         raise SettingError("data.source_split", what)
     return chosen
 
@@ -150,31 +132,21 @@ def hub_data_set(source: Source) -> Dataset:
     """Return a Hub data set as `datasets` loads it, from its cache where it is offline."""
     import datasets
 
-    name = source.source
+    name, keys = source.source, {"split": source.source_split, "revision": source.revision}
     try:
-        return datasets.load_dataset(
-            name, source.subset, split=source.source_split, revision=source.revision
-        )
+        return datasets.load_dataset(name, source.subset, **keys)
     except Exception as error:  # the Hub's client raises many types; each becomes one line
         what = f"cannot load '{name}' from the Hub: {one_line(error)}"
         hint = "check the name and the network; for a private or gated data set: hf auth login"
-        if "Repository Not Found" in str(error):
-            what = f"the Hub has no data set '{name}', or you have no access to it"
-        if offline_by_environment():
+        if hub_is_away():
             what = f"offline, and '{name}' is not a file or folder, and not in the Hub's cache"
             hint = f"put a file at {name}/train.jsonl, or set data.source to a path"
         raise SettingError("data.source", what, hint) from error
 
 
-def offline_by_environment() -> bool:
-    """Return whether a variable tells the Hub's libraries to stay offline."""
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
-
-
-def hub_answers() -> bool:
-    """Return False only where no connection to the Hub can be made, which its client would try for
-    46 seconds. A slow answer, a proxy's or a certificate's refusal is for the client to tell.
+def hub_is_away() -> bool:
+    """Return whether no connection to the Hub can or may be made, which its client would try for 46
+    seconds. A slow answer, a proxy's or a certificate's refusal is for the client to tell.
     """
     from huggingface_hub import constants, get_session
 
@@ -182,55 +154,32 @@ def hub_answers() -> bool:
         get_session().head(constants.ENDPOINT, timeout=15)
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
-        return not kinds & {"ConnectError", "ConnectTimeout"} or "CERTIFICATE" in str(error)
-    return True
+        is_away = kinds & {"OfflineModeIsEnabled", "ConnectError", "ConnectTimeout"}
+        return bool(is_away) and "CERTIFICATE" not in str(error)
+    return False
 
 
 # ---- files ----
 
 
-def column_names(rows: Iterable[DataRow]) -> list[str]:
-    """Return all column names, in the order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row.fields))
-
-
-def read_file(
-    path: Path,
-    bad: BadRows | None = None,
-    *,
-    max_rows: int | None = None,
-    encoding: str = "utf-8",
-    delimiter: str | None = None,
-) -> list[DataRow]:
-    """Return the rows of a data file, with its columns.
-
-    Args:
-        bad: where lines that are no rows are added; without it, they are an error.
-        delimiter: between the columns of .csv and .tsv; None for the ending's own.
+def read_file(path: Path, bad: BadRows | None = None, max_rows: int | None = None) -> list[DataRow]:
+    """Return the rows of a data file with its columns. Lines that are no rows are added to `bad`;
+    without it, they are an error.
     """
     path = path.expanduser()
     kind, file = data_format(path), shown_path(path)
     if kind is None or not path.is_file():  # or a pipe, which may never end
         what = f"not a data file; known endings: {', '.join(DATA_FORMATS)}"
         raise DataError(what if path.exists() else "no such file", file=file)
-    try:
-        codecs.lookup(encoding)
-        csv.reader([], delimiter=delimiter or ",")
-    except (LookupError, TypeError) as error:
-        key = "data.encoding" if isinstance(error, LookupError) else "data.delimiter"
-        raise SettingError(key, f"{key}: {error}") from None
     rows, no_rows = [], BadRows() if bad is None else bad
     try:
-        numbered = islice(_numbered(path, kind, encoding, delimiter), max_rows)
+        numbered = islice(_READERS[kind](path), max_rows)
         for number, (line, values) in enumerate(numbered, 1):
             if isinstance(values, BadRow):
                 no_rows.add(DataRow(file, line, number, {}), values)
             else:
                 rows.append(DataRow(file, line, number, values))
-    except DataError as error:
-        error.file = file
-        raise
-    except Exception as error:  # of pyarrow, the disk, or a codec
+    except Exception as error:  # of a codec, csv, pyarrow or the disk
         raise DataError(f"cannot be read as {kind[1:]}: {one_line(error)}", file=file) from None
     if bad is None and len(no_rows):
         raise no_rows.error()
@@ -238,7 +187,7 @@ def read_file(
 
 
 def count_rows(path: Path) -> int:
-    """Return how many rows a file has; a CSV text with line ends counts as more."""
+    """Return how many rows a file has; a text with line ends counts as more in CSV."""
     kind = data_format(path)
     if kind == ".parquet":
         from pyarrow.parquet import read_metadata
@@ -250,80 +199,67 @@ def count_rows(path: Path) -> int:
         return sum(1 for line in stream if line.strip()) - (kind in (".csv", ".tsv"))
 
 
-def _numbered(path: Path, kind: str, encoding: str, delimiter: str | None) -> Iterator[Numbered]:
-    if kind == ".parquet":
-        from pyarrow.parquet import read_table
-
-        for batch in read_table(path).to_batches():
-            yield from ((None, without_nulls(row)) for row in batch.to_pylist())
-        return
-    # Bytes that are no text become lone surrogates, so that only their line is a bad row.
-    name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-    with path.open(encoding=name, errors="surrogateescape", newline="") as stream:
-        if kind == ".json":
-            yield from _read_json(stream.read())
-        elif kind in (".csv", ".tsv"):
-            yield from _read_csv(stream, delimiter or ("\t" if kind == ".tsv" else ","))
-        else:
-            yield from _read_jsonl(stream)
+def _read_jsonl(path: Path) -> Iterator[Numbered]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _parsed(line)
 
 
-def _no_text(line: str) -> BadRow | None:
-    """Return the error about a byte that could not be decoded."""
-    if byte := re.search("[\udc80-\udcff]", line):
-        what = f"byte 0x{ord(byte[0]) - 0xDC00:02x} is not UTF-8"
-        return BadRow(what, "save it as UTF-8, or set data.encoding (latin-1, cp1252, utf-16)")
-    return None
-
-
-def _read_jsonl(lines: Iterable[str]) -> Iterator[Numbered]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = _object(parsed_json(line.rstrip(), "the line"))
-            except BadRow as reason:
-                row = reason
-            yield number, _no_text(line) or row
-
-
-def _read_json(text: str) -> Iterator[Numbered]:
+def _read_json(path: Path) -> Iterator[Numbered]:
     """Read a list of objects, or JSON Lines under the name .json."""
     try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if getattr(error, "msg", "") != "Extra data":
-            raise DataError(f"not JSON: {error}", line=getattr(error, "lineno", None)) from None
-        yield from _read_jsonl(text.split("\n"))
-        return
+        rows = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        return _read_jsonl(path)
     if not isinstance(rows, list):
-        what = f"expected a list of objects, found {type_name(rows)}"
-        raise DataError(what, "keep the list alone, as with jq .data", line=1)
-    yield from ((None, _object(row)) for row in rows)
+        raise TypeError("expected a list of objects, and nothing around it")
+    return ((None, _parsed(row)) for row in rows)
 
 
-def _object(row: Any) -> Row | BadRow:
-    what = f"expected an object with columns, found {type_name(row)}"
-    return row if isinstance(row, dict) else BadRow(what)
-
-
-def _read_csv(stream: TextIO, delimiter: str) -> Iterator[Numbered]:
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    start = 1
+def _parsed(row: Any) -> Row | BadRow:
+    """Return a row of JSON, or why it is none."""
     try:
-        header = next(reader, [])
-        if len(header) == 1 and (other := next((s for s in ";\t|," if s in header[0]), "")):
-            what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
-            hint = f'write commas, or set data.delimiter: "{other}"'.replace("\t", "\\t")
-            raise DataError(what, hint, line=1)
-        if repeated := sorted({name for name in header if header.count(name) > 1}):
-            raise DataError(f"column names appear twice: {', '.join(repeated)}", line=1)
-        start = reader.line_num + 1
-        for values in reader:
-            if len(values) == len(header):
-                yield start, _no_text("".join(values)) or dict(zip(header, values, strict=True))
-            elif values:
-                yield start, BadRow(f"{len(values)} fields, but the header has {len(header)}")
+        values: Row = parsed_json(row, dict, "the row")
+    except BadRow as reason:
+        return reason
+    return values
+
+
+def _read_csv(path: Path) -> Iterator[Numbered]:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        sign = "\t" if data_format(path) == ".tsv" else ","
+        reader = csv.DictReader(stream, delimiter=sign, strict=True)
+        names, start = reader.fieldnames or [], reader.line_num + 1
+        if len(names) > len({*names}):
+            raise ValueError(f"two columns have one name: {', '.join(names)}")
+        for row in reader:
+            is_whole = None not in row and None not in row.values()
+            what = f"not as many fields as the header has ({len(names)})"
+            yield start, row if is_whole else BadRow(what)
             start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"not CSV: {error}", line=start) from None
+
+
+def _read_parquet(path: Path) -> Iterator[Numbered]:
+    from pyarrow.parquet import read_table
+
+    for batch in read_table(path).to_batches():
+        yield from ((None, without_nulls(row)) for row in batch.to_pylist())
+
+
+def without_nulls(value: Any) -> Any:
+    """Return the value without the keys that Arrow fills in with null, as another row has them."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+_READERS = {
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
+    ".json": _read_json,
+    **dict.fromkeys((".csv", ".tsv"), _read_csv),
+    ".parquet": _read_parquet,
+}

@@ -1,4 +1,4 @@
-"""The rows of a recipe: read from all its sources and named, chosen, and divided into those that
+"""The rows of a recipe: read from all its sources, named, chosen, and divided into those that
 train, validate and test.
 
 The hash split looks at the content of one row alone: equal rows fall on one side, and the side does
@@ -12,20 +12,35 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import DataSection, SplitSection
+from recipes_lib.config.sections import DataSection, OwnRows, SplitSection
 from recipes_lib.core.errors import DataError
-from recipes_lib.data.columns import map_columns
-from recipes_lib.data.rows import BadRows, DataRow, SettingError, message_texts, place
-from recipes_lib.data.sources import Source, column_names, is_on_hub, listed_sources, load_rows
+from recipes_lib.core.project import shown_path
+from recipes_lib.data.rows import (
+    BadRows,
+    DataRow,
+    SettingError,
+    column_names,
+    formats_for,
+    map_columns,
+    message_texts,
+    place,
+)
+from recipes_lib.data.sources import (
+    Source,
+    data_files,
+    is_on_hub,
+    listed_sources,
+    load_rows,
+    read_file,
+)
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 NUM_CHECKED = 20_000
@@ -41,60 +56,35 @@ class Rows:
     unused: dict[str, list[str]] = field(default_factory=dict)  # columns by file
 
 
-def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None) -> Rows:
+def read_data(
+    section: DataSection, bad: BadRows, *, max_rows: int | None = None, only_local: bool = False
+) -> Rows:
     """Read, check and name the rows of all sources; those that cannot be used go to `bad`."""
-    data, columns = Rows(), list[str]()
+    data = Rows()
     for number, source in enumerate(listed_sources(section)):
+        if only_local and is_on_hub(source):
+            continue
         num_bad = len(bad)
         read = load_rows(source, bad, max_rows)
         data.num_read += len(read) + len(bad) - num_bad
         if not read:
-            if len(bad):
-                raise bad.error()
-            raise SettingError("data.source", f"0 rows in {source.source}")
-        columns += column_names(read)
+            empty = SettingError("data.source", f"0 rows in {source.source}")
+            raise bad.error() if len(bad) else empty
         rows, unused = map_columns(read, section, source.columns, bad)
         if unused:
             data.unused[read[0].file] = unused
         for row in rows:
             row.source, row.content = number, content_hash(row.fields)
         taken = round(min(len(rows), source.max_examples or len(rows)) * min(source.weight, 1))
-        if rows and not taken and max_rows is None:
-            what = f"data.source[{number}].weight: {source.weight} of {len(rows)} rows is below one"
-            raise SettingError("data.source", what, "raise it, or remove the source")
+        taken = max(taken, 1)
         data.sources.append((source, len(rows)))
         data.rows += first_in_hash_order(rows, taken, section.split.seed)
-    for name in section.drop_columns:
-        if not name.startswith("messages.") and name not in columns:
-            hints = did_you_mean(name, columns) or [f"columns are {', '.join(columns)}"]
-            what = f"data.drop_columns: the data has no column '{name}'"
-            raise SettingError("data.drop_columns", what, *hints)
     times = Counter[str]()
     for row in data.rows:  # ids are labels: the file's or a hash, numbered where they repeat
         row.id = row.id or row.content[:8].hex()
         times[row.id] += 1
         row.id += f"#{times[row.id]}" if times[row.id] > 1 else ""
     return data
-
-
-def select_rows(rows: Sequence[DataRow], section: DataSection) -> tuple[list[DataRow], dict]:
-    """Return the rows that the filters and `max_examples` keep, and what each filter left out."""
-    chosen, kept, filtered = section.filters.categories, list(rows), {}
-    if chosen is not None:
-        categories = sorted({row.category for row in kept if row.category is not None})
-        if unknown := sorted({*chosen} - {*categories}):
-            what = f"no row has the category {', '.join(unknown)}"
-            names = ", ".join(categories) or "none; name the column: data.columns.category"
-            raise SettingError("data.filters.categories", what, f"categories: {names}")
-        kept = [row for row in kept if row.category in chosen]
-        filtered["categories"] = len(rows) - len(kept)
-    if section.filters.drop_empty_completions:
-        full = [row for row in kept if not row.is_empty]
-        filtered["drop_empty_completions"] = len(kept) - len(full)
-        kept = full
-    if not kept:
-        raise SettingError("data.filters", f"0 rows: the filters leave none of {len(rows)} rows")
-    return first_in_hash_order(kept, section.max_examples, section.split.seed), filtered
 
 
 def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list[DataRow]]:
@@ -121,28 +111,28 @@ def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list
 
 
 def _published_sides(num_rows: int, section: SplitSection) -> list[str]:
-    """Divide as the original study's script: two calls of `train_test_split` with one seed."""
-    from datasets import Dataset
+    """Divide as the original study's script: two calls of `datasets`' train_test_split, which draws
+    a permutation, with one seed.
+    """
+    import numpy as np
 
-    def drawn(rows: Dataset, fraction: float) -> Dataset:
+    def drawn(rows: np.ndarray, fraction: float) -> np.ndarray:
         # A fraction of the rows is rounded up; a sum like 0.1 + 0.2 must not add a row to that.
         size = math.ceil(round(len(rows) * fraction, 6))
-        return rows.train_test_split(test_size=size, seed=section.seed)["test"]
+        return rows[np.random.default_rng(section.seed).permutation(len(rows))[:size]]
 
-    sides, held_out = [TRAIN] * num_rows, section.validation + section.test
+    sides, held_out = np.full(num_rows, TRAIN, dtype=object), section.validation + section.test
     if held_out:
-        rows = drawn(Dataset.from_dict({"index": range(num_rows)}), held_out)
-        for index in rows["index"]:
-            sides[index] = VALIDATION if section.validation else TEST
-        if section.validation and section.test:
-            for index in drawn(rows, section.test / held_out)["index"]:
-                sides[index] = TEST
-    return sides
+        rows = drawn(np.arange(num_rows), held_out)
+        sides[rows] = VALIDATION
+        sides[drawn(rows, section.test / held_out)] = TEST
+    return list(sides)
 
 
 def training_rows(section: DataSection) -> list[DataRow]:
     """Return the usable rows that train, without a tokenizer, and so before `max_tokens`."""
-    rows, _ = select_rows(read_data(section, BadRows()).rows, section)
+    rows = read_data(section, BadRows()).rows
+    rows = first_in_hash_order(rows, section.max_examples, section.split.seed)
     return split_rows(rows, section.split)[TRAIN]
 
 
@@ -169,23 +159,16 @@ def fingerprint_of(parts: Mapping[str, Sequence[DataRow]]) -> str:
 
 
 def check_rows(recipe: Recipe, full: bool = False) -> list[DataError]:
-    """Return what is wrong with the first local rows (all in `full`), without a tokenizer."""
-    section, bad = recipe.data, BadRows()
+    """Return what is wrong with the first `NUM_CHECKED` rows of local files (all in `full`),
+    without a tokenizer.
+    """
+    bad, max_rows = BadRows(), None if full else NUM_CHECKED
     try:
-        entries = [section.source] if isinstance(section.source, str) else section.source
-        sources = zip(entries, listed_sources(section), strict=True)
-        local = [entry for entry, source in sources if not is_on_hub(source)]
-        if not local:
-            return []
-        section = section.model_copy(update={"source": local})
-        rows = read_data(section, bad, max_rows=None if full else NUM_CHECKED + 1)
-        if len(bad) and (section.on_bad_row == "error" or not rows.rows):
+        rows = read_data(recipe.data, bad, max_rows=max_rows, only_local=True)
+        if len(bad) and (recipe.data.on_bad_row == "error" or not rows.rows):
             raise bad.error(rows.num_read)
     except DataError as error:
         return [place(recipe, error)]
-    if not full and rows.num_read > NUM_CHECKED:
-        note = f"note: only the first {NUM_CHECKED:,} rows of a file are looked at"
-        print(f"{note}; recipes check --full reads all", file=sys.stderr)
     return []
 
 
@@ -231,3 +214,16 @@ def content_hash(fields: Mapping[str, Any]) -> bytes:
 def _normalised(text: str) -> str:
     text = unicodedata.normalize("NFC", text)
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def look_at(data: Path) -> OwnRows:
+    """Return what can read a file, or a folder's first training file, by its first row."""
+    data = data.expanduser()
+    file = data_files(data, "train")[0] if data.is_dir() else data
+    names = column_names(read_file(file, max_rows=1))
+    formats = formats_for({}, names)
+    if not formats:
+        what = f"columns {', '.join(names)} are not understood" if names else "0 rows"
+        hint = "start without --data and set data.source and data.columns yourself"
+        raise DataError(what, hint, file=shown_path(file), line=1)
+    return OwnRows(data, formats)

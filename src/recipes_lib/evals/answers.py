@@ -20,7 +20,7 @@ from recipes_lib.core.files import Row, file_hash, hash_of
 from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import count
-from recipes_lib.data.conversations import Message
+from recipes_lib.data.rows import Message
 from recipes_lib.evals.engine import Completion, Request, Sampling, ask_missing
 from recipes_lib.evals.engine_openai import Engine
 from recipes_lib.evals.log import REFERENCE, AnswerFacts, Store

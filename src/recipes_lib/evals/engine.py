@@ -20,7 +20,7 @@ from tqdm import tqdm
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.files import Row
 from recipes_lib.core.terminal import count
-from recipes_lib.data.conversations import Message
+from recipes_lib.data.rows import Message
 from recipes_lib.evals.log import Store
 from recipes_lib.models.families import has_plain_head
 

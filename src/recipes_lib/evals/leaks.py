@@ -10,9 +10,8 @@ from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.core.files import hash_of, read_object, read_rows
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
-from recipes_lib.data.rows import NUM_LISTED, BadRows
+from recipes_lib.data.rows import NUM_LISTED, BadRows, conversation_of
 from recipes_lib.data.sources import is_on_hub, listed_sources
 from recipes_lib.data.splits import read_data, recorded_rows, training_rows
 from recipes_lib.evals.log import EvalLog

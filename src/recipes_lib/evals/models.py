@@ -32,8 +32,8 @@ from recipes_lib.core.files import (
 )
 from recipes_lib.core.project import cache_root, runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
-from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
+from recipes_lib.data.rows import Message
 from recipes_lib.evals.log import AnswerFacts
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.models.families import ready_to_answer

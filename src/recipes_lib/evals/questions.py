@@ -15,7 +15,7 @@ from recipes_lib.core.errors import DataError, EnvironmentFault, one_line
 from recipes_lib.core.files import Row, valid_texts
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.rows import NUM_LISTED
-from recipes_lib.data.sources import hub_answers, offline_by_environment, read_file
+from recipes_lib.data.sources import hub_is_away, read_file
 from recipes_lib.evals.recipe import SUITES, EvalRecipe
 from recipes_lib.evals.suites.checks import AnswerRule, rule_of
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
@@ -148,7 +148,7 @@ def _file(recipe: EvalRecipe, key: str, fetch: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     # asked once: the Hub's client would try six times, and say so each time
-    offline = not fetch or offline_by_environment() or not hub_answers()
+    offline = not fetch or hub_is_away()
     options: Any = {"repo_type": "dataset", "local_files_only": offline}
     try:
         return Path(hf_hub_download(repository, file, **options))

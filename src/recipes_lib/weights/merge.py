@@ -11,8 +11,8 @@ from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import file_hash, publish, write_json
 from recipes_lib.core.lock import run_lock
 from recipes_lib.core.terminal import say, shown_size
-from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import generation_prompt
+from recipes_lib.data.rows import Message
 from recipes_lib.weights.check import recorded_hashes
 from recipes_lib.weights.export import write_card
 from recipes_lib.weights.load import (
