@@ -13,7 +13,7 @@ import recipes_lib
 
 ROOT = Path(recipes_lib.__file__).parent
 ORDER = (
-    ("core", "analysis.stats"),
+    ("core", "stats"),
     ("models",),
     ("config",),
     ("data",),

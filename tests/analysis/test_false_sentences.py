@@ -534,7 +534,43 @@ def test_seeds_are_paired_by_seed(tmp_path: Path) -> None:
             write_values(folder, [float(n < 30 * seed - 1240) for n in range(100)])
             folders[arm].append(folder)
     (row,) = compared(folders).table.rows
-    assert row.difference == 0.0 and "1 seed without a partner left out" in row.flags
+    assert row.difference == 0.0 and "left out: a42" in row.flags
+    for folder in folders["b"]:  # two base runs beside three trainings
+        change(folder / "run.json", lambda state: state.update(kind="base"))
+    (row,) = compared(folders).table.rows
+    assert row.trainings == (2, 0) and "left out: a44" in row.flags
+
+
+def test_seeds_that_lie_far_apart_are_in_the_interval(tmp_path: Path) -> None:
+    """By questions alone the difference is sure; by trainings it is not."""
+    folders: Folders = {"a": [], "b": []}
+    for seed, first, second in ((1, 200, 160), (2, 200, 200), (3, 200, 300)):
+        for arm, right in (("a", first), ("b", second)):
+            folders[arm].append(write_run(tmp_path, f"{arm}{seed}", seed=seed))
+            write_values(folders[arm][-1], [float(n * 7 % 400 < right) for n in range(400)])
+    (claim,) = compared(folders).claims
+    low, high = claim.row.interval or (0.0, 0.0)
+    assert claim.verdict == "not shown" and low < -0.2 and high > 0.3
+
+
+def test_a_pair_without_a_verdict_is_no_tie(tmp_path: Path) -> None:
+    """Head to head 30 wins, 10 losses and 40 open pairs show nothing; as ties they would."""
+    folders = {name: [write_run(tmp_path, name)] for name in ("one", "two")}
+    values = [1.0] * 30 + [0.0] * 10 + [0.5] * 40
+    file = write_judged(folders["two"][0], 80, against="one", values=values)
+    assert claim_of(compared(folders)).verdict == "higher"
+    log = read_eval_log(file)
+    (metric,) = log.metrics
+    samples = tuple(
+        replace(each, value=None, outcome="unresolved", verdicts=("A", "unparsed"))
+        if each.value == 0.5
+        else each
+        for each in metric.samples
+    )
+    write_log(replace(log, metrics=(replace(metric, samples=samples, value=0.75, n=40),)))
+    claim = claim_of(compared(folders))
+    assert claim.verdict == "not shown" and "40 without a verdict" in claim.sentence
+    assert claim.row.interval and claim.row.interval[0] < -0.1 and claim.row.interval[1] > 0.3
 
 
 # ---- What a study may say, and when ----

@@ -11,8 +11,7 @@ import pytest
 from tests.analysis.made_up import write_json, write_lines
 
 from recipes_lib.analysis.claims import conclude
-from recipes_lib.analysis.foreign import read_foreign, unique_names
-from recipes_lib.analysis.runs import ArmRuns, Arms, Run
+from recipes_lib.analysis.runs import Run, arms_of, read_foreign
 from recipes_lib.core.errors import DataError
 
 
@@ -57,8 +56,7 @@ def annotations(file: Path, model: str, preferences: list[float | None]) -> Path
 def compared(*paths: Path) -> Any:
     runs = [read_foreign(path) for path in paths]
     assert all(runs)
-    named = unique_names([run for run in runs if run])
-    return conclude(Arms({name: ArmRuns(name, (run,)) for name, run in named.items()}))
+    return conclude(arms_of([run for run in runs if run]))
 
 
 def test_two_folders_of_lm_eval_are_compared_in_pairs(tmp_path: Path) -> None:
@@ -70,7 +68,7 @@ def test_two_folders_of_lm_eval_are_compared_in_pairs(tmp_path: Path) -> None:
     assert claim.verdict == "better" and claim.row.first == "b" and claim.row.n == 300
     assert claim.row.metric == "lm_eval/arc_easy/acc" and claim.row.unit == "share"
     runs = [Run("llama", tmp_path / name) for name in ("a", "b")]  # told apart by their folders
-    assert list(unique_names(runs)) == ["llama-a", "llama-b"]
+    assert list(arms_of(runs).by_name) == ["llama-a", "llama-b"]
 
 
 def test_other_few_shots_stop_the_verdict_and_other_arguments_are_named(tmp_path: Path) -> None:
@@ -122,10 +120,10 @@ def test_what_is_no_result_of_theirs_is_refused_in_a_line(tmp_path: Path) -> Non
     assert read_foreign(tmp_path) is None and read_foreign(tmp_path / "gone") is None
     file = annotations(tmp_path / "two.json", "mine", [2.0])
     write_json(file, [*json.loads(file.read_text()), 3])
-    with pytest.raises(DataError, match="annotation 2 is not an object"):
+    with pytest.raises(DataError, match="annotation 2"):
         read_foreign(file)
     annotations(file, "mine", [3.0])
-    with pytest.raises(DataError, match="preference 3"):
+    with pytest.raises(DataError, match=r"annotation 1: preference.* 3 is not"):
         read_foreign(file)
 
 

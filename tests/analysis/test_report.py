@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from tests.analysis.made_up import (
     JUDGE,
-    change,
     change_lines,
     plain_text,
     write_judged,
@@ -25,10 +24,9 @@ from tests.analysis.made_up import (
 )
 
 from recipes_lib.analysis.aims import Aims, Design, TunedArm
-from recipes_lib.analysis.claims import conclude
-from recipes_lib.analysis.report import report_html, trainings, write_report
+from recipes_lib.analysis.claims import conclude, conclusion_lines
+from recipes_lib.analysis.report import report_html, write_report
 from recipes_lib.analysis.runs import MOST_POINTS, load_arms, read_curves
-from recipes_lib.analysis.summary import conclusion_lines
 from recipes_lib.analysis.text import p_text, plain_number, question_text, setting_text
 from recipes_lib.evals.log import read_eval_log, write_log
 
@@ -183,13 +181,3 @@ def test_numbers_have_one_form() -> None:
     assert [plain_number(None), plain_number(-0.0001)] == ["n/a", "0.000"]
     assert [p_text(p) for p in (0.0321, 1e-5, 1.0)] == ["p = 0.032", "p < 0.001", "p = 1"]
     assert [setting_text(each) for each in (None, True, 0.0002)] == ["absent", "true", "0.0002"]
-
-
-def test_device_hours_are_of_trainings_that_were_not_resumed(
-    folders: dict[str, list[Path]],
-) -> None:
-    state = folders["r8"][0] / "run.json"
-    change(state, lambda value: value["summary"].update(world_size=4))
-    assert trainings(load_arms(folders))[0]["device_hours"] == pytest.approx(4 * 310.5 / 3600)
-    change(state, lambda value: value.update(resumed=[20]))
-    assert trainings(load_arms(folders))[0]["device_hours"] is None

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.special import gammaln, xlogy
 
-from recipes_lib.analysis.stats import adjust, compare, estimate, mean_interval
+from recipes_lib.stats import adjust, compare, estimate, mean_interval
 
 Arms = tuple[NDArray[np.float64], NDArray[np.float64]]
 Draw = Callable[[np.random.Generator, int, float], Arms]

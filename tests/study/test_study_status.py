@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tests.study.study_files import TOO_LONG, leak_questions
 
-from recipes_lib.analysis.stats import compare
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.stats import compare
 from recipes_lib.study.config import load_study
 from recipes_lib.study.run import SPREADS, base_recipe, base_run, smallest
 

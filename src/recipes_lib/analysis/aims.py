@@ -9,9 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from recipes_lib.evals.suites import UNIT_SCALES
+
 # Metrics that are no share between 0 and 1.
 NO_SHARES = ("grade", "loss", "bits_per_byte")
-SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
 WIDEST_MARGIN = 0.25  # of the scale
 
 
@@ -45,7 +46,7 @@ class Margin:
             return f"{metric} is a share: write points ('2 points') or a number below 1 (0.02)"
         if self.points and unit != "share":
             return f"{metric} is no share and has no points: write a number in its unit"
-        scale = SCALES.get(unit)
+        scale = UNIT_SCALES.get(unit)
         if scale and self.size > WIDEST_MARGIN * (scale[1] - scale[0]):
             return f"{metric}: a margin of more than a quarter of the scale says nothing"
         return ""

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,19 +22,27 @@ from recipes_lib.analysis.text import sentence_list, setting_text
 from recipes_lib.core.files import folder_fingerprint, read_object
 from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.leaks import is_searched
-from recipes_lib.evals.log import CUT, EvalLog, answer_faults
+from recipes_lib.evals.log import CUT, EvalLog, Sample, answer_faults
 from recipes_lib.training.resume_guard import flatten
 
 Severity = Literal["error", "confound", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
-LONGER = 1.5
 # What only an audit asks; the rest is measured from the judgments themselves.
 ASKED_IN_AUDIT = {*PROBES.values(), HUMAN}
 UNAUDITED = "judge-not-audited"  # stands in the sentences that it touches
 MANY_ARMS = 5
+_ONE_MODEL = (
+    "are one run",
+    "have the same final weights, byte for byte",
+    "were answered for by the same weights",
+)
 _PROMPT = ("data.prompt_format", "data")
-_ONE_FORMAT = "train both in one prompt format, or declare data.prompt_format as a factor"
+_PRECISION = ("quantization", "quantization.load_in_4bit", "model.dtype")
+_ONE_FORMAT = (
+    "train both in one prompt format, or declare the difference in a study:"
+    " factors: {format: [data.prompt_format]}"
+)
 AUDIT_COMMAND = "recipes judge audit --judge JUDGE.yaml --labels FILE"
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
 # check of its own.
@@ -42,6 +50,9 @@ _FREE = re.compile(
     r"name|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine|batch_tokens"
     r"|base_url|served_name|api_key_variable|concurrency|timeout_s|max_retries|num_processes)"
 )
+
+
+_Logged = tuple[str, Run, EvalLog]  # the arm first
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Finding:
     code: str
     severity: Severity
     title: str
-    evidence: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = field(default=(), compare=False)  # every seed may say the same
     remedy: str = ""
     arms: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
@@ -93,8 +104,8 @@ def _metrics(logs: Iterable[EvalLog]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(metric.name for log in logs for metric in log.metrics))
 
 
-def _by_eval(arms: Arms) -> dict[str, list[tuple[str, Run, EvalLog]]]:
-    logs: dict[str, list[tuple[str, Run, EvalLog]]] = defaultdict(list)
+def _by_eval(arms: Arms) -> dict[str, list[_Logged]]:
+    logs: dict[str, list[_Logged]] = defaultdict(list)
     for arm in arms:
         for run in arm.runs:
             for log in run.evals:
@@ -107,68 +118,55 @@ def _by_eval(arms: Arms) -> dict[str, list[tuple[str, Run, EvalLog]]]:
 
 def check_copies(arms: Arms) -> Iterator[Finding]:
     """Yield arms that share a run, final weights or all answers, and seeds of equal weights."""
-    weights, answered, one_run = (
-        "{} have the same final weights, byte for byte",
-        "The same weights answered for {}",
-        "{} are one run",
-    )
-    # title and what is identical -> arm -> where it was seen
-    seen: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    of_runs: dict[tuple[str, str], set[str]] = defaultdict(set)  # of an arm with equal weights
-    for arm in arms:
-        for run in arm.runs:
-            seen[one_run, run.name][arm.name].append(f"runs/{run.name}")
-            for log in run.evals:
-                if known := log.answers.fingerprint:
-                    line = f"{run_place(log.file)}: weights {known[:12]}"
-                    seen[answered, known][arm.name].append(line)
-                    of_runs[arm.name, known].add(f"runs/{run.name}")
-    folders: dict[int, list[tuple[str, Path]]] = defaultdict(list)  # of final weights, by size
-    for arm in arms:
-        names = [run.folder / name for run in arm.runs for name in ("adapter", "model")]
-        for folder in dict.fromkeys(names):
-            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-            folders[size].append((arm.name, folder))
-    for size, of_size in folders.items():
-        for name, folder in of_size if size and len(of_size) > 1 else ():
-            known = folder_fingerprint(folder)
-            seen[weights, known][name].append(run_place(folder))
-            of_runs[name, known].add(f"runs/{folder.parent.name}")
+    # arm -> title and what is identical -> run -> where it was seen
+    seen: dict[str, dict[tuple[str, str], dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for name, title, known, run, place in _identities(arms):
+        seen[name][title, known][run] = place
     for first, second in itertools.combinations(arms, 2):
         both = (first.name, second.name)
-        for title in (one_run, weights, answered):
-            shared = [seen[key] for key in seen if key[0] == title and {*both} <= seen[key].keys()]
-            if shared:
-                lines = dict.fromkeys(
-                    line for places in shared for arm in both for line in places[arm]
-                )
-                remedy = "find out which arm it belongs to, and make the other's anew"
-                title = title.format(" and ".join(both))
-                yield Finding("same-model", "error", title, (*lines,), remedy, both)
-                break
+        shared = [key for key in seen[first.name] if key in seen[second.name]]
+        if shared:
+            title = min((key[0] for key in shared), key=_ONE_MODEL.index)
+            places = [seen[name][key].values() for key in shared for name in both]
+            lines = tuple(dict.fromkeys(itertools.chain(*places)))
+            remedy = "find out which arm it belongs to, and make the other's anew"
+            title = f"{' and '.join(both)} {title}"
+            yield Finding("same-model", "error", title, lines, remedy, both)
         else:
             yield from _same_answers(first, second)
-    for (name, _), places in of_runs.items():
-        if len(places) > 1 and not arms[name].is_base:
-            title = f"{len(places)} trainings of {name} ended with the same weights"
-            remedy = "one training must not count twice: did the seed reach the training?"
-            yield Finding("same-seeds", "error", title, (*sorted(places),), remedy, (name,))
+    for name, identities in seen.items():
+        for runs in identities.values():
+            if len(runs) > 1 and not arms[name].is_base:
+                title = f"{len(runs)} trainings of {name} ended with the same weights"
+                remedy = "one training must not count twice: did the seed reach the training?"
+                yield Finding("same-seeds", "error", title, (*sorted(runs),), remedy, (name,))
+
+
+def _identities(arms: Arms) -> Iterator[tuple[str, str, str, str, str]]:
+    """What each run is, its weights and what answered: arm, title, identity, run and place."""
+    folders: dict[int, list[tuple[str, str, Path]]] = defaultdict(list)  # of weights, by size
+    for arm in arms:
+        for run in arm.runs:
+            yield arm.name, _ONE_MODEL[0], run.name, run.name, f"runs/{run.name}"
+            for log in run.evals:
+                if known := log.answers.fingerprint:
+                    yield arm.name, _ONE_MODEL[2], known, run.name, run_place(log.file)
+            for folder in (run.folder / "adapter", run.folder / "model"):
+                size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+                folders[size].append((arm.name, run.name, folder))
+    for size, of_size in folders.items():
+        for name, run_name, folder in of_size if size and len(of_size) > 1 else ():
+            yield name, _ONE_MODEL[1], folder_fingerprint(folder), run_name, run_place(folder)
 
 
 def _same_answers(first: ArmRuns, second: ArmRuns) -> Iterator[Finding]:
     """Answers of one evaluation that are all the same in both arms."""
     logs = {(log.eval, log.against): log for log in second.logs}
-    named: set[str] = set()
-    for log in first.logs:
-        other = logs.get((log.eval, log.against))
-        if other is None or log.eval in named:
-            continue
+    for log in {log.eval: log for log in first.logs if (log.eval, log.against) in logs}.values():
+        other = logs[log.eval, log.against]
         texts, other_texts = _answers(log), _answers(other)
         common = texts.keys() & other_texts.keys()
-        if len(common) > 1 and all(
-            texts[key].split() == other_texts[key].split() for key in common
-        ):
-            named.add(log.eval)
+        if len(common) > 1 and all(texts[key] == other_texts[key] for key in common):
             title = f"All answers of {first.name} and {second.name} in {log.eval} are the same"
             places = (run_place(log.file), run_place(other.file))
             remedy = "equal models give equal answers; else one set is a copy: make it anew"
@@ -176,29 +174,27 @@ def _same_answers(first: ArmRuns, second: ArmRuns) -> Iterator[Finding]:
             yield Finding("same-answers", "error", title, places, remedy, pair, metrics)
 
 
-def _answers(log: EvalLog) -> Mapping[Any, str]:
+def _answers(log: EvalLog) -> Mapping[Any, Sequence[str]]:
     samples = (sample for metric in log.metrics for sample in metric.samples)
-    return {sample.key: sample.answer for sample in samples if sample.answer is not None}
+    return {sample.key: sample.answer.split() for sample in samples if sample.answer is not None}
 
 
 def check_former_opponents(arms: Arms) -> Iterator[Finding]:
     """Yield verdicts against answers of a run that has other weights now."""
-    for arm, rival in itertools.permutations(arms, 2):
-        runs = {run.name: run for run in rival.runs}
-        for log in arm.logs:
-            run = runs.get(log.against or "")
-            if run is None or log.opponent is None:
-                continue
-            judged = log.opponent.fingerprint
-            same_eval = (other for other in run.evals if other.eval == log.eval)
-            now = {other.answers.fingerprint for other in same_eval} - {""}
-            if judged and now and judged not in now:
-                title = f"{arm.name} was judged in {log.eval} against former answers of {run.name}"
-                lines = (f"{run_place(log.file)}: weights {judged[:12]}", f"now {min(now)[:12]}")
-                remedy = f"recipes eval EVAL {log.file.parents[2].name} --against {run.name}"
-                metrics = tuple(metric.name for metric in log.metrics if metric.opponent)
-                scope = (arm.name, rival.name), metrics, rival.name
-                yield Finding("former-opponent", "error", title, lines, remedy, *scope)
+    runs = {run.name: (rival.name, run) for rival in arms for run in rival.runs}
+    for arm, log in arms.logs:
+        rival, run = runs.get(log.against or "", ("", None))
+        if run is None or log.opponent is None:
+            continue
+        judged = log.opponent.fingerprint
+        now = {each.answers.fingerprint for each in run.evals if each.eval == log.eval} - {""}
+        if judged and now and judged not in now:
+            title = f"{arm} was judged in {log.eval} against former answers of {run.name}"
+            lines = (f"{run_place(log.file)}: weights {judged[:12]}", f"now {min(now)[:12]}")
+            remedy = f"recipes eval EVAL {log.file.parents[2].name} --against {run.name}"
+            metrics = tuple(metric.name for metric in log.metrics if metric.opponent)
+            scope = (arm, rival), metrics, rival
+            yield Finding("former-opponent", "error", title, lines, remedy, *scope)
 
 
 # ---- The judge ----
@@ -208,14 +204,23 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
     """Yield judges that differ, are weak, not audited or their own, and verdicts of one order."""
     failed, audited = _audits(arms)
     for name, every in _by_eval(arms).items():
-        logs = [(arm, run, log) for arm, run, log in every if log.suite != "lm_eval"]
+        logs = [logged for logged in every if logged[2].suite != "lm_eval"]
         judges = {log.judge.fingerprint: log.judge for _, _, log in logs if log.judge}
         if not judges:
             continue
         metrics = _metrics(log for _, _, log in logs)
         yield from _different_judges(name, logs, metrics)
-        yield from _self_judged(name, logs, metrics)
-        yield from _judged_in_one_order(name, logs)
+        for arm, run, log in logs:
+            place = (run_place(log.file),)
+            if kin := _kinship(log, run):
+                title, remedy = f"{arm} was judged by {kin} in {name}", "use another family's judge"
+                yield Finding("self-judged", "error", title, place, remedy, (arm,), metrics)
+            judged = [metric for metric in log.metrics if log.judge and metric.opponent is not None]
+            single = tuple(metric.name for metric in judged if any(map(_is_single, metric.samples)))
+            if single:  # a judge's preference for a position is part of the rate
+                title = f"Comparisons of {arm} in {name} were judged in one order only"
+                remedy = "judge both orders (recipes eval does)"
+                yield Finding("one-order", "error", title, place, remedy, (arm,), single)
         lines = tuple(dict.fromkeys(line for key in judges for line in failed.get(key, ())))
         if lines:
             title = f"The judge of {name} failed its audit: {lines[0].partition(': ')[2]}"
@@ -229,6 +234,10 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
         if weak:
             title = f"The judge of {name} is a weak one"
             yield Finding("weak-judge", "warning", title, weak, "use a stronger judge", (), metrics)
+
+
+def _is_single(sample: Sample) -> bool:
+    return len(sample.verdicts) == 1 and not sample.by_rule
 
 
 def _audits(arms: Arms) -> tuple[dict[str, list[str]], set[str]]:
@@ -255,7 +264,7 @@ def _audits(arms: Arms) -> tuple[dict[str, list[str]], set[str]]:
 
 
 def _different_judges(
-    name: str, logs: Sequence[tuple[str, Run, EvalLog]], metrics: tuple[str, ...]
+    name: str, logs: Sequence[_Logged], metrics: tuple[str, ...]
 ) -> Iterator[Finding]:
     """Every two arms of other judges; a judge that is not recorded may be any."""
     judges: dict[str, set[str]] = defaultdict(set)
@@ -269,21 +278,6 @@ def _different_judges(
             lines = tuple(f"{arm}: {', '.join(sorted(judges[arm]))}" for arm in pair)
             remedy = "evaluate all arms with one judge"
             yield Finding("judges-differ", "error", title, lines, remedy, pair, metrics)
-
-
-def _self_judged(
-    name: str, logs: Sequence[tuple[str, Run, EvalLog]], metrics: tuple[str, ...]
-) -> Iterator[Finding]:
-    judged = {arm for arm, _, log in logs if log.judge}
-    related = {arm: (kin, log) for arm, run, log in logs if (kin := _kinship(log, run))}
-    remedy = "judge with a model of another family"
-    if related.keys() == judged:
-        title = f"The judge of {name} is one of the models that it judges, or their base"
-        yield Finding("self-judged", "error", title, (), remedy, (), metrics)
-        return
-    for arm, (kin, log) in related.items():
-        title, lines = f"{arm} was judged by {kin} in {name}", (run_place(log.file),)
-        yield Finding("self-judged", "error", title, lines, remedy, (arm,), metrics)
 
 
 def _kinship(log: EvalLog, run: Run) -> str:
@@ -308,49 +302,20 @@ def _kinship(log: EvalLog, run: Run) -> str:
     return ""
 
 
-def _judged_in_one_order(name: str, logs: Sequence[tuple[str, Run, EvalLog]]) -> Iterator[Finding]:
-    """Comparisons of one verdict: a judge's preference for a position is part of the rate."""
-    for arm, _, log in logs:
-        for metric in log.metrics if log.judge else ():
-            single = [
-                each for each in metric.samples if len(each.verdicts) == 1 and not each.by_rule
-            ]
-            if single and metric.opponent is not None:
-                title = (
-                    f"{len(single)} comparisons of {arm} in {name} were judged in one order only"
-                )
-                lines, remedy = (run_place(log.file),), "judge both orders (recipes eval does)"
-                yield Finding("one-order", "error", title, lines, remedy, (arm,), (metric.name,))
-
-
 # ---- The answers ----
 
 
 def check_answers(arms: Arms) -> Iterator[Finding]:
-    """Yield arms whose answers are often one text, empty, cut or in a loop, or much longer."""
-    for name, logs in _by_eval(arms).items():
-        lengths: dict[str, list[int]] = defaultdict(list)
-        worst: dict[tuple[str, str], tuple[float, Finding]] = {}
-        for arm, _, log in logs:
-            for metric in log.metrics[:1]:
-                lengths[arm] += [sample.lengths[0] for sample in metric.samples if sample.lengths]
-            for what, (times, n) in answer_faults(log).items():
-                if log.suite == "checks" and what == CUT:
-                    continue  # where more text could decide, the answer is counted both ways
-                share = times / n if n else 0.0
-                if times > 2 and share > max(SOME_DEGENERATE, worst.get((arm, what), (0.0,))[0]):
-                    worst[arm, what] = share, _degenerate(arm, log, what, times, n)
-        yield from (finding for _, finding in worst.values())
-        means = {arm: sum(some) / len(some) for arm, some in lengths.items() if some}
-        judged = any(log.judge for _, _, log in logs)
-        for pair in itertools.combinations(means, 2) if judged else ():
-            short, long = sorted(pair, key=means.__getitem__)
-            if means[long] >= LONGER * means[short] > 0:
-                ratio = f"{means[long] / means[short]:.1f} times as long as {short}'s"
-                title = f"{long}'s answers in {name} are {ratio}, and judges prefer long ones"
-                lines = tuple(f"{arm}: {means[arm]:,.0f} characters on average" for arm in pair)
-                metrics = _metrics(log for _, _, log in logs)
-                yield Finding("longer-answers", "warning", title, lines, "", pair, metrics)
+    """Yield arms whose answers are often one text, empty, cut or in a loop."""
+    worst: dict[tuple[str, str, str], tuple[float, Finding]] = {}  # of the trainings of an arm
+    for arm, log in arms.logs:
+        for what, (times, n) in answer_faults(log).items():
+            if log.suite == "checks" and what == CUT:
+                continue  # where more text could decide, the answer is counted both ways
+            key, share = (arm, log.eval, what), times / n if n else 0.0
+            if times > 2 and share > max(SOME_DEGENERATE, worst.get(key, (0.0,))[0]):
+                worst[key] = share, _degenerate(arm, log, what, times, n)
+    yield from (finding for _, finding in worst.values())
 
 
 def _degenerate(arm: str, log: EvalLog, what: str, times: int, n: int) -> Finding:
@@ -369,7 +334,7 @@ def _degenerate(arm: str, log: EvalLog, what: str, times: int, n: int) -> Findin
 
 def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield what differs between the evaluations of two arms."""
-    for arm, log in () if design and design.declares(*_PROMPT) else arms.logs:
+    for arm, log in () if _declared(design, _PROMPT) else arms.logs:
         both = (arm, arms.opponent(log.against) or "")
         formats = {facts.prompt_format_hash for facts in (log.answers, log.opponent) if facts}
         if both[1] in arms.by_name and len(formats - {None, ""}) > 1:
@@ -377,25 +342,16 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
             scope = (run_place(log.file),), _ONE_FORMAT, both, _metrics((log,))
             yield Finding("protocol-differs", "error", title, *scope)
     for name, logs in _by_eval(arms).items():
-        by_arm: dict[str, list[EvalLog]] = defaultdict(list)
-        for arm, _, log in logs:
-            by_arm[arm].append(log)
-        for pair in itertools.combinations(by_arm, 2):
-            findings: dict[tuple[str, str], Finding] = {}  # every pair of seeds says the same again
-            for left, right in itertools.product(by_arm[pair[0]], by_arm[pair[1]]):
-                opponent = _common_opponent(arms, pair, left, right)
-                if opponent is None:
-                    continue
-                metrics = _metrics((left, right))
-                for check in (_settings_differ, _texts_differ, _facts_differ):
-                    if finding := check(pair, left, right, design):
-                        scoped = replace(finding, arms=pair, metrics=metrics, opponent=opponent)
-                        findings.setdefault((finding.code, opponent), scoped)
-            yield from findings.values()
+        metrics = _metrics(log for _, _, log in logs)
+        for (arm, _, left), (other, _, right) in itertools.combinations(logs, 2):
+            opponent = _common_opponent(arms, (arm, other), left, right)
+            if arm != other and opponent is not None:
+                yield from _asked_differently(
+                    left, right, design, ((arm, other), metrics, opponent)
+                )
         subsets = tuple(dict.fromkeys(f"{arm}: {log.subset}" for arm, _, log in logs if log.subset))
         if subsets:
             title = f"{name} asked a part of its questions"
-            metrics = _metrics(log for _, _, log in logs)
             yield Finding("subset", "warning", title, subsets, "ask all of them", (), metrics)
 
 
@@ -412,28 +368,46 @@ def _common_opponent(
     return "" if both_are_arms else None
 
 
-def _settings_differ(
-    pair: tuple[str, str], first_log: EvalLog, second_log: EvalLog, design: Design | None
-) -> Finding | None:
-    of_prompt = design is None or not design.declares(*_PROMPT)
-    first, second = _settings(first_log, of_prompt), _settings(second_log, of_prompt)
-    lines = _unequal(pair, first, second, first_log.source or second_log.source)
-    if not lines:
-        return None
-    what = f"{first_log.eval}: {sentence_list([*lines], 3)}"
-    title = f"{pair[0]} and {pair[1]} were asked differently in {what}"
-    remedy = _ONE_FORMAT if [*lines] == ["prompt format"] else "evaluate both with one eval recipe"
-    return Finding("protocol-differs", "error", title, (*lines.values(),), remedy)
+def _declared(design: Design | None, keys: Sequence[str]) -> bool:
+    return design is not None and design.declares(*keys)
+
+
+def _asked_differently(
+    first: EvalLog,
+    second: EvalLog,
+    design: Design | None,
+    scope: tuple[tuple[str, str], tuple[str, ...], str],
+) -> Iterator[Finding]:
+    """Settings and texts of two evaluations, and the precision, versions and code that answered."""
+    both, pair = " and ".join(scope[0]), scope[0]
+    foreign = bool(first.source or second.source)
+    of_prompt, of_precision = (not _declared(design, keys) for keys in (_PROMPT, _PRECISION))
+    lines = _unequal(pair, [_settings(log, of_prompt) for log in (first, second)], foreign)
+    if lines:
+        title = f"{both} were asked differently in {first.eval}: {sentence_list([*lines], 3)}"
+        remedy = _ONE_FORMAT if "prompt format" in lines else "evaluate both with one eval recipe"
+        yield Finding("protocol-differs", "error", title, (*lines.values(),), remedy, *scope)
+    texts = _other_texts(first, second)
+    if texts:
+        title = f"{both} were asked other texts under the same ids in {first.eval}"
+        remedy = "evaluate both with one file of questions and one of reference answers"
+        yield Finding("texts-differ", "error", title, texts, remedy, *scope)
+    lines = _unequal(pair, [_facts(log, of_precision) for log in (first, second)], foreign)
+    if lines:
+        what = f"were evaluated with other {sentence_list([*lines], 3)} in {first.eval}"
+        about = f"{both} {what}", (*lines.values(),), "evaluate both with one version"
+        yield Finding("evaluated-differently", "confound", *about, *scope)
 
 
 def _unequal(
-    pair: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any], source: str
+    pair: tuple[str, str], values: Sequence[Mapping[str, Any]], foreign: bool
 ) -> dict[str, str]:
     """What differs, a line for each; the files of another program do not say everything."""
+    first, second = values
     keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
-    if source:
+    if foreign:
         keys = [key for key in keys if key in first and key in second]
-    texts = {key: [setting_text(known.get(key)) for known in (first, second)] for key in keys}
+    texts = {key: [setting_text(known.get(key)) for known in values] for key in keys}
     return {key: f"{key}: {pair[0]} {a}, {pair[1]} {b}" for key, (a, b) in texts.items()}
 
 
@@ -456,50 +430,26 @@ def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
     return values
 
 
-def _texts_differ(
-    pair: tuple[str, str], first_log: EvalLog, second_log: EvalLog, design: Design | None
-) -> Finding | None:
+def _other_texts(first: EvalLog, second: EvalLog) -> tuple[str, ...]:
     """Items of one id that were about another question, or another answer of one opponent."""
     samples, others = (
         {(metric.key, sample.key): sample for metric in log.metrics for sample in metric.samples}
-        for log in (first_log, second_log)
+        for log in (first, second)
     )
-    asked: set[str] = set()
-    opposed: set[str] = set()
+    differing: dict[str, set[str]] = defaultdict(set)
     for key in samples.keys() & others.keys():
         sample, other = samples[key], others[key]
         if _differ(sample.input, other.input):
-            asked.add(sample.id)
-        elif first_log.against == second_log.against and _differ(sample.opponent, other.opponent):
-            opposed.add(sample.id)
-    kinds = (("the question", asked), (f"the answer of {first_log.against}", opposed))
-    lines = [f"{what} differs for {len(ids)} ids, {min(ids)} is one" for what, ids in kinds if ids]
-    if not lines:
-        return None
-    what = f"other texts under the same ids in {first_log.eval}"
-    title = f"{pair[0]} and {pair[1]} were asked {what}"
-    remedy = "evaluate both with one file of questions and one of reference answers"
-    return Finding("texts-differ", "error", title, tuple(lines), remedy)
+            differing["the question"].add(sample.id)
+        elif first.against == second.against and _differ(sample.opponent, other.opponent):
+            differing[f"the answer of {first.against}"].add(sample.id)
+    return tuple(
+        f"{what} differs for {len(ids)} ids, {min(ids)} is one" for what, ids in differing.items()
+    )
 
 
 def _differ(text: str | None, other: str | None) -> bool:
     return text is not None and other is not None and text.strip() != other.strip()
-
-
-def _facts_differ(
-    pair: tuple[str, str], first_log: EvalLog, second_log: EvalLog, design: Design | None
-) -> Finding | None:
-    """Precision of the answers, versions and code of two evaluations."""
-    of_precision = ("quantization", "quantization.load_in_4bit", "model.dtype")
-    declared = design and design.declares(*of_precision)
-    first, second = (_facts(log, precision=not declared) for log in (first_log, second_log))
-    lines = _unequal(pair, first, second, first_log.source or second_log.source)
-    if not lines:
-        return None
-    what = f"{sentence_list([*lines], 3)} in {first_log.eval}"
-    title = f"{pair[0]} and {pair[1]} were evaluated with other {what}"
-    remedy = "evaluate both again with one version"
-    return Finding("evaluated-differently", "confound", title, (*lines.values(),), remedy)
 
 
 def _facts(log: EvalLog, precision: bool) -> dict[str, Any]:
@@ -519,20 +469,15 @@ def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
     for first, second in itertools.combinations(arms, 2):
         both = (first.name, second.name)
         differences = arm_differences(first, second, design)
-        confounds = [difference for difference in differences if difference.level == "confound"]
-        if not confounds:
-            continue
-        lines = tuple(
-            f"{each.what}: {both[0]} {each.first}, {both[1]} {each.second}" for each in confounds
-        )
-        names = sentence_list([difference.what for difference in confounds], 4)
-        if design is None:
-            title = f"{first.name} and {second.name} differ in {names}"
+        confounds = [each for each in differences if each.level == "confound"]
+        names = sentence_list([each.what for each in confounds], 4)
+        title = f"{both[0]} and {both[1]} differ in {names}"
+        lines = tuple(each.text for each in confounds)
+        if confounds and design is None:
             remedy = "a study declares what is meant to differ, so that a cause can be named"
             yield Finding("differences", "note", title, lines, remedy, both)
-        else:
-            also = f"also differ in {names}, which no factor declares"
-            title = f"{first.name} and {second.name} {also}"
+        elif confounds:
+            title += ", which no factor declares"
             remedy = "give both the same values, or declare them under factors"
             yield Finding("undeclared-difference", "confound", title, lines, remedy, both)
 
@@ -557,8 +502,7 @@ def check_leaks(arms: Arms) -> Iterator[Finding]:
     for arm in arms:
         # runs of one arm saw the same rows, so the first result of each evaluation says it
         for log in {log.eval: log for log in reversed(arm.logs)}.values():
-            questions = (log.recipe.get("data") or {}).get("questions")
-            if arm.is_base or not log.metrics or not is_searched(log.suite, questions):
+            if arm.is_base or not log.metrics or not is_searched(log.suite, _questions(log)):
                 continue
             if log.leaks is None or log.leaks.why:
                 unknown[log.eval][arm.name] = None
@@ -585,8 +529,7 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
         line = "Holm's correction does not shrink the lead itself"
         remedy = "train the best one again with new seeds"
         yield Finding("best-of-many", "warning", title, (line,), remedy)
-    of_rows = ((log, (log.recipe.get("data") or {}).get("questions")) for _, log in arms.logs)
-    on_validation = _metrics(log for log, questions in of_rows if questions == "validation")
+    on_validation = _metrics(log for _, log in arms.logs if _questions(log) == "validation")
     for arm in arms:
         grid = tuned.get(arm.name)
         if grid and grid.edge:
@@ -597,18 +540,20 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
         trains = [run.resolved.get("train") or {} for run in arm.runs]
         best = any(values.get("load_best_model_at_end") for values in trains)
         if (grid or best) and on_validation:
-            chosen = grid.key if grid else "checkpoint"
-            title = f"The validation rows chose the {chosen} of {arm.name}"
+            title = f"The validation rows chose the weights of {arm.name}"
             remedy = "a loss on them is too good: compare on data.questions: test"
             scope = ((arm.name,), on_validation)
             yield Finding("chosen-on-validation", "warning", title, (), remedy, *scope)
-    grids = {arm.name: tuned.get(arm.name) for arm in trained}
-    known = {name: (grid.key, grid.values) if grid else None for name, grid in grids.items()}
-    for first, second in itertools.combinations(known, 2):
-        if known[first] != known[second]:
-            title = f"{first} and {second} were not tuned over the same values"
+    for both in itertools.combinations([arm.name for arm in trained], 2):
+        grids = {(grid.key, grid.values) if (grid := tuned.get(arm)) else None for arm in both}
+        if len(grids) > 1:
+            title = f"{both[0]} and {both[1]} were not tuned over the same values"
             remedy = "tune under the study's own key, not under an arm's"
-            yield Finding("tuned-differently", "confound", title, (), remedy, (first, second))
+            yield Finding("tuned-differently", "confound", title, (), remedy, both)
+
+
+def _questions(log: EvalLog) -> Any:
+    return (log.recipe.get("data") or {}).get("questions")
 
 
 def check_presence(arms: Arms) -> Iterator[Finding]:
@@ -622,7 +567,6 @@ def check_presence(arms: Arms) -> Iterator[Finding]:
                 remedy = "finish it, and evaluate again"
                 yield Finding("not-finished", "error", title, place, remedy, touched)
             if run.unfinished:
-                missing = sentence_list(run.unfinished)
-                title = f"{arm.name} has no result of {missing}, which was begun"
+                title = f"{arm.name} has no result of {sentence_list(run.unfinished)}"
                 remedy = "the same recipes eval command finishes it and asks nothing twice"
                 yield Finding("unfinished-evaluation", "warning", title, place, remedy, touched)

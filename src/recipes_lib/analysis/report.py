@@ -13,30 +13,34 @@ import math
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from recipes_lib.analysis import plots, text
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.checks import SEVERITIES
-from recipes_lib.analysis.claims import Conclusion, effect_text, limits_text, where_text
+from recipes_lib.analysis.claims import (
+    Conclusion,
+    effect_text,
+    limits_text,
+    report_markdown,
+    where_text,
+)
 from recipes_lib.analysis.differences import code_text
 from recipes_lib.analysis.runs import Arms
-from recipes_lib.analysis.samples import collect_samples
-from recipes_lib.analysis.summary import report_markdown
-from recipes_lib.analysis.table import score_interval
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import printable
-from recipes_lib.evals.log import Sample, answer_faults
+from recipes_lib.evals.log import ORDERS, Sample, answer_faults
+from recipes_lib.evals.suites import numbers_of
 
 TEMPLATES = Path(__file__).parent / "templates"
+MOST_CHARACTERS, LONGEST_TEXT = 330_000, 4_000
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # a spreadsheet would calculate it
 _PYTHON = re.compile(r"(?<!\S)\S*python[\d.]* -m (recipes_lib\.\w+)")
 _PATH = re.compile(r"(?<![\w./:~-])(?:/|(?:\.\./)+)(?:[^\s/'\",;)]+/)+([^\s/'\",;)]+)")
@@ -80,7 +84,7 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         Markup((TEMPLATES / name).read_text(encoding="utf-8"))
         for name in ("report.css", "samples.js")
     )
-    samples = collect_samples(arms)
+    samples = sample_data(arms)
     ours = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
     findings = [
         (severity, of_severity)
@@ -104,7 +108,7 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         categories=categories(arms),
         audits=_audits(arms),
         samples=samples,
-        sample_data=Markup(samples.json()),
+        sample_data=Markup(script_json(samples)),
         commands=commands(arms, design),
         provenance=provenance(arms, design),
         style=style,
@@ -118,36 +122,29 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
 def trainings(arms: Arms) -> list[dict[str, Any]]:
     """Return the numbers of each training; losses are per token, of one run, and not tested."""
     rows = []
-    for arm in arms:
-        for run in arm.runs:
-            summary = run.state.get("summary") or {}
-            if run.is_base or not (run.curves or summary):
-                continue
-            last = {name: curve.points[-1] for name, curve in run.curves.items()}
-            loss, eval_loss = (last.get(name, (0, None))[1] for name in ("loss", "eval_loss"))
-            hours = None
-            # the seconds of a resumed training are those of its last attempt alone
-            if summary.get("seconds") is not None and not run.state.get("resumed"):
-                hours = float(summary["seconds"]) * int(summary.get("world_size") or 1) / 3600
-            devices = run.environment.get("devices") or ["not recorded"]
-            rows.append(
-                {
-                    "arm": arm.name,
-                    "run": run.name,
-                    "seed": run.seed,
-                    "steps": summary.get("steps")
-                    or max((int(step) for step, _ in last.values()), default=None),
-                    "rows": summary.get("training_rows"),
-                    "loss": summary.get("last_training_loss") or loss,
-                    "validation_loss": summary.get("last_validation_loss") or eval_loss,
-                    "tokens_per_second": summary.get("tokens_per_second"),
-                    "peak_memory_gib": summary.get("peak_memory_gib"),
-                    "device_hours": hours,
-                    "launch": str(run.state.get("launch") or "not recorded"),
-                    "devices": f"{len(devices)} x {devices[0]}" if devices[1:] else devices[0],
-                    "file": f"{run.name}/run.json",
-                }
-            )
+    for arm, run in ((each, run) for each in arms for run in each.runs if not run.is_base):
+        summary = run.state.get("summary") or {}
+        if not (run.curves or summary):
+            continue
+        last = {name: curve.points[-1] for name, curve in run.curves.items()}
+        ends = [*last.values()]
+        loss, eval_loss = (last.get(name, (0, None))[1] for name in ("loss", "eval_loss"))
+        devices = run.environment.get("devices") or ["not recorded"]
+        rows.append(
+            {
+                "arm": arm.name,
+                "run": run.name,
+                "seed": run.seed,
+                "steps": summary.get("steps") or max((int(step) for step, _ in ends), default=None),
+                "rows": summary.get("training_rows"),
+                "loss": summary.get("last_training_loss") or loss,
+                "validation_loss": summary.get("last_validation_loss") or eval_loss,
+                "tokens_per_second": summary.get("tokens_per_second"),
+                "peak_memory_gib": summary.get("peak_memory_gib"),
+                "devices": f"{len(devices)} x {devices[0]}" if devices[1:] else devices[0],
+                "file": f"{run.name}/run.json",
+            }
+        )
     return rows
 
 
@@ -179,24 +176,13 @@ def categories(arms: Arms) -> dict[str, list[dict[str, Any]]]:
             continue
         opponent = arms.opponent(metric.opponent)
         title = f"{metric.label} against {opponent}" if opponent else metric.label
+        about = {"metric": title, "arm": arm.name, "unit": metric.unit}
+        about["file"] = "/".join(metric.file.parts[-4:])
         for name, some in samples.items():
-            value, limits = None, None
-            if some:
-                values = np.array([[sample.value for sample in some]], dtype=float)
-                value = float(values.mean())
-                limits = score_interval(values, [sample.id for sample in some], metric.unit)
-            by_title[title].append(
-                {
-                    "metric": title,
-                    "category": name,
-                    "arm": arm.name,
-                    "unit": metric.unit,
-                    "value": value,
-                    "interval": limits,
-                    "n": len(some),
-                    "file": "/".join(metric.file.parts[-4:]),
-                }
-            )
+            known = [each.value for each in some], [each.id for each in some], metric.unit
+            unknown = dict.fromkeys(("value", "low", "high"))
+            row = {**about, "category": name, **unknown, **numbers_of(*known)}
+            by_title[title].append(row)
     return {
         title: sorted(rows, key=lambda row: str(row["category"]))
         for title, rows in by_title.items()
@@ -206,14 +192,10 @@ def categories(arms: Arms) -> dict[str, list[dict[str, Any]]]:
 def _audits(arms: Arms) -> list[tuple[str, Any, Any]]:
     """The audit of each judge in each evaluation: that which measured most checks."""
     audits: dict[tuple[str, str], tuple[str, Any, Any]] = {}
-    weights: dict[tuple[str, str], tuple[int, int]] = {}
-    for _, log in arms.logs:
-        if log.judge and log.audit:
-            key = log.eval, log.judge.fingerprint
-            measured = sum(check.result != "not measured" for check in log.audit.checks)
-            weight = measured, log.audit.asked
-            if weight >= weights.get(key, (0, 0)):
-                audits[key], weights[key] = (log.eval, log.judge, log.audit), weight
+    logs = [log for _, log in arms.logs if log.judge and log.audit]
+    for log in sorted(logs, key=lambda log: -len(log.audit.not_measured) if log.audit else 0):
+        if log.judge:
+            audits[log.eval, log.judge.fingerprint] = log.eval, log.judge, log.audit
     return list(audits.values())
 
 
@@ -343,3 +325,76 @@ def provenance(arms: Arms, design: Design | None) -> list[tuple[str, str]]:
         if value:
             lines[name].append(value)
     return [(name, "; ".join(values)) for name, values in lines.items()]
+
+
+# ---- Samples: text of models, which stays text ----
+
+
+def sample_data(arms: Arms) -> dict[str, Any]:
+    """Return the samples of every evaluation that has texts, comparisons between arms first.
+
+    A page holds what fits into `MOST_CHARACTERS`, evenly chosen. A sample is (group, question,
+    category, outcome, turned, place of the input, of the answer, of the opponent's answer,
+    verdicts), a verdict (order, what was said, place of its text).
+    """
+    pages: list[tuple[dict[str, str], list[Sample]]] = []
+    size, places = 0, dict[str, int]()  # of all texts; a question stands there once for all arms
+    for arm, log in sorted(
+        arms.logs, key=lambda logged: arms.opponent(logged[1].against) not in arms.by_name
+    ):
+        # of the comparison, else of the first metric
+        metrics = sorted(log.metrics, key=lambda metric: metric.opponent is None)[:1]
+        some = [
+            each for metric in metrics for each in metric.samples if each.answer or any(each.raws)
+        ]
+        opponent = arms.opponent(log.against) or ""
+        how = f"against {opponent}" if opponent else "graded" if log.judge else "checked by rules"
+        group = {"title": f"{log.eval}: {arm} {how}", "arm": arm, "opponent": opponent}
+        group["folder"] = "/".join(log.file.parent.parts[-3:])
+        pages += [(group, some)] if some else []
+        for sample in some:
+            texts = [sample.answer, sample.opponent, *sample.raws]
+            size += 80 + sum(min(len(text or ""), LONGEST_TEXT) for text in texts)
+
+    def place(text: str | None) -> int | None:
+        if text is None:
+            return None
+        if len(text) > LONGEST_TEXT:
+            text = f"{text[:LONGEST_TEXT]}\n[cut here: {len(text):,} characters in all]"
+        return places.setdefault(printable(text), len(places))
+
+    step = max(1, -(-size // MOST_CHARACTERS))
+    return {
+        "total": sum(len(some) for _, some in pages),
+        "groups": [group for group, _ in pages],
+        "samples": [
+            _sample(number, sample, place)
+            for number, (_, some) in enumerate(pages)
+            for sample in some[::step]
+        ],
+        "texts": [*places],
+    }
+
+
+def _sample(group: int, sample: Sample, place: Callable[[str | None], int | None]) -> list[object]:
+    name = sample.id + f", turn {sample.turn}" * (sample.turn > 1)
+    orders = ORDERS if sample.opponent is not None else ("grade",)
+    said = zip(orders, sample.verdicts, sample.raws, strict=False)
+    graded = sample.outcome == "graded" and sample.value is not None
+    return [
+        group,
+        printable(name + f", answer {sample.draw}" * (sample.draw > 1)),
+        printable(sample.category),
+        f"grade {sample.value:g}" if graded else sample.outcome,
+        int(sample.flip),
+        place(sample.input or f"question {sample.id}"),
+        place(sample.answer or ""),
+        place(sample.opponent),
+        [[order, printable(verdict), place(raw)] for order, verdict, raw in said],
+    ]
+
+
+def script_json(value: object) -> str:
+    """Return JSON that is safe inside a script element."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,20 +1,43 @@
-"""What was measured, read from run folders: evaluations, training curves, facts about each run."""
+"""What was measured, read from run folders: evaluations, training curves, facts about each run; and
+from results of lm-eval with samples and annotations of alpaca_eval. Nothing is made up.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.files import DamagedFile, read_object, read_rows
+from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
+
+from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.core.files import DamagedFile, hash_of, read_object, read_rows
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import read_resolved
-from recipes_lib.evals.log import REFERENCE, EvalLog, Metric, Sample, read_eval_logs
+from recipes_lib.evals.log import (
+    REFERENCE,
+    AnswerFacts,
+    EvalLog,
+    JudgeFacts,
+    Metric,
+    Sample,
+    read_eval_logs,
+    text_hash,
+    with_groups,
+)
+from recipes_lib.evals.suites import metric_of
+from recipes_lib.evals.suites.lm_eval import metrics_of
 
 MOST_POINTS = 1_000
+_MODEL = ("pretrained", "peft", "path", "model", "tokenizer", "delta", "revision")
+_AGAIN = "run lm-eval again with --log_samples and --output_path"
+FOLDERS = "lm-eval: the folder of --output_path; alpaca_eval: its annotations.json"
 CURVES = ("loss", "eval_loss", "learning_rate", "tokens_per_second")
 
 
@@ -184,3 +207,174 @@ def question_of(samples: Sequence[Sample]) -> dict[str, str]:
     first: dict[tuple[tuple[int, str], ...], str] = {}
     known = {id: first.setdefault(tuple(sorted(text.items())), id) for id, text in texts.items()}
     return known | same
+
+
+# ---- Results of other programs ----
+
+
+def read_foreign(path: Path) -> Run | None:
+    """Return what a folder or a file of another program holds; None where it is none."""
+    if path.is_dir():
+        results = sorted(path.glob("results*.json")) or sorted(path.glob("*/results*.json"))
+        if results:
+            return _lm_eval(path, results[-1])
+        annotations = sorted(path.glob("*annotations*.json"))
+        return _alpaca_eval(annotations[0]) if annotations else None
+    if not path.is_file() or path.suffix != ".json":
+        return None
+    content = _json(path)
+    if isinstance(content, Mapping) and "results" in content and "configs" in content:
+        return _lm_eval(path.parent, path)
+    rows = isinstance(content, list) and bool(content) and isinstance(content[0], Mapping)
+    if rows and {"instruction", "preference", "output_2"} <= content[0].keys():
+        return _alpaca_eval(path)
+    what = "neither results of lm-eval nor annotations of alpaca_eval"
+    raise DataError(what, FOLDERS, file=path)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"is not JSON: {error}", file=path) from None
+
+
+def _run(name: str, folder: Path, log: EvalLog) -> Run:
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or folder.name
+    return Run(clean, folder, state={"kind": "answers"}, evals=(log,), foreign=True)
+
+
+class _Annotation(BaseModel):
+    """What alpaca_eval writes of one pair: preference 1 is the first output, 2 the second, 0 and
+    1.5 a draw, anything between them a weighted verdict.
+    """
+
+    instruction: str
+    preference: float | None
+    output_1: str
+    output_2: str
+    generator_1: str | None = None
+    generator_2: str = ""
+    annotator: str = ""
+    dataset: str | None = None
+
+    @field_validator("preference")
+    @classmethod
+    def _in_range(cls, value: float | None) -> float | None:
+        if value is not None and value != 0 and not 1 <= value <= 2:
+            raise ValueError(f"{value:g} is not 0 or between 1 and 2")
+        return value
+
+    def sample(self) -> Sample:
+        value = 0.5 if self.preference == 0 else self.preference and self.preference - 1
+        outcomes = {None: "unresolved", 1.0: "win", 0.5: "tie", 0.0: "loss"}
+        return Sample(
+            id=text_hash(self.instruction)[:16],
+            category=self.dataset or "all",
+            value=value,
+            outcome=outcomes.get(value, "scored"),
+            input=self.instruction,
+            answer=self.output_2,
+            opponent=self.output_1,
+        )
+
+
+def _alpaca_eval(path: Path) -> Run:
+    try:
+        rows = TypeAdapter(list[_Annotation]).validate_python(_json(path))
+    except ValidationError as error:
+        details = error.errors(include_url=False)[0]
+        number, *where = details["loc"]
+        what = f"annotation {int(number) + 1}: {'.'.join(map(str, where))}: {details['msg']}"
+        raise DataError(what, file=path) from None
+    names = {key: {getattr(row, key) for row in rows} for key in ("generator_2", "annotator")}
+    for key, values in names.items():
+        if len(values) > 1:
+            what = f"has several values of {key}: {', '.join(sorted(values)[:3])}"
+            raise DataError(what, "one file is one model and one judge", file=path)
+    samples = [row.sample() for row in rows]
+    if len({sample.id for sample in samples}) < len(samples):
+        raise DataError("holds an instruction twice", "keep one annotation of each", file=path)
+    model, judge = min(names["generator_2"]), min(names["annotator"])
+    place: dict[str, Any] = {"eval": "alpaca_eval", "suite": "alpaca_eval", "file": path}
+    opponent = " and ".join(sorted({row.generator_1 or REFERENCE for row in rows}))
+    metric = metric_of("win_rate", "AlpacaEval win rate", samples, opponent=opponent, **place)
+    log = EvalLog(
+        target=model,
+        against=opponent,
+        n=len(samples),
+        metrics=(metric,),
+        answers=AnswerFacts(name=model, models=(model,)),
+        judge=JudgeFacts(name=judge, fingerprint=judge, model=judge),
+        notes=("each pair was judged once, its order at random",),
+        source="alpaca_eval",
+        **place,
+    )
+    return _run(model, path.parent, log)
+
+
+# ---- lm-eval ----
+
+
+def _lm_eval(folder: Path, path: Path) -> Run:
+    """The results of one lm-eval command, with the samples of the same date."""
+    content = _json(path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
+        raise DataError("holds no results of lm-eval", _AGAIN, file=path)
+    stamp = path.stem.removeprefix("results")
+    samples = {
+        file.stem.removeprefix("samples_").removesuffix(stamp): list(read_rows(file))
+        for file in sorted(path.parent.glob(f"samples_*{stamp}.jsonl"))
+    }
+    rows = [row for of_task in samples.values() for row in of_task]
+    if not rows or not all("doc_id" in row for row in rows):
+        raise DataError("no samples lie beside it, so nothing can be paired", _AGAIN, file=path)
+    prompts = sorted(f"{row['doc_id']} {row.get('prompt_hash')}" for row in rows)
+    place: dict[str, Any] = {"eval": "lm_eval", "suite": "lm_eval", "file": path}
+    known = [replace(metric, **place) for metric in metrics_of(content, samples)]
+    metrics = tuple(with_groups(known))
+    config = content.get("config") or {}
+    arguments = _arguments(config.get("model_args"))
+    model = str(content.get("model_name") or arguments.get("pretrained") or path.parent.name)
+    settings = {key: config.get(key) for key in ("limit", "gen_kwargs") if config.get(key)}
+    free = {key: value for key, value in arguments.items() if key not in _MODEL}
+    facts = {
+        "lm_eval": content.get("lm_eval_version"),
+        "transformers": content.get("transformers_version"),
+        "model arguments": ", ".join(f"{key}={free[key]}" for key in sorted(free)),
+        "chat template": content.get("chat_template_sha") or "none",
+        "prompts": hash_of(prompts)[:12],
+    }
+    log = EvalLog(
+        target=model,
+        n=sum(metric.n for metric in metrics if not metric.parts),
+        subset=f"limit {config['limit']}" if config.get("limit") else None,
+        metrics=metrics,
+        answers=AnswerFacts(name=model, models=(model,), dtype=free.get("dtype")),
+        recipe={"suite": settings},
+        libraries={key: value for key, value in facts.items() if value},
+        git={"commit": content.get("git_hash")},
+        source="lm-eval",
+        **place,
+    )
+    return _run(model, folder, log)
+
+
+def _arguments(text: Any) -> dict[str, str]:
+    """lm-eval's model_args, a text or a mapping."""
+    if isinstance(text, Mapping):
+        return {str(key): str(value) for key, value in text.items()}
+    parts = (part.partition("=") for part in str(text or "").split(",") if "=" in part)
+    return {key.strip(): value.strip() for key, _, value in parts}
+
+
+def arms_of(runs: Sequence[Run]) -> Arms:
+    """Return each run as an arm; two of one name are told apart by their folders."""
+    times, arms = Counter(run.name for run in runs), dict[str, ArmRuns]()
+    for run in runs:
+        name = f"{run.name}-{run.folder.name}" if times[run.name] > 1 else run.name
+        if name in arms:
+            hint = "a run compared with itself shows nothing"
+            raise RecipeError(f"'{run.name}' is named twice", hint)
+        arms[name] = ArmRuns(name, (run,))
+    return Arms(arms)

@@ -15,19 +15,20 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes_lib.analysis.aims import SCALES, Aims, is_named, metric_parts
+from recipes_lib.analysis.aims import Aims, is_named, metric_parts
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, question_of
-from recipes_lib.analysis.stats import (
+from recipes_lib.analysis.text import sentence_list
+from recipes_lib.core.terminal import count
+from recipes_lib.evals.log import Metric
+from recipes_lib.evals.suites import UNIT_SCALES
+from recipes_lib.stats import (
     ALPHA,
     Comparison,
     Limits,
     adjust,
     compare,
-    estimate,
     mean_interval,
 )
-from recipes_lib.core.terminal import count
-from recipes_lib.evals.log import Metric
 
 FEWEST_QUESTIONS = 6  # five that all agree have p = 0.06
 FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample
@@ -200,12 +201,13 @@ def _rows(
             yield _side_by_side(first, second, opponent, metrics, other)
 
 
-def _row(first: ArmRuns, second: ArmRuns, metrics: Sequence[Metric], **values: Any) -> TableRow:
+def _row(
+    first: ArmRuns, second: ArmRuns, metrics: Sequence[Metric], trainings: int, **values: Any
+) -> TableRow:
     """A row with what its metrics say."""
     metric = metrics[0]
     units = {metric.unit for metric in metrics}
     directions = {metric.higher_is_better for metric in metrics}
-    direction = directions.pop() if len(directions) == 1 else None
     return TableRow(
         metric=metric.name,
         label=metric.label,
@@ -214,7 +216,8 @@ def _row(first: ArmRuns, second: ArmRuns, metrics: Sequence[Metric], **values: A
         first=first.name,
         second=second.name,
         unit=metric.unit if len(units) == 1 else "number",
-        higher_is_better=direction,
+        higher_is_better=metric.higher_is_better if len(directions) == 1 else None,
+        trainings=(0 if first.is_base else trainings, 0 if second.is_base else trainings),
         files=_files(metrics),
         **values,
     )
@@ -231,14 +234,10 @@ def _side_by_side(
     pairs, flags = _paired_trainings(first, second, first_runs, second_runs)
     sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     metrics = [*sides[0], *sides[1]]
-    row = _row(first, second, metrics, opponent=opponent)
-    row.trainings = (0 if first.is_base else len(pairs), 0 if second.is_base else len(pairs))
-    draws = [_draws(side) for side in sides]
-    if draws[0] != draws[1]:
-        flags.append(f"{count(min(draws), 'answer')} per question of {draws[0]} and {draws[1]}")
+    row = _row(first, second, metrics, len(pairs), opponent=opponent)
     asked = [{sample.id for metric in side for sample in metric.samples} for side in sides]
     common = asked[0] & asked[1]
-    items = _items(metrics, common, min(draws))
+    items = _items(metrics, common, _draws(metrics))
     row.n = len(items)
     if not items:
         row.first_value, row.second_value = map(_mean_reported, sides)
@@ -266,11 +265,11 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
     target, rival = (second, first) if turned else (first, second)
     kept = _each_training_once(measured, target, rival)
     metrics = [metric for _, metric in kept]
-    row = _row(first, second, metrics, opponent=second.name, head_to_head=True)
+    row = _row(first, second, metrics, len(kept), opponent=second.name, head_to_head=True)
     row.higher_is_better = True
-    row.trainings = (0 if first.is_base else len(kept), 0 if second.is_base else len(kept))
-    if len(kept) < len(measured):
-        row.flags = (f"{count(len(measured) - len(kept), 'pair')} of trainings left out",)
+    ids = {id(metric) for metric in metrics}
+    others = [(run.name, metric.opponent) for run, metric in measured if id(metric) not in ids]
+    row.flags = _left_out([f"{run} against {other}" for run, other in others])
     items = _items(metrics, None, _draws(metrics))
     row.n = len(items)
     values = _values(metrics, items)
@@ -298,27 +297,26 @@ def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) ->
 def _paired_trainings(
     first: ArmRuns, second: ArmRuns, first_runs: _Measured, second_runs: _Measured
 ) -> tuple[list[tuple[Metric, Metric]], list[str]]:
-    """Pair trainings by seed, a base with each of them, and say what is left out."""
-    if second.is_base or first.is_base:
-        longer = max(len(first_runs), len(second_runs))
-        if len(second_runs) == 1 and second.is_base:
-            second_runs = second_runs * longer
-        elif len(first_runs) == 1 and first.is_base:
-            first_runs = first_runs * longer
-        return [(a, b) for (_, a), (_, b) in zip(first_runs, second_runs, strict=False)], []
-    by_seed = [{run.seed: metric for run, metric in side} for side in (first_runs, second_runs)]
-    common = [seed for seed in by_seed[0] if seed in by_seed[1] and seed is not None]
-    if common:
-        left_out = max(len(first_runs), len(second_runs)) - len(common)
-        flags = [f"{count(left_out, 'seed')} without a partner left out"] if left_out else []
-        return [(by_seed[0][seed], by_seed[1][seed]) for seed in common], flags
-    pairs = [(a, b) for (_, a), (_, b) in zip(first_runs, second_runs, strict=False)]
-    left_out = max(len(first_runs), len(second_runs)) - len(pairs)
-    flags = [f"{count(left_out, 'training')} left out"] if left_out else []
-    seeds = [run.seed for run, _ in (*first_runs[: len(pairs)], *second_runs[: len(pairs)])]
-    if None not in seeds and not any(run.foreign for run, _ in first_runs):
-        flags.append("other seeds in each arm")
-    return pairs, flags
+    """Pair trainings by seed, a base with each of them, and name what is left out."""
+    if second.is_base:
+        second_runs = second_runs * len(first_runs) if len(second_runs) == 1 else second_runs
+    elif first.is_base:
+        first_runs = first_runs * len(second_runs) if len(first_runs) == 1 else first_runs
+    of_seed = {run.seed: (run, metric) for run, metric in second_runs if run.seed is not None}
+    pairs = [(each, of_seed[each[0].seed]) for each in first_runs if each[0].seed in of_seed]
+    flags = []
+    if not pairs or first.is_base or second.is_base:
+        pairs = list(zip(first_runs, second_runs, strict=False))
+        seeds = [run.seed for pair in pairs for run, _ in pair]
+        if None not in seeds and not any(run.foreign for run, _ in first_runs):
+            flags.append("other seeds in each arm")
+    paired = {id(run) for pair in pairs for run, _ in pair}
+    left_out = [run.name for run, _ in (*first_runs, *second_runs) if id(run) not in paired]
+    return [(a, b) for (_, a), (_, b) in pairs], [*flags, *_left_out(left_out)]
+
+
+def _left_out(names: Sequence[str]) -> tuple[str, ...]:
+    return (f"left out: {sentence_list(names, 3)}",) if names else ()
 
 
 def _draws(metrics: Sequence[Metric]) -> int:
@@ -378,7 +376,7 @@ def _why_not(row: TableRow) -> str:
 
 def _scale(unit: str, *values: _Values) -> Limits | None:
     """The ends of a metric's scale; the weighted items of a group of tasks may lie beyond one."""
-    scale = SCALES.get(unit)
+    scale = UNIT_SCALES.get(unit)
     seen = np.concatenate([side[~np.isnan(side)] for side in values])
     if scale is None or not seen.size:
         return scale
@@ -401,36 +399,20 @@ def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
 
 
 def _mark_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
-    """Mark what is shown and not tested: tasks of a tested group, further metrics of a task."""
+    """Mark tasks of a group that is tested as one mean: they are shown and not tested."""
     metrics = {metric.name: metric for arm in arms for run in arm.runs for metric in run.metrics}
-    tested = [row for row in rows if row.is_tested]
     groups = {
         (row.arms, row.eval, part): metrics[row.metric].task
-        for row in reversed(tested)
+        for row in reversed(rows)
         for part in metrics[row.metric].parts
+        if row.is_tested
     }
-    words = [word for word in (aims.primary, *aims.margins) if word]
-    first: dict[object, TableRow] = {}
-    ordered = sorted(tested, key=lambda row: "acc_norm" not in row.metric)
-    asked = [row for row in ordered if any(is_named(word, row.metric) for word in words)]
-    for row in (*asked, *ordered):
-        if row.suite == "lm_eval":
-            first.setdefault(_measured_alike(row, metrics[row.metric]), row)
+    words = [metric_parts(word) for word in (aims.primary, *aims.margins) if word]
     for row in rows:
-        metric = metrics[row.metric]
-        group = groups.get((row.arms, row.eval, metric.task))
-        instead = first.get(_measured_alike(row, metric))
-        if group and not any(metric.task in metric_parts(word) for word in words):
+        task = metrics[row.metric].task
+        group = groups.get((row.arms, row.eval, task))
+        if group and not any(task in parts for parts in words):
             row.aside = f"it is a part of {group}, which is tested as one mean"
-        elif row.is_tested and instead is not None and instead.metric != row.metric:
-            row.aside = f"{instead.label} is tested of the same answers"
-
-
-def _measured_alike(row: TableRow, metric: Metric) -> object:
-    """What rows of one task share whose metrics are forms of each other."""
-    name = metric.metric.partition(",")[0]
-    name = "acc" if name.startswith("acc_") else name
-    return row.arms, row.opponent, row.eval, metric.task, name
 
 
 def _leave_out_small(rows: Sequence[TableRow]) -> None:
@@ -501,6 +483,7 @@ def _score(arm: ArmRuns, opponent: str | None, measured: _Measured) -> Score:
     values = _values(metrics, items)
     known = ~np.isnan(values).any(axis=0)
     table, questions = values[:, known], list(itertools.compress(_questions(metrics, items), known))
+    scale = _scale(metric.unit, table)
     return Score(
         arm=arm.name,
         metric=metric.name,
@@ -508,17 +491,9 @@ def _score(arm: ArmRuns, opponent: str | None, measured: _Measured) -> Score:
         opponent=opponent,
         unit=metric.unit,
         value=_mean(table) if items else _mean_reported(metrics),
-        interval=score_interval(table, questions, metric.unit) if table.size else None,
+        interval=mean_interval(table, questions, scale) if table.size else None,
         n=len(items) or metric.n,
         unresolved=int((~known).sum()),
         trainings=0 if arm.is_base else len(metrics),
         files=_files(metrics),
     )
-
-
-def score_interval(table: _Values, questions: Sequence[str], unit: str) -> Limits | None:
-    """Return the 95% interval of one arm's mean, as its result has it."""
-    scale = _scale(unit, table)
-    if scale is None:
-        return estimate(table, questions).interval()
-    return mean_interval(table, questions, scale)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # stats imports scipy, and quick verbs print counts
-    from recipes_lib.analysis.stats import Limits
+    from recipes_lib.stats import Limits
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "n/a"

@@ -77,9 +77,8 @@ def run_compare(
 ) -> int:
     """Print the tested table of runs, lm-eval folders or alpaca_eval files."""
     # numpy, which `recipes compare --help` does without
-    from recipes_lib.analysis.claims import conclude
+    from recipes_lib.analysis.claims import conclude, conclusion_lines
     from recipes_lib.analysis.report import report_html
-    from recipes_lib.analysis.summary import conclusion_lines
 
     damaged: list[DamagedFile] = []
     arms = load_words(runs, damaged)
@@ -123,8 +122,7 @@ def _margin(word: str) -> tuple[str, Margin]:
 
 def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
     """Return what words on the command line name, base models first."""
-    from recipes_lib.analysis.foreign import FOLDERS, read_foreign, unique_names
-    from recipes_lib.analysis.runs import ArmRuns, Arms, load_run
+    from recipes_lib.analysis.runs import FOLDERS, arms_of, load_run, read_foreign
 
     folders, runs = [], []
     for word in words:
@@ -146,7 +144,7 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
         if len(bases) == 1:
             bases = [replace(bases[0], name=_BASE, state={**bases[0].state, "kind": "base"})]
         runs = [*bases, *runs]
-    return Arms({name: ArmRuns(name, (run,)) for name, run in unique_names(runs).items()})
+    return arms_of(runs)
 
 
 def _bases_of(runs: Sequence[RunDirectory]) -> Sequence[Path]:

@@ -70,7 +70,7 @@ def run_study_report(
     json: Json = False,
 ) -> int:
     """The report of what was measured, without training or evaluating anything."""
-    from recipes_lib.analysis.summary import conclusion_lines
+    from recipes_lib.analysis.claims import conclusion_lines
     from recipes_lib.study.report import gate as gate_of
     from recipes_lib.study.report import report_study
 

@@ -350,7 +350,7 @@ def smallest(
     variance: float, spread: float, questions: int, seeds: int, comparisons: float = 1
 ) -> float:
     """Return the smallest true difference that 80% of studies with such `SPREADS` find."""
-    from recipes_lib.analysis.stats import ALPHA, detectable  # scipy
+    from recipes_lib.stats import ALPHA, detectable  # scipy
 
     errors = [detectable(max(1, n - 1), ALPHA / comparisons) ** 2 for n in (questions, seeds)]
     own, new = variance / 2 / questions, variance / 2 / questions / seeds

@@ -60,15 +60,9 @@ def numbers_of(
     known = [pair for pair in zip(values, clusters, strict=True) if pair[0] is not None]
     if not known:
         return {"n": 0}
-    import numpy as np  # which `recipes study --help` does without
+    from recipes_lib.stats import mean_interval  # scipy, which `recipes study --help` does without
 
-    from recipes_lib.analysis.stats import estimate, mean_interval
-
-    table, names = np.array([[value for value, _ in known]], float), [name for _, name in known]
-    if unit in UNIT_SCALES:
-        ends = mean_interval(table, names, UNIT_SCALES[unit])
-    else:
-        ends = estimate(table, names).interval()
+    ends = mean_interval(*zip(*known, strict=True), UNIT_SCALES.get(unit))
     low, high = ends or (None, None)
     mean = math.fsum(value or 0.0 for value, _ in known) / len(known)
     return {"value": mean, "low": low, "high": high, "n": len(known)}

@@ -252,8 +252,9 @@ def adjust(ps: Sequence[float], primary: Sequence[bool]) -> list[float]:
     return out
 
 
-def mean_interval(values: ArrayLike, questions: ArrayLike, scale: Limits) -> Limits | None:
-    """Return the 95% interval of one arm's mean on a bounded scale (Agresti and Coull 1998)."""
-    middle, table = sum(scale) / 2, np.atleast_2d(np.asarray(values, dtype=float))
-    ends = estimate(table - middle, questions, scale[1] - middle).interval()
+def mean_interval(values: ArrayLike, questions: ArrayLike, scale: Limits | None) -> Limits | None:
+    """Return the 95% interval of one arm's mean (on a bounded scale Agresti and Coull 1998)."""
+    table = np.atleast_2d(np.asarray(values, dtype=float))
+    middle, reach = (sum(scale) / 2, (scale[1] - scale[0]) / 2) if scale else (0.0, math.inf)
+    ends = estimate(table - middle, questions, reach).interval()
     return None if ends is None else (ends[0] + middle, ends[1] + middle)
