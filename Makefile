@@ -59,11 +59,11 @@ check: setup  ## style, types, every YAML, schema up to date
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/recipes check --full $(wildcard recipes accelerate_configs evals launch examples)
-	$(BIN)/python -m recipes_lib.schema --check
+	$(BIN)/python -m recipes_lib.config.schema --check
 
 style: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 schema: setup  ## write schema/ from the installed versions
-	$(BIN)/python -m recipes_lib.schema
+	$(BIN)/python -m recipes_lib.config.schema

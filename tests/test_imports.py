@@ -24,7 +24,7 @@ ORDER = (
     ("analysis",),
     ("study",),
     ("slurm",),
-    ("commands", "cli", "schema"),
+    ("commands", "cli", "config.schema"),
 )
 # What stands inside functions: libraries that take seconds to import, where a quick verb shares the
 # module. It may only become smaller.

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes_lib.config.batch import planned_steps, solve_batch
+from recipes_lib.config.launch import planned_steps, solve_batch
 from recipes_lib.core.errors import RecipeError
 
 SIZES = st.integers(min_value=1, max_value=64)

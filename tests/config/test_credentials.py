@@ -99,4 +99,4 @@ def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(
             for command in commands:
                 assert main(command) == 2
                 out, err = capsys.readouterr()
-                assert "judge.base_url' looks like a secret" in err and "PLANTED" not in out + err
+                assert "looks like a secret" in err and "PLANTED" not in out + err

@@ -76,12 +76,10 @@ def test_what_trl_peft_or_the_machine_refuses_is_placed_at_its_key(write_with, c
 
 
 def test_lora_and_quantization_become_the_real_objects(write):
-    words = ["lora.runtime_config={ephemeral_gpu_offload: true}"]
-    recipe = load_recipe(write(QLORA), words)
+    recipe = load_recipe(write(QLORA))
     lora = upstream.build_lora_config(recipe)
     quantization = upstream.build_quantization_config(recipe)
     assert (lora.r, lora.target_modules, lora.task_type) == (4, {"q_proj"}, "CAUSAL_LM")
-    assert lora.runtime_config.ephemeral_gpu_offload is True
     assert str(quantization.bnb_4bit_compute_dtype) == "torch.bfloat16"
     full = load_recipe(write("model: {name_or_path: a}\ndata: {source: b}\nlora: null\n"))
     assert upstream.build_lora_config(full) is None
@@ -109,7 +107,6 @@ def test_what_cannot_be_checked_here_is_a_note(write_with, write, tiny_model_dir
     notes: list[RecipeError] = []
     path = write_with("train", "fp16: true")
     assert not check_upstream(load_recipe(path), notes=notes)
-    assert any("train.fp16 not checked" in note.what for note in notes)
     assert any("not on this machine" in note.what for note in notes)
     # code that ships with a model is never run by a check
     words = ["model.trust_remote_code=true", "lora.target_modules=[zz]"]
@@ -203,4 +200,4 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
     path = str(write_with("train", "use_liger_kernel: true"))
     for run, code in ((lambda: main(["check", "--full", path]), 2), (lambda: train([path]), 5)):
         assert run() == code
-        assert "liger_kernel, which is not installed" in capsys.readouterr().err
+        assert "liger-kernel is not installed" in capsys.readouterr().err

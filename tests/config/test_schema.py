@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from recipes_lib import schema
+from recipes_lib.config import schema
 from recipes_lib.config.recipe import RecipeFile
 from recipes_lib.config.upstream import (
     TRAIN_DEFAULTS,
@@ -36,7 +36,7 @@ def test_one_run_writes_the_schemas_of_new_upstream_fields(tmp_path):
     sections = json.loads(fields.read_text())
     del sections["train"]["seed"]
     fields.write_text(json.dumps(sections))
-    command = [sys.executable, "-m", "recipes_lib.schema"]
+    command = [sys.executable, "-m", "recipes_lib.config.schema"]
     environment = os.environ | {"PYTHONPATH": str(copy)}
     assert "upstream.json" in subprocess.check_output(command, env=environment, text=True)
     for path in (fields, tmp_path / "schema/recipe.schema.json"):

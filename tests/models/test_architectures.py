@@ -122,8 +122,6 @@ REFUSED = (
     ("qwen3_moe", "lora.init_lora_weights=pissa", "pissa starts from weights of layers"),
     ("qwen3_moe", "lora.lora_dropout=0.05", "does not work with lora_dropout"),
     ("qwen3_moe", "lora.use_dora=true", "does not work with use_dora"),
-    ("gpt2", "train.max_length=1024", "the model has a table of 512 positions and fails beyond"),
-    ("opt", "train.max_length=null", "the model has a table of 512 positions"),
     ("bert", "lora.r=4", "BertLMHeadModel is an encoder"),
 )
 

@@ -31,8 +31,7 @@ from recipes_lib.config.launch import (
     accelerate_rules,
     plan_launch,
 )
-from recipes_lib.config.migrate import migrate
-from recipes_lib.config.new import Method, new_recipe, schema_line
+from recipes_lib.config.new import Method, migrate, new_recipe, schema_line
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.recipe import (
     Recipe,
@@ -98,17 +97,16 @@ def run_migrate(
     if output.exists() and not force:
         hint = "add --force to replace it, or choose another --output"
         raise RecipeError("exists already", hint, file=output)
-    migration = migrate(config, schema_line(output), _prompt_formats(config))
-    write_text(output, migration.text())
-    say("\n".join(migration.changes))
-    lost = sum("NOT CARRIED OVER" in change for change in migration.changes)
-    say(f"{output}: {len(migration.changes)} changes, not carried over: {lost}")
+    text, changes = migrate(config, schema_line(output), _prompt_formats(config))
+    write_text(output, text)
+    say("\n".join(changes))
+    say(f"{output}: {len(changes)} changes")
     return next_step("recipes", "check", "--full", output)
 
 
 def _prompt_formats(config: Path) -> tuple[str, ...] | None:
     """Return how the rows that a flat file names can be read, if they are on this machine."""
-    values = read(config, yaml_1_1=True).values
+    values = read(config).values
     name = values.get("dataset_name") if isinstance(values, dict) else None
     if not isinstance(name, str) or not Path(name).exists():
         return None
@@ -289,7 +287,6 @@ def check_file(path: Path, full: bool) -> Findings:
         if kind.name == "study":
             return _check_study(path, full)
         if kind.name == "accelerate":
-            document = read(path, yaml_1_1=True)
             return [*judge(AccelerateConfig, document, accelerate_rules)[1]], document.warnings
         if kind.name == "profile":
             from recipes_lib.slurm.profile import load_profile

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -22,19 +22,13 @@ KeyPath = tuple[str | int, ...]
 Values = dict[str, Any]  # of a YAML mapping
 COMMAND_LINE = "command line"
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
-_DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _MAX_VALUES = 10_000  # with aliases expanded; a recipe has some hundred
-_SECRET = "looks like a secret; a recipe must not hold one"
-_SECRET_HINT = (
-    "log in with 'hf auth login' or export the variable in the shell; if this was committed, revoke"
-    " the token"
-)
 
 # YAML 1.2: `no`, `010` and `1:30` are text, `2e-5` is a number.
 _TAG = "tag:yaml.org,2002:"
-_PLAIN_TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value")
-_Yaml11Loader: Any = type("_Yaml11Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
-_Loader: Any = type("_Loader", (_Yaml11Loader,), {"yaml_implicit_resolvers": {}})
+_TAGS = [f"{_TAG}{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")]
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_Loader: Any = type("_Loader", (_Base,), {"yaml_implicit_resolvers": {}})
 for _name, _pattern in {
     "bool": r"(?i:true|false)\Z",
     "null": r"(?:~|(?i:null)|)\Z",
@@ -42,7 +36,6 @@ for _name, _pattern in {
     "float": r"(?:[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.inf|\.nan)\Z",
 }.items():
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), [None])
-_Yaml11Loader.add_implicit_resolver(f"{_TAG}float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), [None])
 
 
 class MissingRows(RecipeError):
@@ -60,6 +53,10 @@ class Origin:
 
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
+
+    def error(self, what: str, *hints: str) -> RecipeError:
+        """Return an error at this place."""
+        return RecipeError(what, *hints, file=self.file, line=self.line)
 
 
 @dataclass
@@ -90,10 +87,17 @@ class Document:
         around += [known for known in self.origins if known[: len(path)] == path]
         return next((self.origins[key] for key in around if key in self.origins), Origin(self.file))
 
+    def place(self, line: int) -> Origin:
+        """Return the place of a line of the text."""
+        return Origin(self.file, None if self.file == COMMAND_LINE else line)
+
+    def wrong(self, line: int, what: str, *hints: str) -> RecipeError:
+        """Return an error on a line of the text."""
+        return self.place(line).error(what, *hints)
+
     def error(self, key: str | KeyPath, what: str, *hints: str) -> RecipeError:
         """Return an error at the place of a key."""
-        origin = self.origin(key)
-        return RecipeError(what, *hints, file=origin.file, line=origin.line)
+        return self.origin(key).error(what, *hints)
 
     def warn(self, key: str | KeyPath, what: str, *hints: str) -> None:
         """Add a warning at the place of a key."""
@@ -114,7 +118,7 @@ class Document:
         return str(place.parent.resolve() / place.name)
 
 
-def read(path: str | Path, overrides: Sequence[str] = (), *, yaml_1_1: bool = False) -> Document:
+def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     """Read a YAML file, what it extends and `section.key=value` words.
 
     Mappings merge key by key, lists and scalars replace, `null` sets null. Several parents are
@@ -123,10 +127,9 @@ def read(path: str | Path, overrides: Sequence[str] = (), *, yaml_1_1: bool = Fa
     Args:
         path: the file, or the short name of a shipped recipe.
         overrides: from the command line.
-        yaml_1_1: read `no` as false, as the programs do that the file is really for.
     """
     path = recipe_path(path)
-    files = _with_parents(path, (), _Yaml11Loader if yaml_1_1 else _Loader)
+    files = _with_parents(path, ())
     document = Document(path, text=files[-1].text)
     once = {part.path.resolve(): part for part in files}
     for part in [*once.values(), *map(_override, overrides)]:
@@ -139,21 +142,20 @@ def read(path: str | Path, overrides: Sequence[str] = (), *, yaml_1_1: bool = Fa
     return document
 
 
-def _with_parents(path: Path, below: tuple[Path, ...], loader: Any) -> list[Document]:
+def _with_parents(path: Path, below: tuple[Path, ...]) -> list[Document]:
     """Return the files that `path` extends, then itself."""
-    part, circle = _read_file(path, loader), (*below, path.resolve())
+    part, circle = _read_file(path), (*below, path.resolve())
     names = part.values.pop("extends", []) if isinstance(part.values, dict) else []
     parts: list[Document] = []
     for name in map(str, names if isinstance(names, list) else [names]):
         parent = path.parent / name if (path.parent / name).is_file() else recipe_path(name)
         if not parent.is_file():
-            missing = no_such_file(path.parent / name)
-            what = f"extends a file that does not exist: {missing.file}"
-            raise part.error("extends", what, *missing.hints)
+            what = f"extends a file that does not exist: {name}"
+            raise part.error("extends", what, *near_file(path.parent / name))
         if parent.resolve() in circle:
             steps = " -> ".join(step.name for step in (*circle, parent))
             raise part.error("extends", f"extends goes in a circle: {steps}")
-        parts += _with_parents(parent, circle, loader)
+        parts += _with_parents(parent, circle)
     return [*parts, part]
 
 
@@ -172,102 +174,72 @@ def _override(word: str) -> Document:
     """Return the document that holds the one value of `section.key=value`."""
     name, separator, text = word.removeprefix("--").partition("=")
     keys = name.split(".")
+    document = Document(Path(COMMAND_LINE), text=text)
     if not separator or not all(keys):
-        raise RecipeError(f"'{word}' is not section.key=value", file=COMMAND_LINE)
-    document = Document(Path(COMMAND_LINE))
+        raise document.wrong(1, f"'{word}' is not section.key=value")
     document.origins[tuple(keys)] = Origin(COMMAND_LINE)
-    node = _compose(document, text, _Loader, name)
-    document.values = None if node is None else _build(document, node, tuple(keys))
+    _compose(document, tuple(keys))
     for key in reversed(keys):
         document.values = {key: document.values}
     return document
 
 
-def _read_file(path: Path, loader: Any) -> Document:
+def _read_file(path: Path) -> Document:
     document = Document(path)
+    if not path.is_file():  # a pipe or a device may never end
+        raise RecipeError("is not a file", file=path) if path.exists() else no_such_file(path)
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
+        raise _is_data(document.file)
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise RecipeError("is a pipe or a device, not a YAML file", file=document.file)
-        if path.is_file() and path.suffix.lower() in _DATA_FILES:
-            raise _is_data(document.file)
         document.text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except FileNotFoundError:
-        raise no_such_file(path) from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        what = f"is not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
-        raise RecipeError(what, file=document.file, line=line) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        what = (getattr(error, "strerror", None) or str(error)).lower()
-        raise RecipeError(f"cannot be read: {what}", file=document.file) from None
-    node = _compose(document, document.text, loader)
-    if node is not None:
-        document.values = _build(document, node, ())
-    for number, row in enumerate(document.text.split("\n"), start=1):
-        if holds_secret(row.partition("#")[2]):  # those in values `_build` names with their keys
-            what = f"this comment {_SECRET}"
-            problem = RecipeError(what, _SECRET_HINT, file=document.file, line=number)
-            document.problems.append(problem)
+        raise document.wrong(line, "is not UTF-8 text; save it as UTF-8") from None
+    _compose(document, ())
     return document
 
 
-def _compose(document: Document, text: str, loader: Any, key: str = "") -> yaml.Node | None:
-    """Return the nodes of a text; None for an empty one."""
+def _compose(document: Document, at: KeyPath) -> None:
+    """Set a document's values from its text, which is what stands at a key."""
+    for number, row in enumerate(document.text.split("\n"), start=1):
+        if holds_secret(row):
+            what = "this looks like a secret; a recipe must not hold one"
+            hint = "log in with 'hf auth login', or export a variable; revoke what was committed"
+            document.problems.append(document.wrong(number, what, hint))
     try:
-        return yaml.compose(text, Loader=loader)
+        node = yaml.compose(document.text, Loader=_Loader)
     except yaml.YAMLError as error:
-        what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-        mark, start = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
-        if "cannot start any token" in what:
-            what = "a tab, %, @ or ` begins a key or value; indent with spaces, quote text"
-        elif start and not key:
-            what += f" {getattr(error, 'context', '')} that begins on line {start.line + 1}"
-        where = f"{key}: " if key else ""
-        line = None if key or not mark else mark.line + 1
-        raise RecipeError(f"{where}YAML: {what}", file=document.file, line=line) from None
+        mark = getattr(error, "context_mark", None) or getattr(error, "problem_mark", None)
+        what = f"YAML: {getattr(error, 'context', '') or ''} {getattr(error, 'problem', error)}"
+        raise document.wrong(mark.line + 1 if mark else 1, " ".join(what.split())) from None
+    if node is not None:
+        document.values = _build(document, node, at)
 
 
 def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     """Return the value of a node; note the place of each key and item in it, and what is wrong."""
-    on_line = document.file != COMMAND_LINE
-
-    def place(node: yaml.Node) -> Origin:
-        return Origin(document.file, node.start_mark.line + 1 if on_line else None)
-
-    def wrong(node: yaml.Node, what: str, *hints: str) -> RecipeError:
-        return RecipeError(what, *hints, file=document.file, line=place(node).line)
-
+    line = node.start_mark.line + 1
+    document.origins.setdefault(at, document.place(line))
     if len(document.origins) > _MAX_VALUES:
-        raise wrong(node, f"aliases expand to more than {_MAX_VALUES:,} values")
-    if node.tag.removeprefix(_TAG) not in _PLAIN_TAGS:
-        raise wrong(node, "tags are not allowed in recipes")
+        raise document.wrong(line, f"aliases expand to more than {_MAX_VALUES:,} values")
+    if node.tag not in _TAGS:
+        raise document.wrong(line, "tags are not allowed in recipes")
     if isinstance(node, yaml.SequenceNode):
-        items = []
-        for index, item in enumerate(node.value):
-            document.origins[*at, index] = place(item)
-            items.append(_build(document, item, (*at, index)))
-        return items
+        return [_build(document, item, (*at, index)) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         values: Values = {}
         for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                document.problems.append(wrong(key_node, "a key must be plain text"))
-                continue
-            key, origin = key_node.value, place(key_node)
+            key, place = str(key_node.value), document.place(key_node.start_mark.line + 1)
             if key in values:
-                lines = f": lines {document.origins[*at, key].line} and {origin.line}" * on_line
-                what = f"duplicate key '{dotted((*at, key))}'{lines}"
-                document.problems.append(wrong(key_node, what))
-            document.origins[*at, key] = origin
+                what = f"duplicate key '{dotted((*at, key))}', also at {document.origins[*at, key]}"
+                document.problems.append(place.error(what))
+            document.origins[*at, key] = place
             values[key] = _build(document, value_node, (*at, key))
         return values
-    text = str(node.value)
-    if "${" in text and "{%" not in text:
-        what = f"{dotted(at)}: no interpolation in recipes: {text!r} would be taken literally"
+    if "${" in node.value and "{%" not in node.value:
+        what = f"{dotted(at)}: no interpolation in recipes: {node.value!r} would be taken literally"
         hint = "write the value itself; share values with 'extends'"
-        document.problems.append(wrong(node, what, hint))
-    if holds_secret(text):
-        document.problems.append(wrong(node, f"'{dotted(at)}' {_SECRET}", _SECRET_HINT))
+        document.problems.append(document.wrong(line, what, hint))
     return yaml.constructor.SafeConstructor().construct_object(node)
 
 
@@ -290,18 +262,14 @@ def value_text(value: Any, longest: int = 10**9) -> str:
 
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]:
-    """Return the hint `did you mean X?` as a list of one line, or of none; hyphens, underscores and
-    case do not count.
+    """Return the hint `did you mean X?` as a list of one line, or of none.
 
     Example:
         >>> did_you_mean("learning-rte", ["learning_rate", "seed"], "train.")
         ['did you mean train.learning_rate?']
     """
-    plain = {name.replace("-", "_").lower(): name for name in names}
-    word = word.replace("-", "_").lower()
-    near = [name for name in plain if name.startswith(f"{word}_")]
-    near = near[:1] or difflib.get_close_matches(word, plain, 1, cutoff=0.65)
-    return [f"did you mean {prefix}{plain[name]}?" for name in near if len(word) > 2]
+    near = difflib.get_close_matches(word, [*names], 1, cutoff=0.65)
+    return [f"did you mean {prefix}{name}?" for name in near]
 
 
 def near_file(path: Path) -> list[str]:
@@ -313,50 +281,42 @@ def near_file(path: Path) -> list[str]:
 
 def no_such_file(path: Path) -> RecipeError:
     """Return the error for a file that does not exist, with one of a similar name."""
-    if path.suffix:
-        return RecipeError("no such file", *near_file(path), file=shown_path(path))
-    folder = project_root() / "recipes"
-    files = folder.rglob("[!_]*.yaml")
-    names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
-    hints = [*did_you_mean(str(path), names), "all recipes: recipes ls"]
+    hints = (*near_file(path), "all recipes: recipes ls")
     return RecipeError("no such file or recipe", *hints, file=shown_path(path))
 
 
 # Kinds of files
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of YAML file: the top-level keys that give it away, and what to do with it."""
+class Kind(NamedTuple):
+    """A kind of YAML file and the top-level keys that give it away."""
 
     name: str
     title: str
     keys: tuple[str, ...] = ()
-    use: str = ""
 
 
-_NEW = "nothing here reads it; start a recipe: recipes new NAME --from quickstart/lora-r8"
-_MIGRATE = "turn it into a recipe: recipes migrate IN.yaml --output OUT.yaml"
-_TRAIN = "train it: recipes train RECIPE"
 _OURS = ("quantization", "lora", "train", "run", "launch")
-_FOREIGN = ("base_model", "sequence_len", "finetuning_type", "cutoff_len", "peft", "checkpointer")
+_FOREIGN = (
+    *("base_model", "sequence_len", "finetuning_type", "cutoff_len", "peft", "checkpointer"),
+    *("beta", "num_generations", "reward_funcs"),
+)
 _STUDY = ("question", "factors", "arms", "seeds", "evals", "primary", "tune")
 _FLAT = ("model_name_or_path", "dataset_name", "output_dir")
 # The first with a key of the file is its kind; other programs have model and data too.
 KINDS = (
-    Kind("eval", "an eval recipe", ("suite", "generation"), "run it: recipes eval EVAL RUN"),
-    Kind("study", "a study", _STUDY, "run it: recipes study run STUDY"),
+    Kind("eval", "an eval recipe", ("suite", "generation")),
+    Kind("study", "a study", _STUDY),
     Kind("profile", "a site profile", ("sbatch", "stages", "setup", "srun", "max_requeues")),
     Kind("judge", "a judge", ("judge", "thresholds")),
     Kind("lm_eval_task", "a task of lm-eval", ("task", "output_type", "doc_to_text")),
-    Kind("recipe", "a recipe", _OURS, _TRAIN),
-    Kind("foreign", "a DPO or GRPO config", ("beta", "num_generations", "reward_funcs"), _NEW),
-    Kind("foreign", "a config of axolotl, LLaMA-Factory, oumi or torchtune", _FOREIGN, _NEW),
-    Kind("recipe", "a recipe", ("model", "data"), _TRAIN),
+    Kind("recipe", "a recipe", _OURS),
+    Kind("foreign", "a config of axolotl, LLaMA-Factory, oumi, DPO or GRPO", _FOREIGN),
+    Kind("recipe", "a recipe", ("model", "data")),
     Kind("accelerate", "an accelerate config", ("compute_environment", "distributed_type")),
-    Kind("flat", "a flat TRL config", _FLAT, _MIGRATE),
+    Kind("flat", "a flat TRL config, which recipes migrate turns into a recipe", _FLAT),
 )
-_BASE = Kind("base", "a base that recipes extend", (), "name it in a recipe's extends")
+_BASE = Kind("base", "a base that recipes extend")
 
 
 def kind_of(document: Document, default: str = "") -> Kind:
@@ -372,18 +332,15 @@ def kind_of(document: Document, default: str = "") -> Kind:
             return _BASE if is_base else kind
     if default:
         return next(kind for kind in KINDS if kind.name == default)
-    keys = ", ".join(list(values)[:6])
-    hint = f"a recipe has {', '.join(SECTIONS)}"
-    raise RecipeError(f"unknown kind of file: its top-level keys are {keys}", hint, file=file)
+    raise RecipeError(f"unknown kind of file: its keys are {', '.join(values)}", file=file)
 
 
 def wrong_kind(kind: Kind, expected: str, file: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
     wanted = next(known.title for known in KINDS if known.name == expected)
-    return RecipeError(f"is {kind.title}, not {wanted}", *filter(None, [kind.use]), file=file)
+    return RecipeError(f"is {kind.title}, not {wanted}", file=file)
 
 
 def _is_data(file: str) -> RecipeError:
-    name = f"name it in a recipe: data.source={file}"
-    new = f"or start one: recipes new NAME --from quickstart/lora-r8 --data {file}"
-    return RecipeError("is a file of rows, not a YAML file", name, new, file=file)
+    hint = f"recipes new NAME --from quickstart/lora-r8 --data {file}"
+    return RecipeError("is a file of rows, not a YAML file", hint, file=file)

@@ -1,8 +1,11 @@
-"""A launch: accelerate config, processes, machines and the plain command. Needs no torch."""
+"""A launch: accelerate config, processes, machines, the plain command, and the examples of a step.
+Needs no torch.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +17,7 @@ from pydantic import ConfigDict, Field
 
 from recipes_lib.config.documents import Document, Values, did_you_mean, read
 from recipes_lib.config.parsing import Section, parse
-from recipes_lib.config.sections import LaunchSection
-from recipes_lib.config.upstream import STARTS_WITHOUT_WEIGHTS
+from recipes_lib.config.sections import STARTS_WITHOUT_WEIGHTS, LaunchSection
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
 
@@ -60,15 +62,16 @@ class AccelerateConfig(Section):
 def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
     """Return the accelerate config of a path, or of a name in an accelerate_configs/ folder."""
     path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        folders = [root / "accelerate_configs" for root in (Path.cwd(), project_root())]
-        known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
-        if str(name_or_path) not in known:
-            what = f"launch.accelerate '{name_or_path}' is not a file in accelerate_configs/"
-            near = did_you_mean(str(name_or_path), known)
-            raise RecipeError(what, *near, f"there are {', '.join(sorted(known))}")
-        path = known[str(name_or_path)]
-    config = parse(AccelerateConfig, read(path, yaml_1_1=True), accelerate_rules)
+    if not path.suffix:
+        folders = [root / "accelerate_configs" for root in (project_root(), Path.cwd())]
+        known = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+        if path.name not in known:
+            what = f"launch.accelerate '{path}' is not a file in accelerate_configs/"
+            raise RecipeError(
+                what, *did_you_mean(path.name, known), f"there are {', '.join(known)}"
+            )
+        path = known[path.name]
+    config = parse(AccelerateConfig, read(path), accelerate_rules)
     return config.model_copy(update={"path": path})
 
 
@@ -94,15 +97,11 @@ def precision_conflict(train: Values, asked: str, asked_by: str) -> list[str]:
     """Return what is wrong, then what to do, where a launch asks for another mixed precision than
     the recipe's `train` section: it would win, unsaid.
     """
-    half = "fp16" if train.get("fp16") else None if train.get("bf16") is False else "bf16"
+    half = "fp16" if train.get("fp16") else "no" if train.get("bf16") is False else "bf16"
     if asked.lower() in ("no", half):
         return []
-    wanted = f"{half} (train.{half}: true)" if half else "none (train.bf16: false)"
-    return [
-        f"{asked_by} asks for mixed_precision {asked}, but the recipe for {wanted}",
-        "leave it to the recipe: mixed_precision: 'no' in the accelerate config, no"
-        " --mixed_precision, no ACCELERATE_MIXED_PRECISION",
-    ]
+    what = f"{asked_by} asks for mixed_precision {asked}, but the recipe for {half} (train.bf16)"
+    return [what, "leave it to the recipe: mixed_precision: 'no', and no flag or variable for it"]
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
@@ -229,18 +228,81 @@ def place_machine(
     """Return the launch with this machine's place in it; errors quote the `typed` command."""
     if launch.machines == 1:
         if rank is not None or address:
-            what = "--machine-rank and --main-process-ip are for several machines; this is for one"
-            raise RecipeError(what, "set --nodes or launch.nodes")
+            raise RecipeError("--machine-rank and --main-process-ip are for several: set --nodes")
         return replace(launch, port=port)
     port = port or launch.config.main_process_port or DEFAULT_PORT
-    if rank is None or address is None:
-        missing = "--machine-rank" if rank is None else "--main-process-ip"
+    if rank is None or address is None or not 0 <= rank < launch.machines:
         raise RecipeError(
-            f"this starts one of {launch.machines} machines: {missing} is missing (or --nodes 1)",
-            f"on each, with its own rank (0 to {launch.machines - 1}): {typed} --machine-rank 0"
-            f" --main-process-ip HOST_OF_RANK_0 --main-process-port {port}",
-            "all machines must see one runs folder (RECIPES_RUNS_ROOT)",
+            f"this starts one of {launch.machines} machines; on each, with its own rank (0 to"
+            f" {launch.machines - 1}), on one runs folder (RECIPES_RUNS_ROOT): {typed}"
+            f" --machine-rank 0 --main-process-ip HOST_OF_RANK_0 --main-process-port {port}"
         )
-    if not 0 <= rank < launch.machines:
-        raise RecipeError(f"--machine-rank {rank}: there are machines 0 to {launch.machines - 1}")
     return replace(launch, rank=rank, address=address, port=port)
+
+
+# The examples of a step: per device x accumulation x processes
+
+
+def accumulation_steps(recipe: Recipe, world_size: int) -> int:
+    """Return the gradient accumulation steps, derived from `run.global_batch_size` if it is set."""
+    if recipe.run.global_batch_size is None:
+        return int(recipe.train.get("gradient_accumulation_steps", 1))
+    per_device = recipe.train.get("per_device_train_batch_size", 8)
+    try:
+        return solve_batch(recipe.run.global_batch_size, per_device, world_size)
+    except RecipeError as error:
+        raise recipe.error("run.global_batch_size", error.what, *error.hints) from None
+
+
+def sync_each_batch(recipe: Recipe) -> bool:
+    """Return whether FSDP2 shares out the gradients of every backward pass, not once per optimizer
+    step: else each GPU keeps all of them in float32, 4 bytes per trained parameter.
+    """
+    return recipe.lora is None or bool(recipe.lora.get("modules_to_save"))
+
+
+def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int:
+    """Return the accumulation steps that make a step see `global_batch_size` examples."""
+    micro_batch = per_device * world_size
+    accumulation, rest = divmod(global_batch_size, micro_batch)
+    if rest == 0 and accumulation > 0:
+        return accumulation
+    below = global_batch_size - rest
+    legal = " or ".join(str(size) for size in (below, below + micro_batch) if size)
+    raise RecipeError(
+        f"run.global_batch_size {global_batch_size} cannot be made of micro-batches:"
+        f" {global_batch_size} / ({per_device} per device x {world_size} processes = {micro_batch})"
+        f" = {global_batch_size / micro_batch:g}",
+        f"set run.global_batch_size to {legal}, or another train.per_device_train_batch_size",
+    )
+
+
+def planned_steps(
+    rows: int,
+    *,
+    per_device: int,
+    accumulation: int,
+    world_size: int,
+    epochs: float,
+    max_steps: int = -1,
+) -> tuple[int, int]:
+    """Return the optimizer steps of an epoch and of the run, for which `max_steps` above 0 wins. A
+    step is a whole global batch; the rows that do not fill one are left out of the epoch.
+    """
+    examples = per_device * accumulation * world_size
+    per_epoch = max(rows // examples, 1)
+    return per_epoch, max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
+
+
+def describe_batch(
+    rows: int, steps: tuple[int, int], *, per_device: int, accumulation: int, world_size: int
+) -> str:
+    """Return the batch arithmetic of the start-up lines; `steps` are those of `planned_steps`."""
+    examples = per_device * accumulation * world_size
+    rest = rows % examples if steps[1] >= steps[0] else 0
+    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    return (
+        f"{per_device} per device x {accumulation} accumulation x {ranks} = {examples} examples per"
+        f" step; {rows:,} examples -> {steps[0]:,} steps per epoch, {steps[1]:,} steps"
+        + (f"; left out, because they fill no step: {rest}" if rest else "")
+    )

@@ -1,17 +1,32 @@
-"""The text of a new recipe: it extends an existing one and writes out what is different."""
+"""The text of a recipe that is new: it extends another one and writes out what is different, or it
+is what a flat TRL config (ScriptArguments, ModelConfig and SFTConfig in one mapping) becomes.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
-from recipes_lib.config.documents import Values
+from recipes_lib.config.documents import (
+    SECTIONS,
+    Document,
+    Values,
+    kind_of,
+    read,
+    value_text,
+    wrong_kind,
+)
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import OwnRows
+from recipes_lib.config.upstream import INSTEAD, RENAMES, upstream_fields
+from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import project_root, shown_path
+from recipes_lib.core.terminal import is_secret_name
 
 Method = Literal["lora", "qlora", "full"]
 _NF4 = {
@@ -21,6 +36,42 @@ _NF4 = {
     "bnb_4bit_compute_dtype": "bfloat16",
     "bnb_4bit_quant_storage": "bfloat16",  # FSDP shards one floating type
 }
+# Key of a flat TRL config -> key of a recipe.
+MOVES = {
+    "model_name_or_path": "model.name_or_path",
+    "model_revision": "model.revision",
+    "dtype": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attn_implementation",
+    "trust_remote_code": "model.trust_remote_code",
+    "model_init_kwargs": "model.kwargs",
+    "dataset_name": "data.source",
+    "dataset_mixture": "data.source",
+    "datasets": "data.source",
+    "dataset_config": "data.subset",
+    "dataset_train_split": "data.source_split",
+    "dataset_text_field": "data.columns",
+    "chat_template": "data.chat_template",
+    "chat_template_path": "data.chat_template",
+    "system_prompt": "data.system_prompt",
+    "assistant_only_loss": "data.chat_loss",
+    "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
+    "group_by_length": "train.train_sampling_strategy",
+    "run_name": "run.name",
+    "output_dir": "run.name",
+    **{old: f"train.{new}" for old, new in RENAMES.items()},
+}
+LEFT_OUT = {
+    **{key: why for key, why in INSTEAD["train"].items() if key not in MOVES},
+    **dict.fromkeys(("remove_unused_columns", "ignore_bias_buffers"), "the trainer decides it"),
+    "use_peft": "the lora section says it",
+    "lora_task_type": "it is always CAUSAL_LM",
+    "dataset_test_split": "validation rows are held out of the training rows (data.split)",
+    "dataset_streaming": "the audit before step 1 reads every row",
+    **dict.fromkeys(("accelerate_config", "num_processes"), "the launch section says it"),
+}
+# TRL's defaults where PEFT's are others. Source: trl.ModelConfig.
+LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 
 
 def new_recipe(
@@ -91,3 +142,174 @@ def schema_line(target: Path) -> str:
 def _relative(target: Path, file: Path) -> str:
     """Return the path of a file as one that will lie at `target` must write it."""
     return Path(os.path.relpath(file.resolve(), target.resolve().parent)).as_posix()
+
+
+# Migration: each key moves to its section with its comments, or becomes a comment at the end.
+
+
+def migrate(
+    path: Path, head: str, prompt_formats: Sequence[str] | None = None
+) -> tuple[str, list[str]]:
+    """Return the text of the recipe that a flat TRL config becomes, and a line for each change.
+
+    Args:
+        path: the flat file, with each key on a line of its own.
+        head: the recipe's first line.
+        prompt_formats: those that can read its rows, where they are on this machine.
+    """
+    flat = read(path)
+    kind = kind_of(flat)
+    if kind.name != "flat":
+        raise wrong_kind(kind, "flat", flat.file)
+    for needed in (("model_name_or_path",), ("dataset_name", "dataset_mixture", "datasets")):
+        if not flat.values.keys() & {*needed}:
+            what = f"is not a flat TRL config: it has no {' or '.join(needed)}"
+            raise RecipeError(what, file=flat.file)
+    if flat.problems:
+        raise RecipeErrors(flat.problems)
+    texts: dict[str, list[str]] = {}  # key of the recipe -> its lines, with comments
+    left, changes = [], []
+    values: Values = {}
+    head_lines = flat.text.split("\n")[: flat.origin((next(iter(flat.values)),)).line]
+    above = [line for line in head_lines if line.startswith("#")]
+    for key, value in flat.values.items():
+        own, following = _lines_of(flat, key)
+        dotted = home_of(key)
+        why = _why_left_out(key, dotted, flat.values)
+        if dotted in texts and not why:
+            why = f"{dotted} is set already, by another key of this file"
+        if why:
+            shown = [f"{key}: (not copied)"] if is_secret_name(key) else own
+            left += [*above, f"# {why}:", *(f"#   {line}" for line in shown)]
+            changes.append(f"{flat.origin((key,))}: {key} left out; {why}")
+        else:
+            values[dotted] = new = _todays(key, value)
+            name = dotted.partition(".")[2]
+            texts[dotted] = [*above, f"{name}{own[0].removeprefix(key)}", *own[1:]]
+            change = f"{key} -> {dotted}"
+            if new != value:
+                comments = [part for line in own for part in re.findall(r"\s(#.*)", line)]
+                texts[dotted] = [*above, *comments, f"{name}: {value_text(new)}"]
+                change += f": {value_text(value, 60)} -> {value_text(new, 60)}"
+            changes.append(f"{flat.origin((key,))}: {change}")
+        above = following
+    for dotted, value, why in _added(flat.values, values, prompt_formats):
+        if dotted not in texts:
+            texts[dotted] = [f"# {why}", f"{dotted.partition('.')[2]}: {value_text(value)}"]
+            changes.append(f"added {dotted}: {value_text(value)}; {why}")
+    lines = [head]
+    for section in SECTIONS:
+        inner = [line for key in texts if key.startswith(f"{section}.") for line in texts[key]]
+        lines += (
+            ["", f"{section}:", *(f"  {line}" if line else "" for line in inner)] if inner else []
+        )
+    lines += ["", "# Left out by `recipes migrate`:", *left] if left else []
+    return "\n".join([*lines, *above]) + "\n", changes
+
+
+def home_of(key: str) -> str:
+    """Return the dotted key of a recipe that a flat key becomes; empty for none."""
+    if key in MOVES:
+        return MOVES[key]
+    fields = upstream_fields()
+    for section in ("train", "quantization"):
+        if key in fields[section]:
+            return f"{section}.{key}"
+    for name in (key, key.removeprefix("lora_")):
+        if name in fields["lora"] and key.startswith(("lora_", "use_")):
+            return f"lora.{name}"
+    return ""
+
+
+def _lines_of(flat: Document, key: str) -> tuple[list[str], list[str]]:
+    """Return the lines of a key, and the comments between it and the next one."""
+    lines, place = flat.text.split("\n"), flat.origin((key,))
+    starts = [flat.origin((name,)).line or 0 for name in flat.values]
+    start = place.line or 0
+    end = min((line for line in starts if line > start), default=len(lines) + 1)
+    own = lines[start - 1 : end - 1]
+    if not own[0].startswith(key) or starts.count(start) > 1:
+        raise place.error(f"'{key}' does not begin a line of its own; write one key a line")
+    size = next(n for n in range(len(own), 0, -1) if n == 1 or own[n - 1][:1] not in ("", "#"))
+    return own[:size], [line for line in own[size:] if line]
+
+
+def _why_left_out(key: str, dotted: str, flat: Values) -> str:
+    loads = flat.get("load_in_4bit") or flat.get("load_in_8bit")
+    ratio, steps = flat.get("warmup_ratio"), flat.get("warmup_steps")
+    reasons = {
+        "a secret does not belong in a recipe; use hf auth login": is_secret_name(key),
+        LEFT_OUT.get(key, ""): key in LEFT_OUT,
+        "no class behind a recipe section has this key": not dotted,
+        "it says nothing": flat[key] is None and not dotted.startswith("train."),
+        "it is off": key == "assistant_only_loss" and not flat[key],
+        "runs are in runs/<run.name>": key == "output_dir" and flat.get("run_name"),
+        "warmup_steps decides": key == "warmup_ratio" and (steps or not ratio),
+        "warmup_ratio decides": key == "warmup_steps" and ratio and not steps,
+        "without use_peft: true TRL ignores it": dotted.startswith("lora.")
+        and not flat.get("use_peft"),
+        "the base model is not loaded that way": dotted.startswith("quantization.") and not loads,
+    }
+    return next((why for why, holds in reasons.items() if holds), "")
+
+
+def _todays(key: str, value: Any) -> Any:
+    """Return a value in the form that is read today."""
+    if key in ("dataset_mixture", "datasets"):
+        parts = value.get("datasets") if isinstance(value, dict) else value
+        return [_source(part) for part in parts or []]
+    if key == "assistant_only_loss":
+        return "all"
+    if key == "dataset_text_field":
+        return {"text": value}
+    if key in ("run_name", "output_dir"):
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
+    if key == "group_by_length":
+        return "group_by_length" if value else "random"
+    if key == "lora_target_modules" and isinstance(value, str) and value != "all-linear":
+        return [module.strip() for module in value.split(",")]
+    if key == "packing_strategy" and value == "ffd":  # TRL's name of it before 0.20
+        return "bfd"
+    return value[0] if value == ["all-linear"] else value
+
+
+def _source(part: Values) -> Values:
+    """Return a part of a mixture of TRL or the alignment handbook as one of ours."""
+    keys = {
+        "source": part.get("id") or part.get("path"),
+        "subset": part.get("config", part.get("name")),
+        "source_split": part.get("split"),
+        "weight": part.get("weight"),
+    }
+    return {name: value for name, value in keys.items() if value not in (None, 1)}
+
+
+def _added(
+    flat: Values, values: Values, prompt_formats: Sequence[str] | None
+) -> list[tuple[str, Any, str]]:
+    """Return what TRL fills in by itself where the class behind a section fills in something else:
+    key, value and reason.
+    """
+    added: list[tuple[str, Any, str]] = []
+    if flat.get("use_peft"):
+        why = "TRL's default; PEFT's is another"
+        added += [(f"lora.{key}", value, why) for key, value in LORA_DEFAULTS.items()]
+    if flat.get("load_in_4bit"):
+        added.append(("quantization.bnb_4bit_quant_type", "nf4", "TRL's default"))
+        if (dtype := values.get("model.dtype")) in ("bfloat16", "float16", "float32"):
+            why = "TRL computes in the model's dtype"
+            added.append(("quantization.bnb_4bit_compute_dtype", dtype, why))
+    rows, why = "chat", "for rows of messages; for rows of prompt and completion write raw"
+    if "dataset_text_field" in flat:
+        rows, why = "raw", "the text is in one column"
+    elif prompt_formats:
+        rows, why = prompt_formats[0], "as the rows are on this machine"
+    added.append(("data.prompt_format", rows, why))
+    if rows == "chat" and not flat.get("assistant_only_loss"):
+        why = "of messages TRL learns every token; true learns the answers, as for prompts"
+        added.append(("train.completion_only_loss", False, why))
+    if values.get("train.eval_strategy") in ("no", None):
+        added.append(("data.split", {"method": "none"}, "no evaluation: no row is held out"))
+    else:
+        added.append(("data.split", {"validation": 0.1}, "rows held out for evaluation"))
+    return added

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
-import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -26,8 +21,7 @@ from recipes_lib.config.documents import (
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
 
 Schema = dict[str, Any]  # a JSON Schema
-_MAX_CHOICES = 16
-_MAX_KEYS = 30
+_MAX_NAMES = 20  # that a message lists
 
 
 @dataclass(frozen=True)
@@ -52,19 +46,10 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
         defer_build=True,  # most files have few of the sections
+        use_attribute_docstrings=True,
     )
     gone: ClassVar[Mapping[str, str]] = {}
     kind: ClassVar[str] = ""  # of a whole file: its name among `documents.KINDS`
-
-    @classmethod
-    def model_json_schema(cls, *args: Any, **kwargs: Any) -> Schema:
-        """Return the JSON Schema; pydantic would read the texts in every verb, 10 ms a class."""
-        schema = super().model_json_schema(*args, **kwargs)
-        for model in {cls, *_models_below(cls)}:
-            part = schema if model is cls else schema["$defs"].get(model.__name__, {})
-            for name, text in _texts(model):
-                part.get("properties", {}).get(name, {}).setdefault("description", text)
-        return schema
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -102,8 +87,7 @@ def judge(
     errors = [*document.problems]
     for path, details in refused.items():
         if not (partial and details[0]["type"] == "missing"):
-            what, *hints = _sentence(model, path, details)
-            errors.append(document.error(path, what, *hints))
+            errors.append(document.error(path, *_sentence(model, path, details)))
     if refused:
         value, _ = _validated(model, _without(document.values, refused))
     if value is not None:
@@ -122,7 +106,7 @@ def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
     if isinstance(value, list) and typing.get_origin(kind) is list:
         items = enumerate(value)
         return [_absolute(arguments[0], document, item, (*at, index)) for index, item in items]
-    if isinstance(value, dict) and _is_model(kind):
+    if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
         fields = {key: known for key, known in kind.model_fields.items() if key in value}
         return value | {
             key: _absolute(known.rebuild_annotation(), document, value[key], (*at, key))
@@ -170,35 +154,26 @@ def _without(values: Any, paths: Iterable[KeyPath]) -> Any:
 def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list[str]:
     """Return what is wrong with a key, then hints."""
     name, value = dotted(path), details[0]["input"]
-    kinds = {detail["type"] for detail in details}
-    if "missing" in kinds:
+    if details[0]["type"] == "missing":
         return [f"{name} is missing"]
-    if "extra_forbidden" in kinds:
+    if any(detail["type"] == "extra_forbidden" for detail in details):
         return _unknown(model, path)
-    got = value_text(value, 60)
-    if kinds == {"model_type"}:
-        return [f"section '{name}' must be a mapping of keys, got {got}"]
-    details = [detail for detail in details if "pattern" not in detail["type"]] or details
-    messages = [detail["msg"].removeprefix("Value error, ") for detail in details]
-    must = " must be" if messages[0].startswith(("Input should be ", "List should have ")) else ":"
-    texts = [text.removeprefix("Input should be ").replace("None", "null") for text in messages]
-    texts = [text.replace("List should have", "a list of").split(" after val")[0] for text in texts]
-    texts = [text.replace("a valid dictionary", "a mapping {key: value}") for text in texts]
-    texts = [re.sub(r"\d{20,}", lambda long: f"{float(long[0]):g}", text) for text in texts]
-    what = f"{name}{must} {' or '.join(dict.fromkeys(texts))}"
-    hints = []
-    expected = [each["ctx"]["expected"] for each in details if each["type"] == "literal_error"]
-    choices = re.findall(r"'([^']*)'", " ".join(expected))
-    if len(choices) > _MAX_CHOICES:
-        what = f"{name} must be one of {len(choices)} choices"
-        hints.append(f"all choices: recipes explain {name}")
-    if isinstance(value, str):
-        hints = [*did_you_mean(value, choices), *hints]
-        if kinds & {"int_type", "float_type"} and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value):
-            hints.append(f"remove the quotes: {value}" if len(value) < 30 else "it is too long")
-    if value is False and {"no", "NO"} & {*choices}:
-        hints.append("a plain no is read as false here; quote it")
-    return [what if "value_error" in kinds else f"{what}, got {got}", *hints]
+    if details[0]["type"] == "model_type":
+        return [f"section '{name}' must be a mapping of keys, got {value_text(value, 60)}"]
+    if details[0]["type"] == "value_error":
+        return [f"{name}: {details[0]['ctx']['error']}"]
+    what = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
+    what = what.replace("or Input should be", "or").removeprefix("Input ")
+    choices = [
+        choice.strip("'")
+        for detail in details
+        if detail["type"] == "literal_error"
+        for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(", ")
+    ]
+    if len(choices) > _MAX_NAMES:
+        what = f"is not among the choices of recipes explain {name}"
+    hints = did_you_mean(value, choices) if isinstance(value, str) else []
+    return [f"{name}: {what}, got {value_text(value, 60)}", *hints]
 
 
 def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
@@ -208,49 +183,22 @@ def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
         fields = [known.model_fields[step] for known in models if step in known.model_fields]
         if fields:  # else an item of a list, or a key of a mapping of models
             models = [inner for known in fields for inner in _models_in(known.annotation)]
-    key, name, prefix = str(path[-1]).replace("-", "_"), dotted(path), dotted((*path[:-1], ""))
+    key, name = str(path[-1]).replace("-", "_"), dotted(path)
     for section in models:
         if remedy := getattr(section, "gone", {}).get(key):
             return [f"'{name}' cannot be set here", remedy]
+    for home, known in model.model_fields.items():
+        if any(key in section.model_fields for section in _models_in(known.annotation)):
+            return [f"unknown key '{name}'", f"it belongs to {home}: write {home}.{key}"]
     keys = [known for section in models for known in section.model_fields]
-    what = f"unknown key '{name}'" if len(path) > 1 else f"unknown section or key '{name}'"
-    ends = [known for known in keys if known.endswith(f"_{key}")]  # epochs: num_train_epochs
-    near = did_you_mean(ends[0] if ends else key, keys, prefix)
-    for section_name, known in model.model_fields.items() if not near else ():
-        if any(key in home.model_fields for home in _models_in(known.annotation)):
-            return [what, f"it belongs to {section_name}: write {section_name}.{key}"]
-    all_keys = f"all keys: recipes explain {dotted(path[:-1])}"
-    return [what, *(near or [f"keys: {', '.join(keys)}" if len(keys) < _MAX_KEYS else all_keys])]
-
-
-def _is_model(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    listed = ", ".join(keys) if len(keys) < _MAX_NAMES else f"recipes explain {dotted(path[:-1])}"
+    hints = did_you_mean(key, keys, dotted((*path[:-1], ""))) or [f"keys: {listed}"]
+    return [f"unknown key '{name}'", *hints]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Yield the models that an annotation mentions."""
-    if _is_model(annotation):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in typing.get_args(annotation):
         yield from _models_in(inner)
-
-
-def _models_below(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """Yield the models of a model's fields, and theirs."""
-    for known in model.model_fields.values():
-        for inner in _models_in(known.annotation):
-            yield from (inner, *_models_below(inner))
-
-
-def _texts(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
-    """Yield the fields of a model with the text under each."""
-    for cls in model.__mro__:
-        if cls in (BaseModel, Section, object):
-            return
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
-        except OSError:  # made by `create_model`, with its descriptions
-            continue
-        for field, text in pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-                yield ast.unparse(field.target), " ".join(ast.literal_eval(text.value).split())

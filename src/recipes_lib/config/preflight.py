@@ -8,23 +8,22 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.documents import Values, did_you_mean
-from recipes_lib.config.launch import AccelerateConfig, Launch, plan_launch
+from recipes_lib.config.launch import AccelerateConfig, plan_launch
 from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
+from recipes_lib.config.sections import STARTS_WITHOUT_WEIGHTS
 from recipes_lib.config.upstream import (
-    STARTS_WITHOUT_WEIGHTS,
     build_lora_config,
     build_quantization_config,
     build_sft_config,
     check_packages,
     has_accelerator,
     refused,
-    upstream_default,
 )
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
@@ -41,6 +40,7 @@ from recipes_lib.models.packaged import is_packaged, packaged_folder
 
 KEY = "model.name_or_path"
 DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
+_OF_GPUS = {"fp16", "fp16_full_eval", "tf32"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -56,47 +56,37 @@ def check_upstream(
     # it warns about optional kernels as soon as PEFT imports it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     errors: list[RecipeError] = []
-    notes = [] if notes is None else notes
-
-    def collect(build: Callable[[], Any]) -> Any:
+    launch, folder = plan_launch(recipe.launch), local_folder(recipe)
+    checkable = recipe
+    if not (launch.config.use_cpu or has_accelerator()):  # it is meant for a GPU
+        train = {key: recipe.train[key] for key in recipe.train.keys() - _OF_GPUS}
+        model = recipe.model.model_copy(update={"attn_implementation": None})
+        checkable = replace(recipe, train=train, model=model)
+    for build in (
+        lambda: build_sft_config(checkable, "unused", launch.world_size),
+        lambda: build_lora_config(recipe),
+        lambda: build_quantization_config(recipe),
+        lambda: check_packages(recipe),
+    ):
         try:
-            return build()
+            build()
         except RecipeError as error:
-            errors.extend(error.errors)
+            errors += error.errors
         except EnvironmentFault as error:
             errors.append(RecipeError(error.what, *error.hints, file=error.file, line=error.line))
-        return None
-
-    launch = collect(lambda: plan_launch(recipe.launch)) or Launch(AccelerateConfig(), 1)
-    buildable = recipe
-    if not (launch.config.use_cpu or has_accelerator()):  # it is meant for a GPU
-        keys = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
-        note = "note: no GPU on this machine: train.{} not checked"
-        notes += [recipe.error(f"train.{key}", note.format(key)) for key in keys]
-        train = {key: value for key, value in recipe.train.items() if key not in keys}
-        model = recipe.model.model_copy(update={"attn_implementation": None})
-        buildable = replace(recipe, train=train, model=model)
-    collect(lambda: build_sft_config(buildable, "unused", launch.world_size))
-    collect(lambda: build_lora_config(recipe))
-    collect(lambda: build_quantization_config(recipe))
-    collect(lambda: check_packages(recipe))
     errors += _sharded_quantization(recipe, launch.config)
-    before = len(errors)
-    folder = collect(lambda: local_folder(recipe))
-    if folder is not None:
-        errors += check_model_files(recipe, folder, remote_code=remote_code)
-    if len(errors) > before:
-        return errors
+    wrong = list(check_model_files(recipe, folder, remote_code=remote_code)) if folder else []
     is_cached = not Path(recipe.model.name_or_path).is_dir()
     absent = folder is None or (is_cached and not _has_tokenizer(folder))
-    if folder is None or absent or recipe.model.trust_remote_code:
-        why = "model not on this machine" if absent else "the model brings its own code"
-        what = f"note: not checked against {recipe.model.name_or_path}: {why}"
-        notes.append(recipe.error(KEY, what))
-        return errors
+    if errors or wrong or folder is None or absent or recipe.model.trust_remote_code:
+        if notes is not None and not errors + wrong:
+            why = "model not on this machine" if absent else "the model brings its own code"
+            what = f"note: not checked against {recipe.model.name_or_path}: {why}"
+            notes.append(recipe.error(KEY, what))
+        return [*errors, *wrong]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return [*errors, *check_names(recipe, folder, launch.config)]
+        return list(check_names(recipe, folder, launch.config))
 
 
 def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
@@ -233,18 +223,6 @@ def check_names(
     if is_encoder and not getattr(config, "is_decoder", True):
         what = f"{name} is an encoder: it sees the tokens it has to predict"
         yield recipe.error(KEY, what, "choose a causal language model")
-    longest = recipe.train.get("max_length", upstream_default("train", "max_length"))
-    positions = getattr(config, "max_position_embeddings", None) or 0
-    has_table = any(  # of learned vectors, some with two places for padding
-        isinstance(module, torch.nn.Embedding)
-        and module is not embeddings
-        and positions <= module.num_embeddings <= positions + 2
-        for _, module in language_modules(model)
-    )
-    if positions and has_table and (longest is None or longest > positions):
-        what = f"train.max_length {longest}: the model has a table of {positions:,} positions"
-        hint = f"set train.max_length: {positions} or less"
-        yield recipe.error("train.max_length", f"{what} and fails beyond", hint)
     packs = "packing" if recipe.train.get("packing") else "padding_free"
     wrapped = packs == "packing" and recipe.train.get("packing_strategy") == "wrapped"
     if recipe.train.get(packs) and not wrapped and (why := why_rows_apart(model)):
@@ -271,8 +249,8 @@ def check_names(
         yield recipe.error(KEY, what, hint)
 
 
-def _adapter(recipe: Recipe, lora: Values, model: Any) -> Iterator[RecipeError]:
-    """Yield names that the model does not have (PEFT takes a list if one of them matches), targets
+def _adapter(recipe: Recipe, lora: Values, model: Any) -> list[RecipeError]:
+    """Return names that the model does not have (PEFT takes a list if one of them matches), targets
     that cannot work on it, and what PEFT says when it puts the adapters on it.
     """
     import torch
@@ -282,40 +260,34 @@ def _adapter(recipe: Recipe, lora: Values, model: Any) -> Iterator[RecipeError]:
     last = {name.rpartition(".")[2]: module for name, module in modules.items()}
     linear = {name for name, module in last.items() if isinstance(module, torch.nn.Linear)}
     layers = f"it has {', '.join(sorted(linear - {'lm_head'}))}"
-    needs, sound = needs_of(model.config), True
+    needs, wrong = needs_of(model.config), []
+    config = build_lora_config(recipe)
+    assert config is not None
     try:
-        config = build_lora_config(recipe)
-        assert config is not None
         settled = settle_targets(config, model)
         # PEFT finds former layers of experts, which are parameters now, by itself
-        targets = converted(config, model).target_modules
+        known = converted(config, model)
         for key in ("target_modules", "modules_to_save"):
-            names = targets if key == "target_modules" else config.modules_to_save
+            names = getattr(known, key)
             for name in () if names is None or isinstance(names, str) else names:
                 if not any(f".{module}".endswith(f".{name}") for module in modules):
-                    sound = False
                     what = f"lora.{key}: the model has no module '{name}'"
-                    place = f"lora.{key}.{lora[key].index(name)}"
-                    yield recipe.error(place, what, *did_you_mean(name, last), layers)
+                    wrong.append(
+                        recipe.error(f"lora.{key}", what, *did_you_mean(name, last), layers)
+                    )
         given = lora.get("target_modules")
         for name in {*needs.left_out} & {*(given if isinstance(given, list) else ())} & {*last}:
-            sound = False
             what = f"lora.target_modules: '{name}' takes no adapter: {needs.because}"
-            hint = "leave it out, or say all-linear, which does"
-            yield recipe.error("lora.target_modules", what, hint)
+            wrong.append(recipe.error("lora.target_modules", what, "use all-linear, which knows"))
         start, settled.init_lora_weights = settled.init_lora_weights, False  # may need the weights
         if start not in STARTS_WITHOUT_WEIGHTS and converted(settled, model).target_parameters:
             key = "lora.init_lora_weights"
             what = f"{key}: {start} starts from weights of layers, and these are experts'"
-            yield recipe.error(key, what, "leave the key out, or adapt the attention alone")
-        if sound:
+            wrong.append(recipe.error(key, what, "leave the key out, or adapt the attention alone"))
+        if not wrong:
             with torch.device("meta"):
                 get_peft_model(model, settled)
-    except RecipeError:  # of the config itself, which is reported where it is built
-        return
     except (ValueError, TypeError, NotImplementedError) as error:
-        if "arget modules" in str(error):
-            what = f"lora.target_modules: {one_line(error)}"
-            yield recipe.error("lora.target_modules", what, layers)
-        elif "meta" not in str(error):  # else it is about tensors without values
-            yield refused(recipe, "lora", error)
+        if "meta" not in str(error):  # else it is about tensors without values
+            wrong.append(refused(recipe, "lora", error, layers))
+    return wrong

@@ -7,6 +7,7 @@ is what jobs, resumed runs and evaluations read.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,9 +16,8 @@ from typing import ClassVar
 
 import yaml
 
-from recipes_lib.config.batch import solve_batch
 from recipes_lib.config.documents import Document, Origin, Values, dotted, read
-from recipes_lib.config.launch import plan_launch, precision_conflict
+from recipes_lib.config.launch import plan_launch, precision_conflict, solve_batch
 from recipes_lib.config.parsing import Schema, Section, judge, parse
 from recipes_lib.config.sections import (
     HUB_ID,
@@ -192,21 +192,18 @@ _NOT_IN_MODEL_KWARGS = {
 
 def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
     """Yield what a recipe cannot mean; values of a wrong type were left out."""
-    train = _written(recipe.train)
+    train, name = _written(recipe.train), recipe.run.name
     for key, what, *hints in _findings(recipe, train):
         yield document.error(key, what, *hints)
-    key, name = "launch.accelerate", recipe.launch.accelerate
-    try:
-        asked = plan_launch(recipe.launch).config.mixed_precision
-        if conflict := precision_conflict(train, asked, f"{key} {name}"):
-            yield document.error(key, *conflict)
-    except RecipeError as error:
-        for wrong in error.errors:
-            yield document.error(key, wrong.what, *wrong.hints)
-    try:
-        check_run_name("unnamed" if recipe.run.name is None else recipe.run.name)
-    except RecipeError as error:
-        yield document.error("run.name", error.what, *error.hints)
+    for key, check in {
+        "launch.accelerate": lambda: plan_launch(recipe.launch),
+        "run.name": lambda: check_run_name("unnamed" if name is None else name),
+    }.items():
+        try:
+            check()
+        except RecipeError as error:
+            for wrong in error.errors:
+                yield document.error(key, wrong.what, *wrong.hints)
     if recipe.run.global_batch_size and "gradient_accumulation_steps" in train:
         key = "train.gradient_accumulation_steps"
         what = f"{key} is ignored: it is derived from run.global_batch_size"
@@ -220,14 +217,19 @@ def machine_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeErro
     """Yield what is wrong on this machine with the recipe's own launch."""
     if wrong := no_model_at(recipe.model.name_or_path):
         yield document.error("model.name_or_path", *wrong)
-    key = "per_device_train_batch_size"
-    per_device = _written(recipe.train).get(key, upstream_default("train", key))
+    train, key = _written(recipe.train), "per_device_train_batch_size"
+    per_device = train.get(key, upstream_default("train", key))
     try:
-        world_size = plan_launch(recipe.launch).world_size
+        launch = plan_launch(recipe.launch)
     except RecipeError:  # `recipe_rules` says it
         return
+    if conflict := precision_conflict(
+        train, launch.config.mixed_precision, launch.config.path.name
+    ):
+        yield document.error("launch.accelerate", *conflict)
     try:
-        solve_batch(recipe.run.global_batch_size or per_device * world_size, per_device, world_size)
+        whole = recipe.run.global_batch_size or per_device * launch.world_size
+        solve_batch(whole, per_device, launch.world_size)
     except RecipeError as error:
         yield document.error("run.global_batch_size", error.what, *error.hints)
 
@@ -237,10 +239,12 @@ def _written(section: Section | None) -> Values:
 
 
 def _findings(recipe: RecipeFile, train: Values) -> Iterator[tuple[str, ...]]:
+    key = "model.attn_implementation"
     wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
-    padded = train.get("padding_free") is False
-    if recipe.model.attn_implementation == VARLEN and (wrapped or padded):
-        key, why = "model.attn_implementation", "wrapped rows" if wrapped else "padding_free: false"
+    if recipe.model.attn_implementation == VARLEN and (
+        wrapped or train.get("padding_free") is False
+    ):
+        why = "wrapped rows" if wrapped else "padding_free: false"
         yield key, f"{key}: {VARLEN} under {why} would silently be sdpa", "remove one of them"
     for name in recipe.model.kwargs.keys() & _NOT_IN_MODEL_KWARGS:
         hint = "a key of model (recipes explain model), quantization or the launcher decides it"
@@ -249,17 +253,18 @@ def _findings(recipe: RecipeFile, train: Values) -> Iterator[tuple[str, ...]]:
     if "lm_head" in (targets if isinstance(targets, list) else [targets]):
         what = f"{key} holds lm_head: the loss cannot run through an adapter on the output layer"
         yield key, what, "remove lm_head"
+    elif isinstance(targets, str) and re.fullmatch(r"(?!all-linear$)[\w\s,.-]*", targets):
+        # as a pattern of whole names, it has nothing that could stand for a layer's number
+        listed = ", ".join(re.findall(r"[\w.-]+", targets))
+        yield key, f"{key}: the pattern {targets!r} matches no module", f"write a list: [{listed}]"
     quantization = _written(recipe.quantization)
     four, eight = (quantization.get(f"load_in_{bits}bit") is True for bits in (4, 8))
-    if recipe.quantization is not None and not four and not eight:
+    if recipe.quantization is not None and four == eight:
         hint = "set load_in_4bit: true or load_in_8bit: true, or remove the section"
-        yield "quantization", "the quantization section turns nothing on", hint
+        yield "quantization", "quantization must turn on one of 4 and 8 bits", hint
     elif recipe.quantization is not None and recipe.lora is None:
         what = "quantized weights cannot be trained without an adapter"
         yield "quantization", what, "add a lora section, or remove quantization"
-    if four and eight:
-        key = "quantization.load_in_8bit"
-        yield key, f"{key}: load_in_4bit is true as well", "set one of the two to false"
     # A 4-bit layer answers in the base's precision; where autocast's is the other half, the next
     # concatenation ends the run.
     dtype, under = recipe.model.dtype, "train.fp16" if train.get("fp16") else "train.bf16"
@@ -280,11 +285,9 @@ def no_model_at(name: str) -> tuple[str, ...] | None:
     if is_packaged(name) or path.is_dir():
         return None
     if path.is_file() or name.endswith(".gguf"):
-        what = f"'{name}' is a {'GGUF ' * name.endswith('.gguf')}file"
-        return what, A_MODEL
+        return f"'{name}' is a file", A_MODEL
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         return f"no such folder: {name}", "a relative path starts at the working directory"
     if not HUB_ID.fullmatch(name):
-        what = f"{name!r} is not a folder here, and cannot be a name on the Hub"
-        return what, "a Hub name looks like meta-llama/Llama-3.1-8B"
+        return f"{name!r} is not a folder here, and cannot be a name on the Hub", A_MODEL
     return None

@@ -18,6 +18,9 @@ TRL = "trl:"  # before the name of a chat template that TRL ships
 DATA_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 VARLEN = "varlen"
 MAX_LENGTH = 1024  # TRL's default of max_length
+# Values of `lora.init_lora_weights` whose adapters start from random numbers or zeros, and not from
+# the weights of the base.
+STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
 # The keys of `data` that say how a model is asked.
 ASKED = ("prompt_format", "chat_template", "chat_template_kwargs", "system_prompt")
 

@@ -7,12 +7,10 @@ real objects: upstream has the last word.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
 import re
-import typing
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import Field, create_model
 
-from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.launch import accumulation_steps
 from recipes_lib.config.parsing import Schema, Section
 from recipes_lib.core.errors import RecipeError, one_line
 
@@ -39,9 +37,6 @@ CLASSES = {
 }
 _Built = TypeVar("_Built")
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-# Values of `lora.init_lora_weights` whose adapters start from random numbers or zeros, and not from
-# the weights of the base.
-STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
 # Project defaults for `train` that differ from TRL's; none changes the declared mathematics.
 TRAIN_DEFAULTS = {
     # recomputing activations costs speed (about 20% by TRL's figure)
@@ -67,8 +62,9 @@ _OF_HUB = ("model_id", "strategy", "always_push", "private_repo", "revision")
 _HUB = ("push_to_hub", *(f"hub_{key}" for key in _OF_HUB))
 _EXPORT = "upload a finished run: recipes export RUN --to FOLDER --push-to-hub OWNER/NAME"
 _PEFTS_OWN = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
-_MEGATRON = ("megatron_config", "megatron_core")
-_INIT_CONFIGS = ("eva_config", "corda_config", "loftq_config")
+_LORA_KINDS = ("eva", "corda", "loftq", "lora_ga", "velora", "monteclora", "arrow", "kasa")
+_MORE_LORA = ("runtime_config", "megatron_config", "megatron_core", "use_bdlora")
+_NOT_SUPPORTED = "a kind of LoRA with a config of its own is not supported"
 # What no recipe says, of today's classes and of earlier ones -> what to write or know instead.
 INSTEAD: dict[str, dict[str, str]] = {
     "train": {
@@ -87,6 +83,8 @@ INSTEAD: dict[str, dict[str, str]] = {
         "dataset_kwargs": "rows are prepared by recipes_lib.data",
         "group_by_length": "write train.train_sampling_strategy: group_by_length",
         "lr": "write train.learning_rate",
+        "epochs": "write train.num_train_epochs",
+        "batch_size": "write train.per_device_train_batch_size, or run.global_batch_size",
         "deepspeed": "DeepSpeed is not supported; write launch.accelerate: fsdp",
         "enable_jit_checkpoint": "upstream's leaves a half-trained model; runs stop on SIGTERM",
         "save_only_model": "a checkpoint holds all that its run needs to go on",
@@ -99,12 +97,10 @@ INSTEAD: dict[str, dict[str, str]] = {
         "rank": "write lora.r",
         "base_model_name_or_path": "write model.name_or_path",
         **dict.fromkeys(_PEFTS_OWN, "PEFT writes it into the saved adapter by itself"),
-        **dict.fromkeys(_MEGATRON, "Megatron is not supported"),
-        **dict.fromkeys(_INIT_CONFIGS, "write lora.init_lora_weights: pissa or olora"),
+        **dict.fromkeys((*(f"{kind}_config" for kind in _LORA_KINDS), *_MORE_LORA), _NOT_SUPPORTED),
     },
     "quantization": {},
 }
-
 
 # What torch's and TRL's activation checkpointing take.
 _Checkpointing = Literal[
@@ -116,6 +112,7 @@ _NotNegative = Annotated[float, Field(ge=0)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
 _SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+_Pairs = Annotated[str, Field(pattern=r"^ *\w+ *=[^,=]+(, *\w+ *=[^,=]+)*$")]
 # Types that are narrower than upstream's annotation: what it accepts and cannot work with.
 _NARROWER: dict[str, dict[str, object]] = {
     "train": {
@@ -126,16 +123,16 @@ _NARROWER: dict[str, dict[str, object]] = {
         "learning_rate": Annotated[float, Field(gt=0, le=1e30)],
         "max_steps": Literal[-1] | _AtLeast1,
         "eval_steps": _Positive | None,
-        **dict.fromkeys(("max_grad_norm", "weight_decay", "adam_epsilon"), _NotNegative),
-        **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _Fraction),
+        **dict.fromkeys(("max_grad_norm", "weight_decay"), _NotNegative),
+        **dict.fromkeys(("adam_beta1", "adam_beta2"), _Fraction),
+        "optim_args": _Pairs | None,
+        # "best" leaves a killed run without a checkpoint to go on from
+        "save_strategy": Literal["no", "steps", "epoch"],
         "seed": _Seed,
         "data_seed": _Seed | None,
         "activation_checkpointing_kwargs": dict[_Checkpointing, bool | int | None] | None,
         # a validation measures the loss alone
         "metric_for_best_model": Literal["loss", "eval_loss"] | None,
-        "dataloader_num_workers": Annotated[int, Field(ge=0)],
-        # "best" leaves a killed run without a checkpoint to go on from
-        "save_strategy": Literal["no", "steps", "epoch"],
         # batch_rebalance deals out the rows of a step by the number of processes
         "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
         # true hides the step on which the loss stopped being a number
@@ -148,7 +145,7 @@ _NARROWER: dict[str, dict[str, object]] = {
         "lora_dropout": _Fraction,
         # eva, corda, loftq and others need a config and rows of their own
         "init_lora_weights": bool
-        | Literal["gaussian", "olora", "pissa", "orthogonal"]
+        | Literal["gaussian", "orthogonal", "olora", "pissa"]
         | Annotated[str, Field(pattern="^pissa_niter_[0-9]+$")],
     },
     "quantization": {
@@ -268,17 +265,7 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
     from peft import LoraConfig
 
     values = {"task_type": "CAUSAL_LM", **recipe.lora}
-    hints = typing.get_type_hints(LoraConfig)
-
-    def build() -> LoraConfig:
-        for key, value in values.items():
-            members = typing.get_args(hints[key])
-            kinds = [kind for kind in (hints[key], *members) if dataclasses.is_dataclass(kind)]
-            if isinstance(value, dict) and kinds and dict not in members:
-                values[key] = kinds[0](**value)  # type: ignore[operator]
-        return LoraConfig(**values)
-
-    return _built(recipe, "lora", build)
+    return _built(recipe, "lora", lambda: LoraConfig(**values))
 
 
 def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
@@ -301,20 +288,17 @@ def _built(recipe: Recipe, section: str, build: Callable[[], _Built]) -> _Built:
 
 def check_packages(recipe: Recipe) -> None:
     """Refuse a package that is not installed and that upstream misses once the model is loaded."""
-    if recipe.train.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
-        key = "train.use_liger_kernel"
-        what = f"{key} needs the package liger_kernel, which is not installed"
-        raise recipe.fault(key, what, "pip install liger-kernel, or remove the key")
-    named = recipe.train.get("report_to") or []
-    trackers = {*([named] if isinstance(named, str) else named)}
-    if trackers := trackers - {"none", "all", "flyte"}:  # transformers does not look for flyte
-        from transformers.integrations import integration_utils  # torch
+    from transformers.integrations import integration_utils  # torch
 
-        missing = trackers - {*integration_utils.get_available_reporting_integrations()}
-        if missing:
-            what = f"train.report_to: {', '.join(sorted(missing))} is not installed"
-            hint = "pip install -c constraints.txt -e '.[tracking]' brings tensorboard, trackio and"
-            raise recipe.fault("train.report_to", what, f"{hint} wandb; or train.report_to=none")
+    named = recipe.train.get("report_to") or []
+    missing = {*([named] if isinstance(named, str) else named)} - {"none", "flyte"}
+    missing -= {*integration_utils.get_available_reporting_integrations()}
+    wanted = dict.fromkeys(missing, "train.report_to")
+    if recipe.train.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
+        wanted["liger-kernel"] = "train.use_liger_kernel"
+    for package, key in wanted.items():
+        what = f"{key}: {package} is not installed"
+        raise recipe.fault(key, what, f"pip install {package}, or remove the key")
 
 
 def has_accelerator() -> bool:
@@ -332,6 +316,7 @@ def refused(recipe: Recipe, section: str, error: Exception, *hints: str) -> Reci
         hint = "set train.bf16: false (and train.fp16: true on a GPU)"
         return recipe.error("train.bf16", "train.bf16: this device has no bfloat16", hint)
     values = getattr(recipe, section) or {}
-    named = [key for key in values if re.search(rf"\b{re.escape(key)}\b", message)]
+    words = message.replace(" ", "_").lower()  # Target modules {'x'} not found
+    named = [key for key in values if re.search(rf"(?<![^\W_]){re.escape(key)}(?![^\W_])", words)]
     key = f"{section}.{max(named, key=len)}" if named else section
     return recipe.error(key, f"{section}: {message}", *hints)

@@ -17,9 +17,8 @@ import psutil
 import torch
 from transformers import AutoConfig
 
-from recipes_lib.config.batch import sync_each_batch
 from recipes_lib.config.documents import did_you_mean, read
-from recipes_lib.config.launch import Launch, plan_launch
+from recipes_lib.config.launch import Launch, plan_launch, sync_each_batch
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.config.upstream import build_lora_config

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes_lib.config.batch import accumulation_steps, planned_steps
+from recipes_lib.config.launch import accumulation_steps, planned_steps
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH

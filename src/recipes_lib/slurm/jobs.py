@@ -16,8 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes_lib.config.batch import accumulation_steps
-from recipes_lib.config.launch import Launch, plan_launch_of
+from recipes_lib.config.launch import Launch, accumulation_steps, plan_launch_of
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import RecipeError, RecipesError

@@ -13,7 +13,6 @@ from pydantic import Field, model_validator
 
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
-from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.documents import (
     COMMAND_LINE,
     SECTIONS,
@@ -25,7 +24,7 @@ from recipes_lib.config.documents import (
     read,
     value_text,
 )
-from recipes_lib.config.launch import Launch, plan_launch
+from recipes_lib.config.launch import Launch, accumulation_steps, plan_launch
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.recipe import Recipe, load_recipe, recipe_keys
 from recipes_lib.core.errors import RecipeError, RecipeErrors

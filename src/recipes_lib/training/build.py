@@ -18,13 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, pack_dataset
 
-from recipes_lib.config.batch import describe_batch, planned_steps, sync_each_batch
-from recipes_lib.config.launch import (
-    READS_ONCE_VARIABLE,
-    Active,
-    reads_once_is_asked,
-    why_each_rank_reads,
-)
+from recipes_lib.config import launch
 from recipes_lib.config.preflight import attention_refused
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import VARLEN
@@ -50,7 +44,7 @@ MOST_GRAPHS = 32  # of one kind of block (gradients, windows, lengths); torch co
 
 
 def read_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, active: Active
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, active: launch.Active
 ) -> PreTrainedModel:
     """Return the base model; every rank has to call, and waits until all have theirs.
 
@@ -58,10 +52,10 @@ def read_model(
     models are on torch's meta device. Where `why_each_rank_reads` has a reason, each rank reads.
     """
     sharded = active.distributed_type == "FSDP"
-    why = why_each_rank_reads(recipe, sharded, reads_once_is_asked(os.environ))
+    why = launch.why_each_rank_reads(recipe, sharded, launch.reads_once_is_asked(os.environ))
     if sharded:
         # what accelerate and transformers go by; transformers would fill what is empty
-        os.environ[READS_ONCE_VARIABLE] = "false"
+        os.environ[launch.READS_ONCE_VARIABLE] = "false"
     if why is None:
         read: list[PreTrainedModel] = []
         on_main_rank(lambda: read.append(load_model(recipe, tokenizer)))  # all hear of an error
@@ -76,7 +70,7 @@ def read_model(
             parent, _, local = name.rpartition(".")
             if rank() != 0:
                 model.get_submodule(parent).register_buffer(local, value, persistent=False)
-        os.environ[READS_ONCE_VARIABLE] = "true"
+        os.environ[launch.READS_ONCE_VARIABLE] = "true"
     else:
         model = load_model(recipe, tokenizer, build_quantization_config(recipe))
     meet()
@@ -126,7 +120,7 @@ def build_trainer(
         trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
     if trainer.is_fsdp_enabled:
         gradients = trainer.accelerator.gradient_state
-        gradients.plugin_kwargs["sync_each_batch"] = sync_each_batch(recipe)
+        gradients.plugin_kwargs["sync_each_batch"] = launch.sync_each_batch(recipe)
     if args.fp16:
         # Loss scaling cannot undo the scale of gradients of fewer bits than float32, and TRL makes
         # the adapters of a quantized base bfloat16.
@@ -204,7 +198,9 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
         "accumulation": args.gradient_accumulation_steps,
         "world_size": args.world_size,
     }
-    steps = planned_steps(rows, **shape, epochs=args.num_train_epochs, max_steps=args.max_steps)
+    steps = launch.planned_steps(
+        rows, **shape, epochs=args.num_train_epochs, max_steps=args.max_steps
+    )
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
     trained = f"{sum(n for n, is_trained in sizes if is_trained):,}"
     trained += f" of {sum(n for n, _ in sizes):,} parameters"
@@ -217,7 +213,7 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     return [
         f"launch: {launch_line}; precision {mixed or precision_name(model.dtype)}; attention"
         f" {attention}{padding}; seed {args.seed}",
-        f"batch: {describe_batch(rows, steps, **shape)}",
+        f"batch: {launch.describe_batch(rows, steps, **shape)}",
         f"trains: {trained}",
     ]
 

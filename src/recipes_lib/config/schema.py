@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     changed = _written({UPSTREAM_FILE: upstream_sections()}, check)
     if changed and not check:  # this process has made its models of the old fields
         print(f"wrote: {changed[0]}", flush=True)
-        return subprocess.call([sys.executable, "-m", "recipes_lib.schema"])
+        return subprocess.call([sys.executable, "-m", "recipes_lib.config.schema"])
     folder = project_root() / "schema"
     schemas = {folder / f"{name}.schema.json": schema() for name, schema in SCHEMAS.items()}
     changed += _written(schemas, check)
