@@ -14,17 +14,17 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1546, 1500),
-    "core": (1127, 800),
+    "commands": (1537, 1500),
+    "core": (960, 800),
     "config": (2467, 1900),
     "models": (568, 450),
     "data": (2051, 1650),
     "training": (1663, 1700),
     "weights": (1060, 900),
     "plan": (885, 750),
-    "evals": (4938, 4300),
+    "evals": (4937, 4300),
     "analysis": (2845, 3000),
-    "study": (1178, 950),
+    "study": (1177, 950),
     "slurm": (1003, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 23900, 20_000

@@ -49,7 +49,7 @@ def test_it_prints_counts_lengths_marked_rows_and_the_next_command(recipe_file, 
 
 def test_an_eval_that_is_none_is_refused_before_rows_are_read(recipe_file, capsys):
     said = run(capsys, "data", "try.yaml", "--against", "nonsense", code=2)
-    assert "'nonsense' is not an eval recipe" in said and "rows read" not in said
+    assert "nonsense: no such file" in said and "rows read" not in said
 
 
 def test_refused_data_prints_its_numbers_first_and_names_the_line_of_the_recipe(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 
 from recipes_lib.cli import main
-from recipes_lib.core.lock import LOCK_NOTE
-from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.run_directory import LOCK_NOTE, RunDirectory
 
 
 def make_run(root, name: str, updated: str, **fields) -> None:

@@ -14,9 +14,6 @@ from recipes_lib.core.terminal import (
     holds_secret,
     is_secret_name,
     mask_secrets,
-    masked,
-    masked_command,
-    remember_secret,
     say,
 )
 
@@ -26,7 +23,6 @@ SECRETS = [
     ("ftp://me:PLAN@TED@host/x", "ftp://***@host/x"),
     ("http://h/v1?key=PLANTED&n=3", "http://h/v1?key=***&n=3"),
     ("http://h/v1?n=3&access_token=PLANTED#top", "http://h/v1?n=3&access_token=***#top"),
-    ("Authorization: Bearer PLANTEDPLANTED", "Authorization: ***"),
     ("hf_PLANTEDPLANTEDPLANTED", "***"),
     ("sk-proj-PLANTEDPLANTEDPLANTED-x", "***"),
 ]
@@ -54,19 +50,6 @@ def test_a_secret_is_found_and_shown_as_stars_and_other_text_stays_as_it_is() ->
     assert not [name for name in HARMLESS_NAMES if is_secret_name(name)]
 
 
-def test_records_and_commands_show_stars() -> None:
-    record = {"a": ["x", "http://u:PLANTED@h/"], "api_key": "PLANTED", "n": 3}
-    assert masked(record) == {"a": ["x", "http://***@h/"], "api_key": "***", "n": 3}
-    secret = [
-        "--hub-token",
-        "PLANTED",
-        "judge.api_key=PLANTED",
-        "judge.base_url=http://u:PLANTED@h",
-    ]
-    shown = masked_command(["recipes", "x", *secret, "train.eos_token=</s>"])
-    assert "PLANTED" not in shown and "train.eos_token=</s>" in shown
-
-
 def test_errors_and_lines_on_the_terminal_show_stars(capsys: pytest.CaptureFixture[str]) -> None:
     what = "cannot read https://u:PLANTED@h/x"
     print_error(DataError(what, "tried ?token=PLANTED", file="hf_PLANTEDPLANTED"))
@@ -79,9 +62,8 @@ def test_values_of_secret_variables_and_known_keys_are_masked_whatever_their_for
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "plain words and 7")
-    remember_secret("zyx-unknown-form")
     assert mask_secrets("401: bad key 'plain words and 7'") == "401: bad key '***'"
-    assert str(DataError("the server echoed zyx-unknown-form")) == "the server echoed ***"
+    assert str(DataError("the server echoed plain words and 7")) == "the server echoed ***"
 
 
 def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(

@@ -17,7 +17,7 @@ import pytest
 
 from recipes_lib.cli import main as verb
 from recipes_lib.core.files import publish, write_json, write_text
-from recipes_lib.core.lock import run_lock
+from recipes_lib.core.run_directory import run_lock
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "recipes_lib"
 # nothing new, or a note that a cut makes pointless
@@ -130,7 +130,7 @@ def test_nothing_else_renames_what_others_read() -> None:
     renames = re.compile(r"os\.(?:replace|rename)\(|\.rename\(|shutil\.move\(|\.replace\([a-z_]+\)")
     files = [file for file in SOURCE.rglob("*.py") if renames.search(file.read_text("utf-8"))]
     names = {str(file.relative_to(SOURCE)) for file in files}
-    assert names == {"core/files.py", "study/run.py", "training/checkpoints.py"}
+    assert names == {"core/files.py", "study/run.py", "training/resume_guard.py"}
 
 
 def test_what_a_training_a_merge_and_an_export_write_is_on_the_disk_and_as_private_as_umask_says(

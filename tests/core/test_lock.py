@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.core import lock
+from recipes_lib.core import run_directory as lock
 from recipes_lib.core.errors import EnvironmentFault
 
 HOLDER = """
-    import sys, time; from pathlib import Path; from recipes_lib.core.lock import run_lock
+    import sys, time; from pathlib import Path; from recipes_lib.core.run_directory import run_lock
     folder = Path(sys.argv[1])
     with run_lock(folder):
         print("held", flush=True)
@@ -35,8 +35,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def begin(*words: str, **environment: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path / "mine"), *words]
-        environment |= {"PATH": os.environ["PATH"]}  # and no SLURM_ variable of this process
-        child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment)
+        usual = {name: value for name, value in os.environ.items() if "SLURM_" not in name}
+        child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=usual | environment)
         children.append(child)
         assert child.stdout is not None and child.stdout.readline() == "held\n"
         return child
@@ -107,6 +107,6 @@ def test_a_killed_holder_keeps_nothing_and_the_next_one_waits_where_it_may(start
     assert not lock.is_held(tmp_path / "mine")
     child = start()
     threading.Timer(1.0, (tmp_path / "mine" / "STOP").touch).start()  # while the next one waits
-    with lock.waiting_lock(tmp_path / "mine"):
+    with lock.run_lock(tmp_path / "mine", wait=True):
         assert child.wait(timeout=10) == 0
     assert "waiting for it" in capsys.readouterr().out

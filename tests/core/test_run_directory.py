@@ -39,13 +39,10 @@ def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_one
     for word in ("my-first", "my-first/", "runs/my-first", f"{folder}/"):
         assert open_run(word).path == folder
     for word in ("/no/where/my-frist", "my-frist"):
-        with pytest.raises(RecipeError, match=r"no .*my-frist.*\n  did you mean my-first"):
+        with pytest.raises(RecipeError, match="no run named 'my-frist'"):
             open_run(word)
-    (folder / "adapter").mkdir()
-    with pytest.raises(RecipeError, match="by the run: my-first"):
-        open_run("runs/my-first/adapter")
-    assert [run.name for run in all_runs()] == ["my-first"]
-    for number in range(7):
-        RunDirectory(f"r{number}").write_state("finished")
-    with pytest.raises(RecipeError, match=r"there: my-first, r0, .* and 3 more: recipes status"):
+    with pytest.raises(RecipeError, match="did you mean my-first"):
+        open_run("my-frist")
+    with pytest.raises(RecipeError, match="all runs: recipes status"):
         open_run("zzz")
+    assert [run.name for run in all_runs()] == ["my-first"]

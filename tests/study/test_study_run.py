@@ -139,7 +139,8 @@ def test_trainings_at_the_same_time_never_share_a_gpu(study, run, tmp_path, monk
 
 
 HOLD = (
-    "import sys, time; from pathlib import Path; from recipes_lib.core.lock import run_lock\n"
+    "import sys, time; from pathlib import Path\n"
+    "from recipes_lib.core.run_directory import run_lock\n"
     "with run_lock(Path(sys.argv[1])):\n"
     "    print('held', flush=True); time.sleep(float(sys.argv[2]))\n"
 )

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
 from recipes_lib.core.environment import quiet_libraries
-from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.files import DamagedFile, write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
-from recipes_lib.core.terminal import next_step, print_json, say, warn
+from recipes_lib.core.terminal import next_step, print_json, say
 
 if TYPE_CHECKING:
     from recipes_lib.analysis.runs import Arms
@@ -83,7 +83,7 @@ def run_compare(
     damaged: list[DamagedFile] = []
     arms = load_words(runs, damaged)
     for error in damaged:
-        warn(f"an evaluation is damaged and left out: {error}")
+        print_error(f"warning: an evaluation is damaged and left out: {error}")
     aims = Aims(margins=dict(map(_margin, margin)))
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:

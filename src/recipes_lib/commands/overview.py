@@ -2,79 +2,74 @@
 
 from __future__ import annotations
 
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from recipes_lib.commands import Json
 from recipes_lib.config.documents import read
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import Row, rows_from_the_end
-from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held
 from recipes_lib.core.project import project_root, runs_root, shown_path
-from recipes_lib.core.run_directory import RunDirectory, all_runs, open_run
+from recipes_lib.core.run_directory import (
+    RunDirectory,
+    all_runs,
+    describe_holder,
+    is_held,
+    open_run,
+)
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 
 _START = "start-here"
-_NEWEST = 1000  # lines of metrics.jsonl to look for the newest value of each metric in
-_VALUES = {
-    "step": "step",
-    "loss": "loss",
-    "eval_loss": "validation",
-    "tokens_per_second": "tokens/s",
-}
-
-
-class ListedRecipe(NamedTuple):
-    """What is listed of a recipe."""
-
-    name: str
-    model: str
-    method: str = "-"
-    launch: str = "-"
-    tags: tuple[str, ...] = ()
 
 
 def run_ls(*, json: Json = False) -> int:
     """Print one line per recipe under its model; nothing is checked or planned."""
     folders = {folder.resolve(): folder for folder in (project_root() / "recipes", Path("recipes"))}
-    entries = [
-        entry
-        for folder in folders.values()
-        for file in sorted(folder.rglob("[!_]*.yaml"))
-        if (entry := _entry(file, folder)) is not None
-    ]
-    starts = {entry.model for entry in entries if _START in entry.tags}
-    entries.sort(key=lambda e: (e.model not in starts, e.model, _START not in e.tags, e.name))
+    files = [(file, folder) for folder in folders.values() for file in folder.rglob("[!_]*.yaml")]
+    recipes = [row for file, folder in files if (row := _recipe_line(file, folder))]
+    starts = {row["model"] for row in recipes if _START in row["tags"]}
+    recipes.sort(
+        key=lambda row: (
+            row["model"] not in starts,
+            row["model"],
+            _START not in row["tags"],
+            row["name"],
+        )
+    )
     if json:
-        return print_json([entry._asdict() for entry in entries])
-    rows = [[name, method, launch, ", ".join(tags)] for name, _, method, launch, tags in entries]
-    head, *lines = aligned([("recipe", "method", "launch", "tags"), *rows])
+        return print_json(recipes)
+    cells = [[row["name"], row["method"], row["launch"], ", ".join(row["tags"])] for row in recipes]
+    head, *lines = aligned([("recipe", "method", "launch", "tags"), *cells])
     say(f"  {head}")
-    for model, group in groupby(zip(entries, lines, strict=True), key=lambda pair: pair[0].model):
+    titled = zip((row["model"] for row in recipes), lines, strict=True)
+    for model, group in groupby(titled, key=lambda pair: pair[0]):
         say("\n".join([model, *(f"  {line}" for _, line in group)]))
-    return next_step("recipes", "new", "my-first", "--from", entries[0].name)
+    return next_step("recipes", "new", "my-first", "--from", recipes[0]["name"])
 
 
-def _entry(file: Path, folder: Path) -> ListedRecipe | None:
+def _recipe_line(file: Path, folder: Path) -> Row | None:
     """Return what is listed of a file; None for a file of another kind."""
     name = file.relative_to(folder).with_suffix("").as_posix()
     try:
         document = read(file)
-        if document.kind != "recipe":
-            return None
     except RecipesError:
-        return ListedRecipe(name, f"cannot be read: recipes check {shown_path(file)}")
-    values = document.values
-    sections = {key: value if isinstance(value, dict) else {} for key, value in values.items()}
-    method, lora, tags = "full", sections.get("lora"), sections.get("run", {}).get("tags")
-    if lora:
-        kind = "DoRA" if lora.get("use_dora") else "LoRA"
-        method = f"{'Q' if sections.get('quantization') else ''}{kind} r={lora.get('r', 8)}"
-    model = str(sections.get("model", {}).get("name_or_path", "?"))
-    launch = str(sections.get("launch", {}).get("accelerate", "single_gpu"))
-    shown = tuple(map(str, tags)) if isinstance(tags, list) else ()
-    return ListedRecipe(name, model, method, launch, shown)
+        error = f"cannot be read: recipes check {shown_path(file)}"
+        return {"name": name, "model": error, "method": "-", "launch": "-", "tags": []}
+    if document.kind != "recipe":
+        return None
+    model, lora, quantization, run, launch = (
+        value if isinstance(value := document.values.get(key), dict) else {}
+        for key in ("model", "lora", "quantization", "run", "launch")
+    )
+    kind = "DoRA" if lora.get("use_dora") else "LoRA"
+    return {
+        "name": name,
+        "model": str(model.get("name_or_path", "?")),
+        "method": f"{'Q' * bool(quantization)}{kind} r={lora.get('r', 8)}" if lora else "full",
+        "launch": str(launch.get("accelerate", "single_gpu")),
+        "tags": list(map(str, tags)) if isinstance(tags := run.get("tags"), list) else [],
+    }
 
 
 def run_status(
@@ -97,14 +92,15 @@ def run_status(
 
 
 def _run_line(run: RunDirectory) -> Row:
-    """The line of one run; a run.json that cannot be read costs only its own line."""
+    """Return the line of one run; a run.json that cannot be read costs only its own line."""
     try:
-        state, newest = _facts(run), _newest_values(run)
-    except RecipesError:
-        state, newest = {"state": "unreadable"}, {}
-    updated = str(state.get("updated") or "").removesuffix("+00:00")
-    values = {key: newest.get(key) for key in _VALUES}
-    return {"run": run.name, "state": state["state"], **values, "updated": updated}
+        facts = _facts(run)
+    except (RecipesError, OSError):
+        facts = {"state": "unreadable", "last": {}}
+    keys = ("step", "loss", "eval_loss", "tokens_per_second")
+    values = {key: facts["last"].get(key) for key in keys}
+    updated = str(facts.get("updated") or "").removesuffix("+00:00")
+    return {"run": run.name, "state": facts["state"], **values, "updated": updated}
 
 
 def _cell(value: object) -> str:
@@ -114,27 +110,23 @@ def _cell(value: object) -> str:
 
 
 def _facts(run: RunDirectory) -> Row:
-    """Return run.json; a run that says `running` while no process holds its lock has died."""
-    facts: Row = {**run.read_state()}
+    """Return run.json, with the newest value of each metric; a run that says `running` while no
+    process holds its lock has died.
+    """
+    facts: Row = {**run.read_state(), "last": {}}
+    for row in rows_from_the_end(run.metrics):
+        facts["last"] = {**row, **facts["last"]}
     if facts["state"] == "running" and not is_held(run.path):
         facts["state"] = "died"
     return facts
 
 
-def _newest_values(run: RunDirectory) -> Row:
-    """Return the newest value of each metric."""
-    newest: Row = {}
-    for row in islice(rows_from_the_end(run.metrics), _NEWEST):
-        newest = {**row, **newest}
-    return newest
-
-
 def _show_run(run: RunDirectory, as_json: bool) -> int:
-    facts = {**_facts(run), "last": _newest_values(run)}
+    facts = _facts(run)
+    state = facts["state"]
     if as_json:
         return print_json(facts)
-    state = facts["state"]
-    say(f"{run.name}: {state}{describe_holder(run.path / LOCK_NOTE) if state == 'running' else ''}")
+    say(f"{run.name}: {state}{describe_holder(run.path) if state == 'running' else ''}")
     for key in ("exit_code", "error", "launch", "attempts"):
         if facts.get(key) is not None:
             say(f"  {key}: {facts[key]}")

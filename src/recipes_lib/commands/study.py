@@ -8,8 +8,8 @@ from typing import Annotated
 from recipes_lib.commands import Json, flag_words
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
-from recipes_lib.core.lock import run_lock
 from recipes_lib.core.project import shown_path
+from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.study import run as studies
 from recipes_lib.study.config import Study, load_study

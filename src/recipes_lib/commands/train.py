@@ -33,9 +33,8 @@ from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors, print_error
 from recipes_lib.core.files import object_or_none, write_text
-from recipes_lib.core.lock import is_held
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.run_directory import RunDirectory, open_run
+from recipes_lib.core.run_directory import RunDirectory, is_held, open_run
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.data.prompts import generation_prompt

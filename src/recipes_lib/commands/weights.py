@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
-from recipes_lib.core.terminal import next_step, say, shown_size
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.weights.export import export, push
 from recipes_lib.weights.merge import LOST_LIMIT, merge
 from recipes_lib.weights.runs import TRUST, finished_run
@@ -46,8 +46,8 @@ def run_export(
 ) -> int:
     """Export, and push if asked; no model is loaded."""
     files = export(finished_run(open_run(run), remote_code=True), to, merged)
-    size = shown_size(sum(file.stat().st_size for file in files))
-    say(f"exported {len(files)} files, {size}: {to}")
+    mib = sum(file.stat().st_size for file in files) / 2**20
+    say(f"exported {len(files)} files, {mib:,.1f} MiB: {to}")
     say("\n".join(f"  {file.name}" for file in files))
     if push_to_hub:
         say(f"pushed: {push(to.expanduser(), push_to_hub, public)}")

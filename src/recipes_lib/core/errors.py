@@ -1,13 +1,10 @@
 """What goes wrong for a user: one hierarchy of exceptions, one form of message, one exit code each.
-
-The entry points print a `RecipesError` once, without a traceback, and exit with its code. Any other
-exception is a defect; `--debug` shows its traceback.
+Any other exception is a defect; `--debug` shows its traceback.
 """
 
 from __future__ import annotations
 
 import enum
-import errno
 import re
 import sys
 from collections.abc import Iterable
@@ -31,13 +28,8 @@ class ExitCode(enum.IntEnum):
 
 
 class RecipesError(Exception):
-    """An error the user can act on.
-
-    Args:
-        what: one line that says what is wrong, naming the key or the file.
-        *hints: further lines: what to do, the nearest name, the arithmetic.
-        file: the file the error is about, as the user would type it.
-        line: line number in `file`, counted from 1.
+    """An error the user can act on: one line that says what is wrong, with the file and line that
+    it is about, and hints: what to do, the nearest name, the arithmetic.
     """
 
     exit_code = ExitCode.FAILED
@@ -46,10 +38,7 @@ class RecipesError(Exception):
         self, what: str, *hints: str, file: str | Path | None = None, line: int | None = None
     ) -> None:
         super().__init__(what)
-        self.what = what
-        self.hints = hints
-        self.file = file
-        self.line = line
+        self.what, self.hints, self.file, self.line = what, hints, file, line
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line is not None else self.file
@@ -99,16 +88,12 @@ class EnvironmentFault(RecipesError):
     exit_code = ExitCode.ENVIRONMENT
 
 
-class Preempted(RecipesError):
-    """Training stopped on request after a checkpoint; the same command continues it."""
+class Stopped(RecipesError):
+    """A training that was asked to stop before there was a checkpoint."""
 
-    exit_code = ExitCode.PREEMPTED
-
-
-class Interrupted(RecipesError):
-    """Ctrl-C: stopped after a checkpoint; the same command continues it."""
-
-    exit_code = ExitCode.INTERRUPTED
+    def __init__(self, what: str, code: ExitCode = ExitCode.PREEMPTED) -> None:
+        super().__init__(what)
+        self.exit_code = code
 
 
 def one_line(error: BaseException) -> str:
@@ -117,51 +102,40 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def print_error(error: BaseException) -> None:
-    """Print an error for the user on stderr, without a traceback."""
+def print_error(error: BaseException | str) -> None:
+    """Print an error or a warning on stderr, where it does not get into what --json prints."""
     print(printable(str(error)), file=sys.stderr, flush=True)
 
 
-# What it is, the numbers of an OSError, what tokenizers, safetensors, torch and datasets say in
-# errors without a number, and what to do.
-_FAULTS = (
-    (
-        "disk full",
-        {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
-        "No space left on device|Disk quota exceeded|File too large|StorageFull|unexpected pos"
-        "|PytorchStreamWriter",
-        "free some space, or raise the limit (a quota, ulimit -f)",
-    ),
-    (
+# What Python, torch, tokenizers, safetensors and datasets say; what it is, and what to do.
+_FAULTS = {
+    "No space left on device|Disk quota exceeded|File too large|StorageFull|unexpected pos"
+    "|PytorchStreamWriter": ("disk full", "free some space, or raise the limit (quota, ulimit -f)"),
+    "(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc|MemoryError"
+    "|failed to map segment|can't start new thread": (
         "out of memory",
-        {errno.ENOMEM},
-        "(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc|MemoryError"
-        "|failed to map segment|can't start new thread",
         "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch",
     ),
-    (
+    "Read-only file system|Input/output error": (
         "the disk does not read or write",
-        {errno.EROFS, errno.EIO},
-        "Read-only file system|Input/output error",
         "make it writable again (dmesg shows what happened), or move to another disk",
     ),
-)
+}
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
     """Return an error of memory, a disk or a file as one that says what to do, else None."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RecipesError):  # those say it themselves
-        number, reason = getattr(cause, "errno", None), one_line(cause)
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
             return EnvironmentFault(
-                f"out of GPU memory: {reason}",
+                f"out of GPU memory: {one_line(cause)}",
                 "halve train.per_device_train_batch_size (the examples per step stay, accumulation"
                 " doubles)",
                 "or set train.activation_checkpointing: true, or use a QLoRA recipe",
             )
-        for what, numbers, words, remedy in _FAULTS:
-            if number in numbers or (number is None and re.search(words, reason)):
+        for words, (what, remedy) in _FAULTS.items():
+            if re.search(words, one_line(cause)):
                 return _of_machine(what, cause, remedy)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     if isinstance(error, OSError) and error.strerror:

@@ -14,24 +14,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.errors import DataError, EnvironmentFault, RecipesError
+from recipes_lib.core.errors import DataError, RecipesError, print_error
 from recipes_lib.core.project import cache_root
-from recipes_lib.core.terminal import warn
 
 Row = dict[str, Any]
 _NOT_TEXT = re.compile("[\ud800-\udfff\x00]")
-_warn_once = functools.cache(warn)  # a file is often read several times by one command
+_END = 2**18  # bytes at the end of a log in which its newest values are
+_print_once = functools.cache(print_error)  # a file is often read several times by one command
 
 
 class DamagedFile(DataError):
     """A file of ours that is not what was written to it."""
 
 
-# Writing
+# ---- Writing ----
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -70,14 +70,12 @@ def publish(scratch: Path, final: Path, replace: bool = True) -> None:
     """
     sync_tree(scratch)
     old = final.with_name(f".{final.name}.replaced")
-    if replace:
+    if replace and final.exists():
         shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            os.replace(final, old)
+        os.replace(final, old)
     os.replace(scratch, final)
     sync(final.parent)
-    if replace:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:
@@ -101,7 +99,7 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-# Reading
+# ---- Reading ----
 
 
 def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
@@ -109,22 +107,20 @@ def read_object(path: Path, remedy: str = "restore it, or run the step again tha
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise EnvironmentFault(f"cannot be read: {error.strerror}", file=path) from None
+        value = json.loads(path.read_bytes())
+        reason = f"it holds {type(value).__name__}"
     except (ValueError, RecursionError) as error:
-        what = f"is damaged, not JSON: {error}" if path.stat().st_size else "is empty"
-        raise DamagedFile(what, remedy, file=path) from None
-    if not isinstance(value, dict):
-        raise DamagedFile(f"holds {type(value).__name__}, not an object", remedy, file=path)
-    return value
+        value, reason = None, str(error)
+    if isinstance(value, dict):
+        return value
+    raise DamagedFile(f"is damaged, not a JSON object: {reason}", remedy, file=path)
 
 
 def object_or_none(path: Path) -> Row | None:
-    """Return a JSON object, or None if the file is missing or damaged."""
+    """Return a JSON object, or None if the file is missing, damaged or not readable."""
     try:
         return read_object(path) if path.is_file() else None
-    except RecipesError:
+    except (RecipesError, OSError):
         return None
 
 
@@ -145,19 +141,15 @@ def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
                 what, remedy = "this line is damaged: not a JSON object", "restore or delete it"
                 raise DamagedFile(what, remedy, file=path, line=number)
             elif line.strip():
-                _warn_once(f"{path}:{number}: this line is damaged and left out")
+                _print_once(f"warning: {path}:{number}: this line is damaged and left out")
 
 
 def rows_from_the_end(path: Path) -> Iterator[Row]:
-    """Yield the object of each whole line, last first, reading no more than that takes."""
-    position, rest = path.stat().st_size if path.is_file() else 0, b""
-    while position:
-        end, position = position, max(position - 65536, 0)
+    """Yield the objects of a log's last lines, last first."""
+    if path.is_file():
         with path.open("rb") as file:
-            file.seek(position)
-            rest, *lines = (file.read(end - position) + rest).split(b"\n")
-        yield from filter(None, map(parsed_line, reversed(lines)))
-    yield from filter(None, [parsed_line(rest)])
+            file.seek(max(path.stat().st_size - _END, 0))
+            yield from filter(None, map(parsed_line, reversed(file.read().split(b"\n"))))
 
 
 def parsed_line(line: bytes) -> Row | None:
@@ -180,7 +172,7 @@ def valid_texts(value: Any) -> Any:
     return _NOT_TEXT.sub("\ufffd", value) if isinstance(value, str) else value
 
 
-# Hashes
+# ---- Hashes ----
 
 
 def hash_of(*parts: Any) -> str:
@@ -193,11 +185,6 @@ def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of files below `folder` by name."""
-    return {name: file_hash(folder / name) for name in names}
 
 
 def remembered_hash(path: Path) -> str:

@@ -49,11 +49,7 @@ def shown_path(path: Path) -> str:
 def check_run_name(name: str, file: str | Path | None = None, line: int | None = None) -> str:
     """Return `name` if a run may have it: it can be the name of a folder everywhere."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith("."):
-        raise RecipeError(
-            f"run.name {name!r} cannot be a folder name",
-            "use 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit and not"
-            " ending with a dot",
-            file=file,
-            line=line,
-        )
+        what = f"run.name {name!r} cannot be a folder name"
+        hint = "use 1 to 100 letters, digits, '.', '_' or '-'; no dot at its start or end"
+        raise RecipeError(what, hint, file=file, line=line)
     return name

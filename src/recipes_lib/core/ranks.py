@@ -54,9 +54,11 @@ def on_main_rank(work: Callable[[], T]) -> T:
     if store is None:
         return work()
     key = f"recipes/{next(_calls)}"
-    result: Any = None
-    error: Exception | None = None
-    if rank() == 0:
+    if rank() != 0:
+        _wait(lambda: store.check([key]))
+        result, error = pickle.loads(store.get(key))
+    else:
+        result, error = None, None
         _working_alone = True
         try:
             result = work()
@@ -67,9 +69,6 @@ def on_main_rank(work: Callable[[], T]) -> T:
         is_ours = error is None or isinstance(error, RecipesError)
         sent = error if is_ours else RuntimeError(f"{type(error).__name__}: {error}")
         store.set(key, pickle.dumps((result, sent)))
-    else:
-        _wait(lambda: store.check([key]))
-        result, error = pickle.loads(store.get(key))
     if error is not None:
         _let_all_read(store, key)
         raise of_every_rank(error)

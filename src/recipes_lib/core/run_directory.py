@@ -1,11 +1,12 @@
-"""One run, one folder: where each file lies, and the state in run.json.
+"""One run, one folder: where each file lies, the state in run.json, and the lock on the folder.
 
     runs/<name>/
       recipe.yaml  resolved.yaml  command.txt  environment.json  splits.json
       supervision.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/ or model/
       merged/  evals/  run.json
 
-run.json is the only truth about how a run ended: exit codes do not survive `accelerate launch`.
+run.json is the only truth about how a run ended: exit codes do not survive `accelerate launch`. The
+lock ends with its process; a note says who holds it.
 """
 
 from __future__ import annotations
@@ -13,41 +14,33 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, Literal, get_args
+
+from filelock import FileLock, Timeout
 
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
-from recipes_lib.core.files import DamagedFile, Row, read_object, utc_now, write_json
-from recipes_lib.core.project import check_run_name, runs_root
+from recipes_lib.core.files import (
+    DamagedFile,
+    Row,
+    object_or_none,
+    read_object,
+    utc_now,
+    write_json,
+)
+from recipes_lib.core.project import check_run_name, runs_root, shown_path
+from recipes_lib.core.terminal import say
 
 State = Literal["created", "running", "preempted", "failed", "finished"]
-
-
-class RunState(TypedDict, total=False):
-    """run.json of a training, an evaluated `base`, or `answers` of a file; only `state` is sure."""
-
-    name: str
-    state: State
-    kind: str
-    created: str
-    updated: str
-    attempts: int
-    exit_code: int | None
-    error: str | None
-    launch: str
-    steps_began: str | None  # when the newest attempt began its first step
-    guard: Mapping[str, object]  # training.resume_guard
-    resumed: list[Mapping[str, object]]
-    step: int
-    summary: Mapping[str, Any] | None  # training.attempt
-    weights_check: Mapping[str, Any]  # weights.check.SavedWeights
-    fingerprint: str
-    base_fingerprint: str | None
-    prompt_format_hash: str
-    template_date: str | None  # data.prompts.template_date
-    stand_in: Mapping[str, Any]  # the sections of a base's recipe
-    data_files: Mapping[str, str]  # data.sources.source_hashes
+LOCK_NOTE = "lock.json"
+_FOR_EVER = -1.0
+_PROBE_S = 0.5  # `is_held` of another process has a free lock for a moment
+# An earlier try of a Slurm job is asked to save and stop; a step and a save of a large model take
+# minutes, and so does a file server until it gives up the locks of a machine that is lost.
+REQUEUE_WAIT_S = 600.0
 
 
 class RunDirectory:
@@ -62,7 +55,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.stop_file = self.path / "STOP"  # asks a running training to checkpoint and stop
-        self._refuse_link(self.path)
+        self.check_inside()
 
     def weights(self, full_finetuning: bool) -> Path:
         """Folder of the final weights: `model/` for full fine-tuning, `adapter/` otherwise."""
@@ -73,41 +66,34 @@ class RunDirectory:
         return self.state_file.is_file()
 
     def train_command(self) -> str:
-        """Return the command that trains or continues this run, as it was typed."""
-        try:
-            words = shlex.split((self.path / "command.txt").read_text(encoding="utf-8"))
-            typed = words[words.index("recipes_lib.train") + 1 :]
-        except (OSError, ValueError):  # it is gone, or damaged
-            return f"recipes train RECIPE run.name={self.name}, with its recipe and overrides"
-        return shlex.join(["recipes", "train", *typed])
+        """Return the command that trains or continues this run: its resolved recipe is a recipe."""
+        return shlex.join(["recipes", "train", shown_path(self.path / "resolved.yaml")])
 
-    def read_state(self) -> RunState:
-        """Return run.json; a damaged one, or one of another version, is an EnvironmentFault."""
+    def read_state(self) -> Row:
+        """Return run.json, where only `state` is sure; a damaged one is an EnvironmentFault."""
         if not self.exists():
-            raise _no_such_run(f"no run named '{self.name}' in {self.root}", self.name, self.root)
-        self.check_inside()
-        wrong = "is not a run.json of this version"
+            near = difflib.get_close_matches(self.name, [run.name for run in all_runs(self.root)])
+            hint = f"did you mean {' or '.join(near)}?" if near else "all runs: recipes status"
+            raise RecipeError(f"no run named '{self.name}' in {self.root}", hint)
         try:
             state = read_object(self.state_file)
-            if state.get("state") in get_args(State):
-                return cast(RunState, state)
-        except DamagedFile as error:
-            wrong = error.what
-        remedy = f"move it away: mv {self.state_file} {self.state_file}.damaged"
-        goes_on = f"then the newest whole checkpoint goes on: {self.train_command()}"
-        raise EnvironmentFault(wrong, remedy, goes_on, file=self.state_file)
+        except DamagedFile:
+            state = {}
+        if state.get("state") in get_args(State):
+            return state
+        raise EnvironmentFault(
+            "is damaged, or not a run.json of this version",
+            f"move it away: mv {self.state_file} {self.state_file}.damaged",
+            f"then the newest whole checkpoint goes on: {self.train_command()}",
+            file=self.state_file,
+        )
 
     def check_inside(self) -> None:
-        """Refuse a run with a folder or file that a symbolic link puts outside the runs root."""
-        for entry in self.path.iterdir() if self.path.is_dir() else ():
-            self._refuse_link(entry)
-
-    def _refuse_link(self, path: Path) -> None:
-        if path.is_symlink() and not path.resolve().is_relative_to(self.root):
-            raise RecipeError(
-                f"{path} is a symbolic link that leads out of {self.root}",
-                "remove it, or put the whole runs root on the other disk: RECIPES_RUNS_ROOT=FOLDER",
-            )
+        """Refuse a run, or a part of one, that a symbolic link puts outside the runs root."""
+        for path in (self.path, *(self.path.iterdir() if self.path.is_dir() else ())):
+            if path.is_symlink() and not path.resolve().is_relative_to(self.root):
+                what = f"{path} is a symbolic link that leads out of {self.root}"
+                raise RecipeError(what, "remove it, or link the whole runs root to another disk")
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
@@ -121,8 +107,6 @@ def open_run(name: str, root: Path | None = None) -> RunDirectory:
     path = Path(name)
     if len(path.parts) != 1:  # a folder; `.` has no parts
         path = Path(os.path.abspath(name))  # noqa: PTH100 (resolve would follow links)
-        if not path.is_dir():
-            raise _no_such_run(f"no such run: {name}", path.name, root or runs_root())
         root = path.parent
     run = RunDirectory(path.name, root)
     run.read_state()
@@ -135,29 +119,79 @@ def all_runs(root: Path | None = None) -> list[RunDirectory]:
     return [RunDirectory(name, root) for name in names if not name.startswith(".")]
 
 
-def _no_such_run(what: str, name: str, root: Path) -> RecipeError:
-    if (root / "run.json").is_file():
-        return RecipeError(what, f"a part of a run is named by the run: {root.name}")
-    names = [run.name for run in all_runs(root)]
-    if near := difflib.get_close_matches(name, names, n=3):
-        return RecipeError(what, f"did you mean {' or '.join(near)}?")
-    more = f" and {len(names) - 5} more: recipes status" if len(names) > 5 else ""
-    listed = f"runs there: {', '.join(names[:5])}{more}"
-    return RecipeError(what, listed if names else "no run there yet: recipes train RECIPE")
-
-
 def read_resolved(folder: Path) -> Row:
     """Return a run's resolved recipe; an absent one is empty, a damaged one a DataError."""
     import yaml
 
     path = folder / "resolved.yaml"
-    if not path.is_file():
-        return {}
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
+        value = yaml.load(text, Loader=yaml.CSafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError):
         value = None
     if not isinstance(value, dict):
         remedy = "train the run's recipe again: a finished run only writes this file anew"
         raise DataError("is damaged: it holds no recipe", remedy, file=path)
     return value
+
+
+# ---- The lock ----
+
+
+@contextmanager
+def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `folder` for this process; a folder that another process holds is an EnvironmentFault.
+
+    With `wait` it is waited for, so that nothing is made twice. A Slurm job that was queued again
+    asks its earlier try to stop, and waits up to ten minutes for its end.
+    """
+    lock, note, wait_s = FileLock(folder / ".lock"), folder / LOCK_NOTE, _PROBE_S
+    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holder = object_or_none(note) or {}
+        is_earlier_try = job and holder.get("job") == job and holder.get("restarts", 0) < restarts
+        if (wait or is_earlier_try) and is_held(folder):
+            wait_s = _FOR_EVER if wait else REQUEUE_WAIT_S
+            place = "/".join(folder.parts[-3:])
+            say(f"{place} is still in use{describe_holder(folder)}: waiting for it")
+            if is_earlier_try and not wait:
+                (folder / "STOP").touch()
+        lock.acquire(timeout=wait_s, poll_interval=0.2)
+    except Timeout:
+        raise EnvironmentFault(
+            f"{folder.name} is in use{describe_holder(folder)}",
+            f"wait for it, or stop it: touch {folder / 'STOP'}",
+            f"only if that process or its machine is gone for good: rm {folder / '.lock'} {note}",
+        ) from None
+    except OSError as error:
+        what = f"{folder} cannot be made or locked: {error.strerror or error}"
+        raise EnvironmentFault(what, "choose another place: RECIPES_RUNS_ROOT=FOLDER") from None
+    try:
+        ours = {"host": socket.gethostname(), "pid": os.getpid(), "since": utc_now()}
+        write_json(note, {**ours, "job": job, "restarts": restarts})
+        yield
+    finally:
+        with suppress(OSError):  # a disk that refuses: what went wrong before must not be hidden
+            note.unlink(missing_ok=True)
+        lock.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a live process on this machine (or on a file system with working locks) holds it."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def describe_holder(folder: Path) -> str:
+    """Return ` by process 4711 on host gpu3 since ...`, or an empty string if there is no note."""
+    holder = object_or_none(folder / LOCK_NOTE) or {}
+    if not {"pid", "host", "since"} <= holder.keys():
+        return ""
+    job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
+    return f" by process {holder['pid']} on host {holder['host']}{job} since {holder['since']}"

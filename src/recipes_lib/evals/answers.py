@@ -17,8 +17,7 @@ from pathlib import Path
 
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import Row, file_hash, hash_of
-from recipes_lib.core.lock import waiting_lock
-from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.run_directory import RunDirectory, run_lock
 from recipes_lib.core.terminal import count
 from recipes_lib.data.rows import Message
 from recipes_lib.evals.engine import Completion, Request, Sampling, ask_missing
@@ -82,7 +81,7 @@ def answer_all(
     texts: dict[Place, str] = {}
     cut: set[Place] = set()
     model.record()
-    with waiting_lock(model.folder(recipe.name)):
+    with run_lock(model.folder(recipe.name), wait=True):
         store = Store(model.folder(recipe.name) / "generations.jsonl")
         # a later turn shows the answers to the earlier ones
         for turn in range(1, max(len(question.turns) for question in questions) + 1):

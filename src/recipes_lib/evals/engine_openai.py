@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from recipes_lib.core.errors import EnvironmentFault, one_line
 from recipes_lib.core.files import hash_of, valid_texts
-from recipes_lib.core.terminal import remember_secret
 from recipes_lib.evals.engine import Completion, EvaluationIncomplete, HFEngine, Request, Sampling
 from recipes_lib.evals.recipe import ServerSection
 
@@ -221,7 +220,7 @@ def _key_of(server: ServerSection) -> str:
     if not (value and value.isascii() and value.isprintable()):
         what = f"the environment variable {name} is not set, or holds no key"
         raise EnvironmentFault(what, f"export {name}=...")
-    return remember_secret(value)  # a server may send it back in an error
+    return value
 
 
 def is_version_of(answered: str, asked: str) -> bool:

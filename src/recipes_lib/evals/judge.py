@@ -25,8 +25,8 @@ from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import EnvironmentFault, one_line
 from recipes_lib.core.files import Row, hash_of, model_fingerprint, write_json
-from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.project import runs_root
+from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import count
 from recipes_lib.data.rows import Message
 from recipes_lib.evals.answers import Answers
@@ -444,7 +444,7 @@ def judge_models(
         if opponent is not None:
             judged.compared = suite.items(answers, opponent)
         folder, name = answers.folder(recipe.name), answers.name
-        with waiting_lock(folder):
+        with run_lock(folder, wait=True):
             against = f".against-{opponent.name}" if opponent and opponent.run else ""
             store = Store(folder / f"judgments{against}.jsonl")
             judged.rows += ask(judged.graded, judge, store, f"{name} (1-5)")
@@ -532,7 +532,7 @@ def audit_on_labels(
     items = [Item(name, *texts) for name, texts in chosen.items()]
     names = [re.sub(r"[^\w.-]+", "-", name) for name in (Path(judge).stem, labels.stem)]
     folder = runs_root() / f"judge--{names[0]}" / names[1]
-    with waiting_lock(folder), opened(file.judge) as opened_judge:
+    with run_lock(folder, wait=True), opened(file.judge) as opened_judge:
         store = Store(folder / "judgments.jsonl")
         rows = ask(items, opened_judge, store, "labelled pairs")
         probes = ask([*probe_items(items, probe_pairs)], opened_judge, store, "probes")

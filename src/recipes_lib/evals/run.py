@@ -21,9 +21,9 @@ from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import hash_of, utc_now
-from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.project import recipe_path, shown_path
-from recipes_lib.core.terminal import masked, say
+from recipes_lib.core.run_directory import run_lock
+from recipes_lib.core.terminal import say
 from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
 from recipes_lib.evals.engine import HFEngine
 from recipes_lib.evals.engine_openai import Engine, OpenAIEngine, served_fingerprint
@@ -207,7 +207,7 @@ def _take_finished(task: EvalTask) -> None:
         except RecipesError:
             continue  # not there, or damaged
         is_searched = not (log.leaks and log.leaks.why)
-        if is_searched and log.recipe == masked(recipe.to_dict()):
+        if is_searched and log.recipe == recipe.to_dict():
             logs[word] = log
     if recipe.is_judged and len(logs) < len(task.sides):
         return
@@ -275,7 +275,7 @@ def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManage
         facts = answers.facts
     else:
         model.record()
-        with waiting_lock(model.folder(recipe.name)), using() as network:
+        with run_lock(model.folder(recipe.name), wait=True), using() as network:
             log, facts = suite.measure(model, network), model.facts()
     words = task.words_with(model)
     file = log_file(model.run.path, recipe.name, None)
@@ -346,7 +346,8 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
         written=utc_now(),
         git=dict(git_state()),
         libraries=library_versions(),
-        **masked({"recipe": recipe.to_dict(), "command": command_line()}),
+        recipe=recipe.to_dict(),
+        command=command_line(),
     )
     write_log(log)
     return log

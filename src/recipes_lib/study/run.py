@@ -29,10 +29,9 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import LaunchSection
 from recipes_lib.config.upstream import check_packages
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.core.files import read_rows
-from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held, run_lock
+from recipes_lib.core.files import Row, read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path
-from recipes_lib.core.run_directory import RunDirectory, RunState
+from recipes_lib.core.run_directory import RunDirectory, describe_holder, is_held, run_lock
 from recipes_lib.core.terminal import count, say
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.data.splits import check_rows
@@ -76,9 +75,9 @@ class StudyRun:
         return RunDirectory(self.run)
 
     @property
-    def state(self) -> RunState:
+    def state(self) -> Row:
         """What run.json says; empty where there is no run."""
-        return self.directory.read_state() if self.directory.exists() else RunState()
+        return self.directory.read_state() if self.directory.exists() else {}
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -276,7 +275,7 @@ def _state_of(training: StudyRun) -> str:
     if is_trained(training) or ("--tune-" in training.run and has_diverged(training)):
         return "done"
     if is_held(folder):
-        return f"running{describe_holder(folder / LOCK_NOTE)}"
+        return f"running{describe_holder(folder)}"
     if ended == "failed":
         return f"failed: {str(state.get('error')).splitlines()[0]}"
     if ended == "finished":
@@ -511,7 +510,7 @@ class StudyRunner:
         """Train on a share of the GPUs; a run that another process trains is waited for."""
         name, folder = training.run, training.directory.path
         if is_held(folder):
-            say(f"{name} is being trained{describe_holder(folder / LOCK_NOTE)}: waiting for it")
+            say(f"{name} is being trained{describe_holder(folder)}: waiting for it")
         while self._stopped is None and is_held(folder):
             time.sleep(0.2)
         if self._stopped is not None or is_trained(training):

@@ -15,10 +15,9 @@ import torch
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, explain_fault
-from recipes_lib.core.files import publish, sync, utc_now, write_json, write_text
-from recipes_lib.core.lock import run_lock
+from recipes_lib.core.files import Row, publish, sync, utc_now, write_json, write_text
 from recipes_lib.core.ranks import meet, on_main_rank, rank
-from recipes_lib.core.run_directory import RunDirectory, RunState, State
+from recipes_lib.core.run_directory import RunDirectory, State, run_lock
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.data.sources import source_hashes
@@ -51,7 +50,7 @@ class Attempt:
     run: RunDirectory
     recipe: Recipe
     stop: StopRequest
-    earlier: RunState = field(default_factory=lambda: RunState())
+    earlier: Row = field(default_factory=dict)
     finished: bool = False
     owns_records: bool = False
 
@@ -67,7 +66,7 @@ class Attempt:
         run = self.run
         stack.enter_context(run_lock(run.path))
         run.check_inside()
-        self.earlier = run.read_state() if run.exists() else RunState()
+        self.earlier = run.read_state() if run.exists() else {}
         if self.earlier.get("kind") == "answers":
             what = f"run '{run.name}' holds answers of a file and cannot be trained"
             raise RecipeError(what, OTHER_RUN)

@@ -17,7 +17,7 @@ from typing import Any
 
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import file_hashes, object_or_none, sync, sync_tree, write_json
+from recipes_lib.core.files import file_hash, object_or_none, sync, sync_tree, write_json
 
 MARKER = "COMPLETE.json"
 HASHED_UP_TO = 10**9  # bytes: all GPUs wait for the hashes, 1.4 s for each GB
@@ -40,7 +40,8 @@ def mark_complete(checkpoint: Path, **facts: Any) -> None:
     """Flush every file of a checkpoint to the disk, then write its marker with these facts."""
     paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER]
     files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(paths)}
-    hashes = file_hashes(checkpoint, [name for name in files if files[name] <= HASHED_UP_TO])
+    names = [name for name in files if files[name] <= HASHED_UP_TO]
+    hashes = {name: file_hash(checkpoint / name) for name in names}
     sync_tree(checkpoint)
     write_json(checkpoint / MARKER, {**facts, "files": files, "sha256": hashes})
     sync(checkpoint.parent)
@@ -61,8 +62,8 @@ def what_is_wrong(checkpoint: Path, hashes: bool = False) -> str | None:
         file = checkpoint / name
         if not file.is_file() or file.stat().st_size != size:
             return f"{name} is missing or has not its {size:,} bytes"
-    current = file_hashes(checkpoint, recorded) if hashes else recorded
-    if changed := differences(recorded, current):
+    wrong = (name for name, known in recorded.items() if file_hash(checkpoint / name) != known)
+    if hashes and (changed := list(wrong)):
         return f"{', '.join(changed)} changed after the checkpoint was written (sha256 differs)"
     return None
 

@@ -24,9 +24,8 @@ from typing import NoReturn
 
 from recipes_lib.core.errors import (
     ExitCode,
-    Interrupted,
-    Preempted,
     RecipesError,
+    Stopped,
     explain_fault,
     one_line,
     print_error,
@@ -105,9 +104,10 @@ class StopRequest:
         return NOTHING if written is None else INTERRUPT if written == b"INT" else PREEMPT
 
 
-def _before_first_step(request: int) -> Preempted | Interrupted:
-    kind, what = (Interrupted, "interrupted") if request == INTERRUPT else (Preempted, "stopped")
-    return kind(f"{what} before the first step: nothing is lost, the same command starts it again")
+def _before_first_step(request: int) -> Stopped:
+    what = "interrupted" if request == INTERRUPT else "stopped"
+    text = f"{what} before the first step: nothing is lost, the same command starts it again"
+    return Stopped(text, EXIT_CODES[request])
 
 
 def end_with_launcher() -> None:
@@ -176,7 +176,7 @@ def _as_defect(error: Exception, run: Path | None) -> RecipesError:
 def _note_for_job(error: Exception) -> None:
     """Leave the cause, by its time, where a job looks: what ranks say that are ended hides it."""
     folder = os.environ.get("RECIPES_RANK_ERRORS")
-    if folder and not isinstance(error, Preempted | Interrupted):
+    if folder and not isinstance(error, Stopped):
         text = f"rank {rank()} on {socket.gethostname()}: {str(error) or type(error).__name__}\n"
         with suppress(OSError):
             file = Path(folder, f"{time.time_ns()}-rank{rank()}.txt")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.files import file_hashes, read_object
+from recipes_lib.core.files import file_hash, read_object
 from recipes_lib.core.ranks import on_main_rank, rank
 from recipes_lib.weights.load import attach
 
@@ -203,7 +203,7 @@ def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[st
     """
     if names is None:
         names = sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)})
-    hashes = file_hashes(folder, names)
+    hashes = {name: file_hash(folder / name) for name in names}
     if ADAPTER_CONFIG in hashes:
         settings = read_object(folder / ADAPTER_CONFIG)
         for key in ("base_model_name_or_path", "revision"):

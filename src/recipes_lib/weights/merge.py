@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import file_hash, publish, write_json
-from recipes_lib.core.lock import run_lock
-from recipes_lib.core.terminal import say, shown_size
+from recipes_lib.core.run_directory import run_lock
+from recipes_lib.core.terminal import say
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.data.rows import Message
 from recipes_lib.weights.check import recorded_hashes
@@ -107,7 +107,7 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> MergeRecord:
     # base + adapter -> merged model -> files
     folded = _with_transposed_layers(model.merge_and_unload(safe_merge=True))
     written = precision_name(folded.dtype)
-    say(f"writing {shown_size(folded.get_memory_footprint())} in {written} ...")
+    say(f"writing {folded.get_memory_footprint() / 2**20:,.1f} MiB in {written} ...")
     settings = folded.generation_config
     if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
         settings.do_sample = True  # Llama-2's file lacks it, and upstream refuses to save it so
