@@ -12,7 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 MODEL = "test-model"
 OTHER_NAMES: list[str] = []
 NONSENSE = b"200:<html>busy</html>"
-TOP = {" A": -0.1, " B": -2.5}
 
 # "drop", "hang", "drip", a status ("429", with a Retry-After "429:1"), or the bytes STATUS:BODY
 Fault = str | bytes
@@ -94,12 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
         is_chat = "messages" in body
         prompt = body["messages"][-1]["content"] if is_chat else str(body["prompt"])
         text = f"echo: {prompt[-20:]}" if self.server.answer is None else self.server.answer
-        choice = {"finish_reason": "stop", "logprobs": None}
+        choice = {"finish_reason": "stop"}
         choice |= {"message": {"content": text}} if is_chat else {"text": text}
-        if body.get("logprobs"):
-            top = [{"token": token, "logprob": value} for token, value in TOP.items()]
-            chat, plain = {"content": [{"top_logprobs": top}]}, {"top_logprobs": [TOP]}
-            choice["logprobs"] = chat if is_chat else plain
         return {"model": MODEL, "choices": [choice]}
 
     def reply(self, status, value, pause=""):

@@ -89,7 +89,7 @@ def test_outcomes_of_both_orders(tmp_path: Path) -> None:
         ask(
             ITEMS[:3], FakeJudge(lambda request, both=both: says(both[request.row["order"]])), store
         )
-        samples = pair_samples(store)
+        samples = pair_samples(store.values())
         assert {sample.outcome for sample in samples} == {outcome}
     rate = metric_of("win_rate", "", samples)
     assert (rate.value, rate.n, bounds_of(samples)) == (None, 0, (0.0, 1.0))

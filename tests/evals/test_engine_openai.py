@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from typing import Any
 
 import pytest
-from tests.evals.faulty_server import MODEL, NONSENSE, TOP, Fault, FaultyServer
+from tests.evals.faulty_server import MODEL, NONSENSE, Fault, FaultyServer
 
-from recipes_lib.core.errors import EnvironmentFault, RecipesError
-from recipes_lib.evals.engine import Completion, EvaluationIncomplete, Request, Sampling
-from recipes_lib.evals.engine_openai import OpenAIEngine, served_fingerprint
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.evals.engine import (
+    Completion,
+    EvaluationIncomplete,
+    OpenAIEngine,
+    Request,
+    Sampling,
+    served_fingerprint,
+)
 from recipes_lib.evals.recipe import GenerationSection
 
 CHAT = {"messages": ({"role": "user", "content": "hi"},)}
@@ -21,14 +26,12 @@ CHAT = {"messages": ({"role": "user", "content": "hi"},)}
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("recipes_lib.evals.engine_openai.LONGEST_PAUSE_S", 0.0)
+    monkeypatch.setattr("recipes_lib.evals.engine.LONGEST_PAUSE_S", 0.0)
 
 
-def engine_for(
-    server: FaultyServer, model: str = MODEL, logprobs: bool = False, **settings: Any
-) -> OpenAIEngine:
+def engine_for(server: FaultyServer, model: str = MODEL, **settings: Any) -> OpenAIEngine:
     usual = {"timeout_s": 0.6, "max_retries": 2, "concurrency": 1, "base_url": server.url}
-    return OpenAIEngine(GenerationSection(**usual | settings), model, logprobs=logprobs)
+    return OpenAIEngine(GenerationSection(**usual | settings), model)
 
 
 def ask(engine: OpenAIEngine, number: int = 1, **fields: Any) -> list[Completion]:
@@ -52,7 +55,7 @@ def test_what_may_pass_is_tried_again_and_fails_alone_after_the_last_attempt():
     for fault in ("500", "hang", "drip", NONSENSE, "drop"):
         with always(fault, 1) as server:
             failed, answered = ask(engine_for(server, timeout_s=0.2, max_retries=0), 2)
-            assert failed.error and not failed.refused and answered.error is None, fault
+            assert failed.error and answered.error is None, fault
 
 
 def test_a_wrong_key_or_address_ends_everything_and_a_refused_body_only_its_request():
@@ -65,12 +68,7 @@ def test_a_wrong_key_or_address_ends_everything_and_a_refused_body_only_its_requ
         with always(status) as server:
             (done,) = ask(engine_for(server))
             assert len(server.bodies) == 1
-        assert done.refused and done.error == f"{status}: made-up {status}"
-    with always("422") as server:
-        (run,) = ask(engine_for(server), prompt="x", ids=(1, 2))
-        (judge,) = ask(engine_for(server, logprobs=True), prompt="x")
-    assert "generation.engine=transformers" in str(run.error)
-    assert "judge.mode: generate" in str(judge.error)
+        assert f"made-up {status}" in str(done.error)
 
 
 def test_a_server_that_wants_another_name_for_the_token_limit_gets_it():
@@ -80,10 +78,12 @@ def test_a_server_that_wants_another_name_for_the_token_limit_gets_it():
     def faults(number: int) -> bytes | None:
         return refusal if "max_tokens" in server.bodies[number - 1] else None
 
-    with FaultyServer(faults=faults) as server:
-        assert not any(done.error for done in ask(engine_for(server), 3, **CHAT))
-        limits = [body.get("max_completion_tokens") for body in server.bodies]
-    assert limits == [None, 512, 512, 512]
+    for in_flight in (1, 8):
+        with FaultyServer(faults=faults) as server:
+            done = ask(engine_for(server, concurrency=in_flight), 9, **CHAT)
+            assert not any(each.error for each in done)
+            limits = {body.get("max_completion_tokens") for body in server.bodies}
+        assert limits == {None, 512}
 
 
 def test_anything_else_of_a_request_is_passed_on_and_part_of_the_fingerprint():
@@ -101,20 +101,6 @@ def test_anything_else_of_a_request_is_passed_on_and_part_of_the_fingerprint():
     assert third["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
-def test_first_token_probabilities_come_from_both_endpoints():
-    expected = {token: math.exp(value) for token, value in TOP.items()}
-    continued = (*CHAT["messages"], {"role": "assistant", "content": "[RESULT]"})
-    with FaultyServer() as server:
-        engine = engine_for(server, logprobs=True)
-        assert ask(engine, prompt="x")[0].probabilities == expected
-        assert ask(engine, messages=continued)[0].probabilities == expected
-        assert server.bodies[1]["continue_final_message"] is True
-    for logprobs in (b"null", b'{"top_logprobs": [{}]}', b"3"):
-        with always(b'200:{"choices": [{"text": "A", "logprobs": %b}]}' % logprobs) as server:
-            (done,) = ask(engine_for(server, logprobs=True), prompt="x")
-        assert "judge.mode: generate" in str(done.error), logprobs
-
-
 def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written_or_fail_alone():
     fine = b'"fine \\ud800 \\u0000 [RESULT] A"'
     for content, text in ((fine, "fine \ufffd \ufffd [RESULT] A"), (b"null", "")):
@@ -128,21 +114,18 @@ def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written_or_fail_alone():
     for body in unreadable:
         with always(b"200:" + body, 1) as server:
             failed, answered = ask(engine_for(server), 2)
-        assert failed.error and not failed.refused and answered.error is None, body[:40]
+        assert failed.error and answered.error is None, body[:40]
     for words in (b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}'):
         with always(b"422:" + words) as server:
             (done,) = ask(engine_for(server))
-        assert done.refused and len(str(done.error).encode()) < 400, words[:20]
+        assert done.error and len(done.error.encode()) < 1000, words[:20]
 
 
-def test_another_model_or_no_server_is_refused_before_anything_is_asked():
-    with FaultyServer() as server:
-        with pytest.raises(EnvironmentFault, match=f"does not serve 'other'[^$]*{MODEL}"):
-            engine_for(server, model="other")
-        assert not server.bodies
-    with pytest.raises(EvaluationIncomplete, match="does not answer") as caught:
+def test_another_model_or_no_server_has_no_answer():
+    (done,) = ask(
         OpenAIEngine(GenerationSection(base_url="http://127.0.0.1:9/v1", max_retries=0), MODEL)
-    assert caught.value.exit_code == 6
+    )
+    assert "127.0.0.1:9" in str(done.error)
     with always(b'200:{"model": "stranger", "choices": [{"text": "A"}]}') as server:
         engine = engine_for(server)
         with pytest.raises(EvaluationIncomplete, match="answered as 'stranger'"):
@@ -153,7 +136,7 @@ def test_a_key_that_the_server_echoes_is_masked(monkeypatch):
     monkeypatch.setenv("MY_KEY", "corp-zebra-violin-42")
     with always(b'400:{"error": {"message": "Incorrect key: corp-zebra-violin-42"}}') as server:
         (done,) = ask(engine_for(server, api_key_variable="MY_KEY"))
-        assert "corp-zebra-violin-42" not in str(RecipesError(f"missing: {done.error}"))
+        assert "Incorrect key: ***" in str(done.error)
         for value in ("", "two\nlines"):
             monkeypatch.setenv("MY_KEY", value)
             with pytest.raises(EnvironmentFault, match="MY_KEY is not set"):

@@ -71,8 +71,7 @@ def test_it_is_the_validation_loss_of_the_training(tiny_recipe, tmp_path, eval_f
 def test_a_base_reads_the_rows_of_a_run_that_is_asked_as_it_is():
     def model(name: str, asked: str, trained: bool = True) -> Any:
         recipe = SimpleNamespace(model=SimpleNamespace(name_or_path="m"), name=name)
-        prompts = SimpleNamespace(hash=asked)
-        return SimpleNamespace(name=name, trained=trained, prompts=prompts, recipe=recipe)
+        return SimpleNamespace(name=name, trained=trained, prompt_hash=asked, recipe=recipe)
 
     recipe: Any = SimpleNamespace(data=SimpleNamespace(questions="rows.jsonl"))
     suite = HeldoutLoss(recipe, QuestionSet((), 0))

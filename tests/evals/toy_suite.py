@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.log import EvalLog, Sample
+from recipes_lib.evals.models import Answers
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 
@@ -18,7 +18,7 @@ class Toy(Suite):
     def log(self, answers: Answers) -> EvalLog:
         """Return the log of one model's answers."""
         samples = [
-            Sample(question.id, value=float(len(answers.text(question.id))), outcome="graded")
+            Sample(question.id, value=float(len(answers.texts[question.id, 1])), outcome="graded")
             for question in self.chosen.questions
         ]
         letters = metric_of("letters", f"letters on {self.recipe.name}", samples, "number")

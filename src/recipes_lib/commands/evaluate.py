@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
 from recipes_lib.core.environment import quiet_libraries
@@ -155,9 +155,7 @@ def _bases_of(runs: Sequence[RunDirectory]) -> Sequence[Path]:
         raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
     paths: dict[Path, None] = {}
     for run in runs:
-        guard: Mapping[str, Any] = run.read_state().get("guard", {})
-        prompt = guard.get("prompt_format_hash")
-        known = evaluated_bases(read_resolved(run.path), run.root, None, prompt)
+        known = evaluated_bases(read_resolved(run.path), run.root, None)
         paths |= dict.fromkeys(base.path for base in known)
     if not paths:
         what = "the base of these runs was never evaluated"

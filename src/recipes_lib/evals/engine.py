@@ -1,30 +1,37 @@
-"""Engines: requests in, completions out as they are finished, and what is missing in a store asked
-of them. The engine in this process is here; the one behind an address is in `engine_openai`.
+"""The two engines, a model in this process and a server with OpenAI's interface: requests in,
+completions out as they are finished; and what is missing in a store asked of them.
 
-Sampling is seeded per request and not per batch: noise is drawn row by row from the request's own
-generator and the largest noisy probability is taken, which is exact sampling. An answer therefore
-does not depend on what else was in its batch, apart from the rounding of other matrix shapes.
+Sampling in this process is seeded per request and not per batch: noise is drawn row by row from the
+request's own generator and the largest noisy probability is taken, which is exact sampling. An
+answer therefore does not depend on what else was in its batch, apart from the rounding of other
+matrix shapes. Connections, retries, Retry-After and timeouts of a server are the `openai` client's.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
 
-from recipes_lib.core.errors import ExitCode, RecipesError
-from recipes_lib.core.files import Row
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipesError
+from recipes_lib.core.files import Row, hash_of, valid_texts
 from recipes_lib.core.terminal import count
 from recipes_lib.data.rows import Message
 from recipes_lib.evals.log import Store
+from recipes_lib.evals.recipe import ServerSection
 from recipes_lib.models.families import has_plain_head
 
 if TYPE_CHECKING:
+    import openai
     import torch
     from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +39,9 @@ MAX_ROWS = 256
 # padded tokens per batch to begin with: larger ones are no faster on a CPU; a GPU halves the number
 # until a batch fits
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+LONGEST_PAUSE_S = 60.0  # the client follows a Retry-After of up to a minute
+# the client checks no types, so a reply may hold anything
+_UNREADABLE = (AttributeError, TypeError, LookupError, ValueError, RecursionError)
 
 Asked = TypeVar("Asked")
 
@@ -49,7 +59,6 @@ class Sampling:
     max_new_tokens: int = 512
     temperature: float | None = 0.0
     top_p: float = 1.0
-    repetition_penalty: float = 1.0
     seed: int = 0
 
     def to_dict(self) -> dict[str, object]:
@@ -68,6 +77,7 @@ class Request:
     messages: tuple[Message, ...] = ()  # the conversation, for a server that renders it itself
     schema: Mapping[str, Any] | None = None  # of the JSON to answer, where a server can
     seed: int = 0  # of this request alone
+    row: Row = field(default_factory=dict)  # what is stored beside its answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +88,6 @@ class Completion:
     text: str = ""
     finish_reason: str = "stop"  # or "length" (cut at max_new_tokens) or "prompt_too_long"
     error: str | None = None  # why there is no answer
-    refused: bool = False  # the server will not take the request as it is, however often asked
     probabilities: Mapping[str, float] | None = None  # of the next token, in place of a text
 
 
@@ -86,7 +95,7 @@ def ask_missing(
     store: Store,
     requests: Mapping[str, Asked],
     complete: Callable[[list[Asked]], Generator[Completion]],
-    read: Callable[[Asked, Completion], Row | Asked],
+    read: Callable[[Asked, Completion], Row],
     noun: str,
     name: str = "",
     most_failures: int = 20,
@@ -96,54 +105,36 @@ def ask_missing(
     Args:
         requests: by the key of their row.
         complete: an engine; errors are completions.
-        read: makes a reply the row, or a request that is asked in the next round.
-        noun: what a row is: answer, judgment.
-        name: of what is asked about.
+        read: makes a reply the row.
+        noun: what a row is (answer, judgment), and `name` what it is about.
         most_failures: requests in a row without a reply after which no more are asked.
     """
     waiting = {key: request for key, request in requests.items() if key not in store}
-    reasons: Counter[str] = Counter()
-    refused = in_a_row = 0
-    with tqdm(total=len(waiting), desc=f"{noun}s {name}", unit="", disable=not waiting) as bar:
-        while waiting and in_a_row < most_failures:
-            again: dict[str, Asked] = {}
-            with closing(complete([*waiting.values()])) as replies:
-                for reply in replies:
-                    if reply.error is not None:
-                        reasons[reply.error] += 1
-                        refused += reply.refused
-                        in_a_row += 1
-                        if in_a_row >= most_failures:
-                            break
-                        continue
-                    in_a_row = 0
-                    row = read(waiting[reply.key], reply)
-                    if isinstance(row, dict):
-                        store.append([row])
-                        bar.update()
-                    else:
-                        again[reply.key] = row
-            waiting = again
-    missing = sum(key not in store for key in requests)
-    if not missing:
+    if not waiting:
         return
-    shown = [
-        reason if times == 1 else f"{reason} ({times} times)"
-        for reason, times in reasons.most_common(3)
-    ]
-    if more := len(reasons) - len(shown):
-        shown.append(count(more, "other reason"))
-    remedy = "run the same command to continue"
-    if refused == reasons.total():
-        remedy = (
-            "the server refuses them as they are: change the recipe or the server, then continue"
-        )
-    what = f"{count(missing, noun)}{f' of {name}' if name else ''}"
-    raise EvaluationIncomplete(
-        f"{what} {'is' if missing == 1 else 'are'} missing: {'; '.join(shown)}",
-        f"{count(len(store), noun)} stored; {remedy}",
-        file=store.path,
-    )
+    title = f"{noun}s of {name}" if name else f"{noun}s"
+    reasons: Counter[str] = Counter()
+    in_a_row = 0
+    with (
+        tqdm(total=len(waiting), desc=title, unit="") as bar,
+        closing(complete([*waiting.values()])) as replies,
+    ):
+        for reply in replies:
+            if reply.error is None:
+                in_a_row = 0
+                store.append([read(waiting[reply.key], reply)])
+                bar.update()
+                continue
+            in_a_row += 1
+            reasons[reply.error] += 1
+            if in_a_row >= most_failures:
+                break
+    if reasons:
+        stored = sum(key in store for key in requests)
+        ((reason, times),) = reasons.most_common(1)
+        what = f"{len(requests) - stored} of {len(requests)} {title} are missing: {reason}"
+        hint = f"{count(stored, noun)} stored; run the same command to continue"
+        raise EvaluationIncomplete(f"{what} ({count(times, 'time')})", hint, file=store.path)
 
 
 class HFEngine:
@@ -174,10 +165,8 @@ class HFEngine:
         sampling: Sampling,
         verdicts: Mapping[str, int] | None = None,
     ) -> Generator[Completion]:
-        """Yield completions batch by batch, longest prompts first.
-
-        Args:
-            verdicts: tokens whose probabilities, as the next one, are wanted instead of a text.
+        """Yield completions batch by batch, longest prompts first: texts, or the probabilities of
+        the tokens `verdicts` as the next one.
         """
         import torch
 
@@ -243,7 +232,6 @@ class HFEngine:
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                repetition_penalty=sampling.repetition_penalty,
                 eos_token_id=ends,
                 pad_token_id=self.tokenizer.pad_token_id or 0,
                 logits_processor=processors,
@@ -263,12 +251,12 @@ class HFEngine:
     def _padded(self, model: Any, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, both (rows, longest row), padded on the left."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        pad, width = self.tokenizer.pad_token_id or 0, max(len(request.ids) for request in batch)
-        gaps = [width - len(request.ids) for request in batch]
-        rows = [[pad] * gap + [*request.ids] for gap, request in zip(gaps, batch, strict=True)]
-        masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
-        return torch.tensor(rows, device=model.device), torch.tensor(masks, device=model.device)
+        rows = [torch.tensor(request.ids, dtype=torch.long) for request in batch]
+        ids = pad_sequence(rows, True, self.tokenizer.pad_token_id or 0, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left")
+        return ids.to(model.device), mask.to(model.device)
 
 
 def _context(model: Any) -> int:
@@ -309,3 +297,139 @@ class _SeededSampling:
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
         return (probabilities / noise).log()
+
+
+class OpenAIEngine:
+    """Answers through a server. What cannot pass (a wrong key, address or model) ends the
+    evaluation at once; a request that the server refuses ends alone, and is never an answer.
+
+    Args:
+        model: the name it serves the model under.
+        fingerprint: `served_fingerprint` of the answers; a judge's are known by its own.
+    """
+
+    def __init__(self, server: ServerSection, model: str, fingerprint: str = "") -> None:
+        import openai  # half a second, which stored judgments do without
+
+        self._openai = openai
+        self.server, self.model, self.fingerprint = server, model, fingerprint
+        name = server.api_key_variable
+        key = os.environ.get(name, "").strip() if name else "no-key-needed"
+        if not (key and key.isascii() and key.isprintable()):
+            raise EnvironmentFault(f"the environment variable {name} is not set, or holds no key")
+        self._key = key
+        self._limit = "max_tokens"  # or what the server asks for in its place
+        self.version = asyncio.run(self._version())
+
+    def _client(self) -> openai.AsyncOpenAI:
+        return self._openai.AsyncOpenAI(
+            base_url=self.server.address,
+            api_key=self._key,
+            timeout=self.server.timeout_s,
+            max_retries=self.server.max_retries,
+        )
+
+    async def _version(self) -> str | None:
+        """What the server says of itself, as vLLM does."""
+        async with self._client() as client:
+            try:
+                root = str(client.base_url).rstrip("/").removesuffix("/v1")
+                once = client.with_options(max_retries=0)
+                reply: Any = await once.get(f"{root}/version", cast_to=object)
+                return str(reply["version"])[:40]
+            except (self._openai.OpenAIError, *_UNREADABLE):
+                return None
+
+    def complete(self, requests: Iterable[Request], sampling: Sampling) -> Generator[Completion]:
+        """Yield completions as they arrive, `concurrency` requests in flight."""
+        source = iter(requests)
+        tasks: set[asyncio.Task[Completion]] = set()
+        with asyncio.Runner() as runner:
+            client, loop = self._client(), runner.get_loop()
+            try:
+                while True:
+                    for request in islice(source, self.server.concurrency - len(tasks)):
+                        tasks.add(loop.create_task(self._ask(client, request, sampling)))
+                    if not tasks:
+                        return
+                    first = asyncio.FIRST_COMPLETED
+                    done, tasks = runner.run(asyncio.wait(tasks, return_when=first))
+                    for task in sorted(done, key=lambda task: task.exception() is not None):
+                        yield task.result()  # the answers before the fault that ends it all
+            finally:
+                for task in tasks:
+                    task.cancel()
+                runner.run(client.close())
+
+    async def _ask(
+        self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling
+    ) -> Completion:
+        """Return the completion of one request, or its error after the client's last attempt."""
+        # of the whole reply: the client's timeout begins anew with each byte
+        longest = (self.server.timeout_s + LONGEST_PAUSE_S) * (self.server.max_retries + 1)
+        try:
+            async with asyncio.timeout(longest):
+                reply = await self._send(client, request, sampling)
+            return self._read(request, reply)
+        except self._openai.APIStatusError as error:
+            if error.status_code in (401, 403, 404):
+                what, hint = self._reason(error), "check base_url, the model and the key"
+                raise EvaluationIncomplete(what, hint) from None
+            return Completion(key=request.key, error=self._reason(error))
+        except (self._openai.OpenAIError, TimeoutError, *_UNREADABLE) as error:
+            return Completion(key=request.key, error=self._reason(error))
+
+    def _reason(self, error: Exception) -> str:
+        """What the client says, in one line; a server may send the key back."""
+        said = valid_texts(" ".join(str(error)[:3000].split()).replace(self._key, "***"))[:300]
+        return f"{self.server.address}: {said or type(error).__name__}"
+
+    async def _send(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
+        """Send what is rendered here as token ids or text, else messages."""
+        settings: dict[str, Any] = {"model": self.model, "extra_body": self.server.extra_body}
+        if sampling.temperature is not None:
+            settings["temperature"] = sampling.temperature
+        if sampling.temperature != 0:
+            settings |= {"top_p": sampling.top_p, "seed": request.seed % 2**31}
+        if request.prompt is not None:
+            settings["prompt"] = list(request.ids) or request.prompt
+            settings["max_tokens"] = sampling.max_new_tokens
+            return await client.completions.create(**settings)
+        if request.schema is not None:
+            verdict = {"name": "verdict", "schema": dict(request.schema), "strict": True}
+            settings["response_format"] = {"type": "json_schema", "json_schema": verdict}
+        settings["messages"] = list(request.messages)
+        create: Any = client.chat.completions.create
+        limit = self._limit  # another request may change it meanwhile
+        try:
+            return await create(**settings, **{limit: sampling.max_new_tokens})
+        except self._openai.BadRequestError as error:
+            if limit != "max_tokens" or "max_completion_tokens" not in str(error.body):
+                raise
+            self._limit = "max_completion_tokens"
+            return await create(**settings, **{self._limit: sampling.max_new_tokens})
+
+    def _read(self, request: Request, reply: Any) -> Completion:
+        """Read a reply of either endpoint. No text is an empty one, as of a model that declines."""
+        name, asked = getattr(reply, "model", None), re.escape(self.model.rsplit("/", 1)[-1])
+        if isinstance(name, str) and name and not re.search(rf"(?i)(^|/){asked}(?![\w.])", name):
+            what = f"{self.server.address} answered as '{valid_texts(name)[:100]}'"
+            raise EvaluationIncomplete(what, f"it was asked for '{self.model}'")
+        choice = reply.choices[0]
+        message = getattr(choice, "message", None)
+        text = (message.content if message else getattr(choice, "text", None)) or ""
+        finish = str(getattr(choice, "finish_reason", None) or "stop")
+        if finish.lower() in ("abort", "aborted", "cancelled", "error"):
+            raise ValueError(f"the server cut it short (finish_reason {finish})")
+        text, finish = valid_texts(text.strip()), valid_texts(finish)
+        return Completion(key=request.key, text=text, finish_reason=finish)
+
+
+Engine: TypeAlias = HFEngine | OpenAIEngine
+
+
+def served_fingerprint(server: ServerSection, model: str, weights: str | None) -> str:
+    """Return what the answers of a server are known by: the hash of the weights where they are
+    known here, else the name they are served under.
+    """
+    return hash_of("openai", model, weights, server.extra_body)

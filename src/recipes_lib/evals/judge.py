@@ -29,10 +29,15 @@ from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import count
 from recipes_lib.data.rows import Message
-from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, probe_items, sample_of
-from recipes_lib.evals.engine import Completion, HFEngine, Request, Sampling, ask_missing
-from recipes_lib.evals.engine_openai import OpenAIEngine
+from recipes_lib.evals.engine import (
+    Completion,
+    HFEngine,
+    OpenAIEngine,
+    Request,
+    Sampling,
+    ask_missing,
+)
 from recipes_lib.evals.log import (
     EvalLog,
     JudgeFacts,
@@ -43,7 +48,7 @@ from recipes_lib.evals.log import (
     log_file,
     text_hash,
 )
-from recipes_lib.evals.models import bare_recipe
+from recipes_lib.evals.models import Answers, bare_recipe
 from recipes_lib.evals.prompts import (
     CHOICES,
     GRADES,
@@ -77,7 +82,6 @@ class Item:
     reference: str | None = None
     question: Question | None = None  # what it answers, where a suite asks
     turn: int = 1
-    draw: int = 1
     by_reference: bool = False  # whether a grade goes by the reference answer
     probe: str = ""  # the kind of probe that it is
 
@@ -277,9 +281,7 @@ class Judge:
 
     def _load(self) -> HFEngine:
         model = ready_to_answer(load_base(self._recipe, self.tokenizer))
-        return HFEngine(
-            lambda: nullcontext(model), self.tokenizer, self.fingerprint, self.section.batch_tokens
-        )
+        return HFEngine(lambda: nullcontext(model), self.tokenizer, self.fingerprint)
 
     def _render(self, request: JudgeRequest) -> Request:
         """Return a request as its engine takes it: ids here, text or a message for a server."""
@@ -373,18 +375,17 @@ class Judged:
         for item in items:
             question = item.question
             assert question is not None
-            place = question.id, item.turn, item.draw
+            place = question.id, item.turn
             opponent = self.opponent if item.opponent is not None else None
-            texts = [side.text(*place) for side in (self.answers, opponent) if side]
+            texts = [side.texts[place] for side in (self.answers, opponent) if side]
             known: dict[str, Any] = {
                 "turn": item.turn,
-                "draw": item.draw,
                 "category": question.category or "all",
                 "input": question.turns[item.turn - 1],
                 "answer": texts[0],
                 "opponent": texts[1] if opponent else None,
                 "lengths": tuple(map(len, texts)),
-                "cut": self.answers.is_cut(*place),
+                "cut": place in self.answers.cut,
             }
             samples.append(sample_of(question.id, by_item[item.name], item.orders, **known))
         return samples
@@ -397,7 +398,7 @@ class JudgedSuite(Suite):
     always_graded = False  # whatever `metrics.absolute` says
 
     def item(
-        self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
+        self, question: Question, turn: int, answers: Answers, opponent: Answers | None
     ) -> Item:
         """Return what the judge is asked: to grade an answer, or to compare it with another."""
         raise NotImplementedError
@@ -405,8 +406,7 @@ class JudgedSuite(Suite):
     def items(self, answers: Answers, opponent: Answers | None = None) -> list[Item]:
         """Return what the judge is asked about all answers."""
         return [
-            self.item(question, turn, draw, answers, opponent)
-            for draw in range(1, answers.draws + 1)
+            self.item(question, turn, answers, opponent)
             for question in self.chosen.questions
             for turn in range(1, len(question.turns) + 1)
         ]

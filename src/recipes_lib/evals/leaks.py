@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, RecipesError
@@ -47,17 +46,14 @@ def search_recipe(
             raise DataError(f"the rows are {_OF_HUB}")
         return leaks | (find_leaks(training_rows(recipe.data), texts) if texts else {})
     except RecipesError as error:
-        return leaks | {name: Leaks(why=error.what) for name in texts}
+        return leaks | dict.fromkeys(texts, Leaks(why=error.what))
 
 
 def leak_error(
     name: str, leaks: Leaks, recipe: Recipe, owner: str = "", limit: int = NUM_LISTED
 ) -> RecipeError:
     """Return the error about an eval whose questions are in training rows, or a warning."""
-    remedy = (
-        "take these rows out of the data, or these questions out of the eval: a model that was"
-        " trained on them is not tested by them"
-    )
+    remedy = "take these rows out of the data, or these questions out of the eval"
     if leaks.accidental:
         share = leaks.leaked_questions / leaks.questions
         remedy = f"few questions, and all are short: at most {share:.1%} of the result is theirs"
@@ -137,18 +133,9 @@ def _harness_texts(samples: Path) -> Iterator[EvalText]:
     for file in sorted(samples.glob("samples_*.jsonl")):
         task = file.stem.removeprefix("samples_")
         for sample in read_rows(file):
-            name = f"{task} {sample.get('doc_id')}"
-            for key, text in _strings(sample.get("doc") or {}):
-                if key in _QUESTION_KEYS or text.count(" ") >= _LONG:
+            name, target = f"{task} {sample.get('doc_id')}", str(sample.get("target"))
+            for key, text in (sample.get("doc") or {}).items():
+                if isinstance(text, str) and (key in _QUESTION_KEYS or text.count(" ") >= _LONG):
                     yield EvalText(name, "question", text)
-            if isinstance(target := sample.get("target"), str) and target.count(" ") >= _LONG:
+            if target.count(" ") >= _LONG:
                 yield EvalText(name, "answer", target)
-
-
-def _strings(value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, content in value.items():
-        for text in content if isinstance(content, list) else [content]:
-            if isinstance(text, str):
-                yield key, text
-            elif isinstance(text, dict):
-                yield from _strings(text)

@@ -15,8 +15,8 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,19 +45,16 @@ SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 UNRESOLVED = "unresolved"
 REFERENCE = "reference"  # the opponent that is the questions' own reference answers
 RESULT_VERSION = 2
-EMPTY, CUT, LOOPS = "are empty", "hit the token limit", "end in a loop"
+EMPTY, CUT, LOOPS = "are empty", "hit the token limit", "repeat themselves"
 SAME = "are the same text"
-FEWEST_LETTERS = 20  # fewer do not tell whether two answers are one
-_NO_LETTERS = re.compile(r"[\d\W_]+")
+_MOST_REPETITION = 4.0  # bytes of a text for each of its compressed form
+_FEWEST_LETTERS = 20  # by a rule, fewer are the answer to many questions
 _AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is asked twice"
-
-
-# ---- result.json and items.jsonl ----
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One value of a metric; those of one `id` (turns, draws of a question) are not independent."""
+    """One value of a metric; those of one `id` (turns of a question) are not independent."""
 
     id: str
     turn: int = 1
@@ -109,9 +106,7 @@ class Metric:
     high: float | None = None
     n: int = 0  # samples with a value
     instead_of: str = ""  # the metric that is compared in its place, where two models share that
-    parts: tuple[
-        str, ...
-    ] = ()  # of a group of lm-eval: tasks and groups below, whose samples it has
+    parts: tuple[str, ...] = ()  # of a group of lm-eval: the tasks and groups below it
     num_fewshot: int | None = None
     version: str | None = None  # of the task
     eval: str = ""
@@ -229,9 +224,6 @@ class EvalLog:
 _schema: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 
 
-# ---- writing ----
-
-
 def log_file(run: Path, name: str, against: str | None) -> Path:
     """Return where the result of an evaluation against an opponent lies in a run's folder."""
     suffix = "" if against in (None, REFERENCE) else f".against-{against}"
@@ -254,9 +246,9 @@ def write_log(log: EvalLog) -> None:
             shutil.copyfile(file, folder / file.name)
     rows, row_of = list[Row](), _schema(Sample).dump_python
     for metric in log.metrics:
-        if not metric.parts:
-            place = {"metric": metric.metric, "task": metric.task}
-            rows += [place | row_of(sample, exclude_defaults=True) for sample in metric.samples]
+        place = {"metric": metric.metric, "task": metric.task}
+        samples = () if metric.parts else metric.samples
+        rows += [place | row_of(sample, exclude_defaults=True) for sample in samples]
     write_lines(items, rows)
     write_json(log.file, to_json(log))
 
@@ -279,21 +271,15 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-# ---- reading ----
-
-
-def is_current(
-    file: Path, settings: str, model: str | None = None, opponent: str | None = None
-) -> bool:
-    """Whether a result file is there, of a recipe's `settings_key` and of these weights (None: of
-    any).
+def is_current(file: Path, settings: str, *fingerprints: str | None) -> bool:
+    """Whether a result file is there, of a recipe's `settings_key` and of these weights of the
+    model and of its opponent (None: of any).
     """
     stored = object_or_none(file) or {}
-    answered, other = stored.get("answers") or {}, stored.get("opponent") or {}
-    return (
-        stored.get("settings") == settings
-        and model in (None, answered.get("fingerprint"))
-        and opponent in (None, other.get("fingerprint"))
+    sides = (stored.get("answers") or {}, stored.get("opponent") or {})
+    return stored.get("settings") == settings and all(
+        wanted in (None, side.get("fingerprint"))
+        for wanted, side in zip(fingerprints, sides, strict=False)
     )
 
 
@@ -305,7 +291,7 @@ def read_eval_logs(
     """
     logs: list[EvalLog] = []
     unfinished: list[str] = []
-    for folder in sorted(path for path in (run / "evals").glob("*") if path.is_dir()):
+    for folder in sorted((run / "evals").glob("*/")):
         files = sorted(folder.glob("result*.json"), key=lambda file: (len(file.name), file.name))
         if not files and any(folder.glob("judgments*.jsonl")):  # an opponent has answers alone
             unfinished.append(folder.name)
@@ -356,87 +342,59 @@ def _validated(kind: Any, row: Row, file: Path, line: int | None = None) -> Any:
 
 def _check_samples(metric: Metric) -> None:
     """Refuse a metric whose samples are not those that its value was computed from."""
-    if not metric.samples and (metric.unit == "number" or metric.parts or not metric.n):
+    if not metric.samples and (metric.unit == "number" or metric.parts):
         return
     values = [each.value for each in metric.samples if each.value is not None]
     mean = math.fsum(values) / len(values) if values else metric.value
-    what = ""
-    if len({each.key for each in metric.samples}) < len(metric.samples):
-        what = "a sample stands twice"
-    elif len(values) != metric.n:
-        what = f"the result is of {metric.n} samples, {len(values)} are stored"
-    elif metric.unit != "number" and abs((mean or 0.0) - (metric.value or 0.0)) > 1e-6:
-        what = f"the result is {metric.value}, the mean of the stored samples {mean}"
-    if what:
+    is_mean = metric.unit == "number" or abs((mean or 0.0) - (metric.value or 0.0)) <= 1e-6
+    is_once = len({each.key for each in metric.samples}) == len(metric.samples)
+    if not (is_mean and is_once and len(values) == metric.n):
+        stored = f"{len(values)} are stored (mean {mean}), or one is there twice"
+        what = f"the result is of {metric.n} samples, {stored}"
         raise DataError(f"{metric.task or metric.metric}: {what}", _AGAIN, file=metric.file)
 
 
 def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
-    """Yield metrics; a group of lm-eval with the samples of its tasks where their mean, all items
-    or all tasks weighing alike, is the value that lm-eval reported.
+    """Yield metrics; a group of lm-eval with the samples of its tasks where the mean of all items
+    is the value that lm-eval reported.
     """
     for group in metrics:
-        tasks = [
-            each
-            for each in metrics
-            if each.task in group.parts and each.metric == group.metric and not each.parts
+        samples = [
+            replace(sample, id=f"{task.task}/{sample.id}")
+            for task in metrics
+            if task.task in group.parts and task.metric == group.metric and not task.parts
+            for sample in task.samples
         ]
-        sizes = [len(task.samples) for task in tasks]
-        by_task = [sum(sizes) / len(sizes) / size for size in sizes] if all(sizes) else []
-        for weights in ([1.0] * len(sizes), by_task) if by_task else ():
-            samples = [
-                replace(each, id=f"{task.task}/{each.id}", value=(each.value or 0.0) * weight)
-                for task, weight in zip(tasks, weights, strict=True)
-                for each in task.samples
-            ]
-            mean = math.fsum(each.value or 0.0 for each in samples) / len(samples)
-            if group.value is not None and abs(mean - group.value) <= 1e-6:
-                group = replace(group, samples=tuple(samples))
-                break
+        mean = math.fsum(sample.value or 0.0 for sample in samples) / max(len(samples), 1)
+        if samples and group.value is not None and abs(mean - group.value) <= 1e-6:
+            group = replace(group, samples=tuple(samples))
         yield group
-
-
-# ---- faults of answers ----
 
 
 def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
     """Return what is wrong with the answers of a log, in words, as (how many, of how many)."""
     samples = {sample.key: sample for metric in log.metrics for sample in metric.samples}
     answered = {key: sample for key, sample in samples.items() if sample.answer is not None}
-    if not answered or log.suite == "lm_eval":
-        return {}
-    texts = {key: sample.answer or "" for key, sample in answered.items()}
-    asked: dict[str, list[str]] = defaultdict(list)
-    for key, text in texts.items():
-        letters = _NO_LETTERS.sub("", text).casefold()
-        is_long = len(letters) >= FEWEST_LETTERS
-        if is_long or log.judge:  # by a rule, a few letters are the answer to many questions
-            asked[letters if is_long else text.strip()].append(key[0])
+    texts = {key: str(sample.answer).strip() for key, sample in answered.items()}
+    asked: dict[str, list[str]] = defaultdict(list)  # questions by their answer
+    for (question, *_), text in texts.items():
+        if log.judge or len(text) >= _FEWEST_LETTERS:
+            asked[text].append(question)
     counts = {
-        EMPTY: sum(not text.strip() for text in texts.values()),
+        EMPTY: sum(not text for text in texts.values()),
         CUT: sum(sample.cut for sample in answered.values()),
-        LOOPS: sum(map(ends_in_loop, texts.values())),
+        LOOPS: sum(map(_repeats_itself, texts.values())),
         SAME: max((len(ids) for ids in asked.values() if len(set(ids)) > 1), default=0),
     }
-    return {what: (count, len(texts)) for what, count in counts.items()}
+    return {what: (count, len(texts)) for what, count in counts.items() if texts}
 
 
-def ends_in_loop(answer: str) -> bool:
-    """Whether an answer ends in a phrase of two words or more, three times (Holtzman et al. 2020);
-    a last word may be cut.
-
-    Example:
-        >>> ends_in_loop("I think so. I think so. I think so. I th"), ends_in_loop("no, no, no")
-        (True, False)
+def _repeats_itself(text: str) -> bool:
+    """Whether a text is compressed more than prose can be. Source of the measure: Radford et al.
+    2022 (Whisper), whose threshold for a failed decoding is 2.4.
     """
-    words = answer.split()
-    for end in (words, words[:-1]):
-        if end.count(end[-1] if end else "") < 3:  # most texts need no further look
-            continue
-        for size in range(2, len(end) // 3 + 1):
-            if end[-size:] == end[-2 * size : -size] == end[-3 * size : -2 * size]:
-                return True
-    return False
+    plain = text.encode("utf-8", "replace")
+    return len(plain) > _MOST_REPETITION * len(zlib.compress(plain))
 
 
 # ---- answers and judgments as they arrive ----
@@ -447,33 +405,29 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-class Store:
+class Store(dict[str, Row]):
     """The rows of a JSON-lines file that is appended to and never changed, by their `key`, a hash
     of everything that makes them. A kill or a power cut leaves at most a last line without its end,
     which the next append cuts. Whoever appends holds the folder (`run_lock`).
     """
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self.path = Path(path)
-        self._rows: dict[str, Row] = {}
         self._size = 0  # of the whole lines
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    break
-                row = parsed_line(line) or {}
-                if not isinstance(row.get("key"), str) or row["key"] in self._rows:
-                    what = "this line is damaged: not a stored row, or there twice"
-                    remedy = "restore the file, or delete this line to have it made again"
-                    raise DataError(what, remedy, file=self.path, line=number)
-                self._rows[row["key"]] = row
-                self._size += len(line)
+        *lines, _ = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        for number, line in enumerate(lines, 1):
+            row = parsed_line(line) or {}
+            if not isinstance(row.get("key"), str) or row["key"] in self:
+                what = "this line is damaged: not a stored row, or there twice"
+                remedy = "restore the file, or delete this line to have it made again"
+                raise DataError(what, remedy, file=self.path, line=number)
+            self[row["key"]] = row
+            self._size += len(line) + 1
 
     def append(self, rows: Iterable[Row]) -> None:
         """Append the rows whose key is new: afterwards all are on the disk, or on an error none."""
-        new = {row["key"]: row for row in rows if row["key"] not in self._rows}
+        new = {row["key"]: row for row in rows if row["key"] not in self}
         if not new:
             return
         content = _lines(new.values())
@@ -492,17 +446,4 @@ class Store:
         if not self._size:
             sync(self.path.parent)
         self._size += len(content)
-        self._rows |= new
-
-    def get(self, key: str) -> Row | None:
-        """Return the row with this key, or None."""
-        return self._rows.get(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self._rows.values())
+        self.update(new)

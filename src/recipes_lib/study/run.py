@@ -315,7 +315,7 @@ def plan_lines(study: Study) -> Iterator[str]:
 def _answers(recipe: EvalRecipe) -> int:
     """How many answers a model writes; each question of MT-Bench has two turns."""
     turns = 2 if recipe.suite.name == "mt_bench" else 1
-    return turns * _questions(recipe) * recipe.generation.samples
+    return turns * _questions(recipe)
 
 
 def _questions(recipe: EvalRecipe) -> int:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item, Judged, JudgedSuite
 from recipes_lib.evals.log import REFERENCE, EvalLog, Metric
+from recipes_lib.evals.models import Answers
 from recipes_lib.evals.questions import Question
 from recipes_lib.evals.suites import bounds_of, shown_rate
 
@@ -26,26 +26,23 @@ class AlpacaEval(JudgedSuite):
     title = "AlpacaEval"
 
     def item(
-        self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
+        self, question: Question, turn: int, answers: Answers, opponent: Answers | None
     ) -> Item:
         """Return an answer alone, with the reference where there is one, or with its opponent's."""
-        name = question.id if draw == 1 else f"{question.id}#{draw}"
-        text, other = answers.text(question.id, draw=draw), None
+        text, other = answers.texts[question.id, 1], None
         reference = question.reference[0] if question.reference else None
         if opponent is not None:
-            other, reference = opponent.text(question.id, draw=draw), None
-        return Item(name, question.turns[0], text, other, reference, question, draw=draw)
+            other, reference = opponent.texts[question.id, 1], None
+        return Item(question.id, question.turns[0], text, other, reference, question)
 
     def metrics(self, judged: Judged) -> list[Metric]:
-        """Return the metrics, and write the files that alpaca_eval reads, of the first answers."""
+        """Return the metrics, and write the files that alpaca_eval reads."""
         metrics = super().metrics(judged)
         opponent, name = judged.opponent, judged.answers.name
         assert opponent is not None
         is_reference = opponent.name == REFERENCE
         outputs, annotations = list[object](), list[object]()
         for sample in metrics[0].samples:
-            if sample.draw > 1:
-                continue
             asked = {"dataset": sample.category, "instruction": sample.input}
             outputs.append({**asked, "output": sample.answer, "generator": name})
             pair: dict[str, object] = {

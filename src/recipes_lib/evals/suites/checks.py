@@ -20,7 +20,7 @@ from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 if TYPE_CHECKING:
-    from recipes_lib.evals.answers import Answers
+    from recipes_lib.evals.models import Answers
 
 # A number as people write it: 1,234.5, -3, 2e-3. A sign counts only where no digit or letter stands
 # before it: 2024-05-17 ends in 17, and 3-5 in 5.
@@ -51,24 +51,22 @@ class Checks(Suite):
     def log(self, answers: Answers) -> EvalLog:
         """Return the log of one model's answers."""
         samples = []
-        for draw in range(1, answers.draws + 1):
-            for question in self.chosen.questions:
-                text = answers.text(question.id, draw=draw)
-                failed = [rule.check for rule in question.checks if not rule.passes(text)]
-                sample = Sample(
-                    id=question.id,
-                    draw=draw,
-                    category=question.category,
-                    value=float(not failed),
-                    outcome="graded",
-                    verdicts=(f"fails {', '.join(failed)}" if failed else "passes",),
-                    by_rule=True,
-                    lengths=(len(text),),
-                    cut=answers.is_cut(question.id, draw=draw),
-                    input=question.turns[0],
-                    answer=text,
-                )
-                samples.append(sample)
+        for question in self.chosen.questions:
+            text = answers.texts[question.id, 1]
+            failed = [rule.check for rule in question.checks if not rule.passes(text)]
+            sample = Sample(
+                id=question.id,
+                category=question.category,
+                value=float(not failed),
+                outcome="graded",
+                verdicts=(f"fails {', '.join(failed)}" if failed else "passes",),
+                by_rule=True,
+                lengths=(len(text),),
+                cut=(question.id, 1) in answers.cut,
+                input=question.turns[0],
+                answer=text,
+            )
+            samples.append(sample)
         label = f"answers that pass on {self.recipe.name}"
         return EvalLog(
             suite=self.recipe.suite.name,

@@ -40,17 +40,15 @@ class HeldoutLoss(Suite):
         self.split = name if name in HELD_OUT else None
         self.recipes = {}  # whose rows a model reads, by its name
         for model in models:
-            base, asked = model.recipe.model.name_or_path, model.prompts.hash
+            base, asked = model.recipe.model.name_or_path, model.prompt_hash
             runs = [run for run in models if run.trained and run.recipe.model.name_or_path == base]
             runs = (
-                [model]
-                if model.trained
-                else sorted(runs, key=lambda run: run.prompts.hash != asked)
+                [model] if model.trained else sorted(runs, key=lambda run: run.prompt_hash != asked)
             )
             if self.split and not runs:
                 what = f"'{model.word}' has no recipe, so no {self.split} split"
                 hint = "name a file of rows, or `base` beside its runs"
-                raise self.recipe.error("data.questions", what, hint)
+                raise self.recipe.document.error("data.questions", what, hint)
             self.recipes[model.name] = (*runs, model)[0].recipe
 
     def reads(self, model: Any) -> Any:
@@ -63,7 +61,7 @@ class HeldoutLoss(Suite):
         limit, source = self.recipe.data.max_questions, self.recipes[model.name]
         if self.split is None:
             source = source.reading(str(self.recipe.path_of("data.questions")))
-        rows = getattr(prepare_data(source, model.prompts.tokenizer), self.split or TRAIN)
+        rows = getattr(prepare_data(source, model.tokenizer), self.split or TRAIN)
         if not rows:
             raise RecipeError(
                 f"the recipe of {model.name} holds no {self.split} rows out",
@@ -72,7 +70,7 @@ class HeldoutLoss(Suite):
         rows = rows[:limit]
         names, tokens, labels = (rows[key] for key in ("example_id", "input_ids", "labels"))
         supervised = [[label for label in row[1:] if label != -100] for row in labels]
-        texts = model.prompts.tokenizer.batch_decode(supervised, skip_special_tokens=True)
+        texts = model.tokenizer.batch_decode(supervised, skip_special_tokens=True)
         texts = [text.strip() for text in texts]
         first: dict[str, str] = {}  # the first row with these tokens
         keys = [hash_of(*row) for row in zip(tokens, labels, strict=True)]

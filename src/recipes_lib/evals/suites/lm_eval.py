@@ -74,7 +74,7 @@ class LMEval(Suite):
             try:
                 harness = HFLM(
                     pretrained=network,
-                    tokenizer=model.prompts.tokenizer,
+                    tokenizer=model.tokenizer,
                     batch_size=config["batch_size"],
                     chat_template_args=dict(model.recipe.data.chat_template_kwargs),
                 )
@@ -184,7 +184,7 @@ def _inside(recipe: EvalRecipe) -> Iterator[None]:
         raise EnvironmentFault(f"{names}: cannot load data: {one_line(error)}", hint) from None
     except Exception as error:  # lm-eval raises what its tasks, filters and metrics raise
         where = f"; its task files are in {shown_path(Path(folder))}" if folder else ""
-        raise recipe.error(
+        raise recipe.document.error(
             "suite.tasks",
             f"lm-eval cannot run {names}: {type(error).__name__}: {one_line(error)}{where}",
             "lm-eval's own traceback: recipes --debug eval",

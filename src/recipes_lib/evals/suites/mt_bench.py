@@ -12,9 +12,9 @@ from dataclasses import replace
 from statistics import fmean
 
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item, JudgedSuite
 from recipes_lib.evals.log import EvalLog, Sample
+from recipes_lib.evals.models import Answers
 from recipes_lib.evals.questions import NEEDS_REFERENCE, Question
 from recipes_lib.evals.suites import bounds_of, number, shown_rate
 
@@ -27,7 +27,7 @@ class MTBench(JudgedSuite):
     always_graded = True
 
     def item(
-        self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
+        self, question: Question, turn: int, answers: Answers, opponent: Answers | None
     ) -> Item:
         """Return a turn with the reference answer where its category needs one. In a comparison a
         side is its whole conversation; a grade has the conversation in the instruction.
@@ -44,14 +44,14 @@ class MTBench(JudgedSuite):
             return Item(name, instruction, text, other, reference, question, turn)
         if turn > 1:
             before = [
-                f"User: {question.turns[n - 1]}\n\nAssistant: {answers.text(question.id, n)}"
+                f"User: {question.turns[n - 1]}\n\nAssistant: {answers.texts[question.id, n]}"
                 for n in turns[:-1]
             ]
             last = f"User: {question.turns[turn - 1]}"
             note = "(The response to evaluate answers the last message of this conversation.)"
             instruction = "\n\n".join([*before, last, note])
         item = Item(
-            name, instruction, answers.text(question.id, turn), None, reference, question, turn
+            name, instruction, answers.texts[question.id, turn], None, reference, question, turn
         )
         return replace(item, by_reference=needs_reference)
 
@@ -89,7 +89,7 @@ def _mean(samples: Sequence[Sample], turn: int, category: str | None = None) -> 
 
 def _side(question: Question, answers: Answers, turn: int) -> str:
     """One side of a comparison; nothing where the turn's answer is empty, so it loses by rule."""
-    if turn == 1 or not answers.text(question.id, turn).strip():
-        return answers.text(question.id, turn)
-    parts = [f"(to question {n})\n{answers.text(question.id, n)}" for n in range(1, turn + 1)]
+    if turn == 1 or not answers.texts[question.id, turn].strip():
+        return answers.texts[question.id, turn]
+    parts = [f"(to question {n})\n{answers.texts[question.id, n]}" for n in range(1, turn + 1)]
     return "\n\n".join(parts)
