@@ -9,7 +9,7 @@
 set -o pipefail
 [ -d "$FOLDER" ] || { echo "this node does not see $FOLDER: env.RECIPES_RUNS_ROOT of the profile" >&2; exit 5; }
 TASK=$JOB${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID} TRY=${SLURM_RESTART_COUNT:-0}
-export REPORT=$FOLDER/$TASK.reported.$TRY RECIPES_RANK_ERRORS=$FOLDER/$TASK.errors JUDGE_LOG=$FOLDER/$TASK.judge.log
+export REPORT=$FOLDER/$TASK.reported.$TRY JUDGE_LOG=$FOLDER/$TASK.judge.log
 say() { printf '%(%F %T)T [%s job=%s try=%s] %s\n' -1 "$TASK" "${SLURM_JOB_ID:-none}" "$TRY" "$*"; }
 environment_failed() {
   say "the site's environment failed: line ${BASH_LINENO[0]} of $FOLDER/$JOB.sbatch"
@@ -38,7 +38,7 @@ run() {
   if [ "$TRY" -gt 0 ] && [ "$(cat "$FOLDER/$TASK.exit_code" 2> /dev/null)" = 0 ]; then
     say "done by an earlier try of this job"; exit 0   # after a preemption Slurm queues a job again even when it has finished since
   fi
-  rm -rf "$FOLDER/$TASK.reported".* "$RECIPES_RANK_ERRORS" "$FOLDER/$TASK.exit_code"; mkdir -p "$RECIPES_RANK_ERRORS"
+  rm -rf "$FOLDER/$TASK.reported".* "$FOLDER/$TASK.exit_code"
   # A task holds the cores of all its processes. Without Slurm the libraries count the machine's.
   [ -z "$SLURM_JOB_ID" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + PROCESSES - 1) / PROCESSES))}"
 
@@ -60,10 +60,6 @@ run() {
     true_code=$(sort -n "$REPORT".* 2> /dev/null | grep -vxE '0|75' | head -n 1)
     CODE=${true_code:-$(cat "$REPORT.0" 2> /dev/null || echo $((CODE == 0 ? 1 : CODE)))} ;;
   esac
-  local error
-  for error in "$RECIPES_RANK_ERRORS"/*; do   # named by time: the first one is the cause, what others said after it the consequence
-    [ ! -f "$error" ] || { say "first error: $(< "$error")"; break; }
-  done
 }
 ask() { case $JOB in train*) kill -USR2 "$COMMAND" ;; *) kill -TERM "$COMMAND" ;; esac 2> /dev/null; }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Sequence
 
 from recipes_lib.config.launch import add_train_flags
@@ -19,18 +20,13 @@ from recipes_lib.core.environment import importing, quiet_libraries
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.ranks import on_main_rank, world_size
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.training import stopping
 from recipes_lib.training.launch_check import leave_gpus_out
-from recipes_lib.training.stopping import (
-    StopRequest,
-    end_process,
-    end_with_launcher,
-    exit_status,
-    handling,
-    report,
-)
 
 
-def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: StopRequest) -> int:
+def train(
+    recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: stopping.StopRequest
+) -> int:
     """The straight line from recipe to weights, which every rank walks; return the exit code.
 
     What only one may do (folders, files, messages) rank 0 does inside `on_main_rank`, which hands
@@ -47,7 +43,6 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         from recipes_lib.core.ranks import keep_alive, say_once
         from recipes_lib.data.prepare import prepare_data
         from recipes_lib.data.prompts import chat_template, template_date
-        from recipes_lib.data.sources import source_hashes
         from recipes_lib.training import launch_check
         from recipes_lib.training.attempt import begin_attempt, save_and_check, summarise_training
         from recipes_lib.training.build import build_trainer, read_model, start_up_lines
@@ -56,8 +51,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         from recipes_lib.weights.runs import check_base_run
 
     # recipe -> arguments. The processes meet here; what is refused now leaves no run behind.
-    launch_check.check_processes(torch.cuda.device_count())
-    launch_check.check_precision(recipe)
+    launch_check.check_request(recipe, torch.cuda.device_count())
     launch_check.shard_on_cpus()
     args = build_sft_config(recipe, run.checkpoints, world_size())
     active = launch_check.what_runs()
@@ -88,17 +82,14 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
             say_once(line)
 
         # rows -> checkpoint. A resumed run must share every guarded value with its beginning.
-        guard = guarded_values(
-            recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions()
-        )
+        size, kind, versions = active.world_size, active.distributed_type, library_versions()
+        guard = guarded_values(recipe, data.fingerprint, size, kind, versions)
         guard["prompt_format_hash"] = data.prompt_format_hash
         if data.audit.training_template is not None:
             guard["training_template_hash"] = data.audit.training_template["sha256"]
         known = {"launch": launch_line, "template_date": date}
         checkpoint = on_main_rank(
-            lambda: attempt.continue_or_start(
-                data, guard, options, **known, data_files=source_hashes(recipe.data)
-            )
+            lambda: attempt.continue_or_start(data, options.resume_anyway, guard, **known)
         )
         attempt.owns_records = True
         args.eval_on_start &= checkpoint is None
@@ -106,22 +97,21 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
         model = read_model(recipe, tokenizer, active)
-        marker_facts = {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard}
-        trainer = build_trainer(recipe, args, model, tokenizer, data, run, stop, marker_facts)
+        trainer = build_trainer(recipe, args, model, tokenizer, data, run, stop, guard)
         keep_alive(trainer)
         # what was promised before the model was loaded
         launch_check.check_launch(launch_check.what_runs(trainer.accelerator))
-        say_once(f"run {run.path}")
-        for line in start_up_lines(trainer, launch_line):
+        for line in (f"run {run.path}", *start_up_lines(trainer, launch_line)):
             say_once(line)
 
         # trainer -> weights. Until here a signal ends the process; from here on it asks for a
         # checkpoint after the step.
         attempt.begin_steps()
-        seconds = trainer.train_until_stop(checkpoint)
+        began = time.monotonic()
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if stop.agreed:
             return on_main_rank(lambda: attempt.record_stop(trainer.state))
-        summary = on_main_rank(lambda: summarise_training(trainer, data, seconds))
+        summary = on_main_rank(lambda: summarise_training(trainer, data, began))
         say_once("saving the weights, and comparing them with the trained ones ...")
         check = save_and_check(trainer, attempt, summary)
         on_main_rank(lambda: attempt.record_finish(summary, check))
@@ -131,20 +121,20 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train one recipe to its end or to a checkpoint; return the exit code (`ExitCode`)."""
     options, overrides = parse_arguments(argv)
-    end_with_launcher()
+    stopping.end_with_launcher()
     leave_gpus_out()
     recipe = None
     try:
-        stop = StopRequest()
-        with handling(stop.on_signal):
+        stop = stopping.StopRequest()
+        with stopping.handling(stop.on_signal):
             # one process resolves it, and all train the same
             recipe = on_main_rank(lambda: load_recipe(options.recipe, overrides))
             code = train(recipe, RunDirectory(recipe.name), options, stop)
     except Exception as error:
         if options.debug:
             raise
-        return report(error, RunDirectory(recipe.name).path if recipe else None)
-    return exit_status(code, on_every_rank=True)
+        return stopping.report(error, RunDirectory(recipe.name).path if recipe else None)
+    return stopping.exit_status(code, on_every_rank=True)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -152,12 +142,12 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     parser = argparse.ArgumentParser(
         prog="recipes_lib.train", description="Fine-tune a model from a recipe.", allow_abbrev=False
     )
-    add = parser.add_argument
-    add("recipe", help="a recipe YAML; any `section.key=value` after it overrides a value")
+    words = "a recipe YAML; any `section.key=value` after it overrides a value"
+    parser.add_argument("recipe", help=words)
     add_train_flags(parser)
-    add("--debug", action="store_true", help="show tracebacks")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_known_args(argv)
 
 
 if __name__ == "__main__":
-    end_process(main())
+    stopping.end_process(main())

@@ -176,19 +176,19 @@ def watched() -> None:
 
     exchanges = 0
     reduce: Any = _fsdp_param_group.foreach_reduce
-    until_stop = RecipeTrainer.train_until_stop
+    train: Any = RecipeTrainer.train
 
     def foreach_reduce(*args: Any) -> Any:
         nonlocal exchanges
         exchanges += 1
         return reduce(*args)
 
-    def train_until_stop(self: Any, *args: Any) -> float:
-        seconds = until_stop(self, *args)
+    def watched_train(self: Any, **words: Any) -> Any:
+        ended = train(self, **words)
         print(f"rank {rank()}: {exchanges} exchanges", flush=True)
-        return seconds
+        return ended
 
-    RecipeTrainer.train_until_stop = train_until_stop  # type: ignore[method-assign]
+    RecipeTrainer.train = watched_train  # type: ignore[method-assign]
     _fsdp_param_group.foreach_reduce = foreach_reduce
 
 

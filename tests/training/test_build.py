@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,14 +31,14 @@ def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
         config.fp16 = fp16  # a recipe with fp16 is refused without a GPU
         return config
 
-    def look(trainer: RecipeTrainer, checkpoint: Path | None) -> None:
+    def look(trainer: RecipeTrainer, **_: Any) -> None:
         found.extend(
             parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad
         )
         raise RecipesError("seen")
 
     monkeypatch.setattr(upstream, "build_sft_config", build_config)
-    monkeypatch.setattr(RecipeTrainer, "train_until_stop", look)
+    monkeypatch.setattr(RecipeTrainer, "train", look)
     dtype = "float16" if fp16 else "bfloat16"
     assert main([str(tiny_recipe), NF4, f"model.dtype={dtype}", "train.bf16=false"]) == 1
     assert found and set(found) == {expected}

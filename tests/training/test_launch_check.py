@@ -14,8 +14,7 @@ from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.training.launch_check import (
     check_launch,
-    check_precision,
-    check_processes,
+    check_request,
     leave_gpus_out,
     what_runs,
 )
@@ -68,45 +67,44 @@ def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(
     tiny_recipe, monkeypatch
 ) -> None:
     none, bf16 = (load_recipe(tiny_recipe, [f"train.bf16={word}"]) for word in ("false", "true"))
-    check_precision(none)
+    check_request(none, 0)
     for asked, recipe in (("bf16", none), ("FP16", bf16), ("fp8", bf16), ("fp8", none)):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
         with pytest.raises(RecipeError, match=f"launcher asks for mixed_precision {asked}"):
-            check_precision(recipe)
+            check_request(recipe, 0)
     for asked in ("bf16", "no"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
-        check_precision(bf16)
+        check_request(bf16, 0)
 
 
-def test_more_processes_than_gpus_and_other_backends_are_refused(monkeypatch) -> None:
+def test_more_processes_than_gpus_and_other_backends_are_refused(tiny_recipe, monkeypatch) -> None:
+    recipe = load_recipe(tiny_recipe)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     said = "4 processes on this machine, but each of them sees 1 GPU.*--gpus.*MIG"
     with pytest.raises(RecipeError, match=rf"(?s){said}"):
-        check_processes(1)
+        check_request(recipe, 1)
     for num_gpus in (4, 0):
-        check_processes(num_gpus)
+        check_request(recipe, num_gpus)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
-    check_processes(1)
+    check_request(recipe, 1)
     for backend in ("PARALLELISM_CONFIG", "MEGATRON_LM", "DEEPSPEED"):  # by a flag or a shell
         monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
         with pytest.raises(RecipeError, match=f"{backend} was asked for.*cannot be used"):
-            check_processes(1)
+            check_request(recipe, 1)
 
 
 def test_what_is_not_what_the_command_line_of_accelerate_asks_for_is_refused(
     monkeypatch, tmp_path
 ) -> None:
-    """`--cpu --num_processes 2` starts one process; ACCELERATE_USE_FSDP of a shell wins."""
+    """`--cpu --num_processes 2` starts one process."""
     multi_cpu, ddp = tmp_path / "multi.yaml", tmp_path / "ddp.yaml"
     multi_cpu.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
     ddp.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n")
-    two, sharded = Active(2, "DDP", "cpu"), Active(2, "FSDP", "cpu")
+    two = Active(2, "DDP", "cpu")
     cases = [
         (["--cpu", "--num_processes", "2"], ALONE, "2 processes were asked for.*started 1"),
         (["--config_file", str(ddp), "--num_processes=4"], two, "4 processes .* started 2"),
         (["--config_file", str(multi_cpu)], ALONE, "MULTI_CPU"),
-        (["--config_file", str(ddp)], sharded, "MULTI_GPU was asked for, but FSDP is active"),
-        (["--config_file", str(ddp), "--use_fsdp"], sharded, None),
         (["--config_file", str(ddp)], two, None),
     ]
     for words, active, said in cases:

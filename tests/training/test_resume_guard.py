@@ -23,7 +23,7 @@ def make_checkpoint(folder: Path, step: int, complete: bool = True, without: str
     for name in {*FILES} - {without}:
         (checkpoint / name).write_bytes(name.encode() * 10)
     if complete:
-        checkpoints.mark_complete(checkpoint, step=step, world_size=1)
+        checkpoints.mark_complete(checkpoint, guard={"step": step})
     return checkpoint
 
 
@@ -37,7 +37,9 @@ def test_the_newest_complete_checkpoint_is_used_by_step_number_not_by_name(tmp_p
     (tmp_path / "checkpoint-200").touch()  # a file of that name is none
     assert checkpoints.find_newest(tmp_path) == (tmp_path / "checkpoint-100", {})
     marker = checkpoints.read_marker(tmp_path / "checkpoint-100")
-    assert marker["step"] == 100 and marker["files"] == {name: len(name) * 10 for name in FILES}
+    assert marker["guard"] == {"step": 100} and marker["files"] == {
+        name: len(name) * 10 for name in FILES
+    }
 
 
 def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(tmp_path) -> None:

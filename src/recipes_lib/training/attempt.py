@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import TrainerState
 
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.environment import command_line, environment
@@ -31,28 +32,17 @@ from recipes_lib.weights.export import write_card
 from recipes_lib.weights.load import base_fingerprint, model_path
 from recipes_lib.weights.runs import weights_damage
 
-if TYPE_CHECKING:
-    from transformers import TrainerState
-
-OTHER_RUN = "start a new run with run.name=OTHER"
-
 
 @dataclass
 class Attempt:
-    """This process's part of one attempt.
-
-    Args:
-        earlier: rank 0: run.json as an earlier attempt left it, empty where there was none.
-        finished: whether the run is finished and its weights are whole.
-        owns_records: whether the records are this attempt's; a refused one changes none.
-    """
+    """This process's part of one attempt."""
 
     run: RunDirectory
     recipe: Recipe
     stop: StopRequest
-    earlier: Row = field(default_factory=dict)
-    finished: bool = False
-    owns_records: bool = False
+    earlier: Row = field(default_factory=dict)  # rank 0: run.json as it was
+    finished: bool = False  # and its weights are whole
+    owns_records: bool = False  # the records are this attempt's; a refused one changes none
 
     @property
     def weights(self) -> Path:
@@ -67,15 +57,13 @@ class Attempt:
         stack.enter_context(run_lock(run.path))
         run.check_inside()
         self.earlier = run.read_state() if run.exists() else {}
-        if self.earlier.get("kind") == "answers":
-            what = f"run '{run.name}' holds answers of a file and cannot be trained"
-            raise RecipeError(what, OTHER_RUN)
         if self.earlier.get("state") == "finished":
             files = self.earlier.get("data_files", {}), source_hashes(self.recipe.data)
             changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
-            if changed := [*changed, *differences(*files)]:
+            changed |= differences(*files)
+            if changed:
                 what = f"run '{run.name}' is finished, with others of: {', '.join(changed)}"
-                raise RecipeError(what, OTHER_RUN)
+                raise RecipeError(what, "start a new run with run.name=OTHER")
             damage = weights_damage(run, self.recipe.lora is None)
             if damage is None:
                 return True, False
@@ -87,11 +75,7 @@ class Attempt:
         return False, not self.earlier
 
     def continue_or_start(
-        self,
-        data: PreparedData,
-        guard: dict[str, object],
-        options: argparse.Namespace,
-        **recorded: Any,
+        self, data: PreparedData, resume_anyway: bool, guard: dict[str, object], **recorded: Any
     ) -> Path | None:
         """Rank 0: return the newest complete checkpoint, or None; refuse to continue it with other
         settings, and make the run's records this attempt's (`recorded`: more fields of run.json).
@@ -103,7 +87,7 @@ class Attempt:
             begun = begun or resume_guard.read_marker(newest)["guard"]
         changed = differences(begun, guard) if begun else {}
         if newest is not None:
-            if changed and not (options.resume_anyway and "launch.world_size" not in changed):
+            if changed and ("launch.world_size" in changed or not resume_anyway):
                 resume_guard.refuse_changes(run.name, changed)
             resumed.append({"from": newest.name, "changed": changed})
 
@@ -119,9 +103,9 @@ class Attempt:
         write_json(run.path / "environment.json", environment())
         write_json(run.path / "supervision.json", vars(data.audit))
         write_json(run.path / "splits.json", data.splits)
-        recorded |= {"attempts": self.earlier.get("attempts", 0) + 1, "guard": guard}
-        recorded |= {"exit_code": None, "error": None, "steps_began": None, "resumed": resumed}
-        run.write_state("running", **recorded)
+        recorded |= {"data_files": source_hashes(self.recipe.data), "resumed": resumed}
+        recorded |= {"exit_code": None, "error": None, "steps_began": None, "guard": guard}
+        run.write_state("running", attempts=self.earlier.get("attempts", 0) + 1, **recorded)
         others = f", with other settings than before: {', '.join(changed)}" if changed else ""
         if newest is not None:
             say(f"resuming {newest.name}{others or ' (recipe, data, versions unchanged)'}")
@@ -166,7 +150,6 @@ class Attempt:
         run.write_state("finished", exit_code=0, error=None, **proof)
         equal = f"{check.tensors} trained tensors equal the files, byte for byte"
         say(f"finished: {self.weights} ({equal})")
-        say(f"took {summary['seconds']:,.0f} s, peak memory {summary['peak_memory_gib']:.1f} GiB")
         next_step(f"recipes chat {run.name}")
 
 
@@ -192,10 +175,11 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
 
 
 def summarise_training(
-    trainer: RecipeTrainer, data: PreparedData, seconds: float
+    trainer: RecipeTrainer, data: PreparedData, began: float
 ) -> dict[str, object]:
     """Return what run.json and the card say of a training; after a resume, times are the last's."""
     args, state, tokens = trainer.args, trainer.state, int(trainer._total_train_tokens)
+    seconds = time.monotonic() - began
     on_cpu, trained = args.device.type == "cpu", tokens - trainer.tokens_before
     summary: dict[str, object] = {
         "steps": state.global_step,

@@ -26,14 +26,7 @@ from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config, build_q
 from recipes_lib.core.ranks import meet, on_main_rank, rank, say_once
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.prepare import PreparedData
-from recipes_lib.models import upstream_fixes
-from recipes_lib.models.families import (
-    describe_targets,
-    prepare_for_training,
-    settle_targets,
-    why_not_varlen,
-    why_rows_apart,
-)
+from recipes_lib.models import families, upstream_fixes
 from recipes_lib.training.attention import use_document_attention, use_varlen
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
@@ -52,7 +45,8 @@ def read_model(
     models are on torch's meta device. Where `why_each_rank_reads` has a reason, each rank reads.
     """
     sharded = active.distributed_type == "FSDP"
-    why = launch.why_each_rank_reads(recipe, sharded, launch.reads_once_is_asked(os.environ))
+    asked = launch.reads_once_is_asked(os.environ)
+    why = launch.why_each_rank_reads(recipe, sharded, asked)
     if sharded:
         # what accelerate and transformers go by; transformers would fill what is empty
         os.environ[launch.READS_ONCE_VARIABLE] = "false"
@@ -74,8 +68,6 @@ def read_model(
     else:
         model = load_model(recipe, tokenizer, build_quantization_config(recipe))
     meet()
-    if sharded:
-        say_once(f"weights: {f'each rank reads them: {why}' if why else 'read by rank 0 alone'}")
     return model
 
 
@@ -87,7 +79,7 @@ def build_trainer(
     data: PreparedData,
     run: RunDirectory,
     stop: StopRequest,
-    marker_facts: Mapping[str, object],
+    guard: Mapping[str, object],
 ) -> RecipeTrainer:
     """Return the trainer, with the adapter (if the recipe has one) already on the model."""
     half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
@@ -97,7 +89,7 @@ def build_trainer(
         what += ": quantized layers would mix the two, which torch refuses"
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
     joins_rows = choose_attention(recipe, args, model)
-    prepare_for_training(model)
+    families.prepare_for_training(model)
     lora = build_lora_config(recipe)
     train = data.train.shuffle(seed=args.seed) if args.shuffle_dataset else data.train
     columns, validation = ["input_ids", "labels"], data.validation
@@ -109,12 +101,12 @@ def build_trainer(
         train_dataset=_training_rows(train.select_columns(columns), recipe, args),
         eval_dataset=validation.select_columns(columns) if validation else None,
         processing_class=tokenizer,
-        peft_config=lora and settle_targets(lora, model),
+        peft_config=lora and families.settle_targets(lora, model),
         callbacks=[MetricsCallback(run.metrics)],
         stop=stop,
         row_ids=None if args.packing else list(train["example_id"]),
         keep=recipe.train.get("save_total_limit"),
-        marker_facts=marker_facts,
+        guard=guard,
     )
     if joins_rows:  # `args.padding_free` cannot say so: it depends on the loaded model
         trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
@@ -128,16 +120,17 @@ def build_trainer(
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
     if any(recipe.train.get(key) for key in COMPILE_KEYS):
-        compile_blocks(trainer.model, recipe, run)
+        compile_blocks(trainer.model, recipe)
     upstream_fixes.tell_empty_parameters_apart(trainer.model)
+    trained = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
+    trainer.precision = {name: parameter.dtype for name, parameter in trained}
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def compile_blocks(model: Any, recipe: Recipe, run: RunDirectory) -> None:
+def compile_blocks(model: Any, recipe: Recipe) -> None:
     """Have each decoder block compiled when it is first used, once for all blocks of its kind."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run.path / "compiled"))
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     backend = recipe.train.get("torch_compile_backend") or "inductor"
     mode = recipe.train.get("torch_compile_mode")
@@ -152,7 +145,7 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
     one row without padding. A recipe that says `padding_free` itself, or packs, is left alone.
     """
     varlen, on_cpu = recipe.model.attn_implementation == VARLEN, args.device.type == "cpu"
-    if varlen and (why := why_not_varlen(model)):
+    if varlen and (why := families.why_not_varlen(model)):
         raise attention_refused(recipe, why)
     wrapped = args.packing and args.packing_strategy == "wrapped"
     if wrapped or recipe.train.get("padding_free") is False:
@@ -163,9 +156,9 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
     decided = "padding_free" in recipe.train or args.packing
     if decided or (args.per_device_train_batch_size == 1 and not varlen):
         return False
-    name = str(getattr(model.config, "_attn_implementation", ""))
+    name = str(model.config._attn_implementation)
     apart = by_document if on_cpu else name in ("sdpa", VARLEN) or "flash" in name
-    if apart and (why := why_rows_apart(model)):
+    if apart and (why := families.why_rows_apart(model)):
         say_once(f"rows keep their padding: {type(model).__name__} {why}")
         return False
     return apart
@@ -188,31 +181,26 @@ def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
 def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     """Return what is really active, the batch arithmetic and what is trained."""
     args, model, rows = trainer.args, trainer.model, len(trainer.lengths)
-    padding = (
-        ", packed" if args.packing else ", no padding" if trainer.data_collator.padding_free else ""
-    )
+    joined = ", no padding" if trainer.data_collator.padding_free else ""
     mixed = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
-    attention = getattr(model.config, "_attn_implementation", "unknown")
     shape = {
         "per_device": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
         "world_size": args.world_size,
     }
-    steps = launch.planned_steps(
-        rows, **shape, epochs=args.num_train_epochs, max_steps=args.max_steps
-    )
-    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
-    trained = f"{sum(n for n, is_trained in sizes if is_trained):,}"
-    trained += f" of {sum(n for n, _ in sizes):,} parameters"
+    length = {"epochs": args.num_train_epochs, "max_steps": args.max_steps}
+    steps = launch.planned_steps(rows, **shape, **length)
+    counts = [model.num_parameters(only_trainable=trained) for trained in (True, False)]
+    trained = f"{counts[0]:,} of {counts[1]:,} parameters"
     if quantized := count_quantized(model):
         trained += f"; base quantized in {quantized} layers"
     if trainer.aux_loss_enabled:
         trained += f"; router loss x {trainer.router_aux_loss_coef:g}"
     if isinstance(model, PeftModel):
-        trained += f"; {describe_targets(model)}"
+        trained += f"; {families.describe_targets(model)}"
     return [
         f"launch: {launch_line}; precision {mixed or precision_name(model.dtype)}; attention"
-        f" {attention}{padding}; seed {args.seed}",
+        f" {model.config._attn_implementation}{', packed' if args.packing else joined}",
         f"batch: {launch.describe_batch(rows, steps, **shape)}",
         f"trains: {trained}",
     ]

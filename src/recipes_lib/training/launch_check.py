@@ -41,8 +41,10 @@ def what_runs(state: Any = None) -> Active:
     return Active(known.num_processes, words.get(kind, kind), str(known.device))
 
 
-def check_processes(num_gpus: int) -> None:
-    """Refuse backends that are not supported, and more processes than GPUs that each can see."""
+def check_request(recipe: Recipe, num_gpus: int) -> None:
+    """Refuse what no process can be: a backend that is not supported, more processes than GPUs that
+    each can see, another mixed precision of the launcher than the recipe's (accelerate's wins).
+    """
     for backend in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):  # by flags alone
         if _asks_for(f"ACCELERATE_USE_{backend}"):
             hint = f"unset ACCELERATE_USE_{backend}, or use accelerate_configs/fsdp.yaml"
@@ -54,47 +56,38 @@ def check_processes(num_gpus: int) -> None:
             f"start {num_gpus}: --gpus with recipes train, --num_processes with accelerate launch",
             "of several MIG slices CUDA shows a process one only",
         )
-
-
-def _asked_of_accelerate_launch() -> tuple[int, str]:
-    """Return the number and type of processes that were asked for; 1 and "" where not known."""
-    try:
-        command = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
-        command = []
-    words = [part for word in command for part in word.split("=", 1)]
-    is_launch = any(word.endswith("launch") for word in command)
-    flags = dict(itertools.pairwise(words)) if is_launch else {}
-    config = load_accelerate_config(flags["--config_file"]) if "--config_file" in flags else None
-    kind = config.distributed_type if config and "--use_fsdp" not in command else ""
-    return int(flags.get("--num_processes") or (config.num_processes if config else 1)), kind
-
-
-def check_precision(recipe: Recipe) -> None:
-    """Refuse another mixed precision of the launcher than the recipe's: accelerate's would win."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if conflict := precision_conflict(recipe.train, asked, "the launcher"):
         raise recipe.error("train.bf16", *conflict)
 
 
+def _asked_of_accelerate_launch() -> int:
+    """Return the number of processes that were asked for; 1 where it is not known."""
+    try:
+        command = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return 1
+    if not any(word.endswith("launch") for word in command):
+        return 1
+    flags = dict(itertools.pairwise(part for word in command for part in word.split("=", 1)))
+    if "--num_processes" in flags or "--config_file" not in flags:
+        return int(flags.get("--num_processes", 1))
+    return load_accelerate_config(flags["--config_file"]).num_processes
+
+
 def check_launch(active: Active) -> str:
     """Return the start-up line that states what is active, once it agrees with what was asked."""
-    running, kind = active.world_size, active.distributed_type
-    asked, asked_kind = _asked_of_accelerate_launch()
-    refused: list[str] = []
+    running, kind, asked = active.world_size, active.distributed_type, _asked_of_accelerate_launch()
     if world_size() != running:
         what = f"the launcher started {world_size()} processes, but each of them would train alone"
-        refused = [what, "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml"]
-    elif asked > running:
+        hint = "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml"
+        raise RecipeError(what, hint)
+    if asked > running:
         what = f"{asked} processes were asked for, but accelerate launch started {running}"
-        refused = [what, DDP_ON_CPU]
-    elif _asks_for("ACCELERATE_USE_FSDP") and kind != "FSDP" and running > 1:
+        raise RecipeError(what, DDP_ON_CPU)
+    if _asks_for("ACCELERATE_USE_FSDP") and kind != "FSDP" and running > 1:
         what = f"FSDP was asked for, but {kind} is active"
-        refused = [what, f"set fsdp_version: 2 in the accelerate config; {DDP_ON_CPU}"]
-    elif kind == "FSDP" and asked_kind not in ("", "FSDP"):
-        refused = [f"{asked_kind} was asked for, but FSDP is active", "unset ACCELERATE_USE_FSDP"]
-    if refused:
-        raise RecipeError(*refused)
+        raise RecipeError(what, f"set fsdp_version: 2 in the accelerate config; {DDP_ON_CPU}")
     return f"{kind}, world size {running}, {active.device}"
 
 
@@ -120,13 +113,11 @@ def shard_on_cpus() -> None:
         plugin = kwargs.get("fsdp_plugin")
         if not first_time or plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
             return
-        self.distributed_type = DistributedType.FSDP
+        # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
+        shared = {"device": torch.device("cpu"), "distributed_type": DistributedType.FSDP}
         if self._mixed_precision != "no":
             plugin.set_mixed_precision(self._mixed_precision)
-        self.fsdp_plugin = plugin
-        # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
-        self.device = torch.device("cpu")
-        shared = {"device": self.device, "distributed_type": DistributedType.FSDP}
+        state.AcceleratorState._shared_state.update(shared, fsdp_plugin=plugin)
         state.PartialState._shared_state.update(shared)
 
     state.AcceleratorState.__init__ = initialise

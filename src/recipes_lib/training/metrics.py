@@ -17,7 +17,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
-from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import Row, read_object, read_rows, write_text
 from recipes_lib.core.terminal import say, shown_duration
 
@@ -100,24 +99,16 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
     seconds = 0.0
     _start_of_peak()
-    try:
-        with _nothing_happened(trainer):
-            held = _room_for_optimizer(trainer)
-            for number in range(1, passes + 1):
-                # The last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see.
-                exchanges = each or number == passes
-                began = time.monotonic()
-                with contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model):
-                    trainer.training_step(model, dict(batch), supervised)
-                seconds = time.monotonic() - began
-            del held
-    except torch.OutOfMemoryError as error:
-        what = "the GPU has too little memory for the longest micro-batch"
-        raise EnvironmentFault(
-            f"{what} ({len(rows)} rows, {tokens:,} tokens)",
-            "halve train.per_device_train_batch_size: accumulation keeps run.global_batch_size",
-            "or set train.activation_checkpointing: true; recipes plan says what saves how much",
-        ) from error
+    with _nothing_happened(trainer):
+        held = _room_for_optimizer(trainer)
+        for number in range(1, passes + 1):
+            # The last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see.
+            exchanges = each or number == passes
+            began = time.monotonic()
+            with contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model):
+                trainer.training_step(model, dict(batch), supervised)
+            seconds = time.monotonic() - began
+        del held
     rows_to_train = steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
     total = shown_duration(seconds / tokens * rows_to_train * sum(lengths) / len(lengths))
     return (

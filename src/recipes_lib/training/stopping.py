@@ -12,7 +12,6 @@ import atexit
 import ctypes
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -22,14 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from recipes_lib.core.errors import (
-    ExitCode,
-    RecipesError,
-    Stopped,
-    explain_fault,
-    one_line,
-    print_error,
-)
+from recipes_lib.core import errors
+from recipes_lib.core.errors import ExitCode, RecipesError, Stopped
 from recipes_lib.core.ranks import agree_on_largest, rank, shared_store, world_size
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
@@ -138,15 +131,11 @@ def report(error: Exception, run: Path | None) -> int:
     Rank 0 says what `on_main_rank` raised; any other error the rank that failed first: those after
     it have the same one, or have lost their connection to it.
     """
-    _note_for_job(error)
-    message = error if isinstance(error, RecipesError) else explain_fault(error)
+    message = error if isinstance(error, RecipesError) else errors.explain_fault(error)
     message = message or _as_defect(error, run)
-    is_rank_0s = getattr(error, "on_every_rank", False)
-    if is_rank_0s and rank() == 0:
-        print_error(message)
-    is_first = _failures(1) == 1
-    if is_first and not is_rank_0s:
-        print_error(message)
+    is_rank_0s, is_first = getattr(error, "on_every_rank", False), _failures(1) == 1
+    if rank() == 0 if is_rank_0s else is_first:
+        errors.print_error(message)
     end = time.monotonic() + ALL_FAIL_WITHIN_S
     while (failed := _failures(0)) < world_size() and time.monotonic() < end:
         time.sleep(_POLL_S)
@@ -165,22 +154,12 @@ def _as_defect(error: Exception, run: Path | None) -> RecipesError:
     """Keep the traceback of a defect in the run's folder: to come to it again may take days."""
     where = "--debug shows where"
     if run is not None and run.is_dir():
-        file = run / (f"traceback-rank{rank()}.txt" if world_size() > 1 else "traceback.txt")
         with suppress(OSError):
+            file = run / (f"traceback-{rank()}.txt" if rank() else "traceback.txt")
             file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             where = f"the traceback is in {file}"
-    what = f"internal error: {type(error).__name__}: {one_line(error)}"
+    what = f"internal error: {type(error).__name__}: {errors.one_line(error)}"
     return RecipesError(what, f"this is a bug; {where}")
-
-
-def _note_for_job(error: Exception) -> None:
-    """Leave the cause, by its time, where a job looks: what ranks say that are ended hides it."""
-    folder = os.environ.get("RECIPES_RANK_ERRORS")
-    if folder and not isinstance(error, Stopped):
-        text = f"rank {rank()} on {socket.gethostname()}: {str(error) or type(error).__name__}\n"
-        with suppress(OSError):
-            file = Path(folder, f"{time.time_ns()}-rank{rank()}.txt")
-            file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def exit_status(code: int, on_every_rank: bool) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,14 @@ import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from recipes_lib.core.errors import NumericsError
 from recipes_lib.core.files import sync
 from recipes_lib.core.ranks import meet, on_main_rank, say_once
-from recipes_lib.models import upstream_fixes
-from recipes_lib.models.families import (
-    adds_router_loss,
-    has_plain_head,
-    training_settings,
-    with_settings,
-)
+from recipes_lib.models import families, upstream_fixes
 from recipes_lib.training import resume_guard
 from recipes_lib.training.loss import score_supervised_positions
 from recipes_lib.training.metrics import probe, tokens_so_far
@@ -37,6 +31,7 @@ from recipes_lib.training.stopping import NOTHING, StopRequest
 FILLER = {"input_ids": [0, 0], "labels": [-100, -100]}  # a row without loss
 
 
+@dataclass(eq=False)
 class WholeBatches(Sampler[list[int]]):
     """The micro-batches of one process, the same rows a step on any number of processes and in a
     resumed run: step k of an epoch has `order[k * G : (k + 1) * G]`, G being the global batch.
@@ -50,22 +45,19 @@ class WholeBatches(Sampler[list[int]]):
         lengths: tokens of each row, to put rows of like length into one step.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        per_device: int,
-        accumulation: int,
-        seed: int | None,
-        rank: int = 0,
-        world_size: int = 1,
-        lengths: list[int] | None = None,
-    ) -> None:
-        self.rows, self.per_device, self.seed, self.lengths = rows, per_device, seed, lengths
-        self.share = per_device * world_size  # of all processes in one micro-batch
-        self.first = rank * per_device
-        self.global_batch = self.share * accumulation
-        self.steps = rows // self.global_batch  # in an epoch
-        self.epoch = 0
+    rows: int
+    per_device: int
+    accumulation: int
+    seed: int | None
+    rank: int = 0
+    world_size: int = 1
+    lengths: list[int] | None = None
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        self.share = self.per_device * self.world_size  # of all processes in one micro-batch
+        self.global_batch = self.share * self.accumulation
+        self.steps = self.rows // self.global_batch  # in an epoch
 
     @property
     def batch_sampler(self) -> WholeBatches:
@@ -78,17 +70,16 @@ class WholeBatches(Sampler[list[int]]):
 
     def order(self) -> list[int]:
         """Return the rows of this epoch, cut before grouping: else the shortest are never in it."""
-        size = self.global_batch
+        size, lengths = self.global_batch, self.lengths
         if self.seed is None:
             return list(range(self.steps * size))
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         rows = torch.randperm(self.rows, generator=draw).tolist()[: self.steps * size]
-        if self.lengths is None or not rows:
-            return rows
-        lengths = self.lengths
-        rows.sort(key=lambda row: -lengths[row])
-        steps = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return [row for step in torch.randperm(len(steps), generator=draw) for row in steps[step]]
+        if lengths is not None:
+            rows.sort(key=lambda row: -lengths[row])
+            steps = torch.randperm(self.steps, generator=draw).tolist()
+            rows = [row for step in steps for row in rows[step * size : (step + 1) * size]]
+        return rows
 
     def rows_of_step(self, step: int) -> list[int]:
         """Return the rows of a step of this epoch, those of all processes."""
@@ -96,7 +87,7 @@ class WholeBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         rows = self.order()
-        for start in range(self.first, len(rows), self.share):
+        for start in range(self.rank * self.per_device, len(rows), self.share):
             yield rows[start : start + self.per_device]
 
     def __len__(self) -> int:
@@ -146,11 +137,10 @@ class RecipeTrainer(SFTTrainer):
     Args:
         row_ids: example ids by row of the training set; None for packed rows.
         keep: how many checkpoints to keep; None for all.
-        marker_facts: what each checkpoint's marker records besides step and sizes.
+        guard: what a resumed run must share, for each checkpoint's marker.
     """
 
     data_collator: Any
-    control: TrainerControl
     aux_loss_enabled: bool
 
     def __init__(
@@ -159,42 +149,44 @@ class RecipeTrainer(SFTTrainer):
         stop: StopRequest,
         row_ids: list[str] | None,
         keep: int | None,
-        marker_facts: Mapping[str, object],
+        guard: Mapping[str, object],
         **kwargs: Any,
     ) -> None:
-        self.base_settings = training_settings(kwargs["model"])
+        self.base_settings = families.training_settings(kwargs["model"])
         super().__init__(*args, **kwargs)
-        self.stop, self.row_ids, self.keep, self.marker_facts = stop, row_ids, keep, marker_facts
+        self.stop, self.row_ids, self.keep, self.guard = stop, row_ids, keep, guard
         self._choose_loss()
         if self.is_fsdp_enabled:
             upstream_fixes.reduce_in_float32(self.accelerator)
-        settings, self.lengths = self.args, row_lengths(self.train_dataset)
-        seed = settings.seed if settings.data_seed is None else settings.data_seed
-        strategy = settings.train_sampling_strategy
+        how, self.lengths = self.args, row_lengths(self.train_dataset)
+        seed = how.seed if how.data_seed is None else how.data_seed
         self.batches = WholeBatches(
             len(self.lengths),
-            settings.per_device_train_batch_size,
-            settings.gradient_accumulation_steps,
-            None if strategy == "sequential" else seed,
-            settings.process_index,
-            settings.world_size,
-            self.lengths if strategy == "group_by_length" else None,
+            how.per_device_train_batch_size,
+            how.gradient_accumulation_steps,
+            None if how.train_sampling_strategy == "sequential" else seed,
+            how.process_index,
+            how.world_size,
+            self.lengths if how.train_sampling_strategy == "group_by_length" else None,
         )
         self.tokens_before = 0  # of earlier attempts
+        self.precision: dict[str, torch.dtype] = {}  # of what is trained
         self.add_callback(RunCallback(self))
 
     def _choose_loss(self) -> None:
         """Take the router loss only where it belongs to the training, and on a CPU our own head."""
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         asked = self.args.router_aux_loss_coef
-        if self.aux_loss_enabled and not adds_router_loss(self.model, asked, self.base_settings):
+        routed = families.adds_router_loss(self.model, asked, self.base_settings)
+        if self.aux_loss_enabled and not routed:
             self.router_aux_loss_coef, self.aux_loss_enabled = 0.0, False
             off = {"router_aux_loss_coef": 0.0, "output_router_logits": False}
             base.config.get_text_config().update(off)
         upstream_fixes.prepare_head(base, sharded=self.is_fsdp_enabled)
         is_plain = self.args.loss_type == "nll" and not self.aux_loss_enabled
-        is_plain = is_plain and has_plain_head(base) and base.get_output_embeddings().bias is None
-        if is_plain and self.args.device.type == "cpu":
+        is_plain = is_plain and families.has_plain_head(base)
+        has_bias = base.get_output_embeddings().bias is not None
+        if is_plain and not has_bias and self.args.device.type == "cpu":
             score_supervised_positions(base)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -203,10 +195,9 @@ class RecipeTrainer(SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return as many full batches for every rank, filled up with rows without loss."""
-        args, size = self.args, self.args.per_device_eval_batch_size
-        place = (args.process_index, args.world_size)
-        rows, batches = validation_batches(self.eval_dataset, size, *place)
-        return make_loader(rows, batches, self.data_collator, args)
+        how = self.args.per_device_eval_batch_size, self.args.process_index, self.args.world_size
+        rows, batches = validation_batches(self.eval_dataset, *how)
+        return make_loader(rows, batches, self.data_collator, self.args)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm is global: every rank stops at the same step, before the weights change."""
@@ -234,8 +225,7 @@ class RecipeTrainer(SFTTrainer):
         """Return the loss over the supervised tokens of all ranks, not a mean of batches' means."""
         sums, adds_router_loss = torch.zeros(2, dtype=torch.float64), self.aux_loss_enabled
         self.model.eval()
-        if callable(getattr(self.optimizer, "eval", None)):
-            self.optimizer.eval()
+        getattr(self.optimizer, "eval", lambda: None)()  # of those without a schedule
         self.aux_loss_enabled = False  # a validation loss is that of its tokens
         with torch.random.fork_rng(), torch.no_grad():
             for batch in dataloader:
@@ -249,14 +239,6 @@ class RecipeTrainer(SFTTrainer):
             dist.all_reduce(sums)
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1].clamp(min=1))}
         return EvalLoopOutput(None, None, metrics, num_samples=len(self.eval_dataset))
-
-    def train_until_stop(self, checkpoint: Path | None) -> float:
-        """Train until the planned end or an agreed stop; return the seconds it took."""
-        began = time.monotonic()
-        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self.precision = {name: parameter.dtype for name, parameter in trained}
-        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return time.monotonic() - began
 
     def _prepare_for_training(self, *args: Any) -> Any:
         """Add the probe, and give a checkpoint's weights the precision they were trained in."""
@@ -293,7 +275,7 @@ class RecipeTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save with the base's own settings, and without the arguments, which hold tokens."""
-        with with_settings(self.model, self.base_settings):
+        with families.with_settings(self.model, self.base_settings):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
@@ -302,12 +284,10 @@ class RecipeTrainer(SFTTrainer):
     def seal(self) -> None:
         """Rank 0: mark the checkpoint complete, once the lines logged up to it are on the disk."""
         root, step = Path(self.args.output_dir), self.state.global_step
-        metrics = root.with_name("metrics.jsonl")
-        if metrics.is_file():
-            sync(metrics)
-            sync(metrics.parent)
-        facts = {"step": step, "world_size": self.args.world_size, **self.marker_facts}
-        resume_guard.mark_complete(root / f"checkpoint-{step}", **facts)
+        for path in root.parent.glob("metrics.jsonl"):
+            sync(path)
+            sync(path.parent)
+        resume_guard.mark_complete(root / f"checkpoint-{step}", guard=self.guard)
         resume_guard.rotate(root, self.keep, self.state.best_model_checkpoint)
 
 
