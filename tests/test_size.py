@@ -14,7 +14,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1535, 1500),
+    "commands": (1524, 1500),
     "core": (960, 800),
     "config": (2467, 1900),
     "models": (568, 450),
@@ -24,8 +24,8 @@ LINES = {
     "plan": (885, 750),
     "evals": (4466, 4300),
     "analysis": (2845, 3000),
-    "study": (1177, 950),
-    "slurm": (1003, 800),
+    "study": (1147, 950),
+    "slurm": (798, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 23900, 20_000
 LARGEST_TESTS, GOAL_TESTS = 17300, 16_000

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.config.launch import plan_launch
-from recipes_lib.config.sections import LaunchSection
-from recipes_lib.slurm.jobs import Job, Task
+from recipes_lib.slurm.jobs import Job, Task, directives, script_of
 from recipes_lib.slurm.profile import load_profile
-from recipes_lib.slurm.submit import directives, script_of
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
@@ -27,7 +24,7 @@ def test_shellcheck_finds_nothing_in_our_scripts_and_in_those_of_jobs(
     odd.mkdir()
     monkeypatch.chdir(odd)
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(odd / "runs"))
-    profile = profile_file(sbatch={"comment": r"back\\slash"}, setup=["true"], srun=["--label"])
+    profile = profile_file(sbatch={"comment": r"back\\slash"}, setup=["true"])
     words = ["quickstart/lora-r8", "--accelerate", "ddp_cpu", "--nodes", 2, "--gpus", 2]
     words += ["train.per_device_train_batch_size=2", "run.notes=it's $HOME", "run.tags=[--wrap=x]"]
     assert recipes("launch", *words, "--profile", profile, "--prepare")[0] == 0
@@ -49,9 +46,8 @@ def job(tmp_path: Path, profile_file, monkeypatch: pytest.MonkeyPatch):
     def run(
         stage: str, *words: str, processes: int = 1, setup: str = "true", **environment: str
     ) -> tuple[int, str]:
-        profile = load_profile(str(profile_file(setup=[setup]))).values
-        launch = plan_launch(LaunchSection(accelerate="ddp_cpu", gpus=processes))
-        single = Job(stage, stage, (Task((), words),), launch, uses_gpus=False)
+        profile = load_profile(str(profile_file(setup=[setup])))
+        single = Job(stage, stage, (Task((), words),), uses_gpus=False, processes=processes)
         script = tmp_path / f"{stage}.sbatch"
         script.write_text(script_of(single, tmp_path, profile))
         plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -78,7 +74,7 @@ def in_slurm(stand_in):
 def test_slurm_reads_a_directive_as_it_was_meant(profile_file) -> None:
     """Quotes as in bash, but a backslash takes the next character as it is, within quotes too."""
     sbatch = {"comment": "back\\slash", "constraint": "$(touch oops)&b"}
-    profile = load_profile(str(profile_file(sbatch=sbatch))).values
+    profile = load_profile(str(profile_file(sbatch=sbatch)))
     job = Job("report", "report", (Task(("true",), ()),), uses_gpus=False)
     lines = directives(job, Path("/a b/it's #1"), profile)
     assert all(line.startswith("#SBATCH ") for line in lines)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -148,3 +150,22 @@ def test_two_nodes_of_two_processes_train_the_adapter_of_one_process(cluster, ti
     assert "2 node(s) x 2 process(es)" in log and "DDP, world size 4" in log
     alone, four = load(cluster.adapter("alone")), load(cluster.adapter("four"))
     assert max(float((alone[name] - four[name]).abs().max()) for name in alone) < 1e-4
+
+
+def test_when_a_node_is_lost_its_job_goes_on_elsewhere_with_the_same_adapter(
+    cluster, tiny, profile, whole
+) -> None:
+    """What the node ran goes on at first, as behind a broken network: the later try waits for it.
+    The node stays away, so this is the last test here.
+    """
+    words = ("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=lost", *STEPS)
+    cluster.launch(*words)
+    cluster.wait_for(lambda: cluster.steps("lost") >= 4, "the fourth step")
+    node = cluster.states("lost")["train"]["reason"]
+    daemon = (cluster.folder / "slurm" / "run" / f"slurmd-{node}.pid").read_text()
+    os.kill(int(daemon), signal.SIGKILL)
+    cluster.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+    states = cluster.ended("lost")
+    log = cluster.log("lost")
+    assert states["train"]["state"] == "done" and "try=1" in log, log
+    assert cluster.adapter("lost") == cluster.adapter(whole)

@@ -68,7 +68,7 @@ def test_the_status_shows_what_is_not_done_and_why(study_folder: Path, recipes: 
     failed.write_state("failed", exit_code=3, error="loss is nan")
     _, out, _ = recipes("study", "status", study_folder / "tiny.yaml", "--json")
     states = json.loads(out)["states"]
-    assert states["training tiny--r4"] == "stopped"
+    assert states["training tiny--r4"] == "preempted"
     assert states["training tiny--r8"] == "failed: loss is nan"
     assert states["study--mt_bench of tiny--r8"] == "missing"
 
@@ -124,7 +124,6 @@ def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
         ("alpaca_eval", "questions.json", "nowhere.json", r"alpaca_eval.yaml:.*nowhere.json", 2),
         ("judge", "helpfulness.txt", "nowhere.txt", "nowhere.txt", 2),
         ("r4", "rows.jsonl", "nowhere.jsonl", r"r4.yaml:3: .*nowhere.jsonl", 4),
-        ("r4", "logging_steps: 1", "report_to: swanlab", "swanlab.* is not installed", 5),
         ("tiny", "lm_eval.yaml", "heldout.yaml", "tiny.yaml:9: .*no test rows are held out", 2),
     ]
     wrong = []
@@ -132,7 +131,7 @@ def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
         file = study_folder / f"{name}.yaml"
         text = file.read_text()
         file.write_text(text.replace(old, new))
-        for verb in ("study plan", "study run", *["check"] * (expected != 5)):
+        for verb in ("study plan", "study run", "check"):
             code, out, err = recipes(*verb.split(), study_folder / "tiny.yaml")
             if code != expected or not re.search(words, out + err):
                 wrong.append((verb, new, code, out, err))

@@ -16,13 +16,10 @@ from recipes_lib.config.launch import TRAIN_FLAGS
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, one_line, print_error
 from recipes_lib.core.project import recipe_path
 from recipes_lib.core.terminal import count, next_step, say
-from recipes_lib.slurm import status
-from recipes_lib.slurm.jobs import JobPlan, Planner
-from recipes_lib.slurm.prefetching import missing_models, prefetch_needs
-from recipes_lib.slurm.profile import SiteProfile, known_profiles, load_profile
-from recipes_lib.slurm.submit import directives, job_commands, submit_chain
-from recipes_lib.slurm.submit import dry_run as sbatch_lines
-from recipes_lib.slurm.submit import prepare as write_scripts
+from recipes_lib.slurm import queue
+from recipes_lib.slurm.jobs import JobPlan, Planner, directives, job_commands
+from recipes_lib.slurm.prefetching import prefetch_needs
+from recipes_lib.slurm.profile import Profile, known_profiles, load_profile
 from recipes_lib.study.config import study_file
 
 if TYPE_CHECKING:
@@ -57,7 +54,7 @@ def run_launch(
     if first in ("status", "cancel") and not Path(first).exists():
         if overrides:
             raise RecipeError(f"recipes launch {first}: unknown argument '{overrides[0]}'")
-        return status.show_status(rest, as_json=json) if first == "status" else status.cancel(rest)
+        return queue.show_status(rest, as_json=json) if first == "status" else queue.cancel(rest)
     # --evals takes what follows it
     values = [*rest, *overrides, *(word for word in evals if "=" in word)]
     if wrong := [word for word in values if "=" not in word or word.startswith("--")]:
@@ -76,22 +73,16 @@ def run_launch(
     named = [word for word in evals if "=" not in word]
     plan = Planner(site, values, accelerate, gpus, nodes, stages, named, flags).plan(first)
     if prepare:
-        write_scripts(plan, site)
+        queue.prepare(plan, site)
         print(plan.folder)
         return ExitCode.DONE
-    remarks = list(plan.warnings)
-    if missing := missing_models(plan.models) if site.values.offline else []:
-        fetch = shlex.join(["recipes", "prefetch", first, *plan.evals, *values])
-        what = f"not on this machine, and jobs have no network: {', '.join(missing)}"
-        remarks.append(f"warning: {what}: {fetch} --profile {shlex.quote(profile)}")
     if dry_run:
         typed_line = shlex.join(["recipes", *typed])
-        say("\n".join(_dry_run_lines(plan, site, typed_line, remarks)))
+        say("\n".join(_dry_run_lines(plan, site, typed_line)))
         return ExitCode.DONE
-    for remark in remarks:
-        say(remark)
-    status.refuse_if_active(plan.name)
-    ids = submit_chain(plan, site)
+    for warning in dict.fromkeys(plan.warnings):
+        say(warning)
+    ids = queue.submit_chain(plan, site)
     for job in plan.jobs:
         arms = f" ({len(job.tasks)} arms)" if len(job.tasks) > 1 else ""
         waits = ", ".join([*job.after, *job.after_any])
@@ -99,19 +90,17 @@ def run_launch(
     return next_step("recipes", "launch", "status", plan.name)
 
 
-def _dry_run_lines(
-    plan: JobPlan, site: SiteProfile, typed: str, remarks: list[str]
-) -> Iterator[str]:
+def _dry_run_lines(plan: JobPlan, site: Profile, typed: str) -> Iterator[str]:
     """Yield commands that bash takes as they stand; what its script holds is comments."""
-    yield from (f"# {remark}" for remark in remarks)
+    yield from (f"# {warning}" for warning in dict.fromkeys(plan.warnings))
     yield "# bash takes these lines as they are; the first one writes the scripts"
     yield typed.replace(" --dry-run", " --prepare")
-    for job, line in sbatch_lines(plan):
-        unit = ("GPU",) if job.gpus else ("process", "processes")
+    for job, line in queue.sbatch_lines(plan):
+        unit = ("GPU",) if job.uses_gpus else ("process", "processes")
         arms = f"{len(job.tasks)} arms, each " if len(job.tasks) > 1 else ""
         yield f"# {job.label}: {arms}{count(job.nodes, 'node')} x {count(job.processes, *unit)}"
         yield line
-        script = [*directives(job, plan.folder, site.values), *job_commands(job, site.values)]
+        script = [*directives(job, plan.folder, site), *job_commands(job)]
         yield from (f"#     {text}" for text in "\n".join(script).split("\n"))
     yield f"# next: {typed.replace(' --dry-run', '')}"
 

@@ -1,36 +1,37 @@
-"""Which Slurm jobs a recipe or a study becomes, and which of them waits for which.
+"""Which Slurm jobs a recipe or a study becomes, which of them waits for which, and their scripts.
 
     a recipe   train -> an evaluation each -> report
     a study    arrays of `recipes train`, one for each launch -> `recipes study run`
 
-Every job runs a command that can be run again. Its words are argument lists: no shell reads a value
-of a recipe. A training gets its recipe resolved, as it was when it was launched.
+Every job runs a command that can be run again, as an argument list: no shell reads a value of a
+recipe. What all scripts do alike (signals, requeues, exit codes) stands in launch/job.sh.
 """
 
 from __future__ import annotations
 
-import shutil
+import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes_lib.config.launch import Launch, accumulation_steps, plan_launch_of
 from recipes_lib.config.recipe import Recipe, load_recipe
-from recipes_lib.config.sections import ModelSection
-from recipes_lib.core.errors import RecipeError, RecipesError
-from recipes_lib.core.project import project_root, runs_root, shown_path
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import cache_root, project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.core.terminal import shown_duration
 from recipes_lib.evals.leaks import refuse_leaks_of
-from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, check_allowed, load_eval
-from recipes_lib.slurm.prefetching import judge_weights
-from recipes_lib.slurm.profile import STAGES, SiteProfile
+from recipes_lib.evals.recipe import EvalRecipe, check_allowed, load_eval
+from recipes_lib.slurm.profile import STAGES, Profile
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.study.run import StudyRun, is_trained, missing_of, refuse_unmet, study_trainings
 
-_DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
+_DEFAULT_EVALS = ("evals/alpaca_eval.yaml", "evals/mt_bench.yaml", "evals/lm_eval.yaml")
+# What only a node of several knows; bash puts it in there. On one node the launcher finds a port.
+_MEETING = (
+    ' --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port "$PORT"'
+    " --rdzv_backend static --same_network"
+)
 
 
 @dataclass(frozen=True)
@@ -44,106 +45,55 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    """One submission.
-
-    Args:
-        label: names its files; unique in the chain.
-        stage: the profile's key.
-        tasks: more than one make an array.
-        launch: how each task is started; None for one process.
-        uses_gpus: whether each process needs a GPU.
-        after: labels of jobs that must have succeeded.
-        after_any: labels of jobs that must have ended.
-        throttle: tasks that run at the same time.
-    """
+    """One submission; its label is unique in the chain, and names its files."""
 
     label: str
-    stage: str
-    tasks: tuple[Task, ...]
-    launch: Launch | None = None
-    uses_gpus: bool = True
-    after: tuple[str, ...] = ()
-    after_any: tuple[str, ...] = ()
-    throttle: int | None = None
-
-    @property
-    def nodes(self) -> int:
-        """Machines."""
-        return self.launch.machines if self.launch else 1
-
-    @property
-    def processes(self) -> int:
-        """Processes on each machine."""
-        return self.launch.per_machine if self.launch else 1
-
-    @property
-    def gpus(self) -> int:
-        """GPUs to ask for on each machine."""
-        return self.processes if self.uses_gpus else 0
+    stage: str  # of the profile
+    tasks: tuple[Task, ...]  # several make an array
+    uses_gpus: bool = True  # one for each process
+    nodes: int = 1
+    processes: int = 1  # on each node
+    after: tuple[str, ...] = ()  # labels of jobs that must have succeeded
+    after_any: tuple[str, ...] = ()  # labels of jobs that must have ended
+    throttle: int | None = None  # tasks that run at the same time
 
 
 @dataclass
 class JobPlan:
-    """Everything a submission needs.
-
-    Args:
-        name: the run or study that the jobs belong to.
-        recipes: what each training is handed, by file name.
-        models: what the jobs load.
-        warnings: what to say before.
-        evals: eval recipes that the target does not name itself, for `recipes prefetch`.
-    """
+    """Everything that a submission for a run or a study needs."""
 
     name: str
     jobs: list[Job] = field(default_factory=list)
-    recipes: dict[str, Recipe] = field(default_factory=dict)
-    models: list[ModelSection] = field(default_factory=list)
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # of the trainings, by file name
     warnings: list[str] = field(default_factory=list)
-    evals: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
         """Where scripts, logs and exit codes will lie."""
-        return jobs_folder(self.name)
-
-
-def jobs_folder(name: str) -> Path:
-    """Return the folder of what is launched under the name of a run or study."""
-    return runs_root().resolve() / name / "slurm"
+        return runs_root().resolve() / self.name / "slurm"
 
 
 @dataclass
 class Planner:
-    """Makes the jobs of a recipe or a study from what `recipes launch` was told.
+    """Makes the jobs of a recipe or a study from what `recipes launch` was told."""
 
-    Args:
-        named_stages: words of --stages; None for all.
-        evals: words of --evals; none for the three of evals/.
-        flags: options that are handed on to the commands of the jobs.
-    """
-
-    site: SiteProfile
+    profile: Profile
     overrides: Sequence[str] = ()
     accelerate: str | None = None
     gpus: int | None = None
     nodes: int | None = None
-    named_stages: str | None = None
-    evals: Sequence[str] = ()
-    flags: Sequence[str] = ()
+    named_stages: str | None = None  # None for all
+    evals: Sequence[str] = ()  # words; none for the three of evals/
+    flags: Sequence[str] = ()  # that are handed on to the commands of the jobs
 
     def plan(self, target: str) -> JobPlan:
-        """Return the jobs of a recipe or a study.
-
-        Raises:
-            RecipeErrors: what is wrong with the recipe, the study, the launch or the stages.
-        """
-        self.profile = self.site.values
+        """Return the jobs of a recipe or a study, or raise everything that is wrong with it."""
         named = self.named_stages
         self.stages: Sequence[str] = STAGES if named is None else named.split(",")
         if wrong := [word for word in self.stages if word not in STAGES]:
             raise RecipeError(f"--stages: no stage {wrong[0]!r}", f"stages: {', '.join(STAGES)}")
         # the container's or the environment's Python, else the one that submits
-        own = not (self.profile.setup or self.profile.prefix or self.profile.srun)
+        own = not (self.profile.setup or self.profile.prefix)
         self.python = (*self.profile.prefix, sys.executable if own else "python")
         path = study_file(target)
         return self._study(path) if path else self._recipe(target)
@@ -152,35 +102,26 @@ class Planner:
         recipe = load_recipe(target, self.overrides)
         launch = plan_launch_of(recipe, self.accelerate, self.gpus, self.nodes)
         accumulation_steps(recipe, launch.world_size)
-        folder = project_root() / "evals"
-        if recipe.path.resolve().parent.name == "quickstart":
-            folder /= "quickstart"
-        names = self.evals or [shown_path(folder / name) for name in _DEFAULT_EVALS]
+        names = self.evals or [shown_path(project_root() / name) for name in _DEFAULT_EVALS]
         evals = [load_eval(name) for name in names if "eval" in self.stages]
         plan, run = JobPlan(recipe.name), RunDirectory(recipe.name)
         if "train" in self.stages:
             refuse_leaks_of(recipe, evals)
-            plan.recipes["resolved.yaml"] = recipe
-            task = self._training(plan.folder / "resolved.yaml", recipe, launch)
-            plan.jobs.append(Job("train", "train", (task,), launch, self._uses_gpus(launch)))
-            plan.warnings += self._estimate(recipe, launch)
+            plan.jobs.append(self._train_job(plan, "train", {"resolved.yaml": recipe}, launch))
         elif not run.exists() or run.read_state()["state"] != "finished":
             what = f"run '{recipe.name}' is not finished, so there is nothing to evaluate"
             raise RecipeError(what, "add the stage: --stages train,eval,report")
-        before = tuple(job.label for job in plan.jobs)
+        trained = tuple(job.label for job in plan.jobs)
         for suite in evals:
-            task = self._command("eval", [suite.document.file, recipe.name], suite.name, [suite])
+            words = [suite.document.file, recipe.name]
+            task = self._command(plan, "eval", words, suite.name, [suite])
             gpus = not launch.config.use_cpu
-            job = Job(f"eval-{suite.name}", "eval", (task,), uses_gpus=gpus, after=before)
-            plan.jobs.append(job)
+            plan.jobs.append(Job(f"eval-{suite.name}", "eval", (task,), gpus, after=trained))
         if "report" in self.stages and (evals or any(run.path.glob("evals/*/result*.json"))):
             words = [recipe.name, "--html", shown_path(run.path / "report.html")]
-            task = self._command("compare", words, "report")
-            last = tuple(job.label for job in plan.jobs if job.stage == "eval") or before
+            task = self._command(plan, "compare", words, "report")
+            last = tuple(job.label for job in plan.jobs if job.stage == "eval") or trained
             plan.jobs.append(Job("report", "report", (task,), uses_gpus=False, after=last))
-        plan.evals = [suite.document.file for suite in evals]
-        plan.models = [recipe.model, *judge_weights(evals)]
-        plan.warnings += self._judges_nobody_starts(evals)
         return plan
 
     def _study(self, path: Path) -> JobPlan:
@@ -195,106 +136,163 @@ class Planner:
             what = f"study '{study.name}' tunes its arms: what they train is known only after that"
             raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
         refuse_unmet(study)
-        plan, limit = JobPlan(study.name), self.profile.max_concurrent_arms
+        plan, groups = JobPlan(study.name), dict[str, list[StudyRun]]()
         left = [training for training in study_trainings(study) if not is_trained(training)]
-        if left and "train" not in self.stages:
-            raise RecipeError(f"{left[0].run} is not trained", "add the stage: --stages train,eval")
-        groups: dict[str, list[StudyRun]] = {}
-        for training in left:
+        for training in left if "train" in self.stages else ():
             launch = training.arm.launch
             name = f"train-{launch.config.path.stem}-{launch.machines}x{launch.per_machine}"
             groups.setdefault(name, []).append(training)
         for name, trainings in groups.items():
-            launch, tasks = trainings[0].arm.launch, []
-            for training in trainings:
-                handed = f"{training.run}.yaml"
-                plan.recipes[handed] = training.recipe
-                tasks.append(self._training(plan.folder / handed, training.recipe, launch))
+            recipes = {f"{training.run}.yaml": training.recipe for training in trainings}
             # groups one after another, or together they would exceed the limit
-            before = (plan.jobs[-1].label,) if plan.jobs and limit else ()
-            label, gpus = name if len(groups) > 1 else "train", self._uses_gpus(launch)
-            plan.jobs.append(Job(label, "train", tuple(tasks), launch, gpus, (), before, limit))
-            plan.warnings += self._estimate(trainings[0].recipe, launch)
+            before = plan.jobs[-1:] if self.profile.max_concurrent_arms else []
+            label, launch = name if len(groups) > 1 else "train", trainings[0].arm.launch
+            plan.jobs.append(self._train_job(plan, label, recipes, launch, before))
         if {"eval", "report"} & {*self.stages} and missing_of(study):
             gpus = not all(arm.launch.config.use_cpu for arm in study.arms)
             words = ["run", file, *study.words, "--no-train"]
-            task = self._command("study", words, "study run", study.evals)
-            trained = tuple(job.label for job in plan.jobs)
-            plan.jobs.append(Job("eval", "eval", (task,), None, gpus, (), trained))
+            task = self._command(plan, "study", words, "study run", study.evals)
+            ended = tuple(job.label for job in plan.jobs)
+            plan.jobs.append(Job("eval", "eval", (task,), gpus, after_any=ended))
         if not plan.jobs:
             what = f"study '{study.name}': everything is done"
             raise RecipeError(what, f"look at it: recipes study report {file}")
-        plan.models = [*(arm.recipe.model for arm in study.arms), *judge_weights(study.evals)]
-        plan.warnings += self._judges_nobody_starts(study.evals)
         return plan
 
-    # ---- Jobs and their commands ----
-
-    def _training(self, file: Path, recipe: Recipe, launch: Launch) -> Task:
-        """Return the training of a recipe that is written to `file`."""
-        script = ("-m", "recipes_lib.train", shown_path(file), *self.flags)
-        if launch.world_size == 1:
-            return Task(self.python, script, recipe.name)
-        words = (*self.python, "-m", "accelerate.commands.launch")
-        words += ("--config_file", str(launch.config.path.resolve()))
-        words += ("--num_processes", str(launch.world_size))
-        if launch.machines > 1 or launch.config.num_machines > 1:
-            words += ("--num_machines", str(launch.machines))
-        return Task(words, script, recipe.name)
-
-    def _uses_gpus(self, launch: Launch) -> bool:
-        """Whether a training needs GPUs; refused on a cluster that has none."""
-        if launch.config.use_cpu or self.profile.has_gpus:
-            return not launch.config.use_cpu
-        what = f"this profile asks for no GPUs, and {launch.config.path.stem} needs them"
-        hint = "add gres: gpu:{gpus}, or take --accelerate cpu, ddp_cpu or fsdp_cpu"
-        raise self.site.document.error("sbatch", what, hint)
+    def _train_job(
+        self,
+        plan: JobPlan,
+        label: str,
+        recipes: Mapping[str, Recipe],
+        launch: Launch,
+        before: Sequence[Job] = (),
+    ) -> Job:
+        """Return the job that trains recipes, by their file's name; refused without its GPUs."""
+        gpus, limit = not launch.config.use_cpu, self.profile.max_concurrent_arms
+        if gpus and self.profile.flags("train", 1, 1) == self.profile.flags("train", 0, 1):
+            what = f"this profile asks for no GPUs, and {launch.config.path.stem} needs them"
+            hint = "add gres: gpu:{gpus}, or take --accelerate cpu, ddp_cpu or fsdp_cpu"
+            raise self.profile.error(what, hint)
+        plan.recipes |= recipes
+        launcher = self.python
+        if launch.world_size > 1:
+            launcher += ("-m", "accelerate.commands.launch")
+            launcher += ("--config_file", str(launch.config.path.resolve()))
+            launcher += ("--num_processes", str(launch.world_size))
+            launcher += ("--num_machines", str(launch.machines))
+        tasks = []
+        for file, recipe in recipes.items():
+            script = ("-m", "recipes_lib.train", shown_path(plan.folder / file), *self.flags)
+            tasks.append(Task(launcher, script, recipe.name))
+        size, after_any = (launch.machines, launch.per_machine), tuple(job.label for job in before)
+        return Job(label, "train", tuple(tasks), gpus, *size, after_any=after_any, throttle=limit)
 
     def _command(
-        self, verb: str, words: Sequence[str], what: str, evals: Sequence[EvalRecipe] = ()
+        self,
+        plan: JobPlan,
+        verb: str,
+        words: Sequence[str],
+        what: str,
+        evals: Sequence[EvalRecipe] = (),
     ) -> Task:
         """Return a `recipes` command, and before it what starts the judge that its evals expect."""
-        launcher, judges = self.python, served_judges(evals)
-        if judges and self.profile.vllm:
-            judge, names = judges[0], sorted({judge.model for judge in judges})
-            if len(names) > 1:
-                what = f"one job would have to serve two judges: {', '.join(names)}"
-                hint = "give the evals one judge, or judge in the job: judge.engine"
-                raise RecipeError(what, hint)
+        launcher, program = self.python, self.profile.vllm
+        judges = [each.judge for each in evals if each.judge and each.judge.served_here]
+        names = sorted({f"{judge.model} {judge.revision or ''}".strip() for judge in judges})
+        if judges and not program:
+            what = "warning: no job starts the judge that is expected at 127.0.0.1"
+            plan.warnings.append(f"{what}: set vllm in the profile")
+        elif len(names) > 1:
+            what = f"one job would have to serve two judges: {', '.join(names)}"
+            hint = "give the evals one judge, or judge in the job: judge.engine"
+            raise RecipeError(what, hint)
+        elif judges:
             script = str(project_root() / "launch" / "with_judge.sh")
-            revision = ("--revision", judge.revision) if judge.revision else ()
-            length = ("--max-model-len", str(judge.max_context_tokens))
-            launcher = ("bash", script, judge.model, *length, *revision, "--", *self.python)
+            revision = ("--revision", judges[0].revision) if judges[0].revision else ()
+            length = str(max(judge.max_context_tokens for judge in judges))
+            launcher = ("bash", script, judges[0].model, "--max-model-len", length, *revision, "--")
+            launcher += self.python
         trust = [flag for flag in self.flags if flag == "--trust-remote-code" and evals]
         check_allowed(evals, bool(trust))
         return Task(launcher, ("-m", "recipes_lib.cli", verb, *words, *trust), what)
 
-    # ---- What is said before ----
 
-    def _estimate(self, recipe: Recipe, launch: Launch) -> list[str]:
-        """Return what a training on GPUs is estimated to take; it never changes the time limit."""
-        if launch.config.use_cpu:
-            return []
-        from recipes_lib.plan.plan import card_for, plan_of  # torch
-
-        limit = {**self.profile.sbatch, **self.profile.stages.get("train", {})}.get("time")
-        with suppress(RecipesError):
-            plan = plan_of(recipe, launch, card_for(launch, None))
-            if plan.seconds is not None:
-                about = f"about {shown_duration(plan.seconds)} on {plan.card.name} (estimated)"
-                return [f"note: {recipe.name} takes {about}; the job's limit is {limit}"]
-        return []
-
-    def _judges_nobody_starts(self, evals: Sequence[EvalRecipe]) -> list[str]:
-        """Return a warning where a judge is expected on the compute node and no job starts it."""
-        program = self.profile.vllm
-        if not served_judges(evals) or (program and shutil.which(Path(program).expanduser())):
-            return []
-        what = "warning: no job starts the judge that is expected at 127.0.0.1"
-        remedy = f"there is no {program} here" if program else "set vllm in the profile"
-        return [f"{what}: {remedy}, or let the job judge by itself (judge.engine: transformers)"]
+# ---- The script of a job ----
 
 
-def served_judges(evals: Sequence[EvalRecipe]) -> list[JudgeSection]:
-    """Return the judges that answer at this machine's own address."""
-    return [recipe.judge for recipe in evals if recipe.judge and recipe.judge.served_here]
+def script_of(job: Job, folder: Path, profile: Profile) -> str:
+    """Return the script of a job; it will lie in `folder`, beside its log and its exit code."""
+    variables = {
+        "RECIPES_RUNS_ROOT": str(runs_root().resolve()),
+        "RECIPES_CACHE": str(cache_root().resolve()),
+        **({"HF_HUB_OFFLINE": "1"} if profile.offline else {}),
+        **({"VLLM": str(Path(profile.vllm).expanduser())} if profile.vllm else {}),
+        **profile.variables(),
+    }
+    shared = project_root() / "launch" / "job.sh"
+    lines = [
+        "#!/bin/bash",
+        f"# {folder.parent.name}: {job.label}, written by `recipes launch`",
+        *directives(job, folder, profile),
+        "",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 5",
+        f"FOLDER={shlex.quote(str(folder))} JOB={job.label}",
+        f"NODES={job.nodes} PROCESSES={job.processes} MAX_REQUEUES={profile.max_requeues}",
+        f"source {shlex.quote(str(shared))} || exit 5   # signals, requeues, exit codes",
+        "",
+        *(f"export {name}={_quoted(value)}" for name, value in variables.items()),
+        '[ -z "$TMPDIR" ] || mkdir -p "$TMPDIR" || environment_failed',
+        *(f"{line} || environment_failed" for line in profile.setup),
+        "",
+        *job_commands(job),
+        "finish",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
+    """Return the #SBATCH lines. Slurm reads quotes as bash does, but escapes within them too."""
+    log = str(folder / job.label).replace("%", "%%")
+    array = []
+    if len(job.tasks) > 1:
+        limit = f"%{job.throttle}" if job.throttle else ""
+        array, log = [f"--array=0-{len(job.tasks) - 1}{limit}"], f"{log}.%a"
+    words = [
+        f"--job-name={folder.parent.name}.{job.label}",
+        f"--nodes={job.nodes}",
+        "--ntasks-per-node=1",
+        *profile.flags(job.stage, job.processes if job.uses_gpus else 0, job.processes),
+        f"--signal=B:USR2@{profile.signal_lead_s}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={log}.log",
+        *array,
+    ]
+    return [f"#SBATCH {shlex.quote(word)}".replace("\\", "\\\\") for word in words]
+
+
+def job_commands(job: Job) -> list[str]:
+    """Return the lines of a script that do the work."""
+    lines = []
+    for task in job.tasks:
+        if job.stage == "train":
+            # A node ignores USR2 until its training listens, and leaves its exit code in a file:
+            # launchers lose it.
+            on_node = (
+                'trap "" USR2; export RECIPES_EXIT_CODE_FILE="$REPORT.${SLURM_NODEID:-0}"; '
+                f'exec {shlex.join(task.launcher)}{_MEETING if job.nodes > 1 else ""} "$@"'
+            )
+            words = f"bash -c {shlex.quote(on_node)} {job.label} {shlex.join(task.args)}"
+        else:
+            words = shlex.join((*task.launcher, *task.args))
+        lines.append(f"run srun {words}")
+    if len(lines) == 1:
+        return lines
+    cases = [f"{n}) {line} ;;   # {job.tasks[n].what}" for n, line in enumerate(lines)]
+    return ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
+
+
+def _quoted(value: str) -> str:
+    """Quote for bash; `{job}` becomes the job's id."""
+    parts = [shlex.quote(part) if part else "" for part in value.split("{job}")]
+    return '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"

@@ -12,10 +12,9 @@ from recipes_lib.config.documents import read
 from recipes_lib.config.preflight import TOKENIZER_FILES, local_folder, weight_faults
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.sections import ModelSection
-from recipes_lib.core.errors import EnvironmentFault, RecipesError
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
-from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import Source, hub_is_away, listed_sources, load_rows
 from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
@@ -41,22 +40,19 @@ class Need:
 def prefetch_needs(
     word: str, overrides: Sequence[str] = (), remote_code: bool = False
 ) -> list[Need]:
-    """Return what a recipe, a study or an eval recipe needs, each once.
-
-    Args:
-        remote_code: whether code of lm-eval's tasks may run, which are built to find their data.
+    """Return what a recipe, a study or an eval recipe needs, each once. Tasks of lm-eval are built
+    to find their data; `remote_code` allows theirs.
     """
     if file := study_file(word):
         study = load_study(file, overrides)
-        recipes = [arm.recipe for arm in study.arms]
-        evals: Sequence[EvalRecipe] = study.evals
+        recipes, evals = [arm.recipe for arm in study.arms], list(study.evals)
     elif (path := recipe_path(word)).is_file() and read(path).kind == "eval":
         recipes, evals = [], [load_eval(path, overrides)]
     else:
         recipes, evals = [load_recipe(word, overrides)], []
     needs = [_model("model", recipe.model) for recipe in recipes]
     needs += [_rows(source) for recipe in recipes for source in listed_sources(recipe.data)]
-    needs += [need for suite in evals for need in _of_eval(suite, remote_code)]
+    needs += [need for recipe in evals for need in _of_eval(recipe, remote_code)]
     return list(dict.fromkeys(needs))
 
 
@@ -66,19 +62,19 @@ def _model(kind: str, section: ModelSection) -> Need:
 
 
 def _rows(source: Source) -> Need:
-    name = shown_path(Path(source.source))
-    return Need("data", name, lambda fetch: f"{len(load_rows(source)):,} rows")
+    shown = shown_path(Path(source.source))
+    return Need("data", shown, lambda fetch: f"{len(load_rows(source)):,} rows")
 
 
 def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
     data, judge = recipe.data, recipe.judge
 
-    def of_wheel(package: str, is_here: bool) -> None:  # to look for its files would fetch it
+    def refuse_absent(package: str, is_here: bool) -> None:  # to look for its files would fetch it
         if not is_here:
             raise EnvironmentFault(f"{package} is not on this machine", _FETCH_IT)
 
     def prompts(fetch: bool) -> str:
-        of_wheel(PROMETHEUS_PACKAGE, fetch or prometheus_is_here())
+        refuse_absent(PROMETHEUS_PACKAGE, fetch or prometheus_is_here())
         return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
 
     def tasks(fetch: bool) -> str:
@@ -89,7 +85,7 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
 
     def questions(fetch: bool) -> str:
         if MT_BENCH_PACKAGE in (data.questions, data.references):
-            of_wheel(MT_BENCH_PACKAGE, fetch or mt_bench_is_here())
+            refuse_absent(MT_BENCH_PACKAGE, fetch or mt_bench_is_here())
         return f"{len(load_questions(recipe).questions)} questions"
 
     yield from (_model("judge", section) for section in judge_weights([recipe]))
@@ -120,13 +116,9 @@ def fetch_model(section: ModelSection) -> str:
     elif folder is None or not Path(name).is_dir():
         if hub_is_away():
             raise explain_load_failure(section, ConnectionError())
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import snapshot_download
 
         try:
-            known = HfApi().model_info(name, revision=section.revision, files_metadata=True)
-            weights = [f for f in known.siblings or [] if f.rfilename.endswith(".safetensors")]
-            size = sum(file.size or 0 for file in weights) / 2**30
-            say(f"fetching {name} ({size:.1f} GiB, without what is here already) ...")
             snapshot_download(name, revision=section.revision, allow_patterns=_FILES)
         except Exception as error:  # the Hub client has many exception types
             raise explain_load_failure(section, error) from None
@@ -144,17 +136,4 @@ def check_model(section: ModelSection) -> str:
     if faults:
         hint = "remove a damaged file first, then fetch it again: recipes prefetch"
         raise EnvironmentFault(f"'{name}': {faults[0]}", hint)
-    shards = list(folder.glob("*.safetensors"))
-    size = sum(shard.stat().st_size for shard in shards) / 2**30
-    return f"{len(shards)} weight file{'' if len(shards) == 1 else 's'}, {size:.2f} GiB, whole"
-
-
-def missing_models(sections: Iterable[ModelSection]) -> list[str]:
-    """Return the names of models that are not whole on this machine."""
-    missing = []
-    for section in sections:
-        try:
-            check_model(section)
-        except RecipesError:
-            missing.append(section.name_or_path)
-    return list(dict.fromkeys(missing))
+    return "whole"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -33,9 +31,7 @@ class Profile(Section):
     """One Slurm site."""
 
     kind: ClassVar[str] = "profile"
-    gone: ClassVar = {
-        flag: f"write sbatch.{flag}" for flag in ("partition", "time", "gres", "account", "qos")
-    }
+    _document: Document | None = None
 
     sbatch: Flags
     """Flags of sbatch for every job, under their long names (partition, account, gres, time, ...).
@@ -48,11 +44,9 @@ class Profile(Section):
     """Lines of bash that every job runs first (module load cuda); each must succeed."""
     prefix: list[str] = []
     """Words before every command, for a container: [apptainer, exec, --nv, image.sif]."""
-    srun: list[str] = []
-    """Words for srun, which starts every command: [--container-image=/images/recipes.sqsh]."""
     env: dict[Variable, str] = {}
-    """Variables of every job. `{user}` is the user's name, `{job}` the job's id. Login and compute
-    nodes must both see RECIPES_RUNS_ROOT, RECIPES_CACHE and HF_HOME."""
+    """Variables of every job. `~` and `$USER` are those of the login node, `{job}` is the job's id.
+    Login and compute nodes must both see RECIPES_RUNS_ROOT, RECIPES_CACHE and HF_HOME."""
     offline: bool = True
     """Compute nodes have no network (HF_HUB_OFFLINE=1): `recipes prefetch` fetches before."""
     vllm: str | None = None
@@ -77,46 +71,33 @@ class Profile(Section):
             words.append(f"--{name}" if value is True else f"--{name}={text}")
         return words
 
-    @property
-    def has_gpus(self) -> bool:
-        """Whether jobs of this site can have GPUs."""
-        tables = (self.sbatch, *self.stages.values())
-        return any(_is_about_gpus(*flag) for flags in tables for flag in flags.items() if flag[1])
-
     def variables(self) -> dict[str, str]:
-        """Return the variables of a job, `{user}` filled in and `~` expanded; `{job}` stays."""
-        user = getpass.getuser()
-        return {
-            name: os.path.expanduser(value.replace("{user}", user))  # noqa: PTH111 (also URLs)
-            for name, value in self.env.items()
-        }
+        """Return the variables of a job; `{job}` stays."""
+        known = {name: os.path.expandvars(value) for name, value in self.env.items()}
+        return {name: os.path.expanduser(value) for name, value in known.items()}  # noqa: PTH111 (also URLs)
+
+    def enter(self) -> None:
+        """Use the site's folders in this process, before the Hub's library reads its variable."""
+        variables = self.variables()
+        os.environ.update({name: variables[name] for name in _FOLDERS if name in variables})
+
+    def error(self, what: str, *hints: str) -> RecipeError:
+        """Return an error placed at the flags of sbatch."""
+        assert self._document is not None
+        return self._document.error("sbatch", what, *hints)
 
 
 def _is_about_gpus(name: str, value: object) -> bool:
     return "gpu" in name or "{gpus}" in str(value)
 
 
-@dataclass(frozen=True)
-class SiteProfile:
-    """A profile and the file it was read from."""
-
-    values: Profile
-    document: Document
-
-    def enter(self) -> None:
-        """Use the site's folders in this process, before the Hub's library reads its variable."""
-        variables = self.values.variables()
-        os.environ.update({name: variables[name] for name in _FOLDERS if name in variables})
-
-
 def known_profiles() -> dict[str, Path]:
     """Return the profiles in launch/profiles/; those of the working directory come first."""
     folders = (project_root() / "launch/profiles", Path("launch/profiles"))
-    files = [file for folder in folders for file in folder.glob("*.yaml")]
-    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
 
 
-def load_profile(name: str) -> SiteProfile:
+def load_profile(name: str) -> Profile:
     """Load and check a profile, given by its name in launch/profiles/ or as a path."""
     known = known_profiles()
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else known.get(name)
@@ -127,7 +108,9 @@ def load_profile(name: str) -> SiteProfile:
             f"there are {', '.join(known)}; for a new site copy launch/profiles/example.yaml",
         )
     document = read(path)
-    return SiteProfile(parse(Profile, document, _rules), document)
+    profile = parse(Profile, document, _rules)
+    profile._document = document
+    return profile
 
 
 def _rules(profile: Profile, document: Document) -> Iterator[RecipeError]:

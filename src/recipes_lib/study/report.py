@@ -18,6 +18,7 @@ from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import hash_of, object_or_none, publish, utc_now, write_json
 from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import run as runs
 from recipes_lib.study.config import BASE_ARM, Study
 from recipes_lib.training.resume_guard import differences, flatten
@@ -44,9 +45,12 @@ def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     )
     arms = measured_arms(study)
     conclusion = conclude(arms, study.aims, design)
-    if dropped := runs.dropped_trainings(study):
+    names = {file.stem for file in runs.study_folder(study).glob("*/*.yaml")}
+    names -= {training.run for training in runs.study_trainings(study)}
+    there = [name for name in sorted(names) if RunDirectory(name).exists()]
+    if dropped := tuple(name for name in there if "--tune-" not in name):
         title = "Trained for this study and not part of it now: the choice may follow the results"
-        finding = Finding("dropped-training", "warning", title, tuple(dropped))
+        finding = Finding("dropped-training", "warning", title, dropped)
         conclusion = replace(conclusion, findings=(*conclusion.findings, finding))
     return arms, design, conclusion
 
@@ -140,12 +144,9 @@ def gate(study: Study) -> tuple[ExitCode, list[str]]:
         rows = [claim.row for claim in claims if arm in claim.row.arms]
         if not design.missing and not any(row.is_tested for row in rows):
             missing.append(f"no comparison of {arm} with {baseline} can be tested: see the report")
-        held = [row.metric for row in rows if row.margin is not None]
-        failed += [
-            f"not shown: {arm} and {baseline} have no comparison on {word}"
-            for word in study.aims.margins
-            if not any(is_named(word, metric) for metric in held)
-        ]
+        for word in study.aims.margins:
+            if not any(is_named(word, row.metric) and row.margin is not None for row in rows):
+                failed.append(f"not shown: {arm} and {baseline} have no comparison on {word}")
     lines = [*missing, *failed] or [f"passed: no arm is shown to be worse than {baseline}"]
     lines += [f"next: {design.command}"] if design.missing else []
     code = ExitCode.EVALUATION_INCOMPLETE if missing else ExitCode(bool(failed))

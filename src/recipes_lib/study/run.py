@@ -27,7 +27,6 @@ from queue import Queue
 from recipes_lib.analysis.text import difference_text, question_text, sentence_list
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import LaunchSection
-from recipes_lib.config.upstream import check_packages
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.files import Row, read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path
@@ -255,7 +254,7 @@ def _model_key(run: str) -> str:
 
 
 def progress_of(study: Study) -> dict[str, str]:
-    """Return the state of each training and result: done, missing, stopped, running or failed."""
+    """Return the state of each training and result: done, missing, or what its run.json says."""
     trainings = (*study_tunings(study), *study_trainings(study))
     states = {f"training {training.run}": _state_of(training) for training in trainings}
     for result in evaluations(study):
@@ -271,23 +270,12 @@ def missing_of(study: Study) -> list[str]:
 
 def _state_of(training: StudyRun) -> str:
     state, folder = training.state, training.directory.path
-    ended = state.get("state")
     if is_trained(training) or ("--tune-" in training.run and has_diverged(training)):
         return "done"
     if is_held(folder):
         return f"running{describe_holder(folder)}"
-    if ended == "failed":
-        return f"failed: {str(state.get('error')).splitlines()[0]}"
-    if ended == "finished":
-        return "missing: trained with other settings or data"
-    return "stopped" if ended else "missing"
-
-
-def dropped_trainings(study: Study) -> list[str]:
-    """Return the runs that were trained for this study and are not part of it any more."""
-    names = {training.run for training in study_trainings(study)}
-    written = {file.stem for file in study_folder(study).glob("*/*.yaml")} - names
-    return sorted(n for n in written if "--tune-" not in n and RunDirectory(n).exists())
+    why = [*what_changed(training), *str(state.get("error") or "").splitlines()]
+    return ": ".join([state.get("state", "missing"), *why[:1]])
 
 
 def plan_lines(study: Study) -> Iterator[str]:
@@ -300,10 +288,9 @@ def plan_lines(study: Study) -> Iterator[str]:
     alpaca = [each for each in results if each.recipe.suite.name == "alpaca_eval"]
     graded = [each for each in asked if each.suite.name == "mt_bench" or each.metrics.absolute]
     requests = 2 * sum(_answers(each.recipe) for each in alpaca) + sum(map(_answers, graded))
-    seeds = dict.fromkeys(str(seed) for arm in study.arms for seed in arm.seeds)
-    arms = f"{count(len(study.arms), 'arm')}{' and their base' * study.file.include_base}"
+    base = " and their base" * study.file.include_base
     yield question_text(study.file.question)
-    yield f"{arms}, seeds {', '.join(seeds)}, {count(len(study.evals), 'eval')}"
+    yield f"{count(len(study.arms), 'arm')}{base}, {count(len(study.evals), 'eval')}"
     yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
     yield f"answers: {sum(map(_answers, asked)):,}"
     yield f"judge requests: {requests:,}"
@@ -325,9 +312,8 @@ def _questions(recipe: EvalRecipe) -> int:
     with suppress(RecipesError):  # files that cannot be used are the evaluation's error
         if chosen := local_questions(recipe):
             return len(chosen.questions)
-    most = recipe.data.max_questions
-    known = _QUESTION_SETS.get(str(recipe.data.questions).partition(":")[0], most or 0)
-    return min(known, most or known)
+    known = _QUESTION_SETS.get(str(recipe.data.questions).partition(":")[0], 0)
+    return min(known, recipe.data.max_questions or known)
 
 
 def _power_line(study: Study) -> Iterator[str]:
@@ -364,8 +350,6 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
     """Refuse a study whose evaluations would mean nothing later; only `fetch` asks the Hub."""
     trainings = (*study_tunings(study), *study_trainings(study))
     arms = () if all(map(is_trained, trainings)) else study.arms
-    for arm in arms:
-        check_packages(arm.recipe)
     errors, warnings = unmet(study, arms, fetch)
     for each in (*warnings, *errors[1:]):
         print_error(each)
@@ -401,22 +385,15 @@ def unmet(
 
 @dataclass
 class StudyRunner:
-    """Does what of a study is not done yet.
-
-    Args:
-        report: writes the report, at the end.
-        jobs: trainings at the same time; several divide the GPUs into equal shares.
-        flags: options handed to `recipes train` (`--trust-remote-code`).
-        train: False to evaluate only what is trained already, in a cluster's job.
-    """
+    """Does what of a study is not done yet."""
 
     study: Study
-    report: Callable[[Study], object]
-    jobs: int = 1
-    flags: Sequence[str] = ()
-    train: bool = True
+    report: Callable[[Study], object]  # what writes the report, at the end
+    jobs: int = 1  # trainings at the same time; several divide the GPUs into equal shares
+    flags: Sequence[str] = ()  # options handed to `recipes train` (`--trust-remote-code`)
+    train: bool = True  # False to evaluate only what is trained already, in a cluster's job
     failed: dict[str, tuple[int, str]] = field(default_factory=dict)  # by run, result or arm
-    _stopped: ExitCode | None = None
+    _stopped: list[ExitCode] = field(default_factory=list)  # why, first reason first
     _training: bool = False
     _running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
@@ -430,7 +407,7 @@ class StudyRunner:
                 self._steps()
             except KeyboardInterrupt:
                 say("stopped; the same command continues")
-                return self._stopped or ExitCode.INTERRUPTED
+                return [*self._stopped, ExitCode.INTERRUPTED][0]
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
@@ -442,7 +419,8 @@ class StudyRunner:
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Hand a signal on to the trainings, which save; where none runs, all ends here."""
-        self._stopped = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED
+        is_typed = number == signal.SIGINT
+        self._stopped.append(ExitCode.INTERRUPTED if is_typed else ExitCode.PREEMPTED)
         for process in list(self._running):
             process.send_signal(number)
         if not self._training:
@@ -503,7 +481,7 @@ class StudyRunner:
                 self._on_signal(signal.SIGTERM, None)
                 raise
         self._training = False
-        if self._stopped is not None:
+        if self._stopped:
             raise KeyboardInterrupt
 
     def _train_one(self, training: StudyRun, shares: Queue[list[str]]) -> None:
@@ -511,54 +489,45 @@ class StudyRunner:
         name, folder = training.run, training.directory.path
         if is_held(folder):
             say(f"{name} is being trained{describe_holder(folder)}: waiting for it")
-        while self._stopped is None and is_held(folder):
+        while is_held(folder) and not self._stopped:
             time.sleep(0.2)
-        if self._stopped is not None or is_trained(training):
+        if self._stopped or is_trained(training):
             return
+        if changed := ", ".join(what_changed(training)[:3]):
+            place = runs_root() / REPLACED / f"{name}--{time.time_ns()}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(place)
+            say(f"{name} had other settings ({changed}): moved to {shown_path(place)}")
+        recipe = study_folder(self.study) / "recipes" / f"{name}.yaml"
+        training.recipe.write(recipe)
+        words, log = ["train", shown_path(recipe), *self.flags], recipe.with_suffix(".log")
+        note = f"   # output: {shown_path(log)}" * (self.jobs > 1)
+        say(f"\n$ {shlex.join(['recipes', *words])}{note}")
+        output = log.open("ab") if self.jobs > 1 else None
         devices = shares.get()
-        process = self._start(training, devices)
+        process = subprocess.Popen(
+            [*RECIPES, *words],
+            stdout=output,
+            stderr=output,
+            env=os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
+            start_new_session=True,  # so that a terminal's Ctrl-C does not reach it twice
+        )
+        self._running.append(process)
+        if self._stopped:  # since this training was chosen
+            process.terminate()
         code = process.wait()
         self._running.remove(process)
         shares.put(devices)
         if code == ExitCode.ENVIRONMENT and is_held(folder):
             self._train_one(training, shares)  # one that a killed runner had started was first
         elif code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
-            self._stopped = self._stopped or ExitCode(code)
+            self._stopped.append(ExitCode(code))
         elif code == ExitCode.DONE and training.state.get("state") == "finished":
             say(f"{name}: trained")
-        elif self._stopped is None:
+        elif not self._stopped:
             why = training.state.get("error") or f"the training ended with exit code {code}"
             self.failed[name] = max(code, int(ExitCode.FAILED)), why.splitlines()[0]
             say(f"{name}: failed (exit code {code}); the other trainings go on")
-
-    def _start(self, training: StudyRun, devices: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a training; a run of other settings is moved away."""
-        if changed := ", ".join(what_changed(training)[:3]):
-            place = runs_root() / REPLACED / f"{training.run}--{time.time_ns()}"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            training.directory.path.rename(place)
-            say(f"{training.run} had other settings ({changed}): moved to {shown_path(place)}")
-        recipe = study_folder(self.study) / "recipes" / f"{training.run}.yaml"
-        training.recipe.write(recipe)
-        words, output = ["train", shown_path(recipe), *self.flags], None
-        note, environment = "", dict(os.environ)
-        if devices:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-        if self.jobs > 1:
-            output = recipe.with_suffix(".log").open("ab")
-            note = f"   # output: {shown_path(recipe.with_suffix('.log'))}"
-        say(f"\n$ {shlex.join(['recipes', *words])}{note}")
-        process = subprocess.Popen(
-            [*RECIPES, *words],
-            stdout=output,
-            stderr=output,
-            env=environment,
-            start_new_session=True,  # so that a terminal's Ctrl-C does not reach it twice
-        )
-        self._running.append(process)
-        if self._stopped is not None:  # since this training was chosen
-            process.terminate()
-        return process
 
     def _evaluate(self, trained: set[str]) -> None:
         """Evaluate what is trained and has no result; each base and judge is loaded once."""
