@@ -24,8 +24,8 @@ LINES = {
     "plan": (885, 750),
     "evals": (4466, 4300),
     "analysis": (2845, 3000),
-    "study": (1147, 950),
-    "slurm": (798, 800),
+    "study": (1144, 950),
+    "slurm": (797, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 23900, 20_000
 LARGEST_TESTS, GOAL_TESTS = 17300, 16_000

@@ -62,7 +62,7 @@ BAD = {
         "primary: win_rat": "no eval of this study measures 'win_rat'",
         "primary: win_rate": "several evals measure 'win_rate'",
         "tune: {train.learning_rte: [1, 2]}": "did you mean train.learning_rate",
-        "tune: {train.learning_rate: [1]}": "must be a list of at least 2 items",
+        "tune: {train.learning_rate: [1]}": "at least 2 items",
         "tune: {train.learning_rate: [-1, 1]}": "arm 'r8'",
         "tune: {data.prompt_format: [chat, raw]}": "cannot be tuned",
         "tune: {lora.lora_dropout: [0, 1]}\noverrides: [train.eval_strategy=no]": "validation loss",

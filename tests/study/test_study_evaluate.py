@@ -18,13 +18,12 @@ from tests.evals.conftest import loads, runs_folder  # noqa: F401
 from tests.evals.conftest import make_run as make_bare_run  # noqa: F401
 from tests.study.study_files import PROJECT, TOO_LONG, write_tiny_study
 
-from recipes_lib.analysis.runs import load_run
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import read_object, write_json
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.config import load_study
 from recipes_lib.study.report import report_study
-from recipes_lib.study.run import StudyRunner, base_run, missing_of
+from recipes_lib.study.run import StudyRunner, missing_of
 from recipes_lib.train import main as train
 from recipes_lib.weights.check import recorded_hashes
 
@@ -88,29 +87,6 @@ def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) ->
     missing = missing_of(load_study(trained))
     assert missing and all("tiny--r4" in title for title in missing), missing
     assert (RunDirectory("tiny").path / "report" / "report.html").is_file()
-
-
-def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothing_again(trained):
-    def grades() -> list[float | None]:
-        metrics = load_run(RunDirectory("tiny--r8").path).metrics
-        return [s.value for metric in metrics if metric.metric == "grade" for s in metric.samples]
-
-    judge, rubric = trained.with_name("judge.yaml"), trained.with_name("mine.txt")
-    shipped = PROJECT / "evals/rubrics/helpfulness.txt"
-    judge.write_text(judge.read_text().replace(str(shipped), rubric.name))
-    first, seen, rows, results = shipped.read_text(), [], [], []
-    for text in (first, first.replace("?", ", and funny?", 1), first):
-        rubric.write_text(text)
-        run(trained)
-        seen.append(grades())
-        rows.append((rows_of("judgments"), rows_of("generations")))
-        base = RunDirectory(base_run(load_study(trained))).path / "evals" / "study--mt_bench"
-        results.append((base / "result.json").read_bytes())
-    assert seen[0] == seen[2] and rows[0][1] == rows[2][1]
-    assert rows[1][0] == rows[2][0] and sum(rows[1][0].values()) > sum(rows[0][0].values())
-    # the base's result of other settings is kept
-    earlier = [folder / "result.json" for folder in base.glob("earlier/*/")]
-    assert results[1] in [file.read_bytes() for file in earlier]
 
 
 def test_an_eval_against_another_run_is_part_of_the_comparison(trained, make_run):

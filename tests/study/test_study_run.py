@@ -222,12 +222,11 @@ def test_a_study_without_evals_is_warned_of(study: Path, recipes) -> None:
 
 
 def test_a_job_that_only_evaluates_says_what_is_not_trained_as_the_study_is_now(study, run):
-    code, said = run(train=False)
-    assert code == ExitCode.FAILED and commands(said) == []
     run()
     change(study.with_name("r4.yaml"), "1.0e-2", "2.0e-2")
-    (failed,) = (line for line in run(train=False)[1] if line.startswith("failed: "))
-    assert "failed: tiny--r4 (exit code 1): is not trained" in failed
+    code, said = run(train=False)
+    assert code == ExitCode.FAILED and commands(said) == []
+    assert "failed: tiny--r4 (exit code 1): is not trained" in "".join(said)
 
 
 # ---- Tuning: each arm tries its grid, and its seeds are trained anew at the best value ----
@@ -241,11 +240,8 @@ def tuned(study: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return study
 
 
-Tuned = Callable[..., tuple[list[str], str]]
-
-
 @pytest.fixture
-def run_tuned(tuned: Path, run: Run) -> Tuned:
+def run_tuned(tuned: Path, run: Run) -> Callable[..., tuple[list[str], str]]:
     """Run that study; return the trainings with their learning rates, and what was said."""
 
     def ran(wanted: int = ExitCode.DONE) -> tuple[list[str], str]:
@@ -273,13 +269,11 @@ def test_each_arm_tries_its_grid_and_is_trained_anew_at_the_best_value(tuned, ru
 
 
 def test_a_wider_grid_tries_what_is_new_and_an_arm_of_another_value_is_trained_again(
-    tuned: Path, run_tuned: Tuned, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tuned, run_tuned, monkeypatch
+):
     text = tuned.read_text().replace("  r8: r8.yaml\n", "")
     tuned.write_text(text)
     run_tuned()
-    tuned.write_text(text.replace("0.1]", "0.1, 1.0]"))
-    assert run_tuned()[0] == ["tiny--r4--tune-1.0--seed1042 1.0"]  # 1.0 is worse
     monkeypatch.setenv("LOSSES", json.dumps({"2.0": 1.0}))
     tuned.write_text(text.replace("0.1]", "0.1, 2.0]"))
     trained, said = run_tuned()
@@ -288,8 +282,8 @@ def test_a_wider_grid_tries_what_is_new_and_an_arm_of_another_value_is_trained_a
 
 
 def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
-    tuned: Path, run_tuned: Tuned, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tuned, run_tuned, monkeypatch
+):
     tuned.write_text(tuned.read_text().replace("  r8: r8.yaml\n", ""))
     monkeypatch.setenv("LOSSES", json.dumps({"0.001": 2.0, "0.01": 2.0, "0.1": None}))
     trained, said = run_tuned()
@@ -301,9 +295,7 @@ def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
     assert len(trained) == 3 and "failed: r4 (exit code 1): train.learning_rate diverged" in said
 
 
-def test_a_try_that_failed_or_was_stopped_holds_its_arm_back_until_it_is_done(
-    run_tuned: Tuned, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_try_that_failed_or_was_stopped_holds_its_arm_back(run_tuned, monkeypatch):
     monkeypatch.setenv("FAIL", "r4--tune-0.1--seed1042")
     trained, said = run_tuned(ExitCode.FAILED)
     assert trained[-1] == "tiny--r8 0.01" and "tiny--r4 0.01" not in trained

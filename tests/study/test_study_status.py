@@ -50,6 +50,9 @@ def test_the_plan_counts_trainings_answers_and_judge_requests_in_fifteen_lines(
     assert "trainings: 2 of 2 to do" in out and f"answers: {3 * (8 + 8)}\n" in out
     # against the reference (3 x 8 x 2 orders), with the base (2 x 8 x 2), grades of 3 x 8 turns
     assert f"judge requests: {48 + 32 + 24}\n" in out
+    # the base meets every seed head to head, 0 too
+    out = recipes("study", "plan", study_folder / "tiny.yaml", "seeds=[0, 1]")[1]
+    assert f"judge requests: {5 * 16 + 4 * 16 + 5 * 8}\n" in out
 
 
 def test_a_plan_counts_the_questions_of_known_sets_before_they_are_fetched(

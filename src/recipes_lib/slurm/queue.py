@@ -149,9 +149,7 @@ class TaskState:
 
 
 def submitted_tasks(folder: Path) -> list[TaskState]:
-    """Return every task that was submitted from a launch's folder, in order; the id of a job that
-    was submitted by hand stands in a file of its own.
-    """
+    """Return every task submitted from a launch's folder; jobs submitted by hand left their ids."""
     remedy, tasks = "squeue lists the jobs; submitting them again writes it anew", []
     for row in read_object(folder / JOBS_FILE, remedy).get("jobs", []):
         label, job, by_hand = row["label"], row["id"], folder / f"{row['label']}.job"
@@ -172,8 +170,8 @@ def task_states(folder: Path) -> list[TaskState]:
         return []
     # what is queued or runs: id, state, reason, nodes
     listed = run_slurm(["squeue", "--me", "-h", "-a", "-r", "-o", "%i|%T|%r|%N"]).stdout
-    rows = [line.split("|") for line in listed.splitlines() if line.count("|") == 3]
-    queued = {row[0]: row[1:] for row in rows}
+    rows = (line.split("|") for line in listed.splitlines())
+    queued = {row[0]: row[1:] for row in rows if len(row) == 4}
     for task in tasks:
         if task.job in queued:
             state, reason, nodes = queued[task.job]
@@ -204,8 +202,7 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
     for name, tasks in states.items():
         say(name)
         table = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
-        for line in aligned([("job", "task", "what", "state", ""), *table]):
-            say(f"  {line}")
+        say("\n".join(aligned([("job", "task", "what", "state", ""), *table])))
         for task in tasks:
             errors = sorted((folders[name] / f"{task.label}.errors").glob("*"))
             if errors and task.exit_code:  # the first rank's that failed
@@ -216,8 +213,10 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
 
 def cancel(names: Sequence[str]) -> int:
     """Cancel every job of the launches named."""
-    for name, folder in launched(names or [""]).items():
-        active = [task.job.partition("_")[0] for task in task_states(folder) if task.active]
+    if not names:
+        raise RecipeError("recipes launch cancel: name a run or study")
+    for name, folder in launched(names).items():
+        active = (task.job.partition("_")[0] for task in task_states(folder) if task.active)
         ids = list(dict.fromkeys(active))
         if ids:
             run_slurm(["scancel", *ids])
@@ -225,11 +224,11 @@ def cancel(names: Sequence[str]) -> int:
     return next_step(f"recipes launch status {names[0]}")
 
 
-def launched(names: Sequence[str] = ()) -> dict[str, Path]:
+def launched(names: Sequence[str]) -> dict[str, Path]:
     """Return the folders of the launches named, or of all."""
     files = sorted(runs_root().resolve().glob(f"*/slurm/{JOBS_FILE}"))
     known = {file.parts[-3]: file.parent for file in files if submitted_tasks(file.parent)}
-    wanted = [name.rstrip("/").rpartition("/")[2] for name in names]
+    wanted = [Path(name).name for name in names]
     for name in wanted:
         if name not in known:
             hint = f"launched: {', '.join(known) or 'nothing yet'}"

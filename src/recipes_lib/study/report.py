@@ -7,6 +7,7 @@ the primary metric and margins. A study that is changed afterwards has no verdic
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -89,17 +90,13 @@ def measured_arms(study: Study) -> Arms:
 
 def design_values(study: Study) -> dict[str, Any]:
     """Return what must not change once verdicts were seen."""
-    arms = {arm.name: arm.resolved() for arm in study.arms}
-    evals = {recipe.name: recipe.to_dict() for recipe in study.evals}
-    hashed = {
-        kind: {
-            name: hash_of({key: value for key, value in values.items() if key not in free})
-            for name, values in known.items()
-        }
-        for kind, known, free in (("arms", arms, _FREE_OF_ARM), ("evals", evals, _FREE_OF_EVAL))
-    }
+
+    def hashed(values: dict[str, Any], free: Sequence[str]) -> str:
+        return hash_of({key: value for key, value in values.items() if key not in free})
+
     return {
-        **hashed,
+        "arms": {arm.name: hashed(arm.resolved(), _FREE_OF_ARM) for arm in study.arms},
+        "evals": {recipe.name: hashed(recipe.to_dict(), _FREE_OF_EVAL) for recipe in study.evals},
         "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
         "base": study.file.include_base,
         "primary": study.aims.primary,

@@ -209,7 +209,7 @@ def evaluations(study: Study) -> list[Evaluation]:
     to head too, by seed where both have it.
     """
     base = base_run(study)
-    runs: dict[str, dict[int, str]] = {BASE_ARM: {0: base}} if study.file.include_base else {}
+    runs: dict[str, dict[int, str]] = {BASE_ARM: {-1: base}} if study.file.include_base else {}
     for training in study_trainings(study):
         runs.setdefault(training.arm.name, {})[training.seed] = training.run
     results: dict[tuple[str, str, str], Evaluation] = {}
