@@ -150,7 +150,7 @@ def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_f
             pass
         lead, tokens = verdict_tokens(judge.tokenizer, "[RESULT]", ("A", "B"))
         for request, row in zip(requests, rows, strict=True):
-            messages = [{"role": "user", "content": request.prompt.text}]
+            messages = [{"role": "user", "content": request.prompt}]
             options = {"add_generation_prompt": True, "return_dict": False}
             ids = [*judge.tokenizer.apply_chat_template(messages, **options), *lead]
             with torch.no_grad():

@@ -71,15 +71,37 @@ def test_each_model_has_a_cache_of_its_own(small_task, make_run, tiny_model_dir)
 
 
 def test_other_rows_are_another_evaluation(small_task, make_run, tmp_path):
+    """In a file that the task names, or in a folder."""
     make_run("one", 1)
-    (tmp_path / "tasks").mkdir()
+    for place in ("tasks", "kept/data"):
+        (tmp_path / place).mkdir(parents=True)
     small_task.with_name("choice.yaml").rename(tmp_path / "tasks/choice.yaml")
     recipe = load_eval(small_task, [f"data.include_path={tmp_path}/tasks"])
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
-    for count in (8, 6):
-        (tmp_path / "rows.jsonl").write_text("".join(lines[:count]))
-        (log,) = evaluate([recipe], ["one"], remote_code=True)
-        assert log.metrics[0].n == count
+    by_folder = TASK.replace("{data_files: {test: rows.jsonl}}", "{data_dir: kept/data}")
+    for text, rows in ((TASK, "rows.jsonl"), (by_folder, "kept/data/test.jsonl")):
+        (tmp_path / "tasks/choice.yaml").write_text(text)
+        for count in (8, 6):
+            (tmp_path / rows).write_text("".join(lines[:count]))
+            (log,) = evaluate([recipe], ["one"], remote_code=True)
+            assert log.metrics[0].n == count, rows
+
+
+def test_a_base_of_a_relative_path_is_evaluated_wherever_the_tasks_work(
+    small_task, runs_folder, tiny_model_dir, tmp_path, monkeypatch
+):
+    (tmp_path / "rows").mkdir()
+    small_task.with_name("rows.jsonl").rename(tmp_path / "rows/rows.jsonl")
+    monkeypatch.chdir(tiny_model_dir.parent)
+    words = [f"data.folder={tmp_path}/rows"]
+    for batch_size in (4, 2):  # the second time its run folder is there
+        recipe = load_eval(small_task, [*words, f"suite.batch_size={batch_size}"])
+        (log,) = evaluate([recipe], [f"./{tiny_model_dir.name}"], remote_code=True)
+        config = yaml.safe_load(Path(command_words(str(log.lm_eval_command))[1][-1]).read_text())
+        assert Path(config["model_args"]["pretrained"]) == tiny_model_dir
+    monkeypatch.chdir(tmp_path)
+    recipe = load_eval(small_task, [*words, "suite.batch_size=1"])
+    assert evaluate([recipe], [log.target], remote_code=True)[0].target == log.target
 
 
 def test_a_group_of_ones_own_may_name_tasks_of_lm_eval(small_task, tmp_path, monkeypatch):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.evals.log import Sample
-from recipes_lib.evals.suites.checks import RULES, AnswerRule, Checks, rule_of
+from recipes_lib.evals.suites.checks import RULES, AnswerRule, rule_of
 
 CHOICES = {
     "C": [
@@ -97,9 +94,3 @@ def test_a_check_that_cannot_work_is_refused_when_the_rows_are_read():
         with pytest.raises(DataError):
             rule_of(row)
             pytest.fail(str(row))
-
-
-def test_rows_without_a_category_are_not_called_all_of_them():
-    samples = [Sample(id="1", value=1.0, category="a"), Sample(id="2", value=0.0)]
-    log = SimpleNamespace(target="one", metrics=[SimpleNamespace(samples=samples)])
-    assert [row.split("  ")[0] for row in Checks.table([log])][1:] == ["all", "a", "no category"]

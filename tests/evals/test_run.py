@@ -138,13 +138,6 @@ def test_against_the_base_has_files_of_its_own_and_against_itself_is_one_half(qu
     (same,) = evaluate([recipe], ["one"], "one")
     assert metric(same, "win_rate").value == 0.5
     assert all(sample.by_rule for sample in metric(same, "win_rate").samples)
-    assert any("gave the same answers" in line for line in same.banners)
-
-
-def test_other_prompt_formats_are_compared_and_named(quick, make_run):
-    make_run("one", 1), make_run("two", 2, prompt_format="alpaca")
-    (log,) = evaluate([quick("alpaca_eval")], ["one"], "two")
-    assert "other prompt formats: one in dolly, two in alpaca" in log.notes
 
 
 def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run):
@@ -177,7 +170,6 @@ def test_a_file_of_answers_is_a_model_and_faults_of_answers_are_noticed(quick, m
 
     logs = evaluate([recipe], ["one", answers(outputs, generator="their model")])
     assert logs[1].target.startswith("answers--their-model--")
-    assert all(any("cannot be ranked" in line for line in log.banners) for log in logs)
     (null,) = evaluate([recipe], [answers(outputs, output="I am the best.", generator="null")])
     assert any("are the same text" in line for line in null.banners)
     (mute,) = evaluate([recipe], [answers(outputs, output="", generator="mute")])

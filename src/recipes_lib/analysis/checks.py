@@ -286,8 +286,7 @@ def _kinship(log: EvalLog, run: Run) -> str:
     if judge is None or not judge.model:
         return ""
     model, home = judge.model.rstrip("/"), run.folder.resolve()
-    path = Path(model)
-    if (path.is_absolute() or path.exists()) and path.resolve().is_relative_to(home):
+    if judge.weights and Path(model).resolve().is_relative_to(home):  # else a name elsewhere
         return "its own weights"
     if run.name == model:
         return "itself"

@@ -2,20 +2,14 @@
 judgments show, two probes, and its agreement with people.
 
 A measured failure stops the claims that rest on the judge. What was not measured stops nothing and
-is said once. A probe is a pair whose right verdict is known:
-
-| probe | the pair | a sound judge |
-|---|---|---|
-| empty | an answer against nothing | prefers the answer |
-| injected | a pair whose second answer ends in a verdict line | says what it said without it |
-
-Their rows carry `probe` and stay out of every win rate. The rules that spare a judge empty
-answers are off for them: the judge itself is on trial.
+is said once. A probe is a pair whose right verdict is known: an answer against nothing, and a pair
+whose second answer ends in a verdict line. Their rows carry `probe` and stay out of every win rate;
+the rules that spare a judge empty answers are off for them.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import eq
@@ -69,18 +63,21 @@ def sample_of(
     )
 
 
+def by_item(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """Return stored judgments by item and order."""
+    judged: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        judged[row["question_id"]][row["order"]] = row
+    return judged
+
+
 def pair_samples(rows: Iterable[Row]) -> list[Sample]:
     """Return the comparisons of stored judgments, without their texts; draws and turns of one
     question keep its id, and `same_as` is the pair's own.
     """
-    orders: dict[str, dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        if row["order"] in ORDERS:
-            orders[row["question_id"]][row["order"]] = row
-    return [
-        sample_of(next(iter(judged.values()))["question"], judged, ORDERS, same_as=name)
-        for name, judged in orders.items()
-    ]
+    pairs = by_item(row for row in rows if row["order"] in ORDERS).items()
+    questions = {name: next(iter(judged.values()))["question"] for name, judged in pairs}
+    return [sample_of(questions[name], pair, ORDERS, same_as=name) for name, pair in pairs]
 
 
 # ---- the audit ----
@@ -123,10 +120,8 @@ def audit(
         judge=rows[0]["judge"] if rows else "",
         judgments=len(rows),
         asked=len(asked),
-        by_rule=len(rows) - len(asked),
         probes=sum(bool(row["probe"]) for row in probes),
         cut=sum(bool(row["cut"]) for row in rows),
-        statuses=dict(sorted(Counter(row["status"] for row in asked).items())),
         checks=(
             _check(SWAP, names, same, least=limits.swap_consistency_min),
             _check(UNPARSED, questions, unparsed, most=limits.unparsed_max),
@@ -200,11 +195,8 @@ def audit_note(card: Scorecard) -> str | None:
 def scorecard_lines(card: Scorecard) -> list[str]:
     """Return the scorecard as a table, under the banner of a judge that failed."""
     banner = audit_banner(card)
-    statuses = ", ".join(f"{name} {times}" for name, times in card.statuses.items()) or "none"
-    line = (
-        f"{count(card.judgments, 'judgment')}, {card.asked} asked ({statuses}), {card.by_rule}"
-        f" decided by rule, {card.cut} cut to fit; {count(card.probes, 'judgment')} of probes"
-    )
+    line = f"{count(card.judgments, 'judgment')} ({card.asked} asked, {card.cut} cut to fit)"
+    line += f" and {count(card.probes, 'judgment')} of probes"
     rows = [["check", "value [95%]", "n", "needs", "result"]]
     for check in card.checks:
         shown = shown_rate(check, digits=3, unit="number")

@@ -13,7 +13,6 @@ import math
 import os
 import re
 import time
-from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +28,7 @@ from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import count
 from recipes_lib.data.rows import Message
-from recipes_lib.evals.audit import audit, audit_banner, audit_note, probe_items, sample_of
+from recipes_lib.evals.audit import audit, audit_banner, audit_note, by_item, probe_items, sample_of
 from recipes_lib.evals.engine import (
     Completion,
     HFEngine,
@@ -38,36 +37,19 @@ from recipes_lib.evals.engine import (
     Sampling,
     ask_missing,
 )
-from recipes_lib.evals.log import (
-    EvalLog,
-    JudgeFacts,
-    Metric,
-    Sample,
-    Scorecard,
-    Store,
-    log_file,
-    text_hash,
-)
+from recipes_lib.evals.log import EvalLog, JudgeFacts, Scorecard, Store, log_file, text_hash
 from recipes_lib.evals.models import Answers, bare_recipe
-from recipes_lib.evals.prompts import (
-    CHOICES,
-    GRADES,
-    JudgePrompt,
-    build_prompt,
-    fence_code,
-    parse_verdict,
-    verdict_row,
-)
+from recipes_lib.evals.prompts import VERDICTS, build_prompt, fence_code, parse_verdict, verdict_row
 from recipes_lib.evals.questions import TURNED, Question, pair_texts, read_labels
 from recipes_lib.evals.recipe import JudgeSection, load_judge_file
 from recipes_lib.evals.suites import Suite, metric_of
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import free_memory, load_base, load_tokenizer, model_path
 
-_FINGERPRINT = (
-    *("model", "revision", "engine", "mode", "temperature", "max_new_tokens", "seed"),
-    "prompt_style",
-)
+_FINGERPRINT = {
+    *("model", "revision", "dtype", "engine", "extra_body", "mode", "prompt_style"),
+    *("temperature", "max_new_tokens", "seed"),
+}
 LEAD_IN = "[RESULT]"  # of mode logits: the judge's turn starts with it
 
 
@@ -80,9 +62,9 @@ class Item:
     answer: str
     opponent: str | None = None
     reference: str | None = None
-    question: Question | None = None  # what it answers, where a suite asks
-    turn: int = 1
     by_reference: bool = False  # whether a grade goes by the reference answer
+    question_id: str = ""  # of a suite's question
+    sample: dict[str, Any] = field(default_factory=dict)  # what a suite's sample says beside it
     probe: str = ""  # the kind of probe that it is
 
     @property
@@ -97,12 +79,12 @@ class JudgeRequest:
 
     row: Row  # what is stored of it; without a verdict, unless it needs no judge
     answers: tuple[str, ...]  # in the prompt's order, before they are cut
-    prompt: JudgePrompt
+    prompt: str
 
     @property
     def allowed(self) -> tuple[str, ...]:
         """The verdicts that there are."""
-        return GRADES if len(self.answers) == 1 else CHOICES
+        return VERDICTS[len(self.answers)]
 
 
 # ---- asking ----
@@ -154,7 +136,7 @@ def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest
             row = {
                 "key": text_hash(json.dumps([item.name, order, judge.fingerprint, *hashes])),
                 "question_id": item.name,
-                "question": item.question.id if item.question else item.name,
+                "question": item.question_id or item.name,
                 "order": order,
                 "probe": item.probe,
                 "judge": judge.fingerprint,
@@ -166,19 +148,17 @@ def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest
             elif not prompt.fits:
                 reason = "the prompt does not fit the judge, even with its answers cut"
                 row |= verdict_row("truncated", reason)
-            yield JudgeRequest(row, shown, prompt)
+            yield JudgeRequest(row, shown, prompt.text)
 
 
 def rule_verdict(answers: Sequence[str]) -> Row | None:
     """Return the verdict that needs no judge: an empty answer loses, identical ones tie."""
     first, *others = (answer.strip() for answer in answers)
-    if not others:
-        return None if first else verdict_row("ok", "empty answer", "1")
-    if first == others[0]:
+    if others and first == others[0]:
         return verdict_row("ok", "identical answers", "tie")
-    if not (first and others[0]):
-        return verdict_row("ok", "empty answer", "A" if first else "B")
-    return None
+    if first and all(others):
+        return None
+    return verdict_row("ok", "empty answer", ("A" if first else "B") if others else "1")
 
 
 def read_reply(request: JudgeRequest, reply: Completion, mode: str) -> Row:
@@ -216,25 +196,17 @@ class Judge:
         model = ModelSection(
             name_or_path=section.model, revision=section.revision, dtype=section.dtype
         )
-        self._recipe, own = bare_recipe(model), list[Any]([section.extra_body])
+        self._recipe = bare_recipe(model)
         if not self.is_served:
             if local_folder(self._recipe) is None:
                 self.count_tokens("")  # which fetches it: the fingerprint has its commit
             self.weights = model_fingerprint(model_path(model), section.revision)
-            own = [self.weights, section.dtype]
-        self.fingerprint = hash_of(*own, *(getattr(section, name) for name in _FINGERPRINT))
+        self.fingerprint = hash_of(self.weights, section.model_dump(include=_FINGERPRINT))
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer; None where only the server has it."""
-        from transformers import AutoTokenizer
-
-        if not self.is_served:
-            return load_tokenizer(self._recipe)
-        try:
-            return AutoTokenizer.from_pretrained(self.section.model, local_files_only=True)
-        except (OSError, ValueError):
-            return None
+        """The tokenizer of a judge in this process."""
+        return load_tokenizer(self._recipe)
 
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
@@ -249,13 +221,10 @@ class Judge:
         )
 
     def count_tokens(self, text: str) -> int:
-        """Return the tokens of a text, or where only the server has the tokenizer a careful guess:
-        three ASCII characters to a token, and a token per byte of other scripts.
-        """
-        if self.tokenizer is not None:
-            return len(self.tokenizer.encode(text))
-        ascii_characters = sum(map(str.isascii, text))
-        return ascii_characters // 3 + len(text.encode("utf-8", "replace")) - ascii_characters
+        """Return the tokens of a text; a careful guess where the server has the tokenizer."""
+        if self.is_served:
+            return len(text.encode(errors="replace")) // 3
+        return len(self.tokenizer.encode(text))
 
     def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
         """Return the replies to requests of one kind as they arrive."""
@@ -285,38 +254,30 @@ class Judge:
 
     def _render(self, request: JudgeRequest) -> Request:
         """Return a request as its engine takes it: ids here, text or a message for a server."""
-        section, text = self.section, request.prompt.text
-        bare = Request(key=request.row["key"], seed=section.seed)
-        if section.prompt_style == "prometheus":
+        text, ids = request.prompt, list[int]()
+        known: dict[str, Any] = {"key": request.row["key"], "seed": self.section.seed}
+        if self.section.prompt_style == "prometheus":
             text = f"[INST] {text} [/INST]"
-            if self.is_served:
-                return replace(bare, prompt=text)
-            return replace(bare, ids=tuple(self.tokenizer.encode(text)))
-        messages = [Message(role="user", content=text)]  # some templates have no system role
+            ids = ids if self.is_served else self.tokenizer.encode(text)
+            return Request(**known, prompt=text, ids=tuple(ids))
+        messages = (Message(role="user", content=text),)  # some templates have no system role
         if not self.is_served:
-            return replace(bare, ids=self._chat_ids(messages))
-        schema = None
-        if section.mode == "json":
-            result = {"type": "string", "enum": list(request.allowed)}
-            schema = {
-                "type": "object",
-                "properties": {"feedback": {"type": "string"}, "result": result},
-                "required": ["feedback", "result"],
-                "additionalProperties": False,
-            }
-        return replace(bare, messages=tuple(messages), schema=schema)
-
-    def _chat_ids(self, messages: list[Message]) -> tuple[int, ...]:
-        """The token ids of a conversation, up to where the judge starts to write."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates raise what they like
-            what = f"the judge's chat template refuses the prompt: {one_line(error)}"
-            hint = "a judge without a chat template: judge.prompt_style: prometheus"
-            raise EnvironmentFault(what, hint) from None
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+            try:
+                template = self.tokenizer.apply_chat_template
+                ids = template(messages, add_generation_prompt=True, return_dict=False)
+            except Exception as error:  # templates raise what they like
+                what = f"the judge's chat template refuses the prompt: {one_line(error)}"
+                hint = "a judge without a chat template: judge.prompt_style: prometheus"
+                raise EnvironmentFault(what, hint) from None
+        result = {"type": "string", "enum": list(request.allowed)}
+        schema = {
+            "type": "object",
+            "properties": {"feedback": {"type": "string"}, "result": result},
+            "required": ["feedback", "result"],
+            "additionalProperties": False,
+        }
+        schema_if_json = schema if self.section.mode == "json" else None
+        return Request(**known, messages=messages, ids=tuple(ids), schema=schema_if_json)
 
 
 @contextmanager
@@ -356,45 +317,9 @@ def verdict_tokens(
 # ---- suites that a judge decides ----
 
 
-@dataclass
-class Judged:
-    """One model's answers, its opponent's, and what the judge said about them."""
-
-    answers: Answers
-    opponent: Answers | None
-    compared: Sequence[Item] = ()
-    graded: Sequence[Item] = ()
-    rows: list[Row] = field(default_factory=list)
-
-    def samples(self, items: Sequence[Item]) -> list[Sample]:
-        """Return what was compared, or graded, as samples."""
-        by_item: dict[str, dict[str, Row]] = defaultdict(dict)
-        for row in self.rows:
-            by_item[row["question_id"]][row["order"]] = row
-        samples = []
-        for item in items:
-            question = item.question
-            assert question is not None
-            place = question.id, item.turn
-            opponent = self.opponent if item.opponent is not None else None
-            texts = [side.texts[place] for side in (self.answers, opponent) if side]
-            known: dict[str, Any] = {
-                "turn": item.turn,
-                "category": question.category or "all",
-                "input": question.turns[item.turn - 1],
-                "answer": texts[0],
-                "opponent": texts[1] if opponent else None,
-                "lengths": tuple(map(len, texts)),
-                "cut": place in self.answers.cut,
-            }
-            samples.append(sample_of(question.id, by_item[item.name], item.orders, **known))
-        return samples
-
-
 class JudgedSuite(Suite):
     """A suite that a judge decides: it says how the judge is asked about an answer."""
 
-    metric_order: tuple[str, ...] = ("win_rate", "grade")
     always_graded = False  # whatever `metrics.absolute` says
 
     def item(
@@ -403,26 +328,25 @@ class JudgedSuite(Suite):
         """Return what the judge is asked: to grade an answer, or to compare it with another."""
         raise NotImplementedError
 
-    def items(self, answers: Answers, opponent: Answers | None = None) -> list[Item]:
-        """Return what the judge is asked about all answers."""
-        return [
-            self.item(question, turn, answers, opponent)
-            for question in self.chosen.questions
-            for turn in range(1, len(question.turns) + 1)
-        ]
+    def items(self, answers: Answers, opponent: Answers | None = None) -> Iterator[Item]:
+        """Yield what the judge is asked about all answers."""
+        for question in self.chosen.questions:
+            for turn, said in enumerate(question.turns, 1):
+                item, place = self.item(question, turn, answers, opponent), (question.id, turn)
+                texts = [side.texts[place] for side in (answers, opponent) if side]
+                sample = {
+                    "turn": turn,
+                    "category": question.category or "all",
+                    "input": said,
+                    "answer": texts[0],
+                    "opponent": texts[1] if opponent else None,
+                    "lengths": tuple(map(len, texts)),
+                    "cut": place in answers.cut,
+                }
+                yield replace(item, question_id=question.id, sample=sample)
 
-    def metrics(self, judged: Judged) -> list[Metric]:
-        """Return the metrics of one model."""
-        named = f"{self.title} {{}}" if self.chosen.published else f"{{}} on {self.recipe.name}"
-        metrics = {}
-        if judged.compared and judged.opponent:
-            samples = judged.samples(judged.compared)
-            label, opponent = named.format("win rate"), judged.opponent.name
-            metrics["win_rate"] = metric_of("win_rate", label, samples, opponent=opponent)
-        if judged.graded:
-            samples = judged.samples(judged.graded)
-            metrics["grade"] = metric_of("grade", named.format("mean grade, 1-5"), samples, "grade")
-        return [metrics[name] for name in self.metric_order if name in metrics]
+    def write(self, log: EvalLog) -> None:
+        """Write files for other programs beside a log."""
 
 
 def judge_models(
@@ -433,84 +357,71 @@ def judge_models(
     Args:
         pairs: the answers of each model, and of its opponent where it has one.
     """
-    recipe = suite.recipe
-    everyone: list[Judged] = []
-    probes: list[Row] = []
+    recipe, chosen, section = suite.recipe, suite.chosen, judge.section
+    named = f"{suite.title} {{}}" if chosen.published else f"{{}} on {recipe.name}"
+    logs, probes = list[EvalLog](), list[Row]()
     for answers, opponent in pairs:
-        judged = Judged(answers, opponent)
-        everyone.append(judged)
-        if suite.always_graded or recipe.metrics.absolute:
-            judged.graded = suite.items(answers)
-        if opponent is not None:
-            judged.compared = suite.items(answers, opponent)
-        folder, name = answers.folder(recipe.name), answers.name
-        with run_lock(folder, wait=True):
-            against = f".against-{opponent.name}" if opponent and opponent.run else ""
-            store = Store(folder / f"judgments{against}.jsonl")
-            judged.rows += ask(judged.graded, judge, store, f"{name} (1-5)")
-            judged.rows += ask(judged.compared, judge, store, name)
+        assert answers.run is not None
+        against, name = opponent.name if opponent else None, answers.name
+        is_graded = suite.always_graded or recipe.metrics.absolute
+        graded = [*suite.items(answers)] if is_graded else []
+        compared = [*suite.items(answers, opponent)] if opponent else []
+        file = log_file(answers.run.path, recipe.name, against)
+        with run_lock(file.parent, wait=True):
+            store = Store(file.with_name(f"judgments{file.name.removeprefix('result')}l"))
+            rows = ask(graded, judge, store, f"{name} (1-5)") + ask(compared, judge, store, name)
             # the judge is probed once, with the answers of the first model
-            probed = [] if probes else [*probe_items(judged.compared, recipe.metrics.probe_pairs)]
+            probed = [] if probes else [*probe_items(compared, recipe.metrics.probe_pairs)]
             if probed:
-                probes = [*judged.rows, *ask(probed, judge, store, "probes")]
-    return [_log_of(suite, judged, everyone, probes, judge) for judged in everyone]
-
-
-def _log_of(
-    suite: JudgedSuite,
-    judged: Judged,
-    everyone: Sequence[Judged],
-    probes: Sequence[Row],
-    judge: Judge,
-) -> EvalLog:
-    """The log of one model."""
-    recipe, chosen = suite.recipe, suite.chosen
-    answers, opponent, facts = judged.answers, judged.opponent, judged.answers.facts
-    assert answers.run is not None
-    labels: dict[str, str] = {}  # what people said of these pairs, by the name of the item
-    for item in judged.compared if chosen.labels else ():
-        texts = pair_texts(item.instruction, item.answer, str(item.opponent))
-        turned = chosen.labels.get((texts[0], texts[2], texts[1]), "")
-        if label := chosen.labels.get(texts) or TURNED.get(turned):
-            labels[item.name] = label
-    card = audit(judged.rows, recipe.thresholds, labels, probes)
-    banners = [f"Weak judge: {judge.section.weak}."] if judge.section.weak else []
-    banners += filter(None, [audit_banner(card)])
-    # bases included: a model that was fine-tuned from the judge counts too
-    if judge.section.model in (*facts.models, *(opponent.facts.models if opponent else ())):
-        banners.append(f"{judge.section.model} judges its own answers: expect self-preference")
-    others = [opponent, *(each.answers for each in everyone if each is not judged)]
-    same = [other.name for other in others if other and other.digest == answers.digest]
-    if same:
-        banners.append(
-            f"{answers.name} and {same[0]} gave the same answers: they are one model here and"
-            " cannot be ranked"
+                probes = [*rows, *ask(probed, judge, store, "probes")]
+        judged = by_item(rows)
+        pairs_judged, grades = (
+            [
+                sample_of(item.question_id, judged[item.name], item.orders, **item.sample)
+                for item in items
+            ]
+            for items in (compared, graded)
         )
-    notes = [*filter(None, [audit_note(card)])]
-    bare = [item.name for item in judged.graded if item.by_reference and item.reference is None]
-    if bare:
-        num = count(len(bare), "answer")
-        notes.append(f"{num} graded without the reference needed: {', '.join(bare[:8])}")
-    if opponent and opponent.facts.prompt_format_hash not in (None, facts.prompt_format_hash):
-        asked = f"{answers.name} in {facts.prompt_format}, {opponent.name} in"
-        notes.append(f"other prompt formats: {asked} {opponent.facts.prompt_format}")
-    against = opponent.name if opponent else None
-    return EvalLog(
-        suite=recipe.suite.name,
-        eval=recipe.name,
-        target=answers.name,
-        against=against,
-        n=len(chosen.questions),
-        subset=chosen.subset,
-        banners=tuple(banners),
-        notes=tuple(notes),
-        metrics=tuple(suite.metrics(judged)),
-        answers=facts,
-        opponent=opponent.facts if opponent else None,
-        judge=judge.facts(),
-        audit=card,
-        file=log_file(answers.run.path, recipe.name, against),
-    )
+        metrics = []
+        if compared:
+            label = named.format("win rate")
+            metrics.append(metric_of("win_rate", label, pairs_judged, opponent=against))
+        if graded:
+            metrics.append(metric_of("grade", named.format("mean grade, 1-5"), grades, "grade"))
+        labels: dict[str, str] = {}  # what people said of these pairs, by the name of the item
+        for item in compared if chosen.labels else ():
+            texts = pair_texts(item.instruction, item.answer, str(item.opponent))
+            turned = chosen.labels.get((texts[0], texts[2], texts[1]), "")
+            if label := chosen.labels.get(texts) or TURNED.get(turned, ""):
+                labels[item.name] = label
+        card = audit(rows, recipe.thresholds, labels, probes)
+        banners = [f"Weak judge: {section.weak}."] if section.weak else []
+        banners += filter(None, [audit_banner(card)])
+        # bases included: a model that was fine-tuned from the judge counts too
+        if section.model in (*answers.facts.models, *(opponent.facts.models if opponent else ())):
+            banners.append(f"{section.model} judges its own answers: expect self-preference")
+        notes = [*filter(None, [audit_note(card)])]
+        bare = [item.name for item in graded if item.by_reference and item.reference is None]
+        if bare:
+            num = count(len(bare), "answer")
+            notes.append(f"{num} graded without the reference needed: {', '.join(bare[:8])}")
+        log = suite.new_log(
+            metrics[::-1] if suite.always_graded else metrics,
+            target=name,
+            against=against,
+            n=len(chosen.questions),
+            subset=chosen.subset,
+            banners=tuple(banners),
+            notes=tuple(notes),
+            answers=answers.facts,
+            opponent=opponent.facts if opponent else None,
+            judge=judge.facts(),
+            audit=card,
+            file=file,
+        )
+        suite.write(log)
+        logs.append(log)
+    return logs
 
 
 # ---- recipes judge audit ----

@@ -172,10 +172,8 @@ class Scorecard:
     judge: str = ""  # its fingerprint
     judgments: int = 0
     asked: int = 0
-    by_rule: int = 0
     probes: int = 0
     cut: int = 0
-    statuses: dict[str, int] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
 
     @property

@@ -276,8 +276,9 @@ def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code:
     is_served = section.engine == "openai" and not is_local
     if known is None and not (is_local or is_hub_id or is_served):
         open_run(str(_run_folder(word)) if "/" in word else word)  # raises, with similar names
+    name = str(Path(word).resolve()) if (Path(word) / "config.json").is_file() else word
     model = ModelSection(
-        name_or_path=word, dtype=section.dtype, trust_remote_code=section.trust_remote_code
+        name_or_path=name, dtype=section.dtype, trust_remote_code=section.trust_remote_code
     )
     is_free = known is None and section.prompt_format == "auto"
     format_ = "chat" if section.prompt_format == "auto" else section.prompt_format

@@ -37,6 +37,7 @@ from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
 GRADES = ("1", "2", "3", "4", "5")
 CHOICES = ("A", "B")
+VERDICTS = {1: GRADES, 2: CHOICES}  # by the number of answers
 CUT_MARK = "\n(... the rest of this response was left out because of its length)"
 PROMETHEUS_PACKAGE = "package:prometheus-eval"
 _REQUIREMENT = "prometheus-eval==0.1.20"
@@ -91,7 +92,7 @@ def load_template(path: Path, kind: str) -> Template:
         kind: relative (two answers) or absolute (one).
     """
     text = _read(path)
-    needed = {"code", "instruction", "answer_1", "criterion"}
+    needed = {"code", "instruction", "criterion", "answer_1"}
     needed |= {"answer_2"} if kind == "relative" else set()
     try:
         fields = find_undeclared_variables(_JINJA.parse(text))
@@ -179,10 +180,7 @@ def prometheus_is_here() -> bool:
 
 def published_template(kind: str) -> Template:
     """Return the authors' prompt of a kind ("relative", "absolute") with the fence's line."""
-    instead = (
-        "where there is a network: recipes prefetch; or name a prompt file of your own:"
-        f" judge.{kind}_prompt"
-    )
+    instead = f"name a prompt file of your own: judge.{kind}_prompt"
     folder = files_of_wheel(_REQUIREMENT, "prometheus_eval", _MEMBERS, "20 KB", instead)
     return template_of(runpy.run_path(str(folder / "prompts.py")), kind)  # known by its hash
 

@@ -5,13 +5,13 @@ is one file in this folder and one line in `evals.recipe.SUITES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from recipes_lib.evals.log import Check, Metric, Sample
+from recipes_lib.evals.log import Check, EvalLog, Metric, Sample
 
 if TYPE_CHECKING:
-    from recipes_lib.evals.log import EvalLog
     from recipes_lib.evals.models import Answers, Model
     from recipes_lib.evals.questions import QuestionSet
     from recipes_lib.evals.recipe import EvalRecipe
@@ -46,6 +46,11 @@ class Suite:
         """Return the log of one model, whose network is in memory."""
         raise NotImplementedError
 
+    def new_log(self, metrics: Iterable[Metric], **known: Any) -> EvalLog:
+        """Return a log of metrics."""
+        name, suite = self.recipe.name, self.recipe.suite.name
+        return EvalLog(suite=suite, eval=name, metrics=tuple(metrics), **known)
+
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
@@ -61,9 +66,9 @@ def numbers_of(
         return {"n": 0}
     from recipes_lib.stats import mean_interval  # scipy, which `recipes study --help` does without
 
-    ends = mean_interval(*zip(*known, strict=True), UNIT_SCALES.get(unit))
-    low, high = ends or (None, None)
-    mean = math.fsum(value or 0.0 for value, _ in known) / len(known)
+    numbers, names = [value or 0.0 for value, _ in known], [name for _, name in known]
+    low, high = mean_interval(numbers, names, UNIT_SCALES.get(unit)) or (None, None)
+    mean = math.fsum(numbers) / len(known)
     return {"value": mean, "low": low, "high": high, "n": len(known)}
 
 
@@ -82,17 +87,11 @@ def metric_of(
 
 def bounds_of(samples: Sequence[Sample], unit: str = "share") -> tuple[float, float]:
     """Return the mean if everything unresolved had got the lowest value, and the highest."""
-    values = [sample.value for sample in samples]
     lowest, highest = (
-        math.fsum(end if value is None else value for value in values) / len(values)
+        fmean(end if sample.value is None else sample.value for sample in samples)
         for end in UNIT_SCALES[unit]
     )
     return lowest, highest
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """Return a number with so many digits after the point."""
-    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def shown_rate(rate: Metric | Check, digits: int = 2, unit: str = "share") -> str:

@@ -7,14 +7,13 @@ tools. Its length-controlled win rate is made of them.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 
-from recipes_lib.core.files import write_text
+from recipes_lib.core.files import write_json
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.judge import Item, Judged, JudgedSuite
-from recipes_lib.evals.log import REFERENCE, EvalLog, Metric
+from recipes_lib.evals.judge import Item, JudgedSuite
+from recipes_lib.evals.log import EvalLog
 from recipes_lib.evals.models import Answers
 from recipes_lib.evals.questions import Question
 from recipes_lib.evals.suites import bounds_of, shown_rate
@@ -33,34 +32,29 @@ class AlpacaEval(JudgedSuite):
         reference = question.reference[0] if question.reference else None
         if opponent is not None:
             other, reference = opponent.texts[question.id, 1], None
-        return Item(question.id, question.turns[0], text, other, reference, question)
+        return Item(question.id, question.turns[0], text, other, reference)
 
-    def metrics(self, judged: Judged) -> list[Metric]:
-        """Return the metrics, and write the files that alpaca_eval reads."""
-        metrics = super().metrics(judged)
-        opponent, name = judged.opponent, judged.answers.name
-        assert opponent is not None
-        is_reference = opponent.name == REFERENCE
+    def write(self, log: EvalLog) -> None:
+        """Write the files that alpaca_eval reads."""
+        assert log.judge
         outputs, annotations = list[object](), list[object]()
-        for sample in metrics[0].samples:
+        for sample in log.metrics[0].samples:
             asked = {"dataset": sample.category, "instruction": sample.input}
-            outputs.append({**asked, "output": sample.answer, "generator": name})
+            outputs.append({**asked, "output": sample.answer, "generator": log.target})
             pair: dict[str, object] = {
                 "output_1": sample.opponent,
-                "generator_1": ", ".join(opponent.facts.models) if is_reference else opponent.name,
+                "generator_1": log.against,
                 "output_2": sample.answer,
-                "generator_2": name,
-                "annotator": f"judge-{judged.rows[0]['judge'][:12]}",
+                "generator_2": log.target,
+                "annotator": f"judge-{log.judge.fingerprint[:12]}",
                 # 1: the opponent wins, 1.5: a tie, 2: the candidate wins
                 "preference": None if sample.value is None else 1 + sample.value,
             }
             annotations.append({**asked, **pair})
-        suffix = "" if is_reference else f".against-{opponent.name}"
-        folder = judged.answers.folder(self.recipe.name) / "samples"
-        files = {"model_outputs.json": outputs, f"annotations{suffix}.json": annotations}
+        name = log.file.name.replace("result", "annotations", 1)
+        files = {"model_outputs.json": outputs, name: annotations}
         for file, rows in files.items():
-            write_text(folder / file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
-        return metrics
+            write_json(log.file.parent / "samples" / file, rows)
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:

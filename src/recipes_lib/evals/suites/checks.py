@@ -68,28 +68,14 @@ class Checks(Suite):
             )
             samples.append(sample)
         label = f"answers that pass on {self.recipe.name}"
-        return EvalLog(
-            suite=self.recipe.suite.name,
-            eval=self.recipe.name,
-            n=len(self.chosen.questions),
-            metrics=(metric_of("pass_rate", label, samples),),
-        )
+        rate = metric_of("pass_rate", label, samples)
+        return self.new_log([rate], n=len(self.chosen.questions))
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
-        """Return the lines of a table of logs: all rows, then each of several categories."""
-        by_log = [log.metrics[0].samples for log in logs]
-        categories = dict.fromkeys(sample.category for samples in by_log for sample in samples)
-        rows = [["answers that pass [95%]", "n", *(log.target for log in logs)]]
-        names = {"": "all", "all": "no category"}
-        for name in ("", *(categories if len(categories) > 1 else ())):
-            cells = [
-                [sample for sample in samples if name in ("", sample.category)]
-                for samples in by_log
-            ]
-            values = [shown_rate(metric_of("pass_rate", "", samples)) for samples in cells]
-            rows.append([names.get(name, name), str(max(map(len, cells))), *values])
-        return aligned(rows)
+        """Return the lines of a table of logs."""
+        rates = [[log.target, str(log.n), shown_rate(log.metrics[0])] for log in logs]
+        return aligned([["model", "n", "answers that pass [95%]"], *rates])
 
 
 # ---- rules ----
@@ -97,13 +83,13 @@ class Checks(Suite):
 
 _Text = Annotated[str, Field(pattern=r"\S")]
 _TEXTS = TypeAdapter[Any](_Text | Annotated[list[_Text], Field(min_length=1)])
-# what each check wants under `expected`, in words and as a type
-RULES: Mapping[str, tuple[str, TypeAdapter[Any]]] = {
-    "exact": ("a text, or a list of which one must be the answer", _TEXTS),
-    "contains": ("a text, or a list of which all must occur", _TEXTS),
-    "regex": ("a regular expression", TypeAdapter(Annotated[str, AfterValidator(re.compile)])),
-    "number": ("a number", TypeAdapter(int | float)),
-    "choice": ("a letter", TypeAdapter(Annotated[str, Field(pattern="^[A-Za-z]$")])),
+# what each check wants under `expected`
+RULES: Mapping[str, TypeAdapter[Any]] = {
+    "exact": _TEXTS,
+    "contains": _TEXTS,
+    "regex": TypeAdapter(Annotated[str, AfterValidator(re.compile)]),
+    "number": TypeAdapter(int | float),
+    "choice": TypeAdapter(Annotated[str, Field(pattern="^[A-Za-z]$")]),
 }
 
 
@@ -143,18 +129,16 @@ class AnswerRule(BaseModel):
 
 def rule_of(written: Mapping[str, object]) -> AnswerRule:
     """Return a check of a row, or refuse one that cannot work."""
-    name = str(written.get("check") or "")
+    name = str(written.get("check"))
     if name not in RULES:
         hints = (*did_you_mean(name, list(RULES)), f"checks: {', '.join(RULES)}")
-        what = f"unknown check '{name}'" if name else "a row needs a 'check', or a list of 'checks'"
-        raise DataError(what, *hints)
-    wants, expected = RULES[name]
+        raise DataError(f"unknown check '{name}'", *hints)
     try:
-        expected.validate_python(written.get("expected"), strict=True)
+        RULES[name].validate_python(written.get("expected"), strict=True)
         return AnswerRule.model_validate(written)
     except (ValidationError, re.error):
-        what = f"check '{name}' expects {wants}; beside it stand ignore_case and tolerance"
-        raise DataError(f"{what}, not {dict(written)}") from None
+        what = f"check '{name}' cannot be as it is written: {dict(written)}"
+        raise DataError(what, "what each check takes: docs/evaluation.md") from None
 
 
 def _letters(answer: str) -> set[str]:

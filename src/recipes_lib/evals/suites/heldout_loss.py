@@ -21,10 +21,10 @@ from recipes_lib.core.files import hash_of
 from recipes_lib.core.terminal import aligned
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.splits import TRAIN
-from recipes_lib.evals.log import EvalLog, Metric, Sample
+from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.models import Model
 from recipes_lib.evals.recipe import HELD_OUT
-from recipes_lib.evals.suites import Suite, metric_of, number, shown_rate
+from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 
 class HeldoutLoss(Suite):
@@ -75,59 +75,48 @@ class HeldoutLoss(Suite):
         first: dict[str, str] = {}  # the first row with these tokens
         keys = [hash_of(*row) for row in zip(tokens, labels, strict=True)]
         same = [first.setdefault(key, str(name)) for key, name in zip(keys, names, strict=True)]
-
-        def metric(losses: list[float], sizes: list[int], unit: str, **known: Any) -> Metric:
-            mean, samples = sum(sizes) / len(sizes), []
-            for name, loss, size, earlier in zip(names, losses, sizes, same, strict=True):
-                sample = Sample(
+        nats = row_losses(network, tokens, labels)
+        lengths, metrics = list(map(len, supervised)), []
+        num_bytes = [len(text.encode(errors="replace")) for text in texts]
+        for metric, label, instead_of, unit, scale, sizes, read in (
+            ("loss", "loss per token", "", "tokens", 1.0, lengths, tokens),
+            ("bits_per_byte", "bits per byte", "loss", "bytes", math.log(2), num_bytes, texts),
+        ):
+            mean = scale * sum(sizes) / len(sizes)
+            samples = [
+                Sample(
                     str(name),
                     value=loss / mean,
                     outcome="graded",
                     verdicts=(f"{size} {unit}",),
                     same_as="" if earlier == str(name) else earlier,
                 )
-                samples.append(sample)
-            return metric_of(samples=samples, unit="number", higher_is_better=False, **known)
-
-        where, nats = f"on {self.split or 'held-out'} rows", row_losses(network, tokens, labels)
-        label, task = f"loss per token {where}", f"tokens-{hash_of(tokens)[:8]}"
-        lengths = list(map(len, supervised))
-        metrics = [metric(nats, lengths, "tokens", metric="loss", label=label, task=task)]
-        num_bytes = [len(text.encode(errors="replace")) for text in texts]
-        if any(num_bytes):
-            label, task = f"bits per byte {where}", f"text-{hash_of(texts)[:8]}"
-            known = {"metric": "bits_per_byte", "label": label, "task": task, "instead_of": "loss"}
-            bits = [loss / math.log(2) for loss in nats]
-            metrics.append(metric(bits, num_bytes, "bytes", **known))
+                for name, loss, size, earlier in zip(names, nats, sizes, same, strict=True)
+            ]
+            known = {"higher_is_better": False, "instead_of": instead_of}
+            known["task"] = f"{unit}-{hash_of(read)[:8]}"
+            label = f"{label} on {self.split or 'held-out'} rows"
+            metrics.append(metric_of(metric, label, samples, "number", **known))
         chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
         note = "the validation rows chose the checkpoint: the loss on them is too good"
-        return EvalLog(
-            suite=self.recipe.suite.name,
-            eval=self.recipe.name,
+        return self.new_log(
+            metrics,
             n=len(names),
             subset=f"subset, the first {limit} rows" if limit else None,
             banners=(note,) if self.split == "validation" and chosen else (),
-            metrics=tuple(metrics),
         )
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
-        rows = [["model", "rows", "tokens", "loss per token [95%]", "bits per byte"]]
+        lines = [["model", "rows", "loss per token [95%]", "bits per byte"]]
         for log in logs:
-            loss, *others = log.metrics
-            tokens = sum(int(sample.verdicts[0].split()[0]) for sample in loss.samples)
-            per_byte = number(others[0].value if others else None, 4)
-            cells = [log.target, f"{log.n:,}", f"{tokens:,}", shown_rate(loss, 4, loss.unit)]
-            rows.append([*cells, per_byte])
-        lines, samples = aligned(rows), logs[0].metrics[0].samples
-        if repeated := sum(bool(sample.same_as) for sample in samples):
-            what = "every text is one observation in the intervals and tests"
-            lines += ["", f"{repeated:,} of the rows repeat the text of another: {what}"]
-        if len({log.metrics[0].task for log in logs}) > 1:
-            what = "their losses per token are not comparable, bits per byte of the same text are"
-            lines += ["", f"these models read other rows or other tokens: {what}"]
-        return lines
+            rates = [shown_rate(metric, 4, metric.unit) for metric in log.metrics]
+            lines.append([log.target, f"{log.n:,}", *rates])
+        if len({log.metrics[0].task for log in logs}) == 1:
+            return aligned(lines)
+        what = "their losses per token are not comparable, bits per byte of the same text are"
+        return [*aligned(lines), "", f"these models read other rows or other tokens: {what}"]
 
 
 def row_losses(

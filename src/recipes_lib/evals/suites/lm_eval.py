@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
-from recipes_lib.core.files import file_hash, hash_of, write_text
-from recipes_lib.core.project import shown_path
+from recipes_lib.core.files import file_hash, hash_of, write_json, write_text
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Metric, Sample, write_lines
 from recipes_lib.evals.recipe import check_allowed
@@ -59,17 +58,18 @@ class LMEval(Suite):
         recipe, suite = self.recipe, self.recipe.suite
         folder = model.folder(recipe.name).resolve()
         (folder / "cache").mkdir(parents=True, exist_ok=True)
+        # lm_eval (0.4.13) would tie a head and embeddings that were trained apart
+        needs_merge = bool(model.trained and (model.recipe.lora or {}).get("modules_to_save"))
+        config, file = _config(recipe, model, needs_merge), folder / "lm_eval.yaml"
         with _inside(recipe):
             from lm_eval import simple_evaluate
             from lm_eval.config.evaluate_config import EvaluatorConfig
             from lm_eval.models.huggingface import HFLM
             from lm_eval.utils import handle_non_serializable
 
-            config = dict(**_config(recipe, model), **suite.options)
-            file = folder / "lm_eval.yaml"
+            config = dict(**config, **suite.options)
             write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             settings = asdict(EvaluatorConfig.from_config(file))
-            # lm_eval (0.4.13) would tie a head and embeddings that were trained apart
             network.tie_weights = lambda *_, **__: None
             try:
                 harness = HFLM(
@@ -86,28 +86,24 @@ class LMEval(Suite):
             options |= dict(zip(_SEEDS, settings["seed"] or [None] * 4, strict=True))
             options |= {"model": harness, "tasks": tasks, "task_manager": manager}
             # lm-eval's cache knows neither the model nor the batches, on which rounding depends
-            cache = str(folder / "cache" / hash_of(model.fingerprint, config)[:16])
-            results = simple_evaluate(**options | {"use_cache": cache, "log_samples": True})
+            options["use_cache"] = str(folder / "cache" / hash_of(model.fingerprint, config)[:16])
+            results = simple_evaluate(**options | {"log_samples": True})
         # as plain values, which is how lm_eval itself writes them
         results = json.loads(json.dumps(results, default=handle_non_serializable))
         samples = results.pop("samples", {})
         for task, rows in samples.items():
             write_lines(folder / "samples" / f"samples_{task}.jsonl", rows)
-        own = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-        write_text(folder / "lm_eval_results.json", own)
+        write_json(folder / "lm_eval_results.json", results)
         metrics = tuple(metrics_of(results, samples))
         line = shlex.join(["lm_eval", "run", "--config", str(file)])
         if recipe.data.folder:
             line = f"(cd {shlex.quote(str(recipe.data.folder))} && {line})"
-        return EvalLog(
-            suite=suite.name,
-            eval=recipe.name,
+        line += f"  # after recipes merge {model.name}" if needs_merge else ""
+        return self.new_log(
+            metrics,
             n=sum(metric.n for metric in metrics if not metric.parts),
             subset=None if suite.limit is None else f"subset, limit={suite.limit} per task",
-            metrics=metrics,
-            lm_eval_command=f"{line}  # after recipes merge {model.name}"
-            if _needs_merge(model)
-            else line,
+            lm_eval_command=line,
         )
 
     @staticmethod
@@ -125,41 +121,23 @@ class LMEval(Suite):
 
 
 def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
-    """Build the tasks without a model, which fetches their data; return the number of items.
-
-    Args:
-        remote_code: whether the command line allowed code of the tasks.
-    """
+    """Build the tasks without a model, which fetches their data; return the number of items."""
     check_allowed([recipe], remote_code)
     with _inside(recipe):
         manager, tasks = _tasks(recipe)
         return sum(len(task.eval_docs) for task in manager.load(tasks)["tasks"].values())
 
 
-def _batch_size(recipe: EvalRecipe) -> Any:
-    """`suite.batch_size`; a number in place of auto where there is no GPU to try its memory."""
-    import torch
-
-    size = recipe.suite.batch_size
-    return _CPU_BATCH if str(size).startswith("auto") and not torch.cuda.is_available() else size
-
-
 def _tasks(recipe: EvalRecipe) -> tuple[Any, list[str]]:
-    """lm-eval's task manager, and the tasks with their patterns filled in. Its own tasks take ten
-    seconds to index: they are left out where the recipe's folder has each task and part of a group.
+    """lm-eval's task manager, and the tasks with their patterns filled in. lm-eval's own tasks take
+    ten seconds to index: they are left out where the recipe's folder has all that is asked for.
     """
     from lm_eval.tasks import TaskManager
 
     folder, tasks = recipe.data.include_path, recipe.suite.tasks or []
     manager = TaskManager(include_path=folder, include_defaults=False)
-
-    def suffices(task: Any) -> bool:
-        name = task.get("group") or task.get("task") if isinstance(task, dict) else task
-        entry = manager.task_index.get(name)
-        parts = (entry.cfg or {}).get("task") if entry and name in manager.all_groups else ()
-        return entry is not None and all(map(suffices, parts or ()))
-
-    if not all(map(suffices, tasks)):
+    own = manager.task_index.keys() - {*manager.all_groups}  # which may have tasks of lm-eval
+    if not own.issuperset(tasks):
         manager = TaskManager(include_path=folder)
     names = [name for task in tasks for name in manager.match_tasks([task]) or [task]]
     return manager, [*dict.fromkeys(names)]
@@ -168,7 +146,6 @@ def _tasks(recipe: EvalRecipe) -> tuple[Any, list[str]]:
 @contextlib.contextmanager
 def _inside(recipe: EvalRecipe) -> Iterator[None]:
     """Let lm-eval work in `data.folder`, its log at errors, and what it raises as one line."""
-    names, folder = ", ".join(recipe.suite.tasks or ()), recipe.data.include_path
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -176,19 +153,13 @@ def _inside(recipe: EvalRecipe) -> Iterator[None]:
             yield
     except RecipesError:
         raise
-    except ImportError as error:
-        hint = "pip install -e '.[eval]'; IFEval and MATH also need '.[chat-evals]'"
-        raise EnvironmentFault(f"{names}: {one_line(error)}", hint) from None
-    except (ConnectionError, FileNotFoundError) as error:
-        hint = "files are meant from data.folder, where a folder can also stand in for a Hub name"
-        raise EnvironmentFault(f"{names}: cannot load data: {one_line(error)}", hint) from None
     except Exception as error:  # lm-eval raises what its tasks, filters and metrics raise
-        where = f"; its task files are in {shown_path(Path(folder))}" if folder else ""
-        raise recipe.document.error(
-            "suite.tasks",
-            f"lm-eval cannot run {names}: {type(error).__name__}: {one_line(error)}{where}",
-            "lm-eval's own traceback: recipes --debug eval",
-        ) from error
+        names = ", ".join(recipe.suite.tasks or ())
+        what = f"lm-eval cannot run {names}: {type(error).__name__}: {one_line(error)}"
+        hint = "lm-eval's traceback: recipes --debug eval; IFEval and MATH need '.[chat-evals]'"
+        if isinstance(error, ImportError | ConnectionError | FileNotFoundError):
+            raise EnvironmentFault(what, hint) from error
+        raise recipe.document.error("suite.tasks", what, hint) from error
     finally:
         logging.disable(before)
 
@@ -206,13 +177,14 @@ def metrics_of(
         samples: the rows of its samples files by task.
     """
 
-    def said_of(task: str, key: str) -> Any:
+    def fact(task: str, key: str) -> Any:
         return (results.get(key) or {}).get(task)
 
     def parts(group: str) -> list[str]:
         """Every task and group below a group; nothing of a task."""
-        below = said_of(group, "group_subtasks") or ()
-        return [name for part in below for name in (part, *parts(part))]
+        return [
+            name for part in fact(group, "group_subtasks") or () for name in (part, *parts(part))
+        ]
 
     for task, values in results["results"].items():
         for name, value in values.items():
@@ -221,66 +193,55 @@ def metrics_of(
                 continue
             rows = [row for row in samples.get(task, ()) if row.get("filter", "none") == pipeline]
             rows = [row for row in rows if isinstance(row.get(metric), int | float)]
-            items = [_sample(row, metric, task) for row in rows]
-            scores = [item.value or 0.0 for item in items]
+            docs, scores = (
+                [row.get("doc") or {} for row in rows],
+                [float(row[metric]) for row in rows],
+            )
+            items = [
+                Sample(
+                    f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}",
+                    category=str(doc.get("subject") or doc.get("category") or task),
+                    value=score,
+                    outcome={1.0: "right", 0.0: "wrong"}.get(score, "scored"),
+                )
+                for row, doc, score in zip(rows, docs, scores, strict=True)
+            ]
             in_range = all(0 <= score <= 1 for score in (*scores, value))
-            unit: Any = "share" if _SHARE.search(metric) and in_range else "number"
-            facts: dict[str, Any] = {
-                "task": task,
-                "higher_is_better": (said_of(task, "higher_is_better") or {}).get(metric),
-                "parts": tuple(parts(task)),
-                "num_fewshot": said_of(task, "n-shot"),
-                "version": str(said_of(task, "versions") or "") or None,
-            }
             key = metric if pipeline == "none" else f"{metric},{pipeline}"
-            label = f"{task} {key.replace(',', ', ')}"
+            facts: dict[str, Any] = {
+                "metric": key,
+                "label": f"{task} {key.replace(',', ', ')}",
+                "unit": "share" if _SHARE.search(metric) and in_range else "number",
+                "task": task,
+                "higher_is_better": (fact(task, "higher_is_better") or {}).get(metric),
+                "parts": tuple(parts(task)),
+                "num_fewshot": fact(task, "n-shot"),
+                "version": str(fact(task, "versions") or "") or None,
+            }
             if scores and abs(sum(scores) / len(scores) - value) <= 1e-6:
-                yield metric_of(key, label, items, unit, **facts)
+                yield metric_of(samples=items, **facts)
                 continue
             # a corpus score, or a group
             if isinstance(error := values.get(f"{metric}_stderr,{pipeline}"), int | float):
                 facts |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
-            count = (said_of(task, "n-samples") or {}).get("effective", 0)
-            yield Metric(key, label, unit=unit, value=value, n=count, **facts)
-
-
-def _sample(row: Mapping[str, Any], metric: str, task: str) -> Sample:
-    """A sample of lm-eval's on one metric."""
-    doc, value = row.get("doc") or {}, float(row[metric])
-    return Sample(
-        f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}",
-        category=str(doc.get("subject") or doc.get("category") or task),
-        value=value,
-        outcome={1.0: "right", 0.0: "wrong"}.get(value, "scored"),
-    )
+            num = (fact(task, "n-samples") or {}).get("effective", 0)
+            yield Metric(value=value, n=num, **facts)
 
 
 # ---- the configuration that gives the same numbers ----
 
 
-def _config(recipe: EvalRecipe, model: Model) -> dict[str, Any]:
+def _config(recipe: EvalRecipe, model: Model, needs_merge: bool) -> dict[str, Any]:
     """What `lm_eval run --config` takes, without the recipe's own options."""
-    suite = recipe.suite
-    config = {
-        "model": "hf",
-        "model_args": _model_args(model),
-        "tasks": suite.tasks,
-        "num_fewshot": suite.num_fewshot,
-        "limit": suite.limit,
-        "batch_size": _batch_size(recipe),
-        "apply_chat_template": suite.apply_chat_template,
-        "include_path": recipe.data.include_path,
-    }
-    return {name: value for name, value in config.items() if value is not None}
+    import torch
 
-
-def _model_args(model: Model) -> dict[str, Any]:
     section, trained = model.recipe.model, model.trained
     path, adapter = Path(model_path(section)), None
-    if trained and (trained.full or _needs_merge(model)):
-        path = (trained.weights if trained.full else trained.merged).resolve()
+    if trained and (trained.full or needs_merge):
+        path = trained.weights if trained.full else trained.merged
     elif trained:
         adapter = str(trained.weights.resolve())
+    loading = (model.recipe.quantization or {}).items()
     arguments = {
         "pretrained": str(path.resolve() if path.is_dir() else path),
         "dtype": section.dtype,
@@ -289,12 +250,11 @@ def _model_args(model: Model) -> dict[str, Any]:
         "revision": section.revision,
         "trust_remote_code": section.trust_remote_code,
         "chat_template_args": dict(model.recipe.data.chat_template_kwargs),
+        **{key: value for key, value in loading if key.startswith(("load_in", "bnb_"))},
     }
-    loading = model.recipe.quantization or {}
-    arguments |= {key: loading[key] for key in loading if key.startswith(("load_in", "bnb_"))}
-    return {key: value for key, value in arguments.items() if value}
-
-
-def _needs_merge(model: Model) -> bool:
-    """Whether lm_eval itself would tie a head that was trained apart."""
-    return bool(model.trained and (model.recipe.lora or {}).get("modules_to_save"))
+    config = recipe.suite.model_dump(exclude={"name", "options"})
+    config |= {"model": "hf", "include_path": recipe.data.include_path}
+    config["model_args"] = {key: value for key, value in arguments.items() if value}
+    if str(config["batch_size"]).startswith("auto") and not torch.cuda.is_available():
+        config["batch_size"] = _CPU_BATCH
+    return {key: value for key, value in config.items() if value is not None}

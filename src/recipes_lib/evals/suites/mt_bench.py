@@ -8,7 +8,6 @@ verdict is counted and enters the bounds, once as 1 and once as 5.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from statistics import fmean
 
 from recipes_lib.core.terminal import aligned
@@ -16,14 +15,13 @@ from recipes_lib.evals.judge import Item, JudgedSuite
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.models import Answers
 from recipes_lib.evals.questions import NEEDS_REFERENCE, Question
-from recipes_lib.evals.suites import bounds_of, number, shown_rate
+from recipes_lib.evals.suites import bounds_of, shown_rate
 
 
 class MTBench(JudgedSuite):
     """MT-Bench for the models of one eval recipe."""
 
     title = "MT-Bench"
-    metric_order = ("grade", "win_rate")
     always_graded = True
 
     def item(
@@ -41,7 +39,7 @@ class MTBench(JudgedSuite):
                 listed = [f"Question {n}: {question.turns[n - 1]}" for n in turns]
                 last = f"(Compare the two conversations by their answers to question {turn}.)"
                 instruction = "\n\n".join([*listed, last])
-            return Item(name, instruction, text, other, reference, question, turn)
+            return Item(name, instruction, text, other, reference)
         if turn > 1:
             before = [
                 f"User: {question.turns[n - 1]}\n\nAssistant: {answers.texts[question.id, n]}"
@@ -50,41 +48,35 @@ class MTBench(JudgedSuite):
             last = f"User: {question.turns[turn - 1]}"
             note = "(The response to evaluate answers the last message of this conversation.)"
             instruction = "\n\n".join([*before, last, note])
-        item = Item(
-            name, instruction, answers.texts[question.id, turn], None, reference, question, turn
-        )
-        return replace(item, by_reference=needs_reference)
+        text = answers.texts[question.id, turn]
+        return Item(name, instruction, text, None, reference, by_reference=needs_reference)
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
-        metrics = [{metric.metric: metric for metric in log.metrics} for log in logs]
-        grades = [by_name["grade"].samples for by_name in metrics]
-        turns = sorted({sample.turn for sample in grades[0]})
-        head = ["model", "n", "turns", "no grade", "mean 1-5 [95%]", "all 1 .. 5"]
-        rows = [[*head, *(f"turn {turn}" for turn in turns), "win rate"]]
-        for log, by_name, samples in zip(logs, metrics, grades, strict=True):
-            grade, pairs = by_name["grade"], by_name.get("win_rate")
-            lowest, highest = bounds_of(samples, "grade")
-            cells = [log.target, str(log.n), str(len(samples)), str(len(samples) - grade.n)]
+        rows = [["model", "n", "no grade", "mean 1-5 [95%]", "all 1 .. 5", "win rate"]]
+        for log in logs:
+            grade, *pairs = log.metrics
+            lowest, highest = bounds_of(grade.samples, "grade")
+            cells = [log.target, str(log.n), str(len(grade.samples) - grade.n)]
             cells += [shown_rate(grade, unit="grade"), f"{lowest:.2f} .. {highest:.2f}"]
-            cells += [_mean(samples, turn) for turn in turns]
-            rows.append([*cells, f"{shown_rate(pairs)} against {log.against}" if pairs else "-"])
-        by_category = [["category", *(log.target for log in logs)]]
-        for name in dict.fromkeys(sample.category for sample in grades[0]):
-            cells = [" / ".join(_mean(samples, turn, name) for turn in turns) for samples in grades]
+            rows.append([*cells, f"{shown_rate(pairs[0])} against {log.against}" if pairs else "-"])
+        by_category = [["turn 1 / turn 2", *(log.target for log in logs)]]
+        categories = dict.fromkeys(sample.category for sample in logs[0].metrics[0].samples)
+        for name in ("all", *categories):
+            cells = [_means(log.metrics[0].samples, name) for log in logs]
             by_category.append([name, *cells])
         lines = [*aligned(rows), "", *aligned(by_category), ""]
         return [*lines, "grades are 1-5, as the judge gives them"]
 
 
-def _mean(samples: Sequence[Sample], turn: int, category: str | None = None) -> str:
-    grades = [
-        sample.value
-        for sample in samples
-        if sample.turn == turn and category in (None, sample.category) and sample.value
-    ]
-    return number(fmean(grades) if grades else None)
+def _means(samples: Sequence[Sample], category: str) -> str:
+    """The mean grade of each turn."""
+    grades: dict[int, list[float]] = {sample.turn: [] for sample in samples}
+    for sample in samples:
+        if category in ("all", sample.category) and sample.value:
+            grades[sample.turn].append(sample.value)
+    return " / ".join(f"{fmean(values):.2f}" if values else "n/a" for values in grades.values())
 
 
 def _side(question: Question, answers: Answers, turn: int) -> str:
