@@ -42,13 +42,12 @@ class Margin:
         last = metric.rpartition("/")[2]
         if unit is None:
             unit = "grade" if last == "grade" else "number" if last in NO_SHARES else "share"
-        if unit == "share" and self.size >= 1:
-            return f"{metric} is a share: write points ('2 points') or a number below 1 (0.02)"
         if self.points and unit != "share":
             return f"{metric} is no share and has no points: write a number in its unit"
         scale = UNIT_SCALES.get(unit)
         if scale and self.size > WIDEST_MARGIN * (scale[1] - scale[0]):
-            return f"{metric}: a margin of more than a quarter of the scale says nothing"
+            hint = " (of a share write '2 points' or 0.02)" if unit == "share" else ""
+            return f"{metric}: a margin of more than a quarter of the scale says nothing{hint}"
         return ""
 
 

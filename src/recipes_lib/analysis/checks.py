@@ -50,8 +50,6 @@ _FREE = re.compile(
     r"name|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine|batch_tokens"
     r"|base_url|served_name|api_key_variable|concurrency|timeout_s|max_retries|num_processes)"
 )
-
-
 _Logged = tuple[str, Run, EvalLog]  # the arm first
 
 
@@ -318,11 +316,9 @@ def check_answers(arms: Arms) -> Iterator[Finding]:
 
 
 def _degenerate(arm: str, log: EvalLog, what: str, times: int, n: int) -> Finding:
-    remedy = "read some of the answers"
-    if what == CUT:
-        limit = (log.recipe.get("generation") or {}).get("max_new_tokens")
-        more = f"generation.max_new_tokens={2 * limit if limit else 'N'}"
-        remedy = f"recipes eval EVAL {log.target or 'RUN'} {more}"
+    limit = (log.recipe.get("generation") or {}).get("max_new_tokens")
+    more = f"generation.max_new_tokens={2 * limit if limit else 'N'}"
+    remedy = f"recipes eval EVAL {log.target or 'RUN'} {more}" if what == CUT else "read some"
     severity: Severity = "error" if times / n > DEGENERATE else "warning"
     title, lines = f"{times} of {n} {arm} answers in {log.eval} {what}", (run_place(log.file),)
     return Finding("degenerate-answers", severity, title, lines, remedy, (arm,), _metrics((log,)))
@@ -338,33 +334,25 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
         formats = {facts.prompt_format_hash for facts in (log.answers, log.opponent) if facts}
         if both[1] in arms.by_name and len(formats - {None, ""}) > 1:
             title = f"{arm} and {both[1]} were asked in other prompt formats in {log.eval}"
-            scope = (run_place(log.file),), _ONE_FORMAT, both, _metrics((log,))
-            yield Finding("protocol-differs", "error", title, *scope)
+            place, metrics = (run_place(log.file),), _metrics((log,))
+            yield Finding("protocol-differs", "error", title, place, _ONE_FORMAT, both, metrics)
     for name, logs in _by_eval(arms).items():
         metrics = _metrics(log for _, _, log in logs)
         for (arm, _, left), (other, _, right) in itertools.combinations(logs, 2):
-            opponent = _common_opponent(arms, (arm, other), left, right)
-            if arm != other and opponent is not None:
-                yield from _asked_differently(
-                    left, right, design, ((arm, other), metrics, opponent)
-                )
+            same = arms.opponent(left.against) == arms.opponent(right.against)
+            if arm != other and (same or _grades(left) & _grades(right)):
+                opponent = (arms.opponent(left.against) or "") if same else ""
+                scope = (arm, other), metrics, opponent
+                yield from _asked_differently(left, right, design, scope)
         subsets = tuple(dict.fromkeys(f"{arm}: {log.subset}" for arm, _, log in logs if log.subset))
         if subsets:
             title = f"{name} asked a part of its questions"
             yield Finding("subset", "warning", title, subsets, "ask all of them", (), metrics)
 
 
-def _common_opponent(
-    arms: Arms, pair: tuple[str, str], left: EvalLog, right: EvalLog
-) -> str | None:
-    """The opponent under which two results stand in a row of the table; None where in none."""
-    opponent, other = arms.opponent(left.against), arms.opponent(right.against)
-    if opponent == other:
-        return opponent or ""
-    if opponent in pair:
-        return pair[1]  # as their row head to head names it
-    both_are_arms = left.against in arms.of_run and right.against in arms.of_run
-    return "" if both_are_arms else None
+def _grades(log: EvalLog) -> set[tuple[str, str, str]]:
+    """What is measured without an opponent, and compared whichever opponent stands beside it."""
+    return {metric.key for metric in log.metrics if metric.opponent is None}
 
 
 def _declared(design: Design | None, keys: Sequence[str]) -> bool:
@@ -483,9 +471,7 @@ def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
 
 def check_base(arms: Arms) -> Iterator[Finding]:
     """Yield arms that were trained on other weights than their base was evaluated with."""
-    weights = {
-        arm.name: {known for run in arm.runs if (known := base_weights(run))} for arm in arms
-    }
+    weights = {arm.name: {*map(base_weights, arm.runs)} - {""} for arm in arms}
     for base, arm in itertools.permutations(arms, 2):
         now, then = weights[base.name], weights[arm.name]
         if base.is_base and not arm.is_base and now and then and now != then:
@@ -497,14 +483,14 @@ def check_base(arms: Arms) -> Iterator[Finding]:
 
 def check_leaks(arms: Arms) -> Iterator[Finding]:
     """Yield arms that were trained on questions of an evaluation, and those nobody searched."""
-    unknown: dict[str, dict[str, None]] = defaultdict(dict)
+    unknown: dict[str, list[str]] = defaultdict(list)
     for arm in arms:
         # runs of one arm saw the same rows, so the first result of each evaluation says it
         for log in {log.eval: log for log in reversed(arm.logs)}.values():
             if arm.is_base or not log.metrics or not is_searched(log.suite, _questions(log)):
                 continue
             if log.leaks is None or log.leaks.why:
-                unknown[log.eval][arm.name] = None
+                unknown[log.eval].append(arm.name)
             elif log.leaks.found:
                 severity: Severity = "error" if log.leaks.is_error else "warning"
                 title = f"{arm.name}: {log.leaks.summary(log.eval)}"
@@ -513,8 +499,7 @@ def check_leaks(arms: Arms) -> Iterator[Finding]:
                 scope = (arm.name,), _metrics(each for each in arm.logs if each.eval == log.eval)
                 yield Finding("leaked-questions", severity, title, lines, remedy, *scope)
     for name, who in unknown.items():
-        rows = f"The training rows of {sentence_list([*who])}"
-        title = f"{rows} were not searched for questions of {name}"
+        title = f"Rows of {sentence_list(who)} were not searched for questions of {name}"
         touched = tuple(who) if len(who) == 1 else ()
         yield Finding("leaks-not-searched", "warning", title, (), "", touched)
 
@@ -525,9 +510,8 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
     tuned = design.tuned if design else {}
     if len(trained) >= MANY_ARMS:
         title = f"The best of {len(trained)} arms looks better than it is"
-        line = "Holm's correction does not shrink the lead itself"
         remedy = "train the best one again with new seeds"
-        yield Finding("best-of-many", "warning", title, (line,), remedy)
+        yield Finding("best-of-many", "warning", title, (), remedy)
     on_validation = _metrics(log for _, log in arms.logs if _questions(log) == "validation")
     for arm in arms:
         grid = tuned.get(arm.name)

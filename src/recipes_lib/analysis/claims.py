@@ -71,7 +71,8 @@ class Claim:
     @property
     def sentence(self) -> str:
         """The claim as a sentence."""
-        return _sentence(self) + " Its judge was not audited." * self.unaudited
+        said = self.verdict not in ("no verdict", "not tested")
+        return _sentence(self) + " Its judge was not audited." * (self.unaudited and said)
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         touching = [finding for finding in findings if finding.touches(row)]
         claim = _shown(row, touching, between[row.arms], design, descriptive)
         unaudited = any(finding.code == UNAUDITED for finding in touching)
-        said = claim.verdict not in ("no verdict", "not tested")
-        claims.append(replace(claim, unaudited=unaudited and said))
+        claims.append(replace(claim, unaudited=unaudited))
     names = sentence_list([arm.name for arm in arms])
     question = question_text(design.question) if design else f"How do {names} compare?"
     return Conclusion(question, table, findings, tuple(claims), descriptive)
@@ -183,20 +183,18 @@ def _shown(
     direction, within = _direction(row), _within(row)
     if not direction:
         return Claim(row, "not shown", within)
-    same = [each for each in between if each.level != "note"]
     trained = min(row.trainings) > 0
-    if trained and design is not None and not same:
-        return Claim(row, "higher" if direction > 0 else "lower", within, one_recipe=True)
-    if row.trainings == (1, 1):
-        return Claim(row, "higher" if direction > 0 else "lower", within)
+    one_recipe = trained and design is not None and all(each.level == "note" for each in between)
+    if one_recipe or row.trainings == (1, 1):
+        verdict: Verdict = "higher" if direction > 0 else "lower"
+        return Claim(row, verdict, within, one_recipe=one_recipe)
     claim = Claim(row, "better" if direction > 0 else "worse", within)
     if not trained or design is None:
         return claim
     confounds = [each.what for each in between if each.level == "confound"]
-    others = [finding for finding in touching if finding.severity == "confound"]
-    others = [finding for finding in others if finding.code != "undeclared-difference"]
+    others = [each for each in touching if each.severity == "confound"]
     why = [f"they also differ in {sentence_list(confounds, 4)}"] if confounds else []
-    why += [_inside(finding.title) for finding in others]
+    why += [_inside(each.title) for each in others if each.code != "undeclared-difference"]
     if why:
         return replace(claim, no_cause="; ".join(why))
     return replace(claim, cause=tuple(each for each in between if each.level in ("cause", "tuned")))
@@ -347,26 +345,27 @@ def _inside(title: str) -> str:
 
 def conclusion_lines(conclusion: Conclusion) -> list[str]:
     """Return the answer, what cannot be said, the table by pairs of arms, and the findings."""
-    lines = [printable(sentence) for sentence in conclusion.answer]
-    if not conclusion.claims:
-        lines = score_lines(conclusion)
+    lines = conclusion.answer if conclusion.claims else score_lines(conclusion)
     if conclusion.cannot_say:
-        lines += ["", "What cannot be said:"]
-        lines += [f"- {printable(line)}" for line in conclusion.cannot_say]
+        lines = [
+            *lines,
+            "",
+            "What cannot be said:",
+            *(f"- {each}" for each in conclusion.cannot_say),
+        ]
     for (first, second), claims in conclusion.pairs.items():
-        lines += ["", f"{first} against {second}", *pair_lines(claims)]
-    lines += [""] if conclusion.findings else []  # their evidence is in the report and in --json
+        lines = [*lines, "", f"{first} against {second}", *pair_lines(claims)]
+    lines = [*lines, ""] if conclusion.findings else lines  # --json has their evidence
     for finding in conclusion.findings:
-        lines.append(f"{finding.severity}: {printable(finding.title)}")
+        lines.append(f"{finding.severity}: {finding.title}")
         if finding.severity != "note" and finding.remedy:
-            lines.append(f"  {printable(finding.remedy)}")
-    return lines
+            lines.append(f"  {finding.remedy}")
+    return [printable(line) for line in lines]
 
 
 def pair_lines(claims: list[Claim]) -> list[str]:
     """Return the table of one pair of arms."""
-    first, second = claims[0].row.arms
-    table = [("metric", first, second, "effect [95%]", "p (Holm)", "n", "verdict", "")]
+    table = [("metric", *claims[0].row.arms, "effect [95%]", "p (Holm)", "n", "verdict", "")]
     for claim in claims:
         row = claim.row
         unresolved = f" ({row.test.unresolved} open)" if row.test and row.test.unresolved else ""
@@ -393,9 +392,8 @@ def score_lines(conclusion: Conclusion) -> list[str]:
         opponent = f" against {score.opponent}" if score.opponent else ""
         limits = interval_text(score.interval, score.unit, signed=False)
         value = f"{metric_text(score.value, score.unit)} {limits}".removesuffix(f" {NONE}")
-        table.append(
-            (score.arm, score.label + opponent, value, f"{score.n:,}", str(score.unresolved))
-        )
+        numbers = value, f"{score.n:,}", str(score.unresolved)
+        table.append((score.arm, score.label + opponent, *numbers))
     return aligned(table)
 
 

@@ -75,21 +75,18 @@ def arm_differences(
     if first.is_base or second.is_base:
         return []
     values, other_values = (_with_batch(arm_values(arm, design)) for arm in (first, second))
-    differences = [
-        Difference(
-            key,
-            setting_text(_value(key, values)),
-            setting_text(_value(key, other_values)),
-            _level(key, values, other_values, design),
-        )
-        for key in dict.fromkeys([*values, *other_values])
-        if not key.startswith("tune.") and _value(key, values) != _value(key, other_values)
-    ]
+    differences = []
+    for key in dict.fromkeys([*values, *other_values]):
+        value, other_value = (_value(key, each) for each in (values, other_values))
+        if value != other_value and not key.startswith("tune."):
+            level = _level(key, values, other_values, design)
+            texts = setting_text(value), setting_text(other_value)
+            differences.append(Difference(key, *texts, level))
     facts, other_facts = (_facts_of_arm(arm, design) for arm in (first, second))
     for what in {**facts, **other_facts}:
-        value, other_value = (each.get(what, "not recorded") for each in (facts, other_facts))
-        if value != other_value:
-            differences.append(Difference(what, value, other_value, "confound"))
+        texts = facts.get(what, "not recorded"), other_facts.get(what, "not recorded")
+        if texts[0] != texts[1]:
+            differences.append(Difference(what, *texts, "confound"))
     return differences
 
 
@@ -130,9 +127,7 @@ def _level(key: str, first: KeyValues, second: KeyValues, design: Design | None)
         return "confound"
     if key != EXAMPLES_PER_STEP:
         return "cause" if design.factor_of(key) else "confound"
-    sources = [
-        source for source in (_GLOBAL_BATCH, *_OF_BATCH) if first.get(source) != second.get(source)
-    ]
+    sources = [key for key in (_GLOBAL_BATCH, *_OF_BATCH) if first.get(key) != second.get(key)]
     return "cause" if sources and all(map(design.factor_of, sources)) else "confound"
 
 
@@ -151,8 +146,8 @@ def _with_batch(values: KeyValues) -> KeyValues:
     if values.get(_GLOBAL_BATCH) is not None:
         return {**values, EXAMPLES_PER_STEP: int(values[_GLOBAL_BATCH])}
     factors = [_value(key, values) for key in _OF_BATCH]
-    whole = all(isinstance(factor, int) for factor in factors)
-    return {**values, EXAMPLES_PER_STEP: math.prod(factors)} if whole else values
+    known = None not in factors
+    return {**values, EXAMPLES_PER_STEP: math.prod(factors)} if known else values
 
 
 def _value(key: str, values: KeyValues) -> Any:

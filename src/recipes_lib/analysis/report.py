@@ -148,20 +148,18 @@ def trainings(arms: Arms) -> list[dict[str, Any]]:
     return rows
 
 
-def answer_counts(arms: Arms) -> list[dict[str, Any]]:
-    """Return what is wrong with the answers of each arm, by evaluation, over all its trainings."""
-    by_arm: dict[tuple[str, str], dict[str, list[int]]] = {}
+def answer_counts(arms: Arms) -> list[tuple[str, str, dict[str, tuple[int, int]]]]:
+    """Return what is wrong with the answers of each arm by evaluation, over all its trainings: how
+    many, of how many.
+    """
+    by_arm: dict[tuple[str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
     for arm in arms:
-        for run in arm.runs:
-            for log in {log.eval: log for log in reversed(run.evals)}.values():
-                for what, (times, n) in answer_faults(log).items():
-                    counts = by_arm.setdefault((arm.name, log.eval), {}).setdefault(what, [0, 0])
-                    counts[0] += times
-                    counts[1] += n
-    return [
-        {"arm": arm, "eval": name, "n": max(n for _, n in faults.values()), "faults": faults}
-        for (arm, name), faults in by_arm.items()
-    ]
+        for log in {log.file.parent: log for log in reversed(arm.logs)}.values():
+            counts = by_arm[arm.name, log.eval]
+            for what, (times, n) in answer_faults(log).items():
+                before = counts.get(what, (0, 0))
+                counts[what] = before[0] + times, before[1] + n
+    return [(arm, name, counts) for (arm, name), counts in by_arm.items() if counts]
 
 
 def categories(arms: Arms) -> dict[str, list[dict[str, Any]]]:
@@ -191,12 +189,10 @@ def categories(arms: Arms) -> dict[str, list[dict[str, Any]]]:
 
 def _audits(arms: Arms) -> list[tuple[str, Any, Any]]:
     """The audit of each judge in each evaluation: that which measured most checks."""
-    audits: dict[tuple[str, str], tuple[str, Any, Any]] = {}
     logs = [log for _, log in arms.logs if log.judge and log.audit]
-    for log in sorted(logs, key=lambda log: -len(log.audit.not_measured) if log.audit else 0):
-        if log.judge:
-            audits[log.eval, log.judge.fingerprint] = log.eval, log.judge, log.audit
-    return list(audits.values())
+    logs.sort(key=lambda log: -len(log.audit.not_measured) if log.audit else 0)
+    audits = {(log.eval, log.judge and log.judge.fingerprint): log for log in logs}
+    return [(log.eval, log.judge, log.audit) for log in audits.values()]
 
 
 # ---- Numbers ----
@@ -215,15 +211,14 @@ def number_rows(conclusion: Conclusion, arms: Arms) -> Iterator[dict[str, Any]]:
     for rows in categories(arms).values():
         yield from (_number("category", row) for row in rows)
     yield from (_number("training", {"n": 1, **row}) for row in trainings(arms))
-    for counts in answer_counts(arms):
-        for what, (times, n) in counts["faults"].items():
-            known = {"arm": counts["arm"], "eval": counts["eval"], "metric": what}
+    for arm, name, faults in answer_counts(arms):
+        for what, (times, n) in faults.items():
+            known = {"arm": arm, "eval": name, "metric": what}
             yield _number("answers", {**known, "value": times, "n": n})
     for name, judge, card in _audits(arms):
         for check in card.checks:
-            values = asdict(check)
-            known = {"metric": values.pop("check"), "eval": name, "label": judge.name}
-            yield _number("judge audit", known | values)
+            known = {"metric": check.check, "eval": name, "label": judge.name}
+            yield _number("judge audit", known | asdict(check))
 
 
 def _number(kind: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -255,22 +250,23 @@ def _cell(value: object) -> object:
 def commands(arms: Arms, design: Design | None) -> list[tuple[str, list[str]]]:
     """Return the commands that make this report again, whole and step by step."""
     runs = [run for arm in arms for run in arm.runs]
-    if design is None:
-        names = [str(run.folder) if run.foreign else run.name for run in runs]
-        return [("This table", [portable_command(f"recipes compare {shlex.join(names)}")])]
-    typed = [path for run in runs if (path := run.folder / "command.txt").is_file()]
-    trained = [path.read_text(encoding="utf-8", errors="replace").strip() for path in typed]
-    sources = {
-        "Everything": [design.command],
-        "Trainings": [content.splitlines()[-1] for content in trained if content],
-        "Evaluations": [log.command for run in runs for log in run.evals],
-        "lm-eval alone": [log.lm_eval_command or "" for run in runs for log in run.evals],
-    }
-    lines = {
-        title: list(dict.fromkeys(portable_command(line) for line in some if line))
+    names = [str(run.folder) if run.foreign else run.name for run in runs]
+    sources = {"This table": [f"recipes compare {shlex.join(names)}"]}
+    if design is not None:
+        typed = [path for run in runs if (path := run.folder / "command.txt").is_file()]
+        lines = [path.read_text(encoding="utf-8", errors="replace").splitlines() for path in typed]
+        logs = [log for run in runs for log in run.evals]
+        sources = {
+            "Everything": [design.command],
+            "Trainings": [content[-1] for content in lines if content],
+            "Evaluations": [log.command for log in logs],
+            "lm-eval alone": [log.lm_eval_command or "" for log in logs],
+        }
+    return [
+        (title, list(dict.fromkeys(portable_command(line) for line in some if line)))
         for title, some in sources.items()
-    }
-    return [(title, some) for title, some in lines.items() if some]
+        if any(some)
+    ]
 
 
 def portable_command(command: str) -> str:
@@ -291,40 +287,30 @@ def portable_command(command: str) -> str:
 
 def provenance(arms: Arms, design: Design | None) -> list[tuple[str, str]]:
     """Return code, versions, devices, data, prompts and judges, as the runs recorded them."""
-    facts: list[tuple[str, str]] = []
-    for arm in arms:
-        for run in arm.runs:
-            libraries = (run.environment.get("libraries") or {}).items()
-            guard = run.state.get("guard") or {}
-            facts += [
-                ("code at training", code_text(run.environment.get("git"))),
-                (
-                    "libraries",
-                    ", ".join(f"{name} {version}" for name, version in libraries if version),
-                ),
-                ("devices", ", ".join(dict.fromkeys(run.environment.get("devices") or []))),
-                ("data, sha256", str(guard.get("data_fingerprint") or "")[:16]),
-                ("runs", f"{arm.name}: {run.name}"),
-            ]
-            for log in run.evals:
-                judge, answers = log.judge, log.answers
-                facts += [("code at evaluation", code_text(log.git)), ("written by", log.source)]
-                if judge:
-                    known = (
-                        f"{portable_command(judge.model)}, {judge.mode}, {judge.fingerprint[:12]}"
-                    )
-                    facts.append(("judges", f"{judge.name} ({known})"))
-                if answers.prompt_format_hash:
-                    prompt = f"{answers.prompt_format} {answers.prompt_format_hash[:12]}"
-                    facts.append(("prompt formats", prompt))
-    if design is not None:
-        factors = [f"{name}: {', '.join(keys)}" for name, keys in design.factors.items()]
-        facts.append(("declared factors", "; ".join(factors)))
-    lines: dict[str, list[str]] = defaultdict(list)
-    for name, value in dict.fromkeys(facts):
-        if value:
-            lines[name].append(value)
-    return [(name, "; ".join(values)) for name, values in lines.items()]
+    facts: dict[str, dict[str, None]] = defaultdict(dict)
+    for arm, run in ((each, run) for each in arms for run in each.runs):
+        libraries = (run.environment.get("libraries") or {}).items()
+        known = ", ".join(f"{name} {version}" for name, version in libraries if version)
+        facts["code at training"][code_text(run.environment.get("git"))] = None
+        facts["libraries"][known] = None
+        facts["devices"][", ".join(dict.fromkeys(run.environment.get("devices") or []))] = None
+        data = (run.state.get("guard") or {}).get("data_fingerprint")
+        facts["data, sha256"][str(data or "")[:16]] = None
+        facts["runs"][f"{arm.name}: {run.name}"] = None
+        for log in run.evals:
+            judge, answers = log.judge, log.answers
+            facts["code at evaluation"][code_text(log.git)] = None
+            facts["written by"][log.source] = None
+            if judge:
+                known = f"{portable_command(judge.model)}, {judge.mode}, {judge.fingerprint[:12]}"
+                facts["judges"][f"{judge.name} ({known})"] = None
+            if answers.prompt_format_hash:
+                prompt = f"{answers.prompt_format} {answers.prompt_format_hash[:12]}"
+                facts["prompt formats"][prompt] = None
+    for name, keys in (design.factors if design else {}).items():
+        facts["declared factors"][f"{name}: {', '.join(keys)}"] = None
+    lines = {name: "; ".join(filter(None, values)) for name, values in facts.items()}
+    return [(name, line) for name, line in lines.items() if line]
 
 
 # ---- Samples: text of models, which stays text ----

@@ -38,7 +38,12 @@ MOST_POINTS = 1_000
 _MODEL = ("pretrained", "peft", "path", "model", "tokenizer", "delta", "revision")
 _AGAIN = "run lm-eval again with --log_samples and --output_path"
 FOLDERS = "lm-eval: the folder of --output_path; alpaca_eval: its annotations.json"
-CURVES = ("loss", "eval_loss", "learning_rate", "tokens_per_second")
+CURVES = {
+    "loss": "training loss",
+    "eval_loss": "validation loss",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tokens per second",
+}
 
 
 @dataclass
@@ -98,8 +103,7 @@ class Run:
     @property
     def metrics(self) -> Iterator[Metric]:
         """Every metric of every evaluation."""
-        for log in self.evals:
-            yield from log.metrics
+        return (metric for log in self.evals for metric in log.metrics)
 
 
 @dataclass(frozen=True)
@@ -153,23 +157,16 @@ class Arms:
         return "the reference answers" if run == REFERENCE else f"another run, {run}"
 
 
-def load_arms(
-    folders: Mapping[str, Sequence[Path]], report: Callable[[DamagedFile], None] | None = None
-) -> Arms:
-    """Return everything that was measured, of each arm the folders (one per seed) that exist.
-
-    `report` is called with each damaged evaluation, which is left out; None to raise the error.
-    """
-    return Arms(
-        {
-            name: ArmRuns(name, tuple(load_run(path, report) for path in paths if path.is_dir()))
-            for name, paths in folders.items()
-        }
-    )
+def load_arms(folders: Mapping[str, Sequence[Path]]) -> Arms:
+    """Return everything that was measured, of each arm the folders (one per seed) that exist."""
+    arms = {}
+    for name, paths in folders.items():
+        arms[name] = ArmRuns(name, tuple(load_run(path) for path in paths if path.is_dir()))
+    return Arms(arms)
 
 
 def load_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) -> Run:
-    """Return what one run's folder holds; `report` as for `load_arms`."""
+    """Return what one run's folder holds; a damaged evaluation is reported, or its error raised."""
     resolved = read_resolved(folder)
     evals, unfinished = read_eval_logs(folder, report)
     seed = (resolved.get("train") or {}).get("seed")
@@ -223,10 +220,10 @@ def read_foreign(path: Path) -> Run | None:
     if not path.is_file() or path.suffix != ".json":
         return None
     content = _json(path)
-    if isinstance(content, Mapping) and "results" in content and "configs" in content:
+    if isinstance(content, Mapping) and {"results", "configs"} <= content.keys():
         return _lm_eval(path.parent, path)
-    rows = isinstance(content, list) and bool(content) and isinstance(content[0], Mapping)
-    if rows and {"instruction", "preference", "output_2"} <= content[0].keys():
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(first, Mapping) and {"instruction", "preference", "output_2"} <= first.keys():
         return _alpaca_eval(path)
     what = "neither results of lm-eval nor annotations of alpaca_eval"
     raise DataError(what, FOLDERS, file=path)
@@ -334,7 +331,10 @@ def _lm_eval(folder: Path, path: Path) -> Run:
     known = [replace(metric, **place) for metric in metrics_of(content, samples)]
     metrics = tuple(with_groups(known))
     config = content.get("config") or {}
-    arguments = _arguments(config.get("model_args"))
+    given = config.get("model_args")
+    if not isinstance(given, Mapping):
+        given = dict(part.split("=", 1) for part in str(given or "").split(",") if "=" in part)
+    arguments = {str(key).strip(): str(value) for key, value in given.items()}
     model = str(content.get("model_name") or arguments.get("pretrained") or path.parent.name)
     settings = {key: config.get(key) for key in ("limit", "gen_kwargs") if config.get(key)}
     free = {key: value for key, value in arguments.items() if key not in _MODEL}
@@ -358,14 +358,6 @@ def _lm_eval(folder: Path, path: Path) -> Run:
         **place,
     )
     return _run(model, folder, log)
-
-
-def _arguments(text: Any) -> dict[str, str]:
-    """lm-eval's model_args, a text or a mapping."""
-    if isinstance(text, Mapping):
-        return {str(key): str(value) for key, value in text.items()}
-    parts = (part.partition("=") for part in str(text or "").split(",") if "=" in part)
-    return {key.strip(): value.strip() for key, _, value in parts}
 
 
 def arms_of(runs: Sequence[Run]) -> Arms:

@@ -141,11 +141,8 @@ def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
     words = {part for word in (aims.primary, *aims.margins) for part in metric_parts(word or "")}
     rows: list[TableRow] = []
     for first, second in _pairs(arms):
-        rows += _rows(arms[first], arms[second], measured, words)
-    _mark_asides(rows, arms, aims)
-    _leave_out_small(rows)
-    _mark_primary(rows, aims)
-    _set_margins(rows, aims)
+        rows += _rows(first, second, measured, words)
+    _mark(rows, arms, aims)
     _correct(rows)
     pairs = list(dict.fromkeys(row.arms for row in rows))
     rows.sort(key=lambda row: (pairs.index(row.arms), not row.primary, bool(row.aside)))
@@ -157,13 +154,11 @@ def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
     return TestedTable(tuple(rows), tuple(scores))
 
 
-def _pairs(arms: Arms) -> list[tuple[str, str]]:
+def _pairs(arms: Arms) -> list[tuple[ArmRuns, ArmRuns]]:
     """The pairs of arms, the later one first; those with a base model come last."""
-    pairs = []
-    for first, second in itertools.combinations(arms.by_name, 2):
-        base_last = arms[second].is_base and not arms[first].is_base
-        pairs.append((first, second) if base_last else (second, first))
-    return sorted(pairs, key=lambda pair: any(arms[name].is_base for name in pair))
+    bases_first = sorted(arms, key=lambda arm: not arm.is_base)
+    pairs = [(second, first) for first, second in itertools.combinations(bases_first, 2)]
+    return sorted(pairs, key=lambda pair: pair[1].is_base)
 
 
 def _metrics_of(arms: Arms, arm: ArmRuns) -> dict[_Key, _Measured]:
@@ -398,8 +393,8 @@ def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
 # ---- The whole table ----
 
 
-def _mark_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
-    """Mark tasks of a group that is tested as one mean: they are shown and not tested."""
+def _mark(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
+    """Mark what is shown and not tested, the primary rows, and the margins."""
     metrics = {metric.name: metric for arm in arms for run in arm.runs for metric in run.metrics}
     groups = {
         (row.arms, row.eval, part): metrics[row.metric].task
@@ -413,38 +408,21 @@ def _mark_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
         group = groups.get((row.arms, row.eval, task))
         if group and not any(task in parts for parts in words):
             row.aside = f"it is a part of {group}, which is tested as one mean"
-
-
-def _leave_out_small(rows: Sequence[TableRow]) -> None:
-    """Leave rows of few questions untested in a table of many tests."""
     tested = [row for row in rows if row.is_tested]
     for row in tested if len(tested) >= MANY_TESTS else ():
-        questions = row.test.resolved.questions if row.test else 0
-        if questions < FEWEST_OF_MANY:
-            row.why_not = f"{questions} questions are too few among many tests"
-
-
-def _mark_primary(rows: Sequence[TableRow], aims: Aims) -> None:
-    """Mark the primary row of every two arms: the first tested one of the metric, head to head."""
-    marked: set[tuple[str, str]] = set()
+        if row.test and row.test.resolved.questions < FEWEST_OF_MANY:
+            row.why_not = f"{row.test.resolved.questions} questions are too few among many tests"
+    marked: set[tuple[str, str]] = set()  # the first tested row of two arms, head to head before
     for row in sorted(rows, key=lambda row: not row.is_tested):
+        margin = None if row.aside else aims.margin_of(row.metric)
+        if wrong := margin.fits(row.metric, row.unit) if margin else "":
+            row.flags = (*row.flags, f"no margin: {wrong}")
+        elif margin:  # a difference of x between two rates is x / 2 from one half
+            row.margin = margin.size / 2 if row.head_to_head else margin.size
         named = aims.primary and is_named(aims.primary, row.metric) and not row.aside
         if named and row.arms not in marked:
             row.primary = True
             marked.add(row.arms)
-
-
-def _set_margins(rows: Sequence[TableRow], aims: Aims) -> None:
-    """Set the margins: a difference of x between two rates is x / 2 from one half."""
-    for row in rows:
-        margin = aims.margin_of(row.metric)
-        if margin is None or row.aside:
-            continue
-        wrong = margin.fits(row.metric, row.unit)
-        if wrong:
-            row.flags = (*row.flags, f"no margin: {wrong}")
-        else:
-            row.margin = margin.size / 2 if row.head_to_head else margin.size
 
 
 def _correct(rows: Sequence[TableRow]) -> None:
@@ -460,17 +438,11 @@ def _correct(rows: Sequence[TableRow]) -> None:
         size = (primary if row.primary else len(tested) - primary) if both else len(tested)
         share = (0.8 if row.primary else 0.2) if both else 1.0
         row.p = p
-        row.p_margin = _margin_ps(row, size / share)
         mde = row.test.mde(ALPHA * share / size)
         row.mde = mde if mde < row.test.resolved.reach else None
-
-
-def _margin_ps(row: TableRow, factor: float) -> Limits | None:
-    """The corrected p of not being worse, and of not being better, than the margin allows."""
-    if row.margin is None or row.test is None:
-        return None
-    low, high = (min(1.0, factor * p) for p in row.test.p_within(row.margin))
-    return (low, high) if row.higher_is_better else (high, low)
+        if row.margin is not None:
+            low, high = (min(1.0, size / share * p) for p in row.test.p_within(row.margin))
+            row.p_margin = (low, high) if row.higher_is_better else (high, low)
 
 
 # ---- Scores ----

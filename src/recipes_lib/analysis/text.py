@@ -102,8 +102,8 @@ def sentence_list(names: Sequence[str], most: int = 0) -> str:
 
 def setting_text(value: Any) -> str:
     """Return a value of a recipe as text of at most 60 characters."""
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    text = "absent" if value is None else text
+    text = "absent" if value is None else str(value)
+    text = text.lower() if isinstance(value, bool) else text
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

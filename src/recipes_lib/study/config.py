@@ -192,17 +192,14 @@ class Study:
         first = BASE_ARM if self.file.include_base else self.arms[0].name
         return self.file.baseline or first
 
-    def differing(self, declared: bool) -> list[str]:
-        """Return the keys that differ between arms, those that a factor declares or the others."""
+    @property
+    def undeclared(self) -> list[str]:
+        """The keys that differ between arms and that no factor declares."""
         design = Design("", "", self.file.factors)
         first, *others = [arm.resolved() for arm in self.arms]
         keys = dict.fromkeys(key for values in (first, *others) for key in values)
-        return [
-            key
-            for key in keys
-            if any(values.get(key) != first.get(key) for values in others)
-            and bool(design.factor_of(key)) is declared
-        ]
+        differing = [key for key in keys if any(v.get(key) != first.get(key) for v in others)]
+        return [key for key in differing if not design.factor_of(key)]
 
 
 # ---- Reading ----
@@ -288,11 +285,9 @@ class _Reader:
                 hint = "use up to 60 letters, digits, '.', '_' or '-'"
                 self.wrong(("arms", name), what, hint)
         named: list[tuple[KeyPath, str]] = [(("reference", name), name) for name in keys.reference]
-        named += [(("baseline",), keys.baseline)] if keys.baseline is not None else []
-        for place, name in named:
+        for place, name in (*named, (("baseline",), keys.baseline or arms[0])):
             if name not in arms:
-                near = did_you_mean(name, arms)
-                what = f"{place[0]}: there is no arm '{name}'"
+                what, near = f"{place[0]}: there is no arm '{name}'", did_you_mean(name, arms)
                 self.wrong(place, what, *near, f"arms: {', '.join(arms)}")
         for factor, known in keys.factors.items():
             for number, key in enumerate(known):
@@ -332,12 +327,10 @@ class _Reader:
         with self.reported(overrides):
             recipe = load_recipe(self.file((*place, "recipe"), section.recipe), words)
             with self.reported(place, f"arm '{name}': "):
-                launch = plan_launch(
-                    recipe.launch, value("accelerate"), value("gpus"), value("nodes")
-                )
+                launch = plan_launch(recipe.launch, *map(value, ("accelerate", "gpus", "nodes")))
                 accumulation_steps(recipe, launch.world_size)
-                arm = Arm(name, recipe, launch, ())
-                arm = replace(arm, seeds=tuple(value("seeds") or [arm.own_seed]))
+                seeds = value("seeds") or [recipe.train.get("seed", 42)]
+                arm = Arm(name, recipe, launch, tuple(seeds))
                 if len({*arm.seeds}) < len(arm.seeds):
                     where: KeyPath = ("seeds",) if section.seeds is None else (*place, "seeds")
                     what = f"a seed is listed twice: {', '.join(map(str, arm.seeds))}"
@@ -355,21 +348,17 @@ class _Reader:
         seed = arm.own_seed + _TUNING_SEED
         tunable = key.startswith(("train.", "lora.")) or key == "run.global_batch_size"
         factor = Design("", "", self.keys.factors).factor_of(key)
-        if key in _SET_BY_STUDY or not tunable:
-            hint = "keys of train and lora can, and run.global_batch_size"
-            self.wrong(place, f"{key} cannot be tuned", hint)
-        elif key in _OF_THE_LOSS:
-            what = f"tune: {key} changes what the validation loss is a mean over"
-            self.wrong(place, what, "compare arms with other values by an eval")
-        elif factor:
-            what = f"tune: {key} is what the factor '{factor}' varies"
-            self.wrong(place, what, "vary it between arms, or tune it in each arm")
-        elif seed in arm.seeds:
-            what = f"arm '{arm.name}': seed {seed} is that of its tuning"
-            self.wrong(place, what, "choose another seed")
-        elif arm.recipe.train.get("eval_strategy", "no") == "no":
-            what = f"arm '{arm.name}': its tuning has no validation loss to choose by"
-            self.wrong(place, what, "set data.split.validation and train.eval_strategy")
+        wrong = {
+            "cannot be tuned: keys of train and lora can": key in _SET_BY_STUDY or not tunable,
+            "changes what the validation loss is a mean over": key in _OF_THE_LOSS,
+            f"is what the factor '{factor}' varies": factor is not None,
+            f"needs seed {seed}, which is one of arm '{arm.name}'": seed in arm.seeds,
+            "is chosen by the validation loss: set data.split.validation and train.eval_strategy": (
+                arm.recipe.train.get("eval_strategy", "no") == "no"
+            ),
+        }
+        for what in [what for what, is_wrong in wrong.items() if is_wrong][:1]:
+            self.wrong(place, f"tune: {key} {what}")
         candidates = []
         for value in values:
             with self.reported(place, f"arm '{arm.name}': "):
@@ -385,25 +374,26 @@ class _Reader:
         """Return what is asked of the table."""
         keys, metrics = self.keys, [name for recipe in evals for name in known_metrics(recipe)]
         hint = f"metrics: {', '.join(metrics) or 'none'}"
-        primary = metrics[0] if metrics else None
+
+        def named(word: str) -> list[str]:
+            return [name for recipe in evals if (name := full_name(recipe, word))]
+
+        primary, margins = metrics[0] if metrics else None, {}
         if keys.primary:
-            named = [name for recipe in evals if (name := full_name(recipe, keys.primary))]
-            if len(named) == 1:
-                (primary,) = named
-            else:
-                why = "several evals measure" if named else "no eval of this study measures"
+            found = named(keys.primary)
+            primary = found[0] if found else None
+            if len(found) != 1:
+                why = "several evals measure" if found else "no eval of this study measures"
                 self.wrong(("primary",), f"primary: {why} '{keys.primary}'", hint)
-        margins = {}
         for word, value in keys.margins.items():
-            margin = Margin.read(value)
-            named = [name for recipe in evals if (name := full_name(recipe, word))]
+            found, margin = named(word), Margin.read(value)
             if margin is None:
                 why = f"must be a number above 0, or one like '2 points', got {value!r}"
-            elif not named:
+            elif not found:
                 why = "no eval of this study measures it"
             else:
                 margins[word] = margin
-                why = next(filter(None, map(margin.fits, named)), "")
+                why = next(filter(None, map(margin.fits, found)), "")
             if why:
                 self.wrong(("margins", word), f"margins: {word}: {why}", hint)
         return Aims(primary, margins)

@@ -294,7 +294,7 @@ def plan_lines(study: Study) -> Iterator[str]:
     yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
     yield f"answers: {sum(map(_answers, asked)):,}"
     yield f"judge requests: {requests:,}"
-    if undeclared := study.differing(declared=False):
+    if undeclared := study.undeclared:
         yield f"differences that no factor declares: {sentence_list(undeclared, 4)}"
     yield from _power_line(study)
 
