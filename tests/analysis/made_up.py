@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.core.files import write_json
 from recipes_lib.evals.log import (
     REFERENCE,
     AnswerFacts,
@@ -19,6 +20,7 @@ from recipes_lib.evals.log import (
     Sample,
     Scorecard,
     log_file,
+    write_lines,
     write_log,
 )
 
@@ -66,12 +68,9 @@ def write_run(
         "devices": ["NVIDIA H100 80GB HBM3, 79 GiB"],
     }
     write_json(folder / "environment.json", environment)
-    values = {
-        "model": {"name_or_path": "some/model", "dtype": "bfloat16"},
-        "lora": {"r": rank},
-        "train": {"seed": seed},
-    }
-    (folder / "resolved.yaml").write_text(json.dumps(values | resolved))
+    model = {"name_or_path": "some/model", "dtype": "bfloat16"}
+    values = {"model": model, "lora": {"r": rank}, "train": {"seed": seed}}
+    write_json(folder / "resolved.yaml", values | resolved)
     command = f"recipes train recipes/some/r{rank}.yaml run.name={name}\n"
     (folder / "command.txt").write_text(command)
     losses = [2.1 - 0.9 * step / steps + rng.gauss(0, 0.03) for step in range(1, steps + 1)]
@@ -165,18 +164,6 @@ def write_eval(
     log = EvalLog(suite=suite, eval=name, target=folder.name, metrics=tuple(whole), **known | facts)
     write_log(log)
     return log.file
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8", errors="surrogatepass")
-
-
-def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write JSON lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def change(file: Path, how: Callable[[dict[str, Any]], Any]) -> None:

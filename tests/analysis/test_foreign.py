@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.analysis.made_up import write_json, write_lines
 
 from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.runs import Run, arms_of, read_foreign
 from recipes_lib.core.errors import DataError
+from recipes_lib.core.files import write_json
+from recipes_lib.evals.log import write_lines
 
 
 def lm_eval(

@@ -18,7 +18,6 @@ from tests.analysis.made_up import (
     change_lines,
     plain_text,
     write_judged,
-    write_lines,
     write_run,
     write_values,
 )
@@ -28,7 +27,7 @@ from recipes_lib.analysis.claims import conclude, conclusion_lines
 from recipes_lib.analysis.report import report_html, write_report
 from recipes_lib.analysis.runs import MOST_POINTS, load_arms, read_curves
 from recipes_lib.analysis.text import p_text, plain_number, question_text, setting_text
-from recipes_lib.evals.log import read_eval_log, write_log
+from recipes_lib.evals.log import read_eval_log, write_lines, write_log
 
 HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }} </script><img src=x onerror=alert(2)> \x1b[31m"
 

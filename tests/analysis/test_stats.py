@@ -150,14 +150,17 @@ def test_false_claims_coverage_and_power_by_question(
 
 
 def seeded(seeds: int, deviation: float) -> Draw:
-    """Several trainings of each arm that differ by `deviation`."""
+    """Several trainings of each arm that differ by `deviation`. No rate leaves the scale: cut off
+    there, the true difference would be smaller than `effect`.
+    """
 
     def draw(rng: np.random.Generator, n: int, effect: float) -> Arms:
-        hard = rng.normal(0, 0.2, n)
+        hard = rng.uniform(-0.15, 0.15, n)
         means = [
-            np.clip(0.5 + shift + hard + rng.normal(0, deviation, (seeds, 1)), 0, 1)
-            for shift in (effect, 0.0)
+            0.5 + shift + hard + deviation * rng.uniform(-math.sqrt(3), math.sqrt(3), (seeds, 1))
+            for shift in (effect / 2, -effect / 2)
         ]
+        assert all(mean.min() >= 0 and mean.max() <= 1 for mean in means)
         first, second = ((rng.random((seeds, n)) < mean).astype(float) for mean in means)
         return first, second
 
@@ -176,26 +179,32 @@ def losses(shape: float) -> Draw:
     return draw
 
 
-def simulate(draw: Draw, n: int, studies: int, effect: float, seed: int = 0) -> tuple[float, float]:
-    """Return the share of studies with p <= 5%, and the share whose interval holds the effect."""
-    rng = np.random.default_rng(seed)
-    found = covered = 0
+def simulate(draw: Draw, n: int, studies: int, effect: float) -> tuple[float, float, float]:
+    """Return the share of studies with p <= 5%, the share whose interval holds the effect, and the
+    mean of the effects that they state.
+    """
+    rng, sums = np.random.default_rng(round(1e6 * effect)), np.zeros(3)
     scale = None if draw.__qualname__.startswith("losses") else (0.0, 1.0)
     for _ in range(studies):
-        low, high = compare(*draw(rng, n, effect), np.arange(n), scale).interval() or (-9.0, 9.0)
-        found += not low <= 0 <= high
-        covered += low <= effect <= high
-    return found / studies, covered / studies
+        result = compare(*draw(rng, n, effect), np.arange(n), scale)
+        low, high = result.interval() or (-9.0, 9.0)
+        sums += not low <= 0 <= high, low <= effect <= high, min(1.0, result.mde())
+    found, covered, stated = sums / studies
+    return found, covered, stated
 
 
 CELLS: dict[str, tuple[Draw, int]] = {
-    "2 seeds, SD 0, n = 200": (seeded(2, 0.0), 200),
+    "2 seeds, SD 0, n = 805": (seeded(2, 0.0), 805),
     "2 seeds, SD 6 points, n = 200": (seeded(2, 0.06), 200),
     "3 seeds, SD 3 points, n = 200": (seeded(3, 0.03), 200),
     "5 seeds, SD 6 points, n = 805": (seeded(5, 0.06), 805),
     "losses, normal, n = 80": (losses(0), 80),
     "losses, skewness 1, n = 80": (losses(1), 80),
 }
+STUDIES = pytest.mark.parametrize(
+    "studies",
+    [pytest.param(250, marks=pytest.mark.slow), pytest.param(4000, marks=pytest.mark.nightly)],
+)
 
 
 def bound(share: float, studies: int) -> float:
@@ -203,22 +212,29 @@ def bound(share: float, studies: int) -> float:
     return 4 * math.sqrt(share * (1 - share) / studies)
 
 
-@pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize(
-    "studies",
-    [pytest.param(250, marks=pytest.mark.slow), pytest.param(4000, marks=pytest.mark.nightly)],
-)
-def test_claims_are_seldom_false_and_intervals_hold_the_truth(name: str, studies: int) -> None:
-    draw, n = CELLS[name]
-    false, coverage = simulate(draw, n, studies, 0.0)
-    assert false <= 0.05 + bound(0.05, studies)
-    assert coverage >= 0.95 - bound(0.05, studies)
+@STUDIES
+def test_claims_are_seldom_false_and_intervals_hold_the_truth(studies: int) -> None:
+    wrong = {}
+    for name, (draw, n) in CELLS.items():
+        false, coverage, _ = simulate(draw, n, studies, 0.0)
+        limits = bound(0.05, studies)
+        if false > 0.05 + limits or coverage < 0.95 - limits:
+            wrong[name] = false, coverage
+    assert not wrong
 
 
-@pytest.mark.slow
-def test_the_difference_that_three_seeds_state_is_found_in_four_fifths_of_studies() -> None:
-    draw, n = CELLS["3 seeds, SD 3 points, n = 200"]
-    rng = np.random.default_rng(5)
-    stated = [compare(*draw(rng, n, 0.0), np.arange(n)).mde() for _ in range(100)]
-    power, _ = simulate(draw, n, 300, float(np.mean(stated)), seed=7)
-    assert 0.78 - bound(0.8, 300) <= power <= 0.87 + bound(0.8, 300)
+@STUDIES
+def test_the_difference_that_trainings_state_is_found_in_four_fifths_of_studies(
+    studies: int,
+) -> None:
+    """It is the one that studies which have it state on average; two far seeds state too much."""
+    wrong = {}
+    for name, (draw, n) in CELLS.items():
+        effect = simulate(draw, n, studies, 0.1)[2]
+        if effect > 0.5:
+            continue
+        effect = simulate(draw, n, 2 * studies, effect)[2]
+        power = simulate(draw, n, studies, effect)[0]
+        if not 0.77 - bound(0.8, studies) <= power <= 0.86 + bound(0.8, studies):
+            wrong[name] = effect, power
+    assert not wrong

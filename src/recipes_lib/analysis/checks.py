@@ -22,7 +22,7 @@ from recipes_lib.analysis.text import sentence_list, setting_text
 from recipes_lib.core.files import folder_fingerprint, read_object
 from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.leaks import is_searched
-from recipes_lib.evals.log import CUT, EvalLog, Sample, answer_faults
+from recipes_lib.evals.log import CUT, EvalLog, answer_faults
 from recipes_lib.training.resume_guard import flatten
 
 Severity = Literal["error", "confound", "warning", "note"]
@@ -213,12 +213,17 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
             if kin := _kinship(log, run):
                 title, remedy = f"{arm} was judged by {kin} in {name}", "use another family's judge"
                 yield Finding("self-judged", "error", title, place, remedy, (arm,), metrics)
-            judged = [metric for metric in log.metrics if log.judge and metric.opponent is not None]
-            single = tuple(metric.name for metric in judged if any(map(_is_single, metric.samples)))
+            single = {
+                metric.name: None
+                for metric in log.metrics
+                if log.judge and metric.opponent is not None
+                for sample in metric.samples
+                if len(sample.verdicts) == 1 and not sample.by_rule
+            }
             if single:  # a judge's preference for a position is part of the rate
                 title = f"Comparisons of {arm} in {name} were judged in one order only"
                 remedy = "judge both orders (recipes eval does)"
-                yield Finding("one-order", "error", title, place, remedy, (arm,), single)
+                yield Finding("one-order", "error", title, place, remedy, (arm,), (*single,))
         lines = tuple(dict.fromkeys(line for key in judges for line in failed.get(key, ())))
         if lines:
             title = f"The judge of {name} failed its audit: {lines[0].partition(': ')[2]}"
@@ -232,10 +237,6 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
         if weak:
             title = f"The judge of {name} is a weak one"
             yield Finding("weak-judge", "warning", title, weak, "use a stronger judge", (), metrics)
-
-
-def _is_single(sample: Sample) -> bool:
-    return len(sample.verdicts) == 1 and not sample.by_rule
 
 
 def _audits(arms: Arms) -> tuple[dict[str, list[str]], set[str]]:
@@ -329,7 +330,8 @@ def _degenerate(arm: str, log: EvalLog, what: str, times: int, n: int) -> Findin
 
 def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield what differs between the evaluations of two arms."""
-    for arm, log in () if _declared(design, _PROMPT) else arms.logs:
+    design = design or Design("", "")
+    for arm, log in () if design.declares(*_PROMPT) else arms.logs:
         both = (arm, arms.opponent(log.against) or "")
         formats = {facts.prompt_format_hash for facts in (log.answers, log.opponent) if facts}
         if both[1] in arms.by_name and len(formats - {None, ""}) > 1:
@@ -355,20 +357,16 @@ def _grades(log: EvalLog) -> set[tuple[str, str, str]]:
     return {metric.key for metric in log.metrics if metric.opponent is None}
 
 
-def _declared(design: Design | None, keys: Sequence[str]) -> bool:
-    return design is not None and design.declares(*keys)
-
-
 def _asked_differently(
     first: EvalLog,
     second: EvalLog,
-    design: Design | None,
+    design: Design,
     scope: tuple[tuple[str, str], tuple[str, ...], str],
 ) -> Iterator[Finding]:
     """Settings and texts of two evaluations, and the precision, versions and code that answered."""
     both, pair = " and ".join(scope[0]), scope[0]
     foreign = bool(first.source or second.source)
-    of_prompt, of_precision = (not _declared(design, keys) for keys in (_PROMPT, _PRECISION))
+    of_prompt, of_precision = (not design.declares(*keys) for keys in (_PROMPT, _PRECISION))
     lines = _unequal(pair, [_settings(log, of_prompt) for log in (first, second)], foreign)
     if lines:
         title = f"{both} were asked differently in {first.eval}: {sentence_list([*lines], 3)}"
@@ -477,7 +475,7 @@ def check_base(arms: Arms) -> Iterator[Finding]:
         if base.is_base and not arm.is_base and now and then and now != then:
             lines = (f"{base.name}: {min(now)}, {arm.name}: {min(then)}",)
             title = f"{arm.name} was trained on other weights than {base.name} has"
-            remedy = "evaluate the base that it was trained on"
+            remedy = "evaluate its base"
             yield Finding("other-base", "error", title, lines, remedy, (arm.name, base.name))
 
 

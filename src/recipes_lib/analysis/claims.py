@@ -336,7 +336,7 @@ def _evidence(row: TableRow) -> str:
 
 def _inside(title: str) -> str:
     """A title inside a sentence: its first word small unless it is a name."""
-    starts = ("The ", "All ", "Different ", "Nobody ")
+    starts = ("The ", "All ", "Different ", "Comparisons ")
     return title[0].lower() + title[1:] if title.startswith(starts) else title
 
 

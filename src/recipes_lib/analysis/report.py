@@ -21,16 +21,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from recipes_lib.analysis import plots, text
+from recipes_lib.analysis import claims, plots, text
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.checks import SEVERITIES
-from recipes_lib.analysis.claims import (
-    Conclusion,
-    effect_text,
-    limits_text,
-    report_markdown,
-    where_text,
-)
+from recipes_lib.analysis.claims import Conclusion
 from recipes_lib.analysis.differences import code_text
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text
@@ -54,7 +48,7 @@ def write_report(
     texts = {
         "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
         "numbers.csv": _csv(numbers),
-        "report.md": report_markdown(conclusion),
+        "report.md": claims.report_markdown(conclusion),
         "report.html": report_html(conclusion, arms, design),
     }
     for name, content in texts.items():
@@ -75,9 +69,9 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         "value": text.metric_text,
         "number": text.plain_number,
         "p": text.p_text,
-        "effect": effect_text,
-        "limits": limits_text,
-        "where": where_text,
+        "effect": claims.effect_text,
+        "limits": claims.limits_text,
+        "where": claims.where_text,
         "interval": lambda limits, unit: text.interval_text(limits, unit, signed=False),
     }
     style, script = (

@@ -236,9 +236,8 @@ def _side_by_side(
     row.n = len(items)
     if not items:
         row.first_value, row.second_value = map(_mean_reported, sides)
-        row.why_not = "only totals are known, not the items behind them"
-        if all(asked):
-            row.why_not = "the two arms answered different questions"
+        totals = "only totals are known, not the items behind them"
+        row.why_not = "the two arms answered different questions" if all(asked) else totals
         return row
     if len(common) < max(map(len, asked)):
         flags.append(f"{len(common)} common questions of {max(map(len, asked))}")
