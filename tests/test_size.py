@@ -23,8 +23,8 @@ LINES = {
     "weights": (1060, 900),
     "plan": (885, 750),
     "evals": (4284, 4300),
-    "analysis": (2844, 3000),
-    "study": (1144, 950),
+    "analysis": (2728, 3000),
+    "study": (1129, 950),
     "slurm": (797, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 23900, 20_000

@@ -191,12 +191,8 @@ def test_a_primary_metric_is_tested_where_another_stands_for_it(two: Folders) ->
     for (folder,), loss in zip(two.values(), (1.0, 1.1), strict=True):
         samples = tuple(Sample(f"q{n}", value=loss + n % 7 / 9) for n in range(60))
         made = [Metric("bits_per_byte", "bits", samples, instead_of="loss", **facts)]
-        write_eval(
-            folder,
-            "heldout_loss",
-            "heldout_loss",
-            [*made, Metric("loss", "loss", samples, **facts)],
-        )
+        made.append(Metric("loss", "loss", samples, **facts))
+        write_eval(folder, "heldout_loss", "heldout_loss", made)
     assert "bits_per_byte" not in str([row.metric for row in compared(two).table.rows])
     first = compared(two, Aims("heldout_loss/bits_per_byte")).table.rows[0]
     assert first.primary and first.metric == "heldout_loss/bits_per_byte"
@@ -209,8 +205,9 @@ def test_other_prompt_formats_have_no_verdict_and_the_way_to_one_is_named(two: F
     rewrite({"two": two["two"]}, "evals/met/" + file.name, answers=asked[0], opponent=asked[1])
     assert claim_of(compared(two), "met/win_rate").stopped_by[0].code == "protocol-differs"
     assert claim_of(compared(two), "alpaca_eval/win_rate").verdict == "higher"
-    for arm, answers in zip(two, asked, strict=True):  # of two families, each by itself
-        rewrite({arm: two[arm]}, answers=answers)
+    for arm, word in zip(two, ("dolly", "chat"), strict=True):  # of two families, each by itself
+        facts = read_eval_log(two[arm][0] / RESULT).answers
+        rewrite({arm: two[arm]}, answers=replace(facts, prompt_format_hash=word))
     design = Design("study", "What?", factors={"format": ["data.prompt_format"]})
     for known, verdict in ((None, "no verdict"), (RANK, "no verdict"), (design, "higher")):
         conclusion = compared(two, design=known)

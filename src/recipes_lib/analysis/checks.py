@@ -191,8 +191,8 @@ def check_former_opponents(arms: Arms) -> Iterator[Finding]:
             lines = (f"{run_place(log.file)}: weights {judged[:12]}", f"now {min(now)[:12]}")
             remedy = f"recipes eval EVAL {log.file.parents[2].name} --against {run.name}"
             metrics = tuple(metric.name for metric in log.metrics if metric.opponent)
-            scope = (arm, rival), metrics, rival
-            yield Finding("former-opponent", "error", title, lines, remedy, *scope)
+            both = (arm, rival)
+            yield Finding("former-opponent", "error", title, lines, remedy, both, metrics, rival)
 
 
 # ---- The judge ----
@@ -231,8 +231,7 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
             yield Finding("judge-failed-audit", "error", title, lines, remedy, (), metrics)
         if not judges.keys() <= audited:
             title = f"The judge of {name} was not audited"
-            line = "no probe and no pair that people labelled was put to it"
-            yield Finding(UNAUDITED, "warning", title, (line,), AUDIT_COMMAND, (), metrics)
+            yield Finding(UNAUDITED, "warning", title, (), AUDIT_COMMAND, (), metrics)
         weak = tuple(dict.fromkeys(judge.weak for judge in judges.values() if judge.weak))
         if weak:
             title = f"The judge of {name} is a weak one"
@@ -523,8 +522,8 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
         if (grid or best) and on_validation:
             title = f"The validation rows chose the weights of {arm.name}"
             remedy = "a loss on them is too good: compare on data.questions: test"
-            scope = ((arm.name,), on_validation)
-            yield Finding("chosen-on-validation", "warning", title, (), remedy, *scope)
+            where = (arm.name,), on_validation
+            yield Finding("chosen-on-validation", "warning", title, (), remedy, *where)
     for both in itertools.combinations([arm.name for arm in trained], 2):
         grids = {(grid.key, grid.values) if (grid := tuned.get(arm)) else None for arm in both}
         if len(grids) > 1:
@@ -541,8 +540,7 @@ def check_presence(arms: Arms) -> Iterator[Finding]:
     """Yield trainings and evaluations that are not finished."""
     for arm in arms:
         for run in arm.runs:
-            place, touched = (run_place(run.folder),), (arm.name,)
-            state = run.state.get("state")
+            place, touched, state = (run_place(run.folder),), (arm.name,), run.state.get("state")
             if state in ("failed", "preempted", "running", "created") and run.evals:
                 title = f"{run.name} is {state}, not finished, and was evaluated"
                 remedy = "finish it, and evaluate again"

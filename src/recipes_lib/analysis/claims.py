@@ -102,26 +102,19 @@ class Conclusion:
     @property
     def cannot_say(self) -> list[str]:
         """What stands in the way of a verdict, each with what would mend it."""
-        lines = dict.fromkeys(
-            f"{finding.title}. {f'Fix: {finding.remedy}.' if finding.remedy else ''}".strip()
-            for claim in self.claims
-            for finding in claim.stopped_by
-        )
-        return [*([self.descriptive] if self.descriptive else []), *lines]
+        stops = [finding for claim in self.claims for finding in claim.stopped_by]
+        lines = [f"{each.title}." + f" Fix: {each.remedy}." * bool(each.remedy) for each in stops]
+        return [*filter(None, [self.descriptive]), *dict.fromkeys(lines)]
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as plain values, for JSON."""
-        rows = [
-            claim.row.to_dict()
-            | {
-                "verdict": claim.verdict,
-                "within": claim.within,
-                "stopped_by": [finding.code for finding in claim.stopped_by],
-                "cause": [difference.what for difference in claim.cause],
-                "sentence": claim.sentence,
-            }
-            for claim in self.claims
-        ]
+        rows = []
+        for claim in self.claims:
+            said: dict[str, object] = {"verdict": claim.verdict, "within": claim.within}
+            said["sentence"] = claim.sentence
+            said["stopped_by"] = [finding.code for finding in claim.stopped_by]
+            said["cause"] = [difference.what for difference in claim.cause]
+            rows.append(claim.row.to_dict() | said)
         return {
             "question": self.question,
             "answer": self.answer,

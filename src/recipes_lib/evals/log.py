@@ -376,8 +376,10 @@ def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
     texts = {key: str(sample.answer).strip() for key, sample in answered.items()}
     asked: dict[str, list[str]] = defaultdict(list)  # questions by their answer
     for (question, *_), text in texts.items():
-        if log.judge or len(text) >= _FEWEST_LETTERS:
-            asked[text].append(question)
+        letters = "".join(filter(str.isalpha, text)).casefold()
+        is_long = len(letters) >= _FEWEST_LETTERS  # then a running number makes no other answer
+        if log.judge or is_long:
+            asked[letters if is_long else text].append(question)
     counts = {
         EMPTY: sum(not text for text in texts.values()),
         CUT: sum(sample.cut for sample in answered.values()),
@@ -388,9 +390,7 @@ def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
 
 
 def _repeats_itself(text: str) -> bool:
-    """Whether a text is compressed more than prose can be. Source of the measure: Radford et al.
-    2022 (Whisper), whose threshold for a failed decoding is 2.4.
-    """
+    """Whether a text is compressed more than prose can be (Radford et al. 2022, Whisper: 2.4)."""
     plain = text.encode("utf-8", "replace")
     return len(plain) > _MOST_REPETITION * len(zlib.compress(plain))
 

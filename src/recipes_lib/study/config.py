@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,8 +229,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     if file.include_base and len(models) > 1:
         bases = ", ".join(sorted(name for name, _ in models))
         what = f"include_base: the arms have different base models ({bases})"
-        hint = "set include_base: false, or give each base a study of its own"
-        reader.wrong(("include_base",), what, hint)
+        reader.wrong(("include_base",), what, "set include_base: false, or split the study")
     aims = reader.aims(evals)
     if reader.errors:
         raise RecipeErrors({str(error): error for error in reader.errors}.values())
@@ -264,8 +263,8 @@ class _Reader:
                 if file is None or (file == COMMAND_LINE and not typed):
                     origin = self.document.origin(place)
                     file, line, prefix = origin.file, origin.line, label or f"{dotted(place)}: "
-                what = f"{prefix}{part.what}"
-                self.errors.append(RecipeError(what, *part.hints, file=file, line=line))
+                error = RecipeError(f"{prefix}{part.what}", *part.hints, file=file, line=line)
+                self.errors.append(error)
 
     def file(self, place: KeyPath, name: str) -> Path:
         """Return the file that a key names."""
@@ -282,8 +281,7 @@ class _Reader:
         for name in keys.arms:
             if name == BASE_ARM or not _ARM_NAME.match(name):
                 what = f"arm name {name!r}: 'base' is the base model's, others start with a letter"
-                hint = "use up to 60 letters, digits, '.', '_' or '-'"
-                self.wrong(("arms", name), what, hint)
+                self.wrong(("arms", name), what, "use 60 letters, digits, '.', '_' or '-' at most")
         named: list[tuple[KeyPath, str]] = [(("reference", name), name) for name in keys.reference]
         for place, name in (*named, (("baseline",), keys.baseline or arms[0])):
             if name not in arms:
@@ -304,8 +302,7 @@ class _Reader:
             with self.reported(place):
                 recipe = load_eval(self.file(place, name))
                 if recipe.name in [other.name for other in evals]:
-                    what = f"evals: '{recipe.name}' is listed twice"
-                    raise self.document.error(place, what, "rename or remove it")
+                    raise self.document.error(place, f"evals: '{recipe.name}' is listed twice")
                 evals.append(recipe)
         return evals
 
@@ -333,8 +330,7 @@ class _Reader:
                 arm = Arm(name, recipe, launch, tuple(seeds))
                 if len({*arm.seeds}) < len(arm.seeds):
                     where: KeyPath = ("seeds",) if section.seeds is None else (*place, "seeds")
-                    what = f"a seed is listed twice: {', '.join(map(str, arm.seeds))}"
-                    self.wrong(where, what, "it would train the same model again")
+                    self.wrong(where, f"a seed is listed twice: {', '.join(map(str, arm.seeds))}")
         grid = keys.tune if section.tune is None else section.tune
         if not arm or not grid:
             return arm
@@ -357,13 +353,12 @@ class _Reader:
                 arm.recipe.train.get("eval_strategy", "no") == "no"
             ),
         }
-        for what in [what for what, is_wrong in wrong.items() if is_wrong][:1]:
+        if what := next((what for what, is_wrong in wrong.items() if is_wrong), ""):
             self.wrong(place, f"tune: {key} {what}")
         candidates = []
         for value in values:
             with self.reported(place, f"arm '{arm.name}': "):
-                given = [*words, f"{key}={value_text(value)}"]
-                recipe = load_recipe(arm.recipe.path, given)
+                recipe = load_recipe(arm.recipe.path, [*words, f"{key}={value_text(value)}"])
                 accumulation_steps(recipe, arm.launch.world_size)
                 label = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-.")
                 candidates.append(Arm(f"{arm.name}--tune-{label}", recipe, arm.launch, (seed,)))
@@ -380,20 +375,20 @@ class _Reader:
 
         primary, margins = metrics[0] if metrics else None, {}
         if keys.primary:
-            found = named(keys.primary)
-            primary = found[0] if found else None
-            if len(found) != 1:
-                why = "several evals measure" if found else "no eval of this study measures"
+            matches = named(keys.primary)
+            primary = matches[0] if matches else None
+            if len(matches) != 1:
+                why = "several evals measure" if matches else "no eval of this study measures"
                 self.wrong(("primary",), f"primary: {why} '{keys.primary}'", hint)
         for word, value in keys.margins.items():
-            found, margin = named(word), Margin.read(value)
+            matches, margin = named(word), Margin.read(value)
             if margin is None:
                 why = f"must be a number above 0, or one like '2 points', got {value!r}"
-            elif not found:
+            elif not matches:
                 why = "no eval of this study measures it"
             else:
                 margins[word] = margin
-                why = next(filter(None, map(margin.fits, found)), "")
+                why = next(filter(None, map(margin.fits, matches)), "")
             if why:
                 self.wrong(("margins", word), f"margins: {word}: {why}", hint)
         return Aims(primary, margins)
@@ -401,7 +396,7 @@ class _Reader:
 
 def known_metrics(recipe: EvalRecipe) -> list[str]:
     """Return the metrics of an eval by the names that a study may use, in its table's order."""
-    metrics: Iterable[str] = SUITES[recipe.suite.name].metrics or recipe.suite.tasks or ()
+    metrics = SUITES[recipe.suite.name].metrics or recipe.suite.tasks or ()
     return [f"{recipe.name}/{metric}" for metric in metrics]
 
 
