@@ -222,8 +222,7 @@ LINES: list[tuple[list[str], int, str]] = [
     (["chat", "nothing", "--prompt", "x"], 2, "no run named 'nothing'"),
     (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
     (["data", "tiny.yaml", "data.source=pipe.jsonl"], 4, "pipe.jsonl: no data file"),
-    (["launch", "nowhere"], 2, "nowhere: no such file"),  # before --profile
-    (["launch", "."], 2, ".: directory"),
+    (["launch", "nowhere"], 2, "--profile is missing"),
     (["judge", "audit"], 2, "--labels: rows: instruction, answer"),
     (["train", str(CONFIGS / "ddp.yaml")], 2, "accelerate config"),
 ]  # fmt: skip

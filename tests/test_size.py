@@ -14,7 +14,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1524, 1500),
+    "commands": (1467, 1500),
     "core": (960, 800),
     "config": (2467, 1900),
     "models": (568, 450),

@@ -33,6 +33,7 @@ from recipes_lib.core.errors import (
     one_line,
     print_error,
 )
+from recipes_lib.core.terminal import next_step, say
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -117,9 +118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:  # `| head` went away: nothing to say, and nobody to say it to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(ExitCode.DONE)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -133,14 +131,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print("recipes VERB ...    fine-tune language models from YAML recipes")
+        lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
         for group, verbs in (("start here", START_HERE), ("more", MORE)):
-            print(f"\n{group}")
-            print("\n".join(f"  {verb:<9} {text}" for verb, (_, text) in verbs.items()))
-        print("\none verb in full: recipes VERB --help\nnext: recipes ls")
-        return int(ExitCode.DONE)
+            lines += ["", group, *(f"  {verb:<9} {text}" for verb, (_, text) in verbs.items())]
+        say("\n".join([*lines, "", "one verb in full: recipes VERB --help"]))
+        return next_step("recipes ls")
     if words[0] == "--version":
-        print(__version__)
+        say(__version__)
         return int(ExitCode.DONE)
     verb, *rest = words
     if verb not in VERBS:

@@ -138,8 +138,6 @@ def test_explain_says_type_default_and_documentation(capsys):
     assert [line.split()[0] for line in said(capsys, "explain").splitlines()[:-1]] == sections
     for key, words in (
         ("train.lerning_rate", "did you mean train.learning_rate?"),
-        ("max_seq_length", "train.max_length"),
-        ("train.output_dir", "run.name"),
         ("rubbish_zzz", "there is no key"),
         ("trian.seed", "did you mean train.seed?"),
     ):

@@ -30,8 +30,8 @@ def test_one_prompt_is_answered_by_the_base_and_every_run(runs, recipes) -> None
     assert first[0] == 0 and first[1].endswith("next: recipes export lora --to lora-export\n")
     assert headings(first[1], "base", "lora", "lora.chat") == ["base", "lora", "lora.chat"]
     assert recipes("chat", "lora", "lora.chat", *words) == first
-    out = recipes("chat", "lora", "lora", "--no-base", *words)[1]
-    assert headings(out, "base", "lora") == ["lora"]
+    out = recipes("chat", "lora", "lora", *words)[1]
+    assert headings(out, "base", "lora") == ["base", "lora"]
     code, out, _ = recipes("chat", "lora", "full", "qlora", *words)
     expected = ["base", "lora", "full", "base", "qlora"]
     assert code == 0 and headings(out, "base", "lora", "full", "qlora") == expected
@@ -86,10 +86,10 @@ def test_the_turns_before_and_the_system_prompt_reach_the_model(runs, recipes, m
 
     monkeypatch.setattr(verbs, "generation_prompt", recorded)
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is gold?\n And silver? \n\nnever\n"))
-    words = ("--no-base", "--system", "Be brief.", "--max-new-tokens", "3")
+    words = ("--system", "Be brief.", "--max-new-tokens", "3")
     code, out, _ = recipes("chat", "lora.chat", *words)
     assert code == 0 and "> " not in out
-    first, second = prompts
+    first, second = prompts[1::2]  # the base is asked too
     assert "Be brief." in first and "What is gold?" in first
     assert second.startswith(first) and second.index("And silver?") > len(first)
 

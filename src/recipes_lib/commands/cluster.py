@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,13 +12,11 @@ from recipes_lib.commands import Accelerate, Gpus, Nodes, flag_words
 from recipes_lib.config.documents import read
 from recipes_lib.config.launch import TRAIN_FLAGS
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, one_line, print_error
-from recipes_lib.core.project import recipe_path
 from recipes_lib.core.terminal import count, next_step, say
 from recipes_lib.slurm import queue
 from recipes_lib.slurm.jobs import JobPlan, Planner, directives, job_commands
 from recipes_lib.slurm.prefetching import prefetch_needs
 from recipes_lib.slurm.profile import Profile, known_profiles, load_profile
-from recipes_lib.study.config import study_file
 
 if TYPE_CHECKING:
     from recipes_lib.slurm.prefetching import Need
@@ -62,8 +58,6 @@ def run_launch(
             f"recipes launch: {wrong[0]} is neither an option nor section.key=value",
             "one recipe or study at a time; put options of the site into its profile: sbatch",
         )
-    if study_file(first) is None:
-        read(recipe_path(first))  # what is not there is named before a profile that is missing
     if not profile:
         hint = f"profiles: {', '.join(known_profiles())}, or a copy of launch/profiles/example.yaml"
         raise RecipeError("recipes launch: --profile is missing", hint)
@@ -113,7 +107,7 @@ def run_prefetch(
     check: Annotated[bool, "fetch nothing; check that everything is here (exit 5 if not)"] = False,
     trust_remote_code: Annotated[bool, "allow code of lm-eval tasks, if the recipe asks"] = False,
 ) -> int:
-    """Fetch, then check in a process that stays offline, as a job on a compute node does."""
+    """Fetch, or check offline, as a job on a compute node does."""
     files = [word for word in words if "=" not in word]
     values = [*(word for word in words if "=" in word), *overrides]
     if not files:
@@ -124,35 +118,20 @@ def run_prefetch(
     if check:
         os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
     evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
-    trained = [file for file in files if file not in evals]
     needs: dict[Need, None] = {}
     for file in files:
-        asked = values if file in trained or not trained else []  # values are the recipe's
+        asked = values if file not in evals or evals == files else []  # they are the recipe's
         needs |= dict.fromkeys(prefetch_needs(file, asked, trust_remote_code))
     missing = 0
     for need in needs:
         try:
-            if not check:
-                say(f"{need.kind} {need.name}")
-            what = need.look(not check)
-            if check:
-                say(f"here: {need.kind} {need.name}: {what}")
-            continue
-        except RecipesError as error:
-            print_error(error)
+            say(f"{need.kind} {need.name}: {need.look(not check)}")
         except Exception as error:  # datasets and lm-eval have exceptions of their own
             what = f"missing: {need.kind} {need.name}: {one_line(error)}"
             print_error(RecipesError(what, "on a machine with a network: recipes prefetch"))
-        missing += 1
-    if check or missing:
-        how = "found without a network" if check else "fetched"
-        say(f"{len(needs) - missing} of {len(needs)} {how}")
+            missing += 1
+    how = "found without a network" if check else "fetched"
+    say(f"{len(needs) - missing} of {len(needs)} {how}")
+    if missing or check:
         return ExitCode.ENVIRONMENT if missing else ExitCode.DONE
-    command = [sys.executable, "-m", "recipes_lib.cli", "prefetch", *files, *values, "--check"]
-    command += ["--trust-remote-code"] if trust_remote_code else []
-    code = subprocess.run(command, env={**os.environ, **OFFLINE}).returncode
-    if code:
-        return code
-    if not trained:
-        return next_step("recipes", "eval", *files, "RUN")
-    return next_step("recipes", "launch", trained[0], "--profile", profile or "P")
+    return next_step("recipes", "prefetch", *files, *values, "--check")

@@ -112,12 +112,11 @@ def run_compare(
 def _margin(word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
-    if margin is None or not metric:
-        what = "not METRIC=NUMBER or METRIC='NUMBER points'"
-    elif not (what := margin.fits(metric)):
-        return metric, margin
-    hint = "for example --margin win_rate='2 points' loss=0.005"
-    raise RecipeError(f"--margin {word}: {what}", hint)
+    what = margin.fits(metric) if margin else "not METRIC=NUMBER or METRIC='NUMBER points'"
+    if margin is None or what:
+        hint = "for example --margin win_rate='2 points' loss=0.005"
+        raise RecipeError(f"--margin {word}: {what}", hint)
+    return metric, margin
 
 
 def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
-import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,6 @@ from pydantic.json_schema import JsonSchemaValue
 
 from recipes_lib.commands import RecipeWord
 from recipes_lib.config.documents import (
-    SECTIONS,
     Document,
     did_you_mean,
     kind_of,
@@ -35,7 +34,6 @@ from recipes_lib.config.new import Method, migrate, new_recipe, schema_line
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.recipe import (
     Recipe,
-    RecipeFile,
     check_recipe,
     load_recipe,
     recipe_keys,
@@ -45,7 +43,7 @@ from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, recipe_path, shown_path
-from recipes_lib.core.terminal import aligned, next_step, say
+from recipes_lib.core.terminal import aligned, count, next_step, say
 from recipes_lib.data.splits import check_rows, look_at
 from recipes_lib.training.resume_guard import differences, flatten
 
@@ -218,12 +216,6 @@ def _full_name(word: str) -> str:
     ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
     if plain in keys or len(ending) == 1:
         return plain if plain in keys else ending[0]
-    section, _, name = plain.rpartition(".")
-    for home in [section] if section in SECTIONS else SECTIONS:
-        models = RecipeFile.model_fields[home].annotation
-        for model in (models, *getattr(models, "__args__", ())):
-            if instead := getattr(model, "gone", {}).get(name):
-                raise RecipeError(f"'{home}.{name}' is not a key of recipes", instead)
     hints = [f"did you mean {' or '.join(ending)}?"] if ending else did_you_mean(plain, keys)
     raise RecipeError(f"there is no key '{word}'", *hints, "all keys: recipes explain SECTION")
 
@@ -250,24 +242,24 @@ def run_check(
 ) -> int:
     """Check every file; print warnings and notes, then all errors."""
     files = list(dict.fromkeys(file for path in paths for file in _files(Path(path))))
-    errors: dict[str, RecipesError] = {}
-    notes: dict[str, RecipesError] = {}
-    broken = 0
-    for file in files:
-        wrong, noted = check_file(file, full)
-        errors |= {str(error): error for error in wrong}
-        notes |= {note.what if note.what.startswith("note:") else str(note): note for note in noted}
-        broken += bool(wrong)
+    checked = [check_file(file, full) for file in files]
+    # what stands in a base is said once
+    errors = {str(error): error for wrong, _ in checked for error in wrong}
+    notes = {
+        note.what if note.what.startswith("note:") else str(note): note
+        for _, noted in checked
+        for note in noted
+    }
     by_place = sorted(errors.values(), key=lambda error: (str(error.file), error.line or 0))
     for message in (*notes.values(), *by_place):
         print_error(message)
-    count = f"{len(files)} file{'s' * (len(files) != 1)}"
+    num_files = count(len(files), "file")
     if errors:
-        summary = f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {count}"
-        print(summary, file=sys.stderr)
+        broken = sum(bool(wrong) for wrong, _ in checked)
+        print_error(f"{count(len(errors), 'error')} in {broken} of {num_files}")
         of_data = all(error.exit_code == ExitCode.DATA for error in by_place)
         return ExitCode.DATA if of_data else ExitCode.USAGE
-    say(f"{count} ok")
+    say(f"{num_files} ok")
     for file in files:
         kind = read(file).kind
         if kind == "recipe":
@@ -350,11 +342,11 @@ def _files(path: Path) -> Iterable[Path]:
         if not os.path.lexists(path):  # a link that leads nowhere is there
             raise no_such_file(path)
         return [path]
-    files = []
-    for file in sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")]):
-        folders = file.relative_to(path).parts[:-1]
-        if not any(part.startswith(".") or part == "runs" for part in folders):
-            files.append(file)
+    files = [
+        file
+        for file in sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
+        if not re.search(r"(^|/)(\..*|runs)/", str(file.relative_to(path)))
+    ]
     if not files:
         raise RecipeError("holds no YAML file", file=path)
     return files

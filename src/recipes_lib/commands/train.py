@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,13 +27,12 @@ from recipes_lib.config.launch import (
     TRAIN_FLAGS,
     Launch,
     place_machine,
-    plan_launch,
     plan_launch_of,
 )
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors, print_error
-from recipes_lib.core.files import object_or_none, write_text
+from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, is_held, open_run
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
@@ -49,7 +49,6 @@ from recipes_lib.weights.runs import BASE, TRUST, Family, families, finished_run
 
 if TYPE_CHECKING:
     from recipes_lib.data.prepare import DataAudit
-    from recipes_lib.plan.plan import Plan
 
 _POLL_S = 0.1
 _LETTING_GO_S = 5.0  # a killed rank takes a moment to let go of the run
@@ -78,14 +77,13 @@ def run_data(
         _say_audit(error.audit)
         raise
     _say_audit(data.audit, f" (split: {data.splits['method']})")
-    errors = []
-    for name, leaks in (search_recipe(loaded, evals, fetch=True) if evals else {}).items():
-        if leaks.is_error:
-            errors.append(leak_error(name, leaks, loaded, limit=NUM_KEPT))
-        else:
-            say(str(leak_error(name, leaks, loaded)) if leaks.found else leaks.summary(name))
-    if errors:
-        raise RecipeErrors(errors)
+    leaks_of = search_recipe(loaded, evals, fetch=True) if evals else {}
+    for name, leaks in leaks_of.items():
+        say(str(leak_error(name, leaks, loaded)) if leaks.found else leaks.summary(name))
+    if wrong := [name for name, leaks in leaks_of.items() if leaks.is_error]:
+        raise RecipeErrors(
+            leak_error(name, leaks_of[name], loaded, limit=NUM_KEPT) for name in wrong
+        )
     for row in data.train.select(range(min(show, len(data.train)))):
         _show_row(row, tokenizer)
     say()
@@ -159,28 +157,17 @@ def run_plan(
         return print_json({key: value for _, _, values in rows for key, value in values.items()})
     lines = [f"{label:<9} {text}" for label, text, _ in rows if text]
     say("\n".join([*lines, *(table_lines(plan, overrides) if table else ())]))
-    path, flags = shown_path(loaded.path), _launch_words(plan, accelerate)
+    path, given = shown_path(loaded.path), {"accelerate": accelerate, "gpus": gpus, "nodes": nodes}
     say(f"$ {launch_line(plan.launch, path, overrides)}")
+    if advice and "launch." in advice.words:
+        given = {}  # a flag would win over it
+    words = [path, *(f"--{name}={value}" for name, value in given.items() if value), *overrides]
     if plan.fits:
-        return next_step("recipes", "train", path, *flags, *overrides)
+        return next_step("recipes", "train", *words)
     if advice is None:
         return next_step("recipes ls")
-    card = ["--gpu", gpu] if gpu else []
-    flags = [] if "launch." in advice.words else flags  # a flag would win over it
-    command = shlex.join(["recipes", "plan", path, *card, *flags, *overrides])
-    return next_step(f"{command} {advice.words}")
-
-
-def _launch_words(plan: Plan, accelerate: str | None) -> list[str]:
-    """Return the flags that give the plan's launch, as far as it is not the recipe's own."""
-    launch, own, words = plan.launch, plan_launch(plan.recipe.launch), []
-    if launch.config.path != own.config.path:
-        words += ["--accelerate", accelerate or launch.config.path.stem]
-    if launch.per_machine != own.per_machine or (words and launch.world_size > 1):
-        words += ["--gpus", str(launch.per_machine)]
-    if launch.machines != own.machines:
-        words += ["--nodes", str(launch.machines)]
-    return words
+    card = [f"--gpu={gpu}"] if gpu else []
+    return next_step(f"{shlex.join(['recipes', 'plan', *words, *card])} {advice.words}")
 
 
 # ---- train ----
@@ -216,8 +203,6 @@ def run_train(
         command = ["env", "ACCELERATE_USE_CPU=true", *command]
     say(f"$ {shlex.join(command)}")
     if dry_run:
-        for warning in loaded.document.warnings:  # a training says them itself
-            print_error(warning)
         return next_step(this_command)
     if launch.rank:
         say(f"machine {launch.rank} of {launch.machines}: the training prints on machine 0")
@@ -259,7 +244,9 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
                 elif _steps_began(run) in (None, earlier):
                     killed = f"{word} before the first step"
                 else:
-                    _ask_for_checkpoint(run, number)
+                    say(STOPPING)
+                    with suppress(OSError):  # on a full disk only a second signal helps
+                        run.stop_file.write_text("INT" if number == signal.SIGINT else "")
             if killed:
                 shutil.rmtree(folder)  # a rank that finds it gone does not begin
                 os.killpg(launcher.pid, signal.SIGKILL)
@@ -281,14 +268,6 @@ def _steps_began(run: RunDirectory) -> str | None:
     """Return when the newest attempt's first step began; None if none has."""
     state = object_or_none(run.state_file) or {}
     return state.get("steps_began") if state.get("state") == "running" else None
-
-
-def _ask_for_checkpoint(run: RunDirectory, number: int) -> None:
-    try:
-        write_text(run.stop_file, "INT" if number == signal.SIGINT else "")
-        say(STOPPING)
-    except OSError as error:
-        say(f"no checkpoint can be asked for: {error}; Ctrl-C again ends it at once")
 
 
 def _record_end(run: RunDirectory, killed: str, code: int) -> None:
@@ -315,23 +294,17 @@ def run_chat(
     max_new_tokens: Annotated[int, "longest answer (default 200)"] = 200,
     temperature: Annotated[float, "0 is greedy and repeatable (default)"] = 0.0,
     trust_remote_code: Annotated[bool, TRUST] = False,
-    no_base: Annotated[bool, "leave the base's answer out"] = False,
 ) -> int:
     """Load every run once and answer until the input ends."""
     if not 0 <= temperature < float("inf"):
         raise RecipeError("recipes chat: --temperature must be 0 or more")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-    trained = [finished_run(open_run(name), trust_remote_code) for name in runs]
-    distinct = {run.run.path: run for run in trained}
+    trained = [finished_run(open_run(name), trust_remote_code) for name in dict.fromkeys(runs)]
     quiet_libraries()
-    loaded = [Family(group) for group in families(list(distinct.values()))]
+    loaded = [Family(group) for group in families(trained)]
     begin: list[Message] = [{"role": "system", "content": system}] if system else []
-    conversations = [  # each model reads its own earlier answers
-        (family, name, list(begin))
-        for family in loaded
-        for name in family.names
-        if not (no_base and name == BASE)
-    ]
+    # each model reads its own earlier answers
+    conversations = [(family, name, [*begin]) for family in loaded for name in family.names]
     for question in [prompt] if prompt is not None else _questions():
         for family, name, messages in conversations:
             messages.append({"role": "user", "content": question})

@@ -94,7 +94,7 @@ def say(text: str = "") -> None:
 
 def print_json(value: object) -> int:
     """Print what `--json` asks for, and return the exit code of a verb that is done."""
-    print(mask_secrets(json.dumps(value, indent=2, ensure_ascii=False)), flush=True)
+    say(json.dumps(value, indent=2))
     return 0
 
 
