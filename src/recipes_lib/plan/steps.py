@@ -14,14 +14,12 @@ from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.core.errors import DataError
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.rows import BadRows, place
-from recipes_lib.data.sources import count_rows, is_on_hub, listed_sources, source_files
+from recipes_lib.data.sources import is_on_hub, listed_sources
 from recipes_lib.data.splits import read_data
 from recipes_lib.weights.load import load_tokenizer
 
-LARGEST_FILE = 20_000_000  # bytes; of larger data the first rows are read
-SAMPLE = 2000  # rows
 CHARACTERS_PER_TOKEN = 4
-# of data that is not on this machine, where nobody says otherwise
+# of data that is not on this machine
 ASSUMED_ROWS, ASSUMED_TOKENS = 15_000, 200
 
 
@@ -39,30 +37,27 @@ class RowLengths:
 def rows_of(recipe: Recipe) -> RowLengths:
     """Return the rows, tokenised where data and tokenizer are on this machine, else estimated."""
     section, folder = recipe.data, local_folder(recipe)
-    sources = listed_sources(section)
-    if any(map(is_on_hub, sources)):
-        lengths: tuple[int, ...] = (ASSUMED_TOKENS,)
+    if any(map(is_on_hub, listed_sources(section))):
         rows = section.max_examples or ASSUMED_ROWS
+        lengths: tuple[int, ...] = (ASSUMED_TOKENS,)
         text = f"assumed: the data are not on this machine, {rows:,} rows of {ASSUMED_TOKENS}"
+    elif folder is not None and (folder / "tokenizer_config.json").is_file():
+        data = prepare_data(recipe, load_tokenizer(recipe))  # kept for the training
+        lengths, validation = tuple(map(len, data.train["input_ids"])), len(data.validation or ())
+        rows = len(lengths)
+        return RowLengths(lengths, rows, validation, f"tokens of {rows:,} rows", counted=True)
     else:
         try:
-            files = [file for source in sources for file in source_files(source)]
+            read = read_data(section, BadRows()).rows
         except DataError as error:
             raise place(recipe, error) from None
-        is_small = sum(file.stat().st_size for file in files) <= LARGEST_FILE
-        if is_small and folder is not None and (folder / "tokenizer_config.json").is_file():
-            data = prepare_data(recipe, load_tokenizer(recipe))
-            tokens = tuple(map(len, data.train[: 10 * SAMPLE]["input_ids"]))
-            rows, validation = len(data.train), len(data.validation or ())
-            return RowLengths(tokens, rows, validation, f"tokens of {rows:,} rows", counted=True)
-        read = read_data(section, BadRows(), max_rows=SAMPLE).rows[:SAMPLE]
         lengths = tuple(sum(map(len, row.texts)) // CHARACTERS_PER_TOKEN + 1 for row in read)
-        rows = min(sum(map(count_rows, files)), section.max_examples or 1 << 40)
-        text = f"tokens estimated from the characters of {len(read):,} of about {rows:,} rows"
-    split, validation = section.split, 0
-    if split.method != "none":
-        validation = round(rows * split.validation)
-        rows = max(round(rows * (1 - split.validation - split.test)), 1)
+        rows = min(len(lengths), section.max_examples or len(lengths))
+        text = f"tokens estimated from the characters of {len(lengths):,} rows"
+    validation = 0
+    if section.split.method != "none":
+        validation = round(rows * section.split.validation)
+        rows = max(round(rows * (1 - section.split.validation - section.split.test)), 1)
     return RowLengths(lengths, rows, validation, text)
 
 
