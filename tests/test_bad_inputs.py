@@ -139,7 +139,7 @@ DATA = {
         rows(), "train.max_length=4", 4, "20/20 rows max_length=4 p95 prompt is"),
     "too many prompts longer than max_length": (
         rows(*LONG), "", 4, "3/20 rows data.filters.max_tokens max_length=192"),
-    "only empty texts": ('{"text": ""}\n' * 9, RAW, 4, "9/9 rows have an empty completion"),
+    "only empty texts": ('{"text": ""}\n' * 9, RAW, 4, "9/9 rows: an empty completion"),
     "null as response": (rows({}, {"response": None}), "", 4, "rows.jsonl:2: 'response' None"),
     "a torn line": (rows() + '{"instruction": "a", \n', "", 4, "rows.jsonl:21"),
     "messages and no chat template": (

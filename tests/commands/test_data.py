@@ -52,13 +52,10 @@ def test_an_eval_that_is_none_is_refused_before_rows_are_read(recipe_file, capsy
     assert "nonsense: no such file" in said and "rows read" not in said
 
 
-def test_refused_data_prints_its_numbers_first_and_names_the_line_of_the_recipe(
-    recipe_file, capsys
-):
+def test_refused_data_names_the_line_of_the_recipe(recipe_file, capsys):
     replace(recipe_file, "max_length: 128", "max_length: 8")
     said = run(capsys, "data", "try.yaml", code=4)
-    assert "30 of 30 rows: cut at max_length=8" in said
-    assert "try.yaml:6: 30/30 rows have no supervised token at max_length=8" in said
+    assert "try.yaml:6: 30/30 rows: no supervised token at max_length=8" in said
 
 
 def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):
@@ -97,7 +94,7 @@ def test_new_check_and_data_agree_about_rows_that_cannot_be_used(recipe_file, tm
 
 
 def test_check_reads_the_first_rows_and_all_of_them_when_asked(recipe_file, monkeypatch, capsys):
-    monkeypatch.setattr("recipes_lib.data.splits.NUM_CHECKED", 30)
+    monkeypatch.setattr("recipes_lib.data.sources.NUM_CHECKED", 30)
     with recipe_file.with_name("rows.jsonl").open("a") as file:
         file.write('{"instruction": "a", "response": "b"}\n{"instruction": "a"}\n')
     run(capsys, "check", "try.yaml")
@@ -111,7 +108,7 @@ def test_data_that_is_not_there_is_refused_by_every_verb(recipe_file, capsys):
         recipe_file.write_text(text.replace("rows.jsonl", source))
         for words in (["check"], ["check", "--full"], ["plan"], ["data"]):
             code, said = main([*words, "try.yaml"]), capsys.readouterr().err
-            named = "try.yaml:4: " in said or "no data file in this folder" in said
+            named = "try.yaml:4: " in said or "no data file of the split" in said
             if code not in (2, 4) or not named or not ("gone" in said or "empty" in said):
                 wrong.append((source, words, code, said))
     assert not wrong

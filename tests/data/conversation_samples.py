@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from recipes_lib.config.sections import DataSection
-from recipes_lib.data.rows import DataRow
+from recipes_lib.data.rows import BadRow, DataRow
 from recipes_lib.data.supervision import Supervision, decoded_spans, encode
 
 FOLDER = Path(str(find_spec("trl").origin)).parent / "chat_templates"
@@ -43,8 +43,10 @@ def encode_row(fields, tokenizer, template=None, train=None, **data):
     settings = Supervision.of(section, {"max_length": 4096} | (train or {}), tokenizer)
     if section.prompt_format == "chat":
         template = template or tokenizer.chat_template
-    [item] = encode([DataRow("rows.jsonl", 7, 7, fields)], settings, tokenizer, template)
-    return item
+    try:
+        return encode(DataRow("rows.jsonl", 7, fields), settings, tokenizer, template)
+    except BadRow as reason:
+        return reason
 
 
 def learned(item, tokenizer) -> list[str]:

@@ -13,7 +13,7 @@ LONG = (
 
 def rows(*texts: str) -> list[DataRow]:
     return [
-        DataRow("rows.jsonl", number, number, {"instruction": "Say it.", "response": text}, id=text)
+        DataRow("rows.jsonl", number, {"instruction": "Say it.", "response": text}, id=text)
         for number, text in enumerate(texts, 1)
     ]
 
@@ -89,5 +89,5 @@ def test_every_leaked_answer_is_named_and_very_short_ones_are_no_sign() -> None:
     assert leaks.lines(1)[0].startswith("rows.jsonl:2: answer to question 0 (100% of its 13-grams)")
 
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": LONG}]
-    row = DataRow("rows.jsonl", 1, 1, {"messages": turns}, id="a")
+    row = DataRow("rows.jsonl", 1, {"messages": turns}, id="a")
     assert find_leaks([row], {"eval": asked(LONG)})["eval"].is_error

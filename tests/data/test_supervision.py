@@ -83,7 +83,7 @@ def test_settings_that_would_not_act_are_refused(tiny_tokenizer):
     section = DataSection(source="x")
     with pytest.raises(SettingError, match="needs prompt_format chat"):
         Supervision.of(section, {"assistant_only_loss": True}, tiny_tokenizer)
-    with pytest.raises(SettingError, match="no fast version"):
+    with pytest.raises(SettingError, match="a fast tokenizer"):
         Supervision.of(section, {}, object())
     train = {"packing": True, "packing_strategy": "bfd_split", "max_length": 16}
     assert Supervision.of(section, train, tiny_tokenizer).max_length is None  # TRL splits rows

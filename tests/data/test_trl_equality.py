@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 from conversation_samples import MARKED, TURNS
@@ -130,11 +129,3 @@ def test_trl_drops_128_rows_of_the_whole_dolly_and_we_name_them(
     bare = data.audit.places["no_supervised_tokens"]
     assert data.audit.rows["read"] == 15_011 and len(data.train) == 15_011 - 128
     assert len({*bare}) == len(bare) == 128
-
-
-@pytest.mark.nightly
-def test_the_whole_dolly_is_equal(recipe_for, whole_dolly, trl_rows, smollm2_tokenizer):
-    texts = [Path(file).read_text(encoding="utf-8") for file in whole_dolly]
-    rows = [json.loads(line) for text in texts for line in text.splitlines()]
-    recipe = recipe_for(whole_dolly, split=NO_SPLIT)
-    assert ours(recipe, smollm2_tokenizer) == trl_rows(pairs(rows), smollm2_tokenizer)

@@ -44,7 +44,7 @@ from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesErr
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, recipe_path, shown_path
 from recipes_lib.core.terminal import aligned, count, next_step, say
-from recipes_lib.data.splits import check_rows, look_at
+from recipes_lib.data.sources import check_rows, look_at
 from recipes_lib.training.resume_guard import differences, flatten
 
 Findings = tuple[list[RecipesError], list[RecipeError]]  # errors; warnings and notes

@@ -64,18 +64,14 @@ def run_data(
     against: Annotated[list[str], "evals whose questions must not be in the rows that train"] = [],  # noqa: B006 (it is not changed)
 ) -> int:
     """Prepare the recipe's data, print the audit and some rows."""
-    from recipes_lib.data.prepare import RefusedData, prepare_data
+    from recipes_lib.data.prepare import prepare_data
 
     # an override may follow the evals
     words = [*overrides, *(word for word in against if "=" in word)]
     loaded = load_recipe(recipe, words)
     evals = [load_eval(word) for word in against if "=" not in word]
     tokenizer = load_tokenizer(loaded)
-    try:
-        data = prepare_data(loaded, tokenizer)
-    except RefusedData as error:
-        _say_audit(error.audit)
-        raise
+    data = prepare_data(loaded, tokenizer)
     _say_audit(data.audit, f" (split: {data.splits['method']})")
     leaks_of = search_recipe(loaded, evals, fetch=True) if evals else {}
     for name, leaks in leaks_of.items():
@@ -95,10 +91,8 @@ def _say_audit(audit: DataAudit, split: str = "") -> None:
     filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
     say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
     say(f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}")
-    names = ("rows", "weight", "used", "train", "validation", "test")
-    if len(audit.sources) > 1:
-        sources = [[source["source"], *_numbers(source, names)] for source in audit.sources]
-        say("\n".join(["", *aligned([("source", *names), *sources]), ""]))
+    for line in audit.sources if len(audit.sources) > 1 else ():
+        say(line)
     say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}")
     for line in audit.notes:
         say(line)

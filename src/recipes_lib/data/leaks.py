@@ -23,7 +23,7 @@ from recipes_lib.data.rows import DataRow
 GRAM = 13
 SHARE = 0.5
 # An answer of fewer words ("Paris.") is no sign that its question was seen.
-FEWEST_WORDS_OF_ANSWER = 8
+FEWEST_WORDS = {"question": 1, "answer": 8}
 # One person in a hundred asks "What is the meaning of life?" too: short texts alone are no leak as
 # long as they are of fewer questions than this.
 ACCIDENTAL = 0.01
@@ -120,20 +120,13 @@ def find_leaks(
     rows: Iterable[DataRow], evals: Mapping[str, Sequence[EvalText]]
 ) -> dict[str, Leaks]:
     """Return what rows hold of the texts of each evaluation, by its name."""
-    # eval texts -> an index by all words of a short text, and by the 13-grams of a longer one
-    short: dict[tuple[str, ...], list[tuple[str, EvalText]]] = defaultdict(list)
+    # 13-gram, or all words of a short text -> the eval texts that it is a sign of
     owners: dict[tuple[str, ...], list[tuple[str, EvalText]]] = defaultdict(list)
     num_grams: dict[tuple[str, EvalText], int] = {}
     for name, texts in evals.items():
-        grams = {text: {*_grams(words_of(text.text))} for text in texts}
-        by_question: dict[str, set[tuple[str, ...]]] = defaultdict(set)
-        for text in texts:
-            by_question[text.question] |= grams[text]
-            words = tuple(words_of(text.text))
-            fewest = FEWEST_WORDS_OF_ANSWER if text.part == "answer" else 1
-            if fewest <= len(words) < GRAM:
-                short[words].append((name, text))
-        times = Counter(gram for of_question in by_question.values() for gram in of_question)
+        grams = {text: _grams(text.text, FEWEST_WORDS[text.part]) for text in texts}
+        asked = {(text.question, gram) for text in texts for gram in grams[text]}
+        times = Counter(gram for _, gram in asked)
         for text, of_text in grams.items():
             # of a question that is listed twice, nothing is its own
             own = {gram for gram in of_text if times[gram] == 1} or of_text
@@ -146,19 +139,13 @@ def find_leaks(
     num_rows = 0
     for row in rows:
         num_rows += 1
-        shares: dict[tuple[str, EvalText], float] = {}
-        held: dict[tuple[str, EvalText], set[tuple[str, ...]]] = defaultdict(set)
-        for said in row.texts:
-            words = tuple(words_of(said))
-            shares |= dict.fromkeys(short.get(words, ()), 1.0)
-            for gram in _grams(words):
-                for owner in owners.get(gram, ()):
-                    held[owner].add(gram)
-        shares |= {owner: len(grams) / num_grams[owner] for owner, grams in held.items()}
-        for (name, text), share in shares.items():
+        held = {gram for said in row.texts for gram in _grams(said)}
+        signs = Counter(owner for gram in held for owner in owners.get(gram, ()))
+        for (name, text), number in signs.items():
+            share = number / num_grams[name, text]
             if share >= SHARE:
                 begins = shorten(text.text, 60, placeholder="...")
-                is_short = num_grams[name, text] == 0
+                is_short = len(words_of(text.text)) < GRAM
                 leak = Leak(row.place, row.id, text.question, text.part, share, is_short, begins)
                 leaks[name].append(leak)
     return {
@@ -167,8 +154,12 @@ def find_leaks(
     }
 
 
-def _grams(words: Sequence[str]) -> Iterable[tuple[str, ...]]:
-    return zip(*(words[start:] for start in range(GRAM)), strict=False)
+def _grams(text: str, fewest: int = 1) -> set[tuple[str, ...]]:
+    """Return the 13-grams of a text, or a shorter one as a whole; none for less than `fewest`."""
+    words = words_of(text)
+    if len(words) < GRAM:
+        return {tuple(words)} if len(words) >= fewest else set()
+    return {*zip(*(words[start:] for start in range(GRAM)), strict=False)}
 
 
 def words_of(text: str) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,21 +23,19 @@ from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import file_hash, hash_of, publish, read_object, write_json
 from recipes_lib.core.project import cache_root, shown_path
 from recipes_lib.core.ranks import on_main_rank
-from recipes_lib.data.prompts import (
-    chat_template,
-    check_arguments,
-    format_hash,
-    training_template,
-)
-from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, listed, place
-from recipes_lib.data.sources import hub_data_set, is_on_hub, listed_sources, source_files
-from recipes_lib.data.splits import (
+from recipes_lib.data.prompts import chat_template, format_hash, training_template, unread_argument
+from recipes_lib.data.rows import NUM_LISTED, BadRow, BadRows, DataRow, SettingError, listed, place
+from recipes_lib.data.sources import (
     SPLITS,
     TRAIN,
     Rows,
     fingerprint_of,
     first_in_hash_order,
+    hub_data_set,
+    is_on_hub,
+    listed_sources,
     read_data,
+    source_files,
     split_rows,
 )
 from recipes_lib.data.supervision import Encoded, Supervision, encode, special_ids
@@ -45,7 +43,6 @@ from recipes_lib.data.supervision import Encoded, Supervision, encode, special_i
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BATCH_ROWS = 1000
 NUM_CACHED = 20
 MOST_UNSUPERVISED = 0.05  # of the rows
 _RECORD = "prepared.json"
@@ -57,13 +54,13 @@ class DataAudit:
 
     prompt_format: str
     loss_on: str
-    rows: dict[str, Any]  # numbers: read, bad, filtered, used, duplicates; of each split
-    tokens: dict[str, dict[str, int]]  # total, p5, p50, p95 and max of a row
-    places: dict[str, list[str]]  # file and line of the rows of which something is true
-    end_tokens: dict[str, int]  # how many rows end with each
-    bad_rows: dict[str, list[str]]  # why rows were left out
-    unused_columns: dict[str, list[str]]  # and keys of messages, by file
-    sources: list[dict[str, Any]]  # the rows that each has and gives
+    rows: dict[str, Any] = field(default_factory=dict)  # read, bad, filtered, used; of each split
+    tokens: dict[str, dict[str, int]] = field(default_factory=dict)  # total, p5, ... of a row
+    places: dict[str, list[str]] = field(default_factory=dict)  # of rows of which something is true
+    end_tokens: dict[str, int] = field(default_factory=dict)  # how many rows end with each
+    bad_rows: dict[str, list[str]] = field(default_factory=dict)  # why rows were left out
+    unused_columns: dict[str, list[str]] = field(default_factory=dict)  # by file
+    sources: list[str] = field(default_factory=list)  # the rows that each has and gives
     training_template: dict[str, str] | None = None  # file and hash of TRL's
     notes: list[str] = field(default_factory=list)  # how conversations are rendered
     warnings: list[str] = field(default_factory=list)  # what the user should know before training
@@ -84,14 +81,6 @@ class PreparedData:
     splits: dict[str, Any]  # splits.json
     fingerprint: str  # `splits.fingerprint_of`
     prompt_format_hash: str
-
-
-class RefusedData(SettingError):
-    """Data that cannot teach what the recipe asks for, with what was counted."""
-
-    def __init__(self, audit: DataAudit, key: str, what: str, *hints: str) -> None:
-        super().__init__(key, what, *hints)
-        self.audit = audit
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
@@ -173,32 +162,24 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) ->
 
     # files -> rows
     read = read_data(section, bad)
-    if len(bad) and not read.rows:
-        raise bad.error(read.num_read)
     rows = first_in_hash_order(read.rows, section.max_examples, section.split.seed)
-    is_pair_loss = recipe.train.get("completion_only_loss") is True
-    if is_pair_loss and any("text" in row.fields for row in rows):
-        what = "train.completion_only_loss: true needs prompt and completion"
-        hint = "remove the key (loss on the whole text)"
-        raise SettingError("train.completion_only_loss", f"{what}; the rows are texts", hint)
+    is_text = any("text" in row.fields for row in rows)
+    if is_text and recipe.train.get("completion_only_loss") is True:
+        what = "train.completion_only_loss: true needs prompt and completion, not texts"
+        raise SettingError("train.completion_only_loss", what, "remove it: all of a text has loss")
 
     # rows -> tokens
-    template, training = None, training_template(section, tokenizer)
+    template, training = None, training_template(section, tokenizer)  # TRL's: its file, its text
     if section.prompt_format == "chat":
         template = training[1] if training else chat_template(section, tokenizer)
-        try:
-            check_arguments(section.chat_template_kwargs, template)
-        except BadRow as reason:
-            what = f"data.{reason.what}"
-            raise SettingError("data.chat_template_kwargs", what, *reason.hints) from None
+        if reason := unread_argument(section.chat_template_kwargs, template):
+            raise SettingError("data.chat_template_kwargs", f"data.{reason.what}", *reason.hints)
     encoded: dict[str, Encoded] = {}
-    for start in range(0, len(rows), BATCH_ROWS):
-        batch = rows[start : start + BATCH_ROWS]
-        for row, item in zip(batch, encode(batch, settings, tokenizer, template), strict=True):
-            if isinstance(item, BadRow):
-                bad.add(row, item)
-            else:
-                encoded[row.id] = item
+    for row in rows:
+        try:
+            encoded[row.id] = encode(row, settings, tokenizer, template)
+        except BadRow as reason:
+            bad.add(row, reason)
     if len(bad) and (section.on_bad_row == "error" or not encoded):
         raise bad.error(read.num_read)
     limit, filtered = section.filters.max_tokens, {}
@@ -216,20 +197,14 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) ->
         parts[name] = [row for row in parts[name] if encoded[row.id].supervised]
     parts[TRAIN] = _repeated(parts[TRAIN], read, section.split.seed)
     counts = {"read": read.num_read, "bad": len(bad), "filtered": filtered, "used": len(rows)}
-    audit = DataAudit(
-        prompt_format=section.prompt_format,
-        loss_on="whole text" if settings.whole else "completion",
-        rows=counts | {name: len(part) for name, part in parts.items()},
-        bad_rows=bad.places_by_reason(),
-        unused_columns=read.unused,
-        sources=_sources(rows, read, parts),
-        **_seen(rows, [encoded[row.id] for row in rows], tokenizer),
-    )
-    if training is not None:
-        digest = hashlib.sha256(training[1].encode()).hexdigest()
-        audit.training_template = {"file": training[0], "sha256": digest}
-    _describe(audit, settings)
-    _check(audit, settings, evaluates=recipe.train.get("eval_strategy", "no") != "no")
+    audit = _audit(rows, encoded, settings, tokenizer, training)
+    audit.rows = counts | {name: len(part) for name, part in parts.items()}
+    audit.bad_rows, audit.unused_columns = bad.places_by_reason(), read.unused
+    for number, (source, num_rows) in enumerate(read.sources):
+        used, trained = (sum(row.source == number for row in part) for part in (rows, parts[TRAIN]))
+        name = f"{shown_path(Path(source.source))} (weight {source.weight:g})"
+        audit.sources.append(f"{name}: {num_rows:,} rows, {used:,} used, {trained:,} train")
+    _judge(audit, settings, evaluates=recipe.train.get("eval_strategy", "no") != "no")
     splits: dict[str, Any] = {"method": section.split.method}
     for name, part in parts.items():
         splits[name] = {"count": len(part), "ids": [row.id for row in part]}
@@ -275,13 +250,21 @@ def _data_set(rows: Sequence[DataRow], encoded: dict[str, Encoded], name: str) -
 # ---- the audit ----
 
 
-def _seen(rows: list[DataRow], items: list[Encoded], tokenizer: Any) -> dict[str, Any]:
-    """Return what the tokens of the rows that are used show."""
+def _audit(
+    rows: list[DataRow],
+    encoded: dict[str, Encoded],
+    settings: Supervision,
+    tokenizer: Any,
+    training: tuple[str, str] | None,
+) -> DataAudit:
+    """Return what the rows that are used, and their tokens, show."""
+    loss_on = "whole text" if settings.whole else "completion"
+    audit = DataAudit(settings.section.prompt_format, loss_on)
     special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
     texts = re.compile("|".join(re.escape(name) for name in special if len(name) > 1) or "(?!)")
-    places: dict[str, list[str]] = {}
     seen = set[bytes]()
-    for row, item in zip(rows, items, strict=True):
+    for row in rows:
+        item = encoded[row.id]
         was_cut, has_end = len(item.ids) < item.tokens_before, item.end_token >= 0
         for name, is_true in {
             "truncated": was_cut,
@@ -294,97 +277,71 @@ def _seen(rows: list[DataRow], items: list[Encoded], tokenizer: Any) -> dict[str
             "special_tokens": any(map(texts.search, row.texts)),
             "duplicates": row.content in seen,
         }.items():
-            places.setdefault(name, []).extend([row.place] if is_true else [])
+            audit.places.setdefault(name, []).extend([row.place] if is_true else [])
         seen.add(row.content)
+    items = [encoded[row.id] for row in rows]
     ends = Counter(item.end_token for item in items if item.end_token >= 0)
-    return {
-        "places": places,
-        "end_tokens": {tokenizer.convert_ids_to_tokens(end): ends[end] for end in ends},
-        "tokens": {
-            "prompt": _distribution(item.prompt_tokens for item in items),
-            "row, as trained": _distribution(len(item.ids) for item in items),
-            "with loss": _distribution(item.supervised for item in items),
-        },
-    }
-
-
-def _distribution(lengths: Iterable[int]) -> dict[str, int]:
-    """Return the total, and per row the percentiles and the maximum, as whole tokens."""
-    values = np.fromiter(lengths, dtype=np.int64)
-    p5, p50, p95 = map(int, np.percentile(values, (5, 50, 95), method="nearest"))
-    return {"total": int(values.sum()), "p5": p5, "p50": p50, "p95": p95, "max": int(values.max())}
-
-
-def _sources(rows: list[DataRow], read: Rows, parts: dict[str, list[DataRow]]) -> list[Any]:
-    """Return how many rows each source has and gives."""
-    table = []
-    for number, (source, num_rows) in enumerate(read.sources):
-        name = shown_path(Path(source.source))
-        line = {"source": name, "weight": source.weight, "rows": num_rows}
-        for title, part in {"used": rows, **parts}.items():
-            line[title] = sum(row.source == number for row in part)
-        table.append(line)
-    return table
-
-
-def _describe(audit: DataAudit, settings: Supervision) -> None:
-    """Fill in the notes and the warnings, once everything is counted."""
-    if template := audit.training_template:
-        name = f"{template['file']} ({template['sha256'][:12]})"
+    audit.end_tokens = {tokenizer.convert_ids_to_tokens(end): ends[end] for end in ends}
+    for title, lengths in (
+        ("prompt", [item.prompt_tokens for item in items]),
+        ("row, as trained", [len(item.ids) for item in items]),
+        ("with loss", [item.supervised for item in items]),
+    ):
+        p5, p50, p95 = map(int, np.percentile(lengths, (5, 50, 95), method="nearest"))
+        counts = {"total": sum(lengths), "p5": p5, "p50": p50, "p95": p95, "max": max(lengths)}
+        audit.tokens[title] = counts
+    if training is not None:
+        digest = hashlib.sha256(training[1].encode()).hexdigest()
+        audit.training_template = {"file": training[0], "sha256": digest}
+        name = f"{training[0]} ({digest[:12]})"
         what = f"trained through TRL's {name}; the plain one is saved, and answers"
         audit.notes.append(f"chat template: {what}")
     if date := settings.section.template_date:
         what = f"prints the date, fixed to {date} for this run"
         audit.notes.append(f"chat template: {what}, in every resume, chat and evaluation")
-    used, lost = audit.rows["used"], len(audit.places["lost_end"])
+    return audit
+
+
+def _judge(audit: DataAudit, settings: Supervision, *, evaluates: bool) -> None:
+    """Write the warnings, and refuse data that cannot teach what the recipe asks for."""
+    used, places, warnings = audit.rows["used"], audit.places, audit.warnings
     if bad := audit.rows["bad"]:
         what = f"{bad} of {audit.rows['read']} rows cannot be used and are left out"
-        audit.warnings.append(f"{what} (on_bad_row: skip):")
-        for what, places in [*audit.bad_rows.items()][:10]:
-            audit.warnings.append(f"  {len(places)} x {what}: {listed(places, 3)}")
+        reasons = [f"{what}: {listed(rows, 3)}" for what, rows in audit.bad_rows.items()]
+        warnings += [f"{what} (on_bad_row: skip):", *reasons[:NUM_LISTED]]
     for file, columns in audit.unused_columns.items():
-        audit.warnings.append(f"columns that are not used: {listed(columns)} (in {file})")
+        warnings.append(f"columns that are not used: {listed(columns)} (in {file})")
+    limit, lost = f"max_length={settings.max_length}", len(places["lost_end"])
     acting = "ACTING as such" if audit.prompt_format == "chat" else "read as text"
-    for name, what in (
-        ("truncated", f"cut at max_length={settings.max_length}, {lost} of them lose their end"),
-        ("no_supervised_tokens", "no supervised token, left out"),
-        ("empty_completions", "an empty completion, which teaches the end token alone"),
-        ("changed_by_template", "the chat template changes or drops text"),
-        (
-            "other_prompt",
-            "not as the model is asked: the prompt ends in a space, or the template begins a"
-            " thought (data.chat_template_kwargs: {enable_thinking: ...})",
-        ),
-        ("special_tokens", f"special tokens in the text, {acting}"),
-        ("duplicates", "exact duplicates"),
-    ):
-        if places := audit.places[name]:
-            audit.warnings.append(f"{len(places)} of {used} rows: {what}: {listed(places, 3)}")
+    p95 = audit.tokens["prompt"]["p95"]
+    facts = {
+        "truncated": f"cut at {limit}, {lost} of them lose their end",
+        "no_supervised_tokens": f"no supervised token at {limit}; p95 prompt is {p95}",
+        "empty_completions": "an empty completion, which teaches the end token alone",
+        "without_end_token": "no supervised end token, so the model would not learn to stop",
+        "changed_by_template": "the chat template changes or drops text",
+        "other_prompt": "not as the model is asked: the prompt ends in a space, or the template"
+        " begins a thought (data.chat_template_kwargs: {enable_thinking: ...})",
+        "special_tokens": f"special tokens in the text, {acting}",
+        "duplicates": "exact duplicates",
+    }
+    for name, what in facts.items():
+        if rows := places[name]:
+            warnings.append(f"{len(rows)} of {used} rows: {what}: {listed(rows, 3)}")
     if audit.end_tokens and settings.eos_token not in audit.end_tokens:
-        ends, eos = listed(audit.end_tokens, 3), settings.eos_token
-        what = f"turns end with {ends}, but generation stops at {eos}"
-        audit.warnings.append(f"{what}: set train.eos_token to the turn's end")
-
-
-def _check(audit: DataAudit, settings: Supervision, *, evaluates: bool) -> None:
-    """Raise RefusedData where the data cannot teach what the recipe asks for, before step 1."""
-    used, bare = audit.rows["used"], audit.places["no_supervised_tokens"]
-    if len(audit.places["empty_completions"]) == used:
-        what = f"{used}/{used} rows have an empty completion: there is nothing to learn"
-        raise RefusedData(audit, "data.source", what, "check data.columns")
-    if len(bare) > MOST_UNSUPERVISED * used or not audit.rows[TRAIN]:
-        p95 = audit.tokens["prompt"]["p95"]
-        what = f"{len(bare)}/{used} rows have no supervised token"
-        what += f" at max_length={settings.max_length}; p95 prompt is {p95}"
-        most = f"at most {MOST_UNSUPERVISED:.0%} are accepted; {listed(bare, 3)}"
-        hint = "raise train.max_length above that, or set data.filters.max_tokens"
-        raise RefusedData(audit, "train.max_length", what, most, hint)
-    if endless := audit.places["without_end_token"]:
-        what = f"{len(endless)}/{used} rows do not end with a supervised end token"
-        why = f"the model would not learn to stop: {listed(endless, 3)}"
-        hint = "end each assistant turn with a special token, inside any {% generation %} block"
-        raise RefusedData(audit, "data.chat_template", what, why, hint)
+        what = f"turns end with {listed(audit.end_tokens, 3)}, but generation stops at"
+        warnings.append(f"{what} {settings.eos_token}: set train.eos_token to the turn's end")
+    longer = "raise train.max_length above that, or set data.filters.max_tokens"
+    end = "end each assistant turn with a special token, inside any {% generation %} block"
+    for name, most, key, hint in (
+        ("empty_completions", used - 1, "data.source", "check data.columns"),
+        ("no_supervised_tokens", MOST_UNSUPERVISED * used, "train.max_length", longer),
+        ("without_end_token", 0, "data.chat_template", end),
+    ):
+        if len(rows := places[name]) > most:
+            what = f"{len(rows)}/{used} rows: {facts[name]}"
+            raise SettingError(key, what, listed(rows, 3), f"at most {most:.0f} rows; {hint}")
     if evaluates and not audit.rows["validation"]:
         what = f"none of {used} rows is held out for the validation of train.eval_strategy"
         hint = "add rows, raise data.split.validation, or set train.eval_strategy: 'no'"
-        raise RefusedData(audit, "data.split.validation", what, hint)
+        raise SettingError("data.split.validation", what, hint)

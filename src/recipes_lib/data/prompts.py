@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
@@ -109,8 +109,6 @@ def render_chat(
         texts, spans = render([list(messages)])
     except TypeError:
         # DeepSeek's templates join the arguments of a call to text; all others read an object
-        if not any("tool_calls" in message for message in messages):
-            raise
         texts, spans = render([[with_arguments_as_text(message) for message in messages]])
     return texts[0], spans[0] if marked else []
 
@@ -121,7 +119,7 @@ def with_arguments_as_text(message: Message) -> Message:
     for call in message.get("tool_calls", ()):
         text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         calls.append({**call, "function": {**call["function"], "arguments": text}})
-    return cast(Message, {**message, "tool_calls": calls}) if calls else message
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def chat_template(section: DataSection, tokenizer: Any) -> str:
@@ -144,15 +142,13 @@ def _undated_template(section: DataSection, tokenizer: Any) -> str:
     if is_inline(given):
         return given
     shipped = trl_templates()
-    if given.startswith(TRL) and given not in shipped:
-        hints = did_you_mean(given, shipped) or [f"all: {', '.join(shipped)}"]
-        raise SettingError(key, f"TRL ships no template {given!r}", *hints)
     path = shipped.get(given) or Path(given).expanduser()
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         what = f"{shown_path(path)} cannot be read: {one_line(error)}"
-        raise SettingError(key, what, "give a .jinja file, or the template itself") from None
+        hint = f"give a .jinja file, the template itself, or one of TRL's: {', '.join(shipped)}"
+        raise SettingError(key, what, *(did_you_mean(given, shipped) or [hint])) from None
 
 
 def template_date(section: DataSection, tokenizer: Any, recorded: str | None) -> str | None:
@@ -163,25 +159,21 @@ def template_date(section: DataSection, tokenizer: Any, recorded: str | None) ->
 
 
 def _with_date(template: str, date: str | None) -> str:
-    """Return the template with a fixed date in place of the day it is rendered on.
-
-    Example:
-        >>> _with_date("It is {{ strftime_now('%d %b %Y') }}.", "2026-11-28")
-        "It is {{ '28 Nov 2026' }}."
-    """
+    """Return the template with a fixed date in place of the day it is rendered on."""
     if date is None:
         return template
     day = datetime.datetime.fromisoformat(date)
     return TODAY.sub(lambda match: repr(day.strftime(match["form"])), template)
 
 
-def check_arguments(names: Iterable[str], template: str) -> None:
-    """Raise a BadRow for a template argument that the chat template does not name."""
+def unread_argument(names: Iterable[str], template: str) -> BadRow | None:
+    """Return the error about a template argument that the chat template does not name."""
     words = set(re.findall(r"[A-Za-z_]\w*", template))
     for name in names:
         if name not in words:
             what = f"chat_template_kwargs: the chat template does not read '{name}'"
-            raise BadRow(what, *did_you_mean(name, sorted(words)))
+            return BadRow(what, *did_you_mean(name, sorted(words)))
+    return None
 
 
 def training_template(section: DataSection, tokenizer: Any) -> tuple[str, str] | None:

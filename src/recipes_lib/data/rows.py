@@ -10,8 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import DataSection
@@ -21,6 +20,9 @@ if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
 
 NUM_LISTED = 10
+# One turn of a conversation, as the chat templates read it: role and content; of the assistant also
+# reasoning_content, tool_calls (in OpenAI's spelling) and weight (0 for no loss).
+Message = dict[str, Any]
 CALL = "function_call"  # ShareGPT's turn that is nothing but calls
 # Every name of a role -> ours: OpenAI's, and ShareGPT's, as its `from` key has them.
 ROLES = {
@@ -41,44 +43,24 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
 }
 OF_CHAT = ("system", "tools", "chat_template_kwargs")
-# Names that files use for ours.
-ALIASES = {
-    "instruction": ("question",),
-    "context": ("input",),
-    "response": ("output", "answer"),
-    "messages": ("conversations",),
-    "system": ("system_prompt",),
-    "tools": ("functions",),
+# The names that files use for our fields.
+COLUMNS = {
+    **{name: (name,) for name in ("id", "prompt", "completion", "text", "chat_template_kwargs")},
+    "instruction": ("instruction", "question"),
+    "context": ("context", "input"),
+    "response": ("response", "output", "answer"),
+    "messages": ("messages", "conversations"),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "functions"),
 }
-# Who may speak after whom, the likeliest first.
-_NEXT = {
-    "": ("user", "system"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-
-
-class Message(TypedDict):
-    """One turn of a conversation, as the chat templates read it."""
-
-    role: str
-    content: str
-    reasoning_content: NotRequired[str]  # of the assistant, as the next two
-    tool_calls: NotRequired[list[dict[str, Any]]]  # in OpenAI's spelling
-    weight: NotRequired[int]  # 0 for no loss
-    tool_call_id: NotRequired[str]  # of a tool: the call that it answers
-    name: NotRequired[str]
 
 
 @dataclass(slots=True)
 class DataRow:
     """One row: where it stands, its texts and its identity."""
 
-    file: str
-    line: int | None  # counted from 1; None where the format has no lines
-    number: int  # counted from 1 within the file
+    file: str  # `FILE row N` where the format has no lines
+    line: int | None
     fields: dict[str, Any]  # our names -> text or messages; tools and template arguments are JSON
     source: int = 0  # position of its source in the mixture
     id: str = ""  # unique label in splits.json
@@ -87,15 +69,16 @@ class DataRow:
     @property
     def place(self) -> str:
         """`file:line`, or `file row N` where the format has no lines."""
-        return f"{self.file} row {self.number}" if self.line is None else f"{self.file}:{self.line}"
+        return self.file if self.line is None else f"{self.file}:{self.line}"
 
     @property
     def texts(self) -> list[str]:
         """All texts, of conversations all that each message says."""
         texts: list[str] = []
         for value in self.fields.values():
-            said = map(message_texts, value) if isinstance(value, list) else [[value]]
-            texts += [text for each in said for text in each]
+            messages = value if isinstance(value, list) else ()
+            texts += [value] if isinstance(value, str) else []
+            texts += [text for message in messages for text in message_texts(message)]
         return texts
 
     @property
@@ -121,7 +104,7 @@ class SettingError(DataError):
 
 
 class BadRow(DataError):
-    """Why one row cannot be used, and what to do; `BadRows` knows which row."""
+    """Why one row cannot be used, and what to do; `BadRows` says which row."""
 
 
 def place(recipe: Recipe, error: DataError) -> DataError:
@@ -132,19 +115,13 @@ def place(recipe: Recipe, error: DataError) -> DataError:
     return error
 
 
-class BadRows:
+class BadRows(list[BadRow]):
     """The rows that cannot be used, of every stage, so that all are named at once."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[DataRow, BadRow]] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def add(self, row: DataRow, reason: BadRow) -> None:
         """Note a row; its texts are not kept."""
-        bare = DataRow(row.file, row.line, row.number, {})
-        self.rows.append((bare, reason.with_traceback(None)))
+        reason.file, reason.line = row.file, row.line
+        self.append(reason.with_traceback(None))
 
     def error(self, num_rows: int | None = None) -> DataError:
         """Return one error for all of them, of `num_rows` that were read: the first at its place,
@@ -153,21 +130,20 @@ class BadRows:
         (what, places), *others = self.places_by_reason().items()
         lines = [f"{len(places) - 1} more: {listed(places[1:])}"] if len(places) > 1 else []
         lines += [f"{listed(rest, 3)}: {other}" for other, rest in others[:NUM_LISTED]]
-        lines += dict.fromkeys(hint for _, reason in self.rows for hint in reason.hints)
+        lines += dict.fromkeys(hint for reason in self for hint in reason.hints)
         if num_rows is not None and len(self) < num_rows:
             count = f"{len(self)} of {num_rows}"
             lines.append(f"to leave out bad rows ({count}): data.on_bad_row: skip")
-        row = self.rows[0][0]
-        file = row.file if row.line is not None else row.place
-        return DataError(what, *lines, file=file, line=row.line)
+        return DataError(what, *lines, file=self[0].file, line=self[0].line)
 
     def places_by_reason(self) -> dict[str, list[str]]:
         """Group the places by what is wrong, whatever numbers stand in the words."""
-        self.rows.sort(key=lambda bad: (bad[0].file, bad[0].number))
+        self.sort(key=lambda reason: (str(reason.file), reason.line or 0))
         kinds: dict[str, tuple[str, list[str]]] = {}
-        for row, reason in self.rows:
+        for reason in self:
             words = re.sub(r"0x\w+|\d+|\\u\w{4}", "#", reason.what)
-            kinds.setdefault(words, (reason.what, []))[1].append(row.place)
+            place = f"{reason.file}:{reason.line}" if reason.line else str(reason.file)
+            kinds.setdefault(words, (reason.what, []))[1].append(place)
         return dict(kinds.values())
 
 
@@ -199,8 +175,7 @@ def checked_text(value: Any, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        char = value[error.start]
-        raise BadRow(f"{what}: lone surrogate {char!r} at character {error.start}") from None
+        raise BadRow(f"{what}: {error}") from None
     return value
 
 
@@ -212,9 +187,8 @@ def is_blank(value: Any) -> bool:
 # ---- conversations ----
 
 
-def read_messages(value: Any, column: str) -> list[Message]:
+def read_messages(value: Any, what: str) -> list[Message]:
     """Return messages of any spelling in ours."""
-    what = f"column '{column}'"
     messages = parsed_json(value, list, what)
     return [_read_message(each, f"{what}, message {at}") for at, each in enumerate(messages)]
 
@@ -226,7 +200,7 @@ def _read_message(given: Any, what: str) -> Message:
     if role is None:
         raise BadRow(f"{what}: unknown role {speaker!r}; roles are {', '.join(ROLES)}")
     what = f"{what} ({role})"
-    message: Message = {"role": role, "content": ""}
+    message: Message = {"role": role}
     content = given["content"] if given.get("content") is not None else given.get("value")
     if role == "assistant":
         calls = content if speaker == CALL else given.get("tool_calls")
@@ -234,9 +208,9 @@ def _read_message(given: Any, what: str) -> Message:
             message["reasoning_content"] = checked_text(thoughts, f"{what}: thoughts")
         if not is_blank(calls):
             message["tool_calls"] = _read_calls(calls, what)
-        if speaker == CALL or (content is None and len(message) > 2):
+        if speaker == CALL or (content is None and len(message) > 1):
             content = ""  # only calls or thoughts
-    message |= cast(Message, {key: given[key] for key in OF_TOOLS if given.get(key)})
+    message |= {key: given[key] for key in OF_TOOLS if given.get(key)}
     message["content"] = _content_text(content, role, what)
     weight = given.get("weight")
     if weight not in (None, 0, 1) or (weight == 1 and role != "assistant"):
@@ -276,23 +250,22 @@ def _read_calls(value: Any, what: str) -> list[dict[str, Any]]:
     return calls
 
 
-def read_tools(value: Any, column: str) -> str:
-    """Return the tools of a row as JSON text in OpenAI's spelling, also of bare functions."""
-    what = f"column '{column}'"
-    wrapped = []
-    for tool in parsed_json(value, list, what):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+def _json_text(name: str, value: Any, what: str) -> str:
+    """Return tools in OpenAI's spelling (also of bare functions), or template arguments without
+    those that are null, as JSON text.
+    """
+    if name == "tools":
+        tools = [parsed_json(tool, dict, what) for tool in parsed_json(value, list, what)]
+        functions = [parsed_json(tool.get("function", tool), dict, what) for tool in tools]
+        if not all(isinstance(function.get("name"), str) for function in functions):
             raise BadRow(f"{what}: a tool is no function with a name in it")
-        wrapped.append({"type": "function", "function": tool} if function is tool else tool)
-    return checked_text(json.dumps(wrapped, ensure_ascii=False), what)
-
-
-def read_template_kwargs(value: Any, column: str) -> str:
-    """Return the template arguments of a row as JSON text; what is null is not given."""
-    values = parsed_json(value, dict, f"column '{column}'")
-    values = {key: given for key, given in values.items() if given is not None}
-    return checked_text(json.dumps(values, ensure_ascii=False), f"column '{column}'")
+        value = [
+            tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
+        ]
+    else:
+        given = parsed_json(value, dict, what)
+        value = {key: inner for key, inner in given.items() if inner is not None}
+    return checked_text(json.dumps(value, ensure_ascii=False), what)
 
 
 def template_values(row: DataRow, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,22 +309,38 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """Check who speaks when, and that the assistant speaks last."""
-    roles = ["", *(message["role"] for message in messages)]
-    if "assistant" not in roles:
-        raise BadRow("no assistant turn")
-    for index, (before, role) in enumerate(pairwise(roles)):
-        if role not in _NEXT[before]:
-            expected = _NEXT[before][0]
-            raise BadRow(f"roles out of order: message {index} is {role}, expected {expected}")
-    if roles[-1] != "assistant":
-        what = (
-            f"the last message is not the assistant's: message {len(messages) - 1} is {roles[-1]}"
-        )
-        raise BadRow(what, "cut the conversation after its last assistant turn")
+    """Check who speaks when: a system message or none, then user and assistant in turn, the results
+    of tools between two turns of the assistant, who is last.
+    """
+    roles = [message["role"] for message in messages]
+    in_order = re.match("s?(ua(t+a)*)*", "".join(role[0] for role in roles))
+    number = in_order.end() if in_order else 0
+    if number < len(roles) or "assistant" not in roles:
+        expected = "expected user and assistant in turn, the assistant last"
+        raise BadRow(f"roles from message {number} on: {listed(roles[number:], 3)}; {expected}")
 
 
 # ---- columns ----
+
+
+def column_names(rows: Iterable[DataRow]) -> list[str]:
+    """Return all column names, in the order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.fields))
+
+
+def fields_by_format(
+    columns: Mapping[str, str], present: Sequence[str]
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Return our names -> columns, as mapped or by their usual names; and for each prompt format
+    that can read such rows, the first set of fields.
+    """
+    usual = {name: [each for each in COLUMNS[name] if each in present] for name in COLUMNS}
+    names = {name: known[0] for name, known in usual.items() if known} | {**columns}
+    sets = {
+        prompt_format: [fields for fields in choices if {*fields} <= names.keys()]
+        for prompt_format, choices in FIELDS.items()
+    }
+    return names, {prompt_format: fields[0] for prompt_format, fields in sets.items() if fields}
 
 
 def map_columns(
@@ -360,22 +349,22 @@ def map_columns(
     """Give the rows of one source our fields in place of its columns (`columns`: our name -> the
     file's). Return the usable rows, and the columns and keys of messages that nothing reads.
     """
-    present = column_names(rows)
+    present, prompt_format = column_names(rows), section.prompt_format
     for name, column in columns.items():
         if column not in present:
             what = f"data.columns.{name}: the data has no column '{column}'"
             hints = did_you_mean(column, present) or [f"columns are {', '.join(present)}"]
             raise SettingError("data.columns", what, *hints)
-    required = _fields_for(section.prompt_format, columns, present)
-    if not required:
-        expected = " / ".join("+".join(fields) for fields in FIELDS[section.prompt_format])
+    names, fields = fields_by_format(columns, present)
+    if prompt_format not in fields:
+        expected = " / ".join("+".join(each) for each in FIELDS[prompt_format])
         what = f"columns are {', '.join(present)}; expected {expected}"
-        fitting = [f"data.prompt_format: {other}" for other in formats_for(columns, present)]
+        fitting = [f"data.prompt_format: {other}" for other in fields]
         hint = " or ".join([*fitting, "data.columns: {<our name>: <your column>}"])
         raise SettingError("data.prompt_format", what, f"set {hint}")
-    read = [*required, "id", *(["context"] if "instruction" in required else [])]
-    read += OF_CHAT if section.prompt_format == "chat" else ()
-    names = {name: known for name in read if (known := _column(name, columns, present))}
+    read = {*fields[prompt_format], "id", *(OF_CHAT if prompt_format == "chat" else ())}
+    read |= {"context"} if "instruction" in read else set()
+    names = {name: names[name] for name in names if name in read}
     unread = {name: None for name in present if name not in names.values()}
     usable = []
     for row in rows:
@@ -385,7 +374,7 @@ def map_columns(
             keys = message if isinstance(message, dict) else ()
             unread |= {f"messages.{key}": None for key in keys if key not in MESSAGE_KEYS}
         try:
-            _fill(row, values, names, is_chat=section.prompt_format == "chat")
+            _fill(row, values, names, is_chat=prompt_format == "chat")
             usable.append(row)
         except BadRow as reason:
             bad.add(row, reason)
@@ -395,19 +384,16 @@ def map_columns(
 def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_chat: bool) -> None:
     fields = row.fields
     for name, column in names.items():
-        value = values.get(column)
+        value, what = values.get(column), f"column '{column}'"
+        is_half = is_chat and name in ("prompt", "completion") and isinstance(value, list)
         if name == "id":
             row.id = str(value) if isinstance(value, str | int) else ""
         elif name in ("tools", "chat_template_kwargs"):
-            if not is_blank(value):
-                read = read_tools if name == "tools" else read_template_kwargs
-                fields[name] = read(value, column)
-        elif name == "messages" or (is_chat and isinstance(value, list)):
-            fields[name] = read_messages(value, column)
-        else:
-            if value is None and name in ("context", "system"):
-                value = ""
-            fields[name] = checked_text(value, f"column '{column}'")
+            fields |= {} if is_blank(value) else {name: _json_text(name, value, what)}
+        elif name == "messages" or is_half:
+            fields[name] = read_messages(value, what)
+        elif value is not None or name not in ("context", "system"):
+            fields[name] = checked_text(value, what)
     if isinstance(fields.get("prompt"), list) != isinstance(fields.get("completion"), list):
         raise BadRow("prompt and completion: one is text, the other a list of messages")
     if is_chat:
@@ -415,29 +401,3 @@ def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_
         if fields.get("system") and messages[0]["content"] != fields["system"]:
             raise BadRow(f"a system message and another text in column '{names['system']}'")
         check_roles(messages)
-
-
-def _column(name: str, columns: Mapping[str, str], present: Sequence[str]) -> str | None:
-    """Return the file's column for one of our names: mapped, of the same name, or an alias."""
-    known = (columns[name],) if name in columns else (name, *ALIASES.get(name, ()))
-    return next((column for column in known if column in present), None)
-
-
-def _fields_for(
-    prompt_format: str, columns: Mapping[str, str], present: Sequence[str]
-) -> tuple[str, ...]:
-    """Return the first set of fields of the format that the columns can fill, or none."""
-    for required in FIELDS[prompt_format]:
-        if all(_column(name, columns, present) for name in required):
-            return required
-    return ()
-
-
-def formats_for(columns: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...]:
-    """Return the prompt formats that can read rows with these columns, the best first."""
-    return tuple(name for name in FIELDS if _fields_for(name, columns, names))
-
-
-def column_names(rows: Iterable[DataRow]) -> list[str]:
-    """Return all column names, in the order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row.fields))

@@ -17,7 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +27,9 @@ from recipes_lib.core.errors import one_line
 from recipes_lib.data.prompts import (
     GENERATION,
     Span,
-    check_arguments,
     prompt_and_completion,
     render_chat,
+    unread_argument,
 )
 from recipes_lib.data.rows import (
     THOUGHTS,
@@ -76,6 +76,9 @@ class Supervision:
     max_length: int | None  # longest row in tokens
     keep_end: bool  # cut the start of rows that are too long instead of their end
     eos_token: str | None
+    ends: frozenset[
+        int
+    ]  # the tokens that may end an answer: EOS, in conversations all special ones
 
     @classmethod
     def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
@@ -86,12 +89,10 @@ class Supervision:
             key = "train.assistant_only_loss"
             what = f"{key}: true needs prompt_format chat, not {section.prompt_format}"
             raise SettingError(key, what, "loss on the completion alone is the default already")
-        if not getattr(tokenizer, "is_fast", False):
-            what = "the tokenizer has no fast version (tokenizer.json), which the loss mask needs"
-            raise SettingError("model.name_or_path", what)
-        if not is_chat and not eos_token:
-            what = "the tokenizer has no EOS token: the model would never learn to stop"
+        if not getattr(tokenizer, "is_fast", False) or not (is_chat or eos_token):
+            what = "training needs a fast tokenizer (tokenizer.json), and an EOS token to end rows"
             raise SettingError("model.name_or_path", what, "set train.eos_token")
+        ends = special_ids(tokenizer) if is_chat else {tokenizer.convert_tokens_to_ids(eos_token)}
         splits_itself = train.get("packing") and train.get("packing_strategy", "bfd") != "bfd"
         return cls(
             section=section,
@@ -99,87 +100,92 @@ class Supervision:
             max_length=None if splits_itself else train.get("max_length", MAX_LENGTH),
             keep_end=train.get("truncation_mode", "keep_start") == "keep_end",
             eos_token=eos_token,
+            ends=frozenset(ends),
         )
 
 
 class Rendered(NamedTuple):
-    """A row as text."""
+    """A conversation as text."""
 
     text: str
-    prompt: str | None  # what the model is asked with (for the last turn); None of a bare text
-    parts: Sequence[Span] = ()  # of characters, that are to be learned; of conversations
-    changed: bool = False  # whether something that a message says is not in the text
-    follows: bool = True  # whether each turn goes on from the prompt that asks for it
+    prompt: str  # what the model is asked with for the last turn
+    parts: Sequence[Span]  # of characters, that are to be learned
+    changed: bool  # whether something that a message says is not in the text
+    follows: bool  # whether each turn goes on from the prompt that asks for it
 
 
-def _tokens(section: DataSection, tokenizer: Any, texts: str | list[str]) -> Any:
-    """Tokenise as training does: a template brings its own BOS, plain formats get it here."""
+def _tokenised(section: DataSection, tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
+    """Return the ids of a text, and the offsets of a conversation. A template brings its own BOS,
+    plain formats get it here; an EOS that the tokenizer appends by itself is taken off, as it would
+    tell the model to stop before it started.
+    """
     is_chat = section.prompt_format == "chat"
-    return tokenizer(
-        texts,
+    batch = tokenizer(
+        text,
         add_special_tokens=not is_chat,
         split_special_tokens=not is_chat and section.special_tokens == "text",
-        return_offsets_mapping=is_chat,
+        return_offsets_mapping=True,
         verbose=False,
     )
+    ids = batch["input_ids"]
+    if not is_chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids, batch["offset_mapping"]
 
 
 def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids of what `generation_prompt` returned, tokenised as in training."""
-    ids: list[int] = _tokens(section, tokenizer, prompt)["input_ids"]
-    if section.prompt_format != "chat" and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        # A tokenizer that appends EOS by itself would tell the model to stop before it started.
-        ids.pop()
-    return ids
+    return _tokenised(section, tokenizer, prompt)[0]
 
 
 def encode(
-    rows: Sequence[DataRow], settings: Supervision, tokenizer: Any, template: str | None = None
-) -> list[Encoded | BadRow]:
-    """Tokenise rows and cut those that are too long, or say why one cannot be used. Conversations
-    are rendered with `template`; plain formats have none.
+    row: DataRow, settings: Supervision, tokenizer: Any, template: str | None = None
+) -> Encoded:
+    """Tokenise a row, and cut it if it is too long. Conversations are rendered with `template`;
+    plain formats have none.
+
+    Raises:
+        BadRow: why the row cannot be used.
     """
-    results: list[Any] = [_rendered(row, settings, tokenizer, template) for row in rows]
-    good = [at for at, result in enumerate(results) if isinstance(result, Rendered)]
-    if not good:
-        return results
     section = settings.section
-    batch = _tokens(section, tokenizer, [results[at].text for at in good])
-    asked = _tokens(section, tokenizer, [results[at].prompt or "" for at in good])["input_ids"]
-    special, eos = special_ids(tokenizer), tokenizer.convert_tokens_to_ids(settings.eos_token)
-    for number, at in enumerate(good):
-        rendered, ids, asked_ids = results[at], batch["input_ids"][number], asked[number]
-        if template is None:
-            ids += [eos] if ids[-1:] != [eos] else []
-            asked_ids = asked_ids[:-1] if asked_ids[-1:] == [eos] else asked_ids
-            asked_ids = [] if rendered.prompt is None else asked_ids
-        start = _num_common(asked_ids, ids)
-        spans = [(min(start, len(ids) - 1), len(ids))]
-        if template is not None:
-            spans = _token_spans(rendered, ids, batch["offset_mapping"][number], special)
-            learned = [token for first, last in spans for token in ids[first:last]]
-            said = tokenizer.decode(learned, skip_special_tokens=True).strip()
-            if not said and not rows[at].is_empty:
-                what = "the chat template renders nothing of what the assistant says"
-                results[at] = BadRow(what, "choose a template for plain text messages")
-                continue
-        ends = special if template else {eos}
-        results[at] = _labelled(ids, spans, settings, ends)
-        results[at].changed = rendered.changed
-        results[at].other_prompt = start < len(asked_ids) or not rendered.follows
-    return results
+    if template is None:
+        prompt, completion = prompt_and_completion(row, section.prompt_format)
+        ids = _tokenised(section, tokenizer, (prompt or "") + completion)[0]
+        ids.append(tokenizer.convert_tokens_to_ids(settings.eos_token))
+        asked = [] if prompt is None else prompt_ids(section, tokenizer, prompt)
+        start = _num_common(asked, ids)
+        encoded = _labelled(ids, [(min(start, len(ids) - 1), len(ids))], settings)
+        encoded.other_prompt = start < len(asked)
+        return encoded
+    try:
+        rendered = _rendered(row, settings, tokenizer, template)
+    except BadRow:
+        raise
+    except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
+        hint = "change the rows, or choose another template (data.chat_template)"
+        what = f"the chat template refuses the conversation: {one_line(error)}"
+        raise BadRow(what, hint) from None
+    ids, offsets = _tokenised(section, tokenizer, rendered.text)
+    spans = _token_spans(rendered, ids, offsets, settings.ends)
+    learned = [token for first, last in spans for token in ids[first:last]]
+    if not (tokenizer.decode(learned, skip_special_tokens=True).strip() or row.is_empty):
+        what = "the chat template renders nothing of what the assistant says"
+        raise BadRow(what, "choose a template for plain text messages")
+    encoded = _labelled(ids, spans, settings)
+    asked = prompt_ids(section, tokenizer, rendered.prompt)
+    encoded.other_prompt = ids[: len(asked)] != asked or not rendered.follows
+    encoded.changed = rendered.changed
+    return encoded
 
 
 def _num_common(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Return how many items both begin with."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _labelled(
-    ids: Sequence[int], spans: Sequence[Span], settings: Supervision, ends: Container[int]
-) -> Encoded:
-    """Label the tokens in `spans`, and cut a row that is too long; `ends` may end an answer."""
+def _labelled(ids: Sequence[int], spans: Sequence[Span], settings: Supervision) -> Encoded:
+    """Label the tokens in `spans`, and cut a row that is too long."""
     tokens = np.array(ids, dtype=np.int32)
     labels = np.full_like(tokens, IGNORED)
     for start, end in spans:
@@ -189,7 +195,7 @@ def _labelled(
     labels = tokens if settings.whole else labels
     limit = settings.max_length or len(tokens)
     first = max(len(tokens) - limit, 0) if settings.keep_end else 0
-    has_end = first < answer_end <= first + limit and ids[answer_end - 1] in ends
+    has_end = first < answer_end <= first + limit and ids[answer_end - 1] in settings.ends
     return Encoded(
         ids=tokens[first : first + limit],
         labels=labels[first : first + limit],
@@ -216,28 +222,14 @@ def _token_spans(
     return spans
 
 
-def _rendered(
-    row: DataRow, settings: Supervision, tokenizer: Any, template: str | None
-) -> Rendered | BadRow:
-    """Return a row as text, and what of it the assistant wrote; or why it cannot be used."""
-    if template is None:
-        prompt, completion = prompt_and_completion(row, settings.section.prompt_format)
-        return Rendered((prompt or "") + completion, prompt)
-    try:
-        return _conversation(row, settings, tokenizer, template)
-    except BadRow as reason:
-        return reason
-    except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
-        hint = "change the rows, or choose another template (data.chat_template)"
-        return BadRow(f"the chat template refuses the conversation: {one_line(error)}", hint)
-
-
-def _conversation(row: DataRow, settings: Supervision, tokenizer: Any, template: str) -> Rendered:
+def _rendered(row: DataRow, settings: Supervision, tokenizer: Any, template: str) -> Rendered:
+    """Return a conversation as text, and what of it the assistant wrote."""
     section = settings.section
     messages = conversation_of(row, section.system_prompt)
     values = template_values(row, section.chat_template_kwargs)
-    if "chat_template_kwargs" in row.fields:
-        check_arguments(values.keys() - {"tools"}, template)
+    own = values.keys() - {"tools"} if "chat_template_kwargs" in row.fields else ()
+    if reason := unread_argument(own, template):
+        raise reason
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     answers = answers[-1:] if section.chat_loss == "last" else answers
     learned = [index for index in answers if "weight" not in messages[index]]
@@ -304,11 +296,10 @@ def _marked_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> 
     return turns
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
+def special_ids(tokenizer: Any) -> set[int]:
     """Return the ids of all special tokens: bos, eos, unk, pad, and those that a model adds."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    more = {index for index, token in added.items() if getattr(token, "special", False)}
-    return frozenset(tokenizer.all_special_ids) | more
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
 
 
 def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[Any]:

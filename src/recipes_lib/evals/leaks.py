@@ -11,8 +11,7 @@ from recipes_lib.core.files import hash_of, read_object, read_rows
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
 from recipes_lib.data.rows import NUM_LISTED, BadRows, conversation_of
-from recipes_lib.data.sources import is_on_hub, listed_sources
-from recipes_lib.data.splits import read_data, recorded_rows, training_rows
+from recipes_lib.data.sources import is_on_hub, listed_sources, read_data, recorded_rows, train_rows
 from recipes_lib.evals.log import EvalLog
 from recipes_lib.evals.questions import load_questions, local_questions
 from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe
@@ -44,7 +43,7 @@ def search_recipe(
     try:
         if texts and not fetch and any(map(is_on_hub, listed_sources(recipe.data))):
             raise DataError(f"the rows are {_OF_HUB}")
-        return leaks | (find_leaks(training_rows(recipe.data), texts) if texts else {})
+        return leaks | (find_leaks(train_rows(recipe.data), texts) if texts else {})
     except RecipesError as error:
         return leaks | dict.fromkeys(texts, Leaks(why=error.what))
 

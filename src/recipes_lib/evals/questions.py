@@ -15,7 +15,7 @@ from recipes_lib.core.errors import DataError, EnvironmentFault, one_line
 from recipes_lib.core.files import Row, valid_texts
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.rows import BadRow, BadRows
-from recipes_lib.data.sources import hub_is_away, read_file
+from recipes_lib.data.sources import read_file
 from recipes_lib.evals.recipe import SUITES, EvalRecipe
 from recipes_lib.evals.suites.checks import AnswerRule, rule_of
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
@@ -127,10 +127,9 @@ def _file(recipe: EvalRecipe, key: str) -> Path:
     if not separator:
         hint = "a file of a Hub data set: owner/name:file"
         raise DataError(f"data.{key}: no such file: {name}", hint, file=recipe.document.file)
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, is_offline_mode
 
-    # asked once: the Hub's client would try six times, and say so each time
-    options: Any = {"repo_type": "dataset", "local_files_only": hub_is_away()}
+    options: Any = {"repo_type": "dataset", "local_files_only": is_offline_mode()}
     try:
         return Path(hf_hub_download(repository, file, **options))
     except OSError as error:  # the Hub's own errors are OSErrors

@@ -14,8 +14,7 @@ from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.core.errors import DataError
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.rows import BadRows, place
-from recipes_lib.data.sources import is_on_hub, listed_sources
-from recipes_lib.data.splits import read_data
+from recipes_lib.data.sources import is_on_hub, listed_sources, read_data
 from recipes_lib.weights.load import load_tokenizer
 
 CHARACTERS_PER_TOKEN = 4

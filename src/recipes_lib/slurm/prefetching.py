@@ -15,7 +15,7 @@ from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
-from recipes_lib.data.sources import Source, hub_is_away, listed_sources, load_rows
+from recipes_lib.data.sources import Source, listed_sources, load_rows
 from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
 from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
@@ -114,10 +114,10 @@ def fetch_model(section: ModelSection) -> str:
     if is_packaged(name):
         materialise()
     elif folder is None or not Path(name).is_dir():
-        if hub_is_away():
-            raise explain_load_failure(section, ConnectionError())
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import is_offline_mode, snapshot_download
 
+        if is_offline_mode():
+            raise explain_load_failure(section, ConnectionError())
         try:
             snapshot_download(name, revision=section.revision, allow_patterns=_FILES)
         except Exception as error:  # the Hub client has many exception types

@@ -9,12 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.preflight import (
-    DEQUANTIZED,
-    check_upstream,
-    local_folder,
-    no_tokenizer,
-)
+from recipes_lib.config.preflight import DEQUANTIZED, check_upstream, local_folder, no_tokenizer
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import VARLEN, ModelSection
 from recipes_lib.config.upstream import build_quantization_config
@@ -22,7 +17,6 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors,
 from recipes_lib.core.files import folder_fingerprint
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
-from recipes_lib.data.sources import hub_is_away
 from recipes_lib.models.families import auto_class, not_quantized
 from recipes_lib.models.packaged import MODEL, is_packaged, materialise
 
@@ -232,11 +226,13 @@ def _source(section: ModelSection) -> dict[str, Any]:
 
 
 def _reach_hub(recipe: Recipe, files: str) -> None:
-    """Say that weights are fetched; without a network say so at once, not after retries."""
+    """Say that weights are fetched, or that they may not be."""
+    from huggingface_hub import is_offline_mode
+
     name, folder = recipe.model.name_or_path, local_folder(recipe)
     if is_packaged(name) or Path(name).is_dir() or (folder and any(folder.glob(files))):
         return
-    if hub_is_away():
+    if is_offline_mode():
         raise explain_load_failure(recipe.model, ConnectionError())
     if files == _WEIGHTS:
         say(f"fetching {name} from the Hub ...")
