@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.config.documents import read
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.evals.recipe import SUITES, load_eval
 from recipes_lib.evals.run import suite_class
@@ -68,26 +67,22 @@ def test_a_mistake_is_named_with_its_line(tmp_path, capsys):
 
 
 def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp_path, capsys):
-    (tmp_path / "judge.yaml").write_text("judge: {model: m, mode: logit}\n")
     (tmp_path / "q.jsonl").write_text('{"prompt": "x", "check": "exactly", "expected": "a"}\n')
-    path = tmp_path / "judged.yaml"
-    path.write_text("suite: {name: alpaca_eval}\ndata: {questions: q.jsonl}\nextends: judge.yaml\n")
-    assert main(["check", str(path)]) == 2
-    assert "judge.yaml:1:" in capsys.readouterr().err
-    for text in ("judge: 5\n", "judge: {model: m}\nthresholds: 5\n"):
-        (tmp_path / "judge.yaml").write_text(text)
-        assert main(["check", str(path)]) == 2
-        assert "judge.yaml" in capsys.readouterr().err
-    (tmp_path / "judge.yaml").write_text("judge: {model: m}\nthresholds: {unparsed_max: 0.1}\n")
-    path.write_text(path.read_text() + "thresholds: 5\n")
-    assert main(["check", str(path)]) == 2
-    assert "judged.yaml:4: section 'thresholds' must be a mapping" in capsys.readouterr().err
-    path.write_text("suite: {name: checks}\ndata: {questions: gone.jsonl}\n")
-    assert main(["check", str(path)]) == 4  # as of a missing data.source
-    assert "judged.yaml:2: data.questions: no such file" in capsys.readouterr().err
-    path.write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
-    assert main(["check", str(path)]) == 4
-    assert "q.jsonl:1: unknown check 'exactly'" in capsys.readouterr().err
+    path, alpaca = tmp_path / "mine.yaml", "suite: {name: alpaca_eval}\nextends: judge.yaml\n"
+    judged, checks = f"{alpaca}data: {{questions: q.jsonl}}\n", "suite: {name: checks}\ndata:"
+    fine = "judge: {model: m}\nthresholds: {unparsed_max: 0.1}\n"
+    cases = [
+        ("judge: {model: m, mode: logit}\n", judged, 2, "judge.yaml:1:"),
+        ("judge: {model: m}\nthresholds: 5\n", judged, 2, "judge.yaml:2:"),
+        (fine, f"{judged}thresholds: 5\n", 2, "mine.yaml:4: section 'thresholds'"),
+        (fine, f"{checks} {{questions: gone.jsonl}}\n", 4, "mine.yaml:2: data.questions: no such"),
+        (fine, f"{checks} {{questions: q.jsonl}}\n", 4, "q.jsonl:1: unknown check 'exactly'"),
+    ]
+    for judge, text, code, words in cases:
+        (tmp_path / "judge.yaml").write_text(judge)
+        path.write_text(text)
+        assert main(["check", str(path)]) == code, text
+        assert words in capsys.readouterr().err
 
 
 def test_overrides_reach_the_judge_and_the_suite():
@@ -101,18 +96,6 @@ def test_overrides_reach_the_judge_and_the_suite():
         load_eval(path, ["judge.temperature=3"])
     with pytest.raises(RecipeError, match="not an eval recipe"):
         load_eval(PROJECT / "recipes/quickstart/lora-r8.yaml")
-
-
-def test_a_judge_file_elsewhere_finds_its_default_prompts(tmp_path):
-    (tmp_path / "judge.yaml").write_text("judge: {model: x, mode: logits}\n")
-    path, questions = (
-        tmp_path / "eval.yaml",
-        PROJECT / "evals/quickstart/alpaca_eval/questions.json",
-    )
-    data = f"data: {{questions: {questions}}}\nextends: judge.yaml\n"
-    path.write_text(f"suite: {{name: alpaca_eval}}\n{data}")
-    assert load_eval(path).judge
-    assert (read(path).kind, read(tmp_path / "judge.yaml").kind) == ("eval", "judge")
 
 
 def test_every_key_is_documented():

@@ -174,7 +174,7 @@ def test_a_file_of_answers_is_a_model_and_faults_of_answers_are_noticed(quick, m
     assert any("are the same text" in line for line in null.banners)
     (mute,) = evaluate([recipe], [answers(outputs, output="", generator="mute")])
     assert outcomes(mute) == ["loss"] * 4 and "4 of 4 answers are empty" in mute.banners
-    with pytest.raises(RecipeError, match="no such run"):
+    with pytest.raises(RecipeError, match="no run named"):
         evaluate([load_eval(PROJECT / "evals/quickstart/heldout_loss.yaml")], [str(path)])
     with pytest.raises(DataError, match="2 of 4 answers are missing"):
         evaluate([recipe], [answers(outputs[:2])])
@@ -240,9 +240,6 @@ def test_the_table_says_what_must_be_read_first(quick, make_run, capsys):
     assert main(["eval", str(recipe.document.path), "one", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["banners"] and result["metrics"][0]["metric"] == "win_rate"
-    make_run("two", 2)
-    assert main(["eval", str(recipe.document.path), "one", "two"]) == 0
-    assert capsys.readouterr().out.endswith("next: recipes compare one two\n")
 
 
 def test_words_of_the_command_line_are_told_apart(tmp_path):
@@ -262,7 +259,7 @@ def test_a_word_with_a_slash_is_a_path(quick, make_run, tmp_path, monkeypatch):
     make_run("one", 1)
     monkeypatch.chdir(tmp_path)
     assert resolve(["runs/one"], quick("alpaca_eval"))["runs/one"].name == "one"
-    with pytest.raises(RecipeError, match=r"no such run: .*/one"):
+    with pytest.raises(RecipeError, match="no run named 'one'"):
         resolve(["./one"], quick("alpaca_eval"))
 
 
