@@ -61,7 +61,6 @@ def train(
     with begin_attempt(run, recipe, stop) as attempt:
         if attempt.finished:
             say_once(f"run '{run.name}' is already finished, nothing to do: {attempt.weights}")
-            say_once("to train it again, choose another run.name")
             return ExitCode.DONE
 
         # arguments -> tokenizer -> rows; rows without anything to learn from stop the run

@@ -44,19 +44,3 @@ def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_s
     code, said = launcher.start("run.name=trap-precision", *SHORT, config=config).wait()
     assert code != 0 and "mixed_precision bf16, but the recipe for none" in said, said[-3000:]
     assert "internal error" not in said and not launcher.run("trap-precision").exists()
-
-
-def test_the_patch_does_nothing_without_an_fsdp_launch_or_with_a_gpu(monkeypatch) -> None:
-    import torch
-    from accelerate import state
-
-    from recipes_lib.training.launch_check import shard_on_cpus
-
-    before = state.AcceleratorState.__init__
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    shard_on_cpus()
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    shard_on_cpus()
-    assert state.AcceleratorState.__init__ is before

@@ -57,6 +57,7 @@ def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(run, tmp_
     command = [sys.executable, "-c", asks, "$(touch oops)", WAITS]
     done = run("org/judge", "--max-model-len", "4096", "--", *command)
     assert done.returncode == code and '"id": "org/judge"' in done.stdout, done.stderr
+    assert run("org/judge", "--", "sh", "-c", "exit 3").returncode == 3  # it asks no judge
     assert "/v1 False\n" in done.stdout and not list(tmp_path.glob("*.wanted*"))
     log = (tmp_path / "eval a.judge.log").read_text()
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", done.stdout).group(1))
@@ -66,11 +67,6 @@ def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(run, tmp_
     )
     assert re.search(rf"{re.escape(words)} judge-[0-9a-f]{{16}}\n", log), log
     assert port != 20001 and not answers(port) and not (tmp_path / "oops").exists()
-
-
-def test_a_command_that_asks_no_judge_starts_none(run, tmp_path: Path) -> None:
-    assert run("org/judge", "--", "sh", "-c", "exit 3").returncode == 3
-    assert not (tmp_path / "eval a.judge.log").exists()
 
 
 def test_a_server_that_ends_or_is_another_one_ends_the_command_with_exit_5_and_its_last_words(

@@ -18,11 +18,12 @@ from recipes_lib.models.families import (
     adds_router_loss,
     auto_class,
     describe_targets,
-    images_of,
+    needs_of,
     not_quantized,
     prepare_for_training,
     ready_to_answer,
     settle_targets,
+    short_name,
     training_settings,
     why_rows_apart,
     with_settings,
@@ -49,20 +50,36 @@ def adapted(family: str, **lora: Any) -> Any:
         return get_peft_model(model, settle_targets(config, model))
 
 
-def test_all_linear_leaves_out_what_takes_no_adapter_with_a_word() -> None:
+def left_out(model: Any) -> list[str]:
+    """The layers of a model with adapters that have none."""
+    adapters = describe_targets(model).removeprefix("adapters on ").split(", ")
+    base, needs = model.get_base_model(), needs_of(model.config)
+    embeddings = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
+    passed_by = {id(layer.weight) for layer in (*embeddings, base.get_output_embeddings())}
+    parts = {"lora_A", "lora_B", *needs.images}
+    names = [
+        short_name(name)
+        for name, weight in base.named_parameters()
+        if weight.ndim == (2 if name.endswith(".weight") else 3)
+        and id(weight) not in passed_by
+        and not parts & {*name.split(".")}
+    ]
+    return [*(name for name in dict.fromkeys(names) if name not in adapters), *needs.images]
+
+
+def test_all_linear_leaves_out_what_takes_no_adapter() -> None:
     attention = "adapters on q_proj, k_proj, v_proj, o_proj"
     dense = f"{attention}, gate_proj, up_proj, down_proj"
-    for family, expected in (
-        ("llama", dense),
-        ("gpt_oss", f"{attention}; none on router, experts.gate_up_proj, experts.down_proj"),
-        ("mamba2", "adapters on in_proj; none on out_proj"),
-        ("llama4_text", f"{dense}; none on experts.gate_up_proj, experts.down_proj, router"),
+    for family, expected, left in (
+        ("llama", dense, []),
+        ("gpt_oss", attention, ["router", "experts.gate_up_proj", "experts.down_proj"]),
+        ("mamba2", "adapters on in_proj", ["out_proj"]),
+        ("llama4_text", dense, ["experts.gate_up_proj", "experts.down_proj", "router"]),
         # PEFT's all-linear takes the router too, and merges and saves it wrongly
-        ("qwen3_moe", f"{attention}, experts.down_proj, experts.gate_up_proj; none on gate"),
+        ("qwen3_moe", f"{attention}, experts.down_proj, experts.gate_up_proj", ["gate"]),
     ):
-        assert describe_targets(adapted(family)) == expected
-    whole = adapted("gpt2", target_modules=["c_attn"], modules_to_save=["lm_head", "c_fc"])
-    assert describe_targets(whole) == "adapters on c_attn; none on c_proj"
+        model = adapted(family)
+        assert (describe_targets(model), left_out(model)) == (expected, left)
     experts = adapted("qwen3_moe", r=4).named_parameters()
     ranks = {len(value) / 4 for name, value in experts if "experts" in name and "lora_A" in name}
     assert ranks == {4, 8}, "gate and up are one matrix of four experts, and keep a rank each"
@@ -73,16 +90,13 @@ def test_targets_that_a_user_names_stay_as_they_are_and_exclusions_are_added_to_
         model = adapted("falcon_h1", exclude_modules=excluded)
         names = {name.rpartition(".")[2] for name in model.targeted_module_names}
         assert {"q_proj", "v_proj"} <= names and not names & {"k_proj", "out_proj"}, excluded
-    said = describe_targets(adapted("gpt_oss", target_modules=["q_proj"]))
-    assert "adapters on q_proj; none on" in said
+    assert describe_targets(adapted("gpt_oss", target_modules=["q_proj"])) == "adapters on q_proj"
 
 
 def row_of(family: str) -> str:
     """The row of docs/models.md that the code gives for a family, without the models' names."""
-    model = without_weights(family)
-    adapters, _, left = describe_targets(adapted(family)).partition("; none on ")
-    images = images_of(model.config)
-    left = ", ".join([left, *images] if left else images)
+    model, adapters = without_weights(family), describe_targets(adapted(family))
+    left = ", ".join(left_out(adapted(family)))
     alone = "; experts " + ("adapted" if "experts" in adapters else "not")
     experts = any("experts" in name for name, _ in model.named_parameters())
     together = "no: " + why if (why := why_rows_apart(model)) else "yes"
@@ -103,10 +117,10 @@ def test_the_table_of_models_says_what_the_code_does() -> None:
 def test_what_a_trainer_sets_for_itself_is_the_bases_again_while_it_saves() -> None:
     model = copy.deepcopy(without_weights("mixtral"))
     base = training_settings(model)
-    model.config.output_router_logits, model.config.use_cache = True, False
+    model.config.output_router_logits = True
     with with_settings(model, base):
-        assert (model.config.output_router_logits, model.config.use_cache) == (False, True)
-    assert (model.config.output_router_logits, model.config.use_cache) == (True, False)
+        assert model.config.output_router_logits is False
+    assert model.config.output_router_logits is True
     assert not ready_to_answer(model).config.output_router_logits
 
 
@@ -183,16 +197,6 @@ def test_text_trains_the_language_model_alone_of_a_model_that_reads_images() -> 
         if frozen != (beside if "vision_config" in whole.config.to_dict() else set()):
             wrong.append((family, frozen))
     assert not wrong
-
-
-def test_experts_alone_are_adapted_where_parameters_are_named_and_no_modules(
-    tiny_recipe, tiny_model_dir, tmp_path
-) -> None:
-    places = {"recipe": tiny_recipe, "tokenizer": tiny_model_dir, "folder": tmp_path / "llama4"}
-    named = "lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"
-    for modules in ("[]", "null"):
-        word = f"lora.target_modules={modules}"
-        assert not complaints("llama4_text", named, word, **places)
 
 
 def test_the_routers_loss_is_added_where_it_is_asked_for_or_trains_a_router() -> None:

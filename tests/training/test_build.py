@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import NF4
-from tests.families import build_family
 
 from recipes_lib.config.launch import why_each_rank_reads
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.train import main
 from recipes_lib.training.trainer import RecipeTrainer
-from recipes_lib.weights.load import load_model, load_tokenizer
 
 
 @pytest.mark.parametrize(("fp16", "expected"), [(False, torch.bfloat16), (True, torch.float32)])
@@ -63,22 +61,3 @@ def test_rank_0_reads_alone_where_it_is_asked_for_and_weights_are_handed_on(tiny
     for override, reason in reasons.items():
         recipe = load_recipe(tiny_recipe, [override])
         assert reason in str(why_each_rank_reads(recipe, sharded=True, asked=True))
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
-def test_a_model_without_weights_is_the_model_in_all_else(
-    family, tiny_recipe, tiny_model_dir, tmp_path
-) -> None:
-    folder = build_family(family, tmp_path / family, tiny_model_dir)
-    words = [f"model.name_or_path={folder}", "model.dtype=bfloat16"]
-    recipe = load_recipe(tiny_recipe, words)
-    tokenizer = load_tokenizer(recipe)
-    whole, empty = (load_model(recipe, tokenizer, empty=without) for without in (False, True))
-    described = [
-        [(name, one.shape, one.dtype) for name, one in model.state_dict().items()]
-        for model in (whole, empty)
-    ]
-    assert described[0] == described[1]
-    assert all(one.is_meta for one in empty.parameters())
-    names = [[name for name, _ in model.named_parameters()] for model in (whole, empty)]
-    assert names[0] == names[1]

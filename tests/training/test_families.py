@@ -20,7 +20,7 @@ from tests.families import (
 from tests.tiers import in_ci
 
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.models.families import auto_class, images_of
+from recipes_lib.models.families import auto_class, needs_of
 from recipes_lib.train import main
 
 Write = Callable[..., Path]
@@ -109,7 +109,7 @@ def assert_plain(given: Path, base: Path) -> None:
         return
     before, now = (load_file(folder / "model.safetensors") for folder in (base, given))
     for name in before:
-        if {*images_of(model.config)} & {*name.split(".")}:
+        if {*needs_of(model.config).images} & {*name.split(".")}:
             assert now[name].equal(before[name].to(now[name].dtype)), name
     for part in ("text_config", "vision_config"):
         saved |= {f"{part}.{key}": value for key, value in saved.pop(part, {}).items()}

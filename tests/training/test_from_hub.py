@@ -21,15 +21,10 @@ ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
 
 @pytest.fixture(scope="module")
 def hub(tiny_model_dir, tmp_path_factory) -> Iterator[str]:
-    """The address of a Hub with the tiny model, also as pickle and gated, and the quickstart's
-    rows.
-    """
+    """The address of a Hub with the tiny model, also gated, and the quickstart's rows."""
     folder = tmp_path_factory.mktemp("hub")
-    for name in ("tiny", "gated-tiny", "pickle"):
+    for name in ("tiny", "gated-tiny"):
         shutil.copytree(tiny_model_dir, folder / "models" / "org" / name)
-    (folder / "models/org/pickle/model.safetensors").rename(
-        folder / "models/org/pickle/pytorch_model.bin"
-    )
     (folder / "datasets/org/rows").mkdir(parents=True)
     shutil.copy(ROWS, folder / "datasets/org/rows/train.jsonl")
     server = serve(folder)
@@ -67,7 +62,6 @@ MODEL = "model.name_or_path=org/"
 REFUSED = {
     "no such model": ([f"{MODEL}tinny"], 5, ["no model 'org/tinny'", "check the name"]),
     "gated": ([f"{MODEL}gated-tiny"], 5, ["'org/gated-tiny' is gated", "hf auth login"]),
-    "pickles only": ([f"{MODEL}pickle"], 5, ["cannot load 'org/pickle'", "safetensors"]),
     "no such data set": (["data.source=org/rowz"], 4, ["no data set 'org/rowz'"]),
     "no such split": (["data.source=org/rows", "data.source_split=trian"], 4, ["trian", "train"]),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.upstream import TrainSection
 from recipes_lib.training import resume_guard as checkpoints
-from recipes_lib.training.resume_guard import FREE_KEYS, differences, guarded_values
+from recipes_lib.training.resume_guard import FREE_KEYS, guarded_values
 
 FILES = (
     *("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"),
@@ -72,12 +72,6 @@ def test_files_above_the_limit_are_known_by_their_size(tmp_path, monkeypatch) ->
     assert checkpoints.what_is_wrong(checkpoint, hashes=True) is None
 
 
-def test_what_was_set_aside_twice_is_kept_twice(tmp_path) -> None:
-    for _ in range(2):
-        checkpoints.set_aside(make_checkpoint(tmp_path, 5, complete=False), ".incomplete")
-    assert names(tmp_path) == ["checkpoint-5.incomplete", "checkpoint-5.incomplete-2"]
-
-
 def test_rotation_never_deletes_the_newest_the_best_or_an_incomplete_checkpoint(tmp_path) -> None:
     for step in (2, 4, 6, 8):
         make_checkpoint(tmp_path, step)
@@ -122,8 +116,3 @@ def test_what_a_validation_decides_by_is_guarded_where_it_chooses_the_weights_or
     ):
         values = guarded_values(load_recipe(tiny_recipe, words), "rows", 1, "one process", {})
         assert ("train.eval_steps" in values) is ("train.save_steps" in values) is guarded
-
-
-def test_only_what_differs_is_told_and_a_key_of_one_side_counts_as_none() -> None:
-    changed = differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4})
-    assert changed == {"b": (2, 3), "c": (None, 4)}

@@ -9,7 +9,7 @@ import copy
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The needs of one family.
+    """The needs of one family."""
 
-    Args:
-        left_out: last names of modules that take no adapter.
-        images: parts that read images; only the language model is trained: text gives no gradient.
-        auto_class: the class of transformers that loads the model for text.
-    """
-
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # last names of modules that take no adapter
     because: str = ""
-    images: tuple[str, ...] = ()
-    auto_class: str = "AutoModelForCausalLM"
+    images: tuple[str, ...] = ()  # parts that text gives no gradient, and that are not trained
+    auto_class: str = "AutoModelForCausalLM"  # of transformers, which loads the model for text
 
 
 _READS_WEIGHT = "the layer's kernel reads their weight and would pass an adapter by"
@@ -44,30 +38,26 @@ _READS_WEIGHT = "the layer's kernel reads their weight and would pass an adapter
 _MAMBA_1 = Architecture(left_out=("out_proj", "x_proj", "dt_proj"), because=_READS_WEIGHT)
 _MAMBA_2 = Architecture(left_out=("out_proj",), because=_READS_WEIGHT)
 # transformers 5.24 modeling_llama4.py: Llama4Router
-_LLAMA_4 = "it returns scores and logits, a LoRA layer one tensor"
-# transformers 5.24 modeling_qwen3_5.py; Qwen3_5ForCausalLM does not load it at all
-_QWEN_3_5 = Architecture(images=("visual",))
+_LLAMA_4 = Architecture(left_out=("router",), because="it returns two tensors, LoRA one")
 # transformers 5.24 Gemma3Model, Gemma4Model, Mistral3Model; modeling_auto.py has no causal language
-# model for Mistral 3, and Llama4ForCausalLM does not load what reads images at all
+# model for Mistral 3; those of Llama 4 and Qwen3.5 do not load what reads images at all
 _PROJECTED = ("vision_tower", "multi_modal_projector")
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), _MAMBA_1),
     **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "nemotron_h", "zamba2"), _MAMBA_2),
     "granitemoehybrid": _MAMBA_2,
-    "llama4_text": Architecture(left_out=("router",), because=_LLAMA_4),
-    "llama4": Architecture(images=("vision_model", "multi_modal_projector")),
+    "llama4_text": _LLAMA_4,
+    "llama4": replace(_LLAMA_4, images=("vision_model", "multi_modal_projector")),
     "gemma3": Architecture(images=_PROJECTED),
     "gemma4": Architecture(images=("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
     "mistral3": Architecture(images=_PROJECTED, auto_class="AutoModelForImageTextToText"),
-    "qwen3_5": _QWEN_3_5,
-    "qwen3_5_moe": _QWEN_3_5,
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), Architecture(images=("visual",))),
 }
 _NONE = Architecture()
 LARGEST_HEAD = 256  # channels, in torch's flash kernels
 # layers that know where one example of a row ends; chunks of attention do not
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-# peft 0.21 puts it into all-linear where experts became parameters: the router was a linear layer
-# once
+# peft 0.21 puts it into all-linear where experts became parameters: it was a linear layer once
 ROUTER = "gate.weight"
 _LOGITS_CHANGED_BY = (
     *("final_logit_softcapping", "logit_scale", "logits_scaling"),
@@ -76,27 +66,21 @@ _LOGITS_CHANGED_BY = (
 _TRAINING_ONLY = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 
-def images_of(config: Any) -> tuple[str, ...]:
-    """Return the names of the parts of a model that read images or sound, and are not trained."""
-    return ARCHITECTURES.get(config.model_type, _NONE).images
+def needs_of(config: Any) -> Architecture:
+    """Return what a model's architecture needs beyond the common path."""
+    return ARCHITECTURES.get(config.model_type, _NONE)
 
 
 def language_modules(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yield name and module, those that read images left out."""
-    images = {*images_of(model.config)}
-    for name, module in model.named_modules():
-        if not images & {*name.split(".")}:
-            yield name, module
+    """Return names and modules, those that read images left out."""
+    images = {*needs_of(model.config).images}
+    modules = model.named_modules()
+    return ((name, module) for name, module in modules if not images & {*name.split(".")})
 
 
 def auto_class(model_type: str) -> str:
     """Return the name of the class of transformers that loads a model for text."""
     return ARCHITECTURES.get(model_type, _NONE).auto_class
-
-
-def needs_of(config: Any) -> Architecture:
-    """Return what a model's architecture needs, by the type of its language model."""
-    return ARCHITECTURES.get(config.get_text_config().model_type, _NONE)
 
 
 def not_quantized(config: Any) -> list[str]:
@@ -105,7 +89,7 @@ def not_quantized(config: Any) -> list[str]:
     """
     needs = needs_of(config)
     plain = [*needs.left_out] if needs.because == _READS_WEIGHT else []
-    plain += [rf".*\.{part}" for part in images_of(config)]
+    plain += [rf".*\.{part}" for part in needs.images]
     return ["lm_head", *plain] if plain else []
 
 
@@ -133,30 +117,24 @@ def why_not_varlen(model: Any) -> str | None:
     config, name = model.config.get_text_config(), type(model).__name__
     if why := why_rows_apart(model):
         return f"is of no use to {name}, which {why}"
-    # Gemma 4 has heads of two sizes, and its config refuses to name one
-    sizes = set()
-    for layer in config.per_layer_config if getattr(config, "is_heterogeneous", 0) else [config]:
-        head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
-        sizes |= {head, getattr(layer, "v_head_dim", None) or head}
-    without = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
-    computes = (
-        getattr(model.config, "_attn_implementation", "") == "sdpa"
+    without = ("is_heterogeneous", "attention_dropout", "attn_pdrop", "attn_logit_softcapping")
+    if (
+        model.config._attn_implementation == "sdpa"
         and getattr(model, "_supports_flash_attn", False)
         and {*(getattr(config, "layer_types", None) or ())} <= ATTENTION_LAYERS
         and not any(getattr(config, key, None) for key in without)
-        and (len(sizes) == 1 and max(sizes) <= LARGEST_HEAD and max(sizes) % 8 == 0)
-    )
-    limits = f"heads of one size up to {LARGEST_HEAD}, full and sliding attention"
-    return None if computes else f"does not compute {name}: it knows {limits}, nothing between"
+    ):
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if head == (getattr(config, "v_head_dim", None) or head) <= LARGEST_HEAD and head % 8 == 0:
+            return None
+    return f"knows full and sliding attention in heads of one size, which {name} does not have"
 
 
 def has_plain_head(model: Any) -> bool:
     """Return whether a linear layer's products are the logits (Gemma caps, Granite scales them)."""
-    import torch
-
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     is_changed = any(getattr(config, name, None) is not None for name in _LOGITS_CHANGED_BY)
-    return type(head) is torch.nn.Linear and not is_changed
+    return type(head).__name__ == "Linear" and not is_changed
 
 
 # ---- adapters ----
@@ -173,7 +151,7 @@ def converted(config: LoraConfig, model: Any) -> LoraConfig:
 
 def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
     """Return a LoRA config without what reads images, routers and what takes no adapter."""
-    settled, images = copy.deepcopy(config), images_of(model.config)
+    settled, images = copy.deepcopy(config), needs_of(model.config).images
     left_out: tuple[str, ...] = ()
     if config.target_modules == "all-linear":
         settled, left_out = converted(config, model), needs_of(model.config).left_out
@@ -189,28 +167,16 @@ def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
 
 
 def describe_targets(model: Any) -> str:
-    """Return which matrices of a PEFT model have adapters, and which of its layers have none."""
-    import torch
-
-    def short(name: str) -> str:  # a layer, or an expert's parameter
-        parent, key = name.replace(".base_layer", "").split(".")[-2:]
-        return parent if key == "weight" else f"{parent}.{key}"
-
-    base = model.get_base_model()
+    """Return which layers, and parameters of experts, of a PEFT model have adapters."""
     names = [f"{name}.weight" for name in model.targeted_module_names]
-    adapted = dict.fromkeys(map(short, [*names, *sorted(model.targeted_parameter_names)]))
-    embeddings = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
-    passed_by = {id(layer.weight) for layer in (*embeddings, base.get_output_embeddings())}
-    parts = {"lora_A", "lora_B", "modules_to_save", "original_module", *images_of(model.config)}
-    plain = dict.fromkeys(
-        short(name)
-        for name, weight in base.named_parameters()
-        if weight.ndim == (2 if name.endswith(".weight") else 3)
-        and id(weight) not in passed_by
-        and not parts & {*name.split(".")}
-    )
-    rest = ", ".join(name for name in plain if name not in adapted)
-    return f"adapters on {', '.join(adapted)}" + (f"; none on {rest}" if rest else "")
+    names += sorted(model.targeted_parameter_names)
+    return f"adapters on {', '.join(dict.fromkeys(map(short_name, names)))}"
+
+
+def short_name(parameter: str) -> str:
+    """Return the layer of a weight, or the parameter of an expert, without its place."""
+    parent, key = parameter.replace(".base_layer", "").split(".")[-2:]
+    return parent if key == "weight" else f"{parent}.{key}"
 
 
 # ---- what a training changes in a model ----
@@ -223,7 +189,7 @@ def prepare_for_training(model: Any) -> None:
     """
     from recipes_lib.models import upstream_fixes  # torch, which `recipes check` does without
 
-    images = {*images_of(model.config)}
+    images = {*needs_of(model.config).images}
     present = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = present.intersection(model._no_split_modules or ())
     for name, module in model.named_modules():
@@ -247,14 +213,9 @@ def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> b
     # a class that may have experts, made without any; Doge has a number of experts all the same
     if not getattr(config, "is_moe", True) or not getattr(config, "num_local_experts", True):
         return False
-    return (
-        asked is not None
-        or bool(base.get("output_router_logits"))
-        or any(
-            parameter.requires_grad and {"gate", "router"} & {*name.split(".")}
-            for name, parameter in model.named_parameters()
-        )
-    )
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    trains_routers = any({"gate", "router"} & {*name.split(".")} for name in trained)
+    return asked is not None or bool(base.get("output_router_logits")) or trains_routers
 
 
 def ready_to_answer(model: Any) -> Any:
@@ -318,16 +279,15 @@ def on_meta(
     import torch
     import transformers
 
-    loader, how = getattr(transformers, auto_class(config.model_type)), {"dtype": dtype}
+    loader, own = getattr(transformers, auto_class(config.model_type)), copy.deepcopy(config)
     with torch.device("meta"):
-        config = copy.deepcopy(config)  # loading changes it
-        model = loader.from_config(config, **how, attn_implementation=attention)
+        model = loader.from_config(own, dtype=dtype, attn_implementation=attention)
         prepare_for_training(model)
-        if lora is not None:
-            lora = settle_targets(lora, model)
-            lora.init_lora_weights = True
-            model = peft.get_peft_model(model, lora)
-    return model
+        if lora is None:
+            return model
+        lora = settle_targets(lora, model)
+        lora.init_lora_weights = True
+        return peft.get_peft_model(model, lora)
 
 
 def text_decoder(model: Any) -> torch.nn.Module:
@@ -339,7 +299,5 @@ def text_decoder(model: Any) -> torch.nn.Module:
 
 def layers(model: Any) -> list[torch.nn.Module]:
     """Return the blocks of a model's text part, in their order."""
-    import torch
-
     parts = text_decoder(model).modules()
-    return list(next(part for part in parts if isinstance(part, torch.nn.ModuleList)))
+    return list(next(part for part in parts if type(part).__name__ == "ModuleList"))

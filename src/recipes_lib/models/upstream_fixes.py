@@ -44,11 +44,8 @@ def reduce_in_float32(accelerator: Any) -> None:
     the policy's types one by one.
     """
     plugin = accelerator.state.fsdp_plugin
-    policy = plugin.mixed_precision_policy
-    if policy is not None:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=policy.param_dtype, reduce_dtype=torch.float32
-        )
+    if policy := plugin.mixed_precision_policy:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, torch.float32)
 
 
 def reshard(model: torch.nn.Module) -> None:

@@ -78,7 +78,7 @@ class Attempt:
         self, data: PreparedData, resume_anyway: bool, guard: dict[str, object], **recorded: Any
     ) -> Path | None:
         """Rank 0: return the newest complete checkpoint, or None; refuse to continue it with other
-        settings, and make the run's records this attempt's (`recorded`: more fields of run.json).
+        settings, and make the run's records this attempt's.
         """
         run, resumed = self.run, [*self.earlier.get("resumed", [])]
         newest, broken = resume_guard.find_newest(run.checkpoints)
@@ -103,9 +103,9 @@ class Attempt:
         write_json(run.path / "environment.json", environment())
         write_json(run.path / "supervision.json", vars(data.audit))
         write_json(run.path / "splits.json", data.splits)
-        recorded |= {"data_files": source_hashes(self.recipe.data), "resumed": resumed}
-        recorded |= {"exit_code": None, "error": None, "steps_began": None, "guard": guard}
-        run.write_state("running", attempts=self.earlier.get("attempts", 0) + 1, **recorded)
+        recorded |= {"attempts": self.earlier.get("attempts", 0) + 1, "resumed": resumed}
+        recorded |= {"data_files": source_hashes(self.recipe.data), "guard": guard}
+        run.write_state("running", exit_code=None, error=None, steps_began=None, **recorded)
         others = f", with other settings than before: {', '.join(changed)}" if changed else ""
         if newest is not None:
             say(f"resuming {newest.name}{others or ' (recipe, data, versions unchanged)'}")

@@ -51,9 +51,7 @@ def read_model(
         # what accelerate and transformers go by; transformers would fill what is empty
         os.environ[launch.READS_ONCE_VARIABLE] = "false"
     if why is None:
-        read: list[PreTrainedModel] = []
-        on_main_rank(lambda: read.append(load_model(recipe, tokenizer)))  # all hear of an error
-        model = read[0] if rank() == 0 else load_model(recipe, tokenizer, empty=True)
+        model = _read_by_rank_0(recipe, tokenizer)
         own = dict(model.named_non_persistent_buffers())
         if {*dict(model.named_buffers())} - {*own}:
             # accelerate 1.15 takes every entry of the state dict for a parameter
@@ -71,6 +69,23 @@ def read_model(
     return model
 
 
+def _read_by_rank_0(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Return the model, empty on all other ranks; all call `load_model`, where they meet."""
+    loaded: Any = None
+    try:
+        loaded = load_model(recipe, tokenizer, empty=rank() != 0)
+    except Exception as error:
+        loaded = error
+
+    def check() -> None:
+        if isinstance(loaded, Exception):
+            raise loaded
+
+    on_main_rank(check)  # the others would wait for what rank 0 does not send
+    check()
+    return loaded
+
+
 def build_trainer(
     recipe: Recipe,
     args: SFTConfig,
@@ -84,9 +99,8 @@ def build_trainer(
     """Return the trainer, with the adapter (if the recipe has one) already on the model."""
     half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
     if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
-        wanted = precision_name(half)
-        what = f"the checkpoint is {precision_name(model.dtype)} and autocast {wanted}"
-        what += ": quantized layers would mix the two, which torch refuses"
+        own, wanted = map(precision_name, (model.dtype, half))
+        what = f"the checkpoint is {own} and autocast {wanted}: torch refuses to mix the two"
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
     joins_rows = choose_attention(recipe, args, model)
     families.prepare_for_training(model)

@@ -113,11 +113,13 @@ def shard_on_cpus() -> None:
         plugin = kwargs.get("fsdp_plugin")
         if not first_time or plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
             return
-        # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
-        shared = {"device": torch.device("cpu"), "distributed_type": DistributedType.FSDP}
+        self.distributed_type = DistributedType.FSDP
         if self._mixed_precision != "no":
             plugin.set_mixed_precision(self._mixed_precision)
-        state.AcceleratorState._shared_state.update(shared, fsdp_plugin=plugin)
+        self.fsdp_plugin = plugin
+        # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
+        self.device = torch.device("cpu")
+        shared = {"device": self.device, "distributed_type": DistributedType.FSDP}
         state.PartialState._shared_state.update(shared)
 
     state.AcceleratorState.__init__ = initialise

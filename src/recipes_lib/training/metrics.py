@@ -41,9 +41,8 @@ class MetricsCallback(TrainerCallback):
     """On rank 0, writes a line of metrics.jsonl and says one for each log."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.began, self.first_step = time.monotonic(), 0
-        self.last_log, self.last_tokens = self.began, 0
+        self.path, self.first_step, self.last_tokens = path, 0, 0
+        self.began = self.last_log = time.monotonic()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start the clock."""
@@ -65,9 +64,9 @@ class MetricsCallback(TrainerCallback):
             speed = (line["tokens"] - self.last_tokens) / max(now - self.last_log, 1e-9)
             line["tokens_per_second"], self.last_tokens = round(speed, 1), line["tokens"]
             per_step = (now - self.began) / max(step - self.first_step, 1)
+            left = shown_duration(per_step * (state.max_steps - step))
             text = f"loss {line['loss']:.4f}  learning rate {line.get('learning_rate', 0):.2e}"
-            text += f"  {speed:,.0f} tokens/s"
-            text += f"  {shown_duration(per_step * (state.max_steps - step))} left"
+            text += f"  {speed:,.0f} tokens/s  {left} left"
         self.last_log = now
         line["peak_memory_gib"] = round(peak_memory_gib(), 3)
         with self.path.open("a", encoding="utf-8") as stream:
@@ -81,10 +80,8 @@ class MetricsCallback(TrainerCallback):
 def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     """Run the longest micro-batch as a step would, and return a line on its time and memory.
 
-    Nothing of it remains. It is always on, because DDP on three processes and more sums the
-    gradients of a process's first backward pass in another order (it then rebuilds its buckets):
-    without a probe in front, a resumed run would have one such step more than an uninterrupted one.
-
+    Nothing of it remains. It is always on: DDP on three processes and more sums the gradients of a
+    process's first backward pass in another order, and a resumed run would have one such step more.
     Every rank has to call it when the model is wrapped and a checkpoint's weights and optimizer are
     loaded, but its random state is not. `lengths` are those of all rows, `steps` are to come.
     """

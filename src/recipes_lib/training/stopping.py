@@ -40,9 +40,7 @@ _PR_SET_PDEATHSIG = 1
 
 class StopRequest:
     """What this process was asked to do, by a signal or a file; `agreed` is what all ranks decided.
-
-    Before the first step there is nothing to save: a signal ends the process at once. An exception
-    could be lost in an import.
+    Before the first step there is nothing to save: a signal ends the process at once.
     """
 
     def __init__(self, stop_file: Path | None = None) -> None:
@@ -70,17 +68,14 @@ class StopRequest:
         if self.requested == request == INTERRUPT:
             os._exit(ExitCode.INTERRUPTED)
         self.requested = max(self.requested, request)
-        if self.steps_began:
-            if rank() == 0 and request == INTERRUPT:
-                os.write(2, f"{STOPPING}\n".encode())  # print may be in the middle of a line
-            return
-        if world_size() > 1 and self.stop_file is not None and _failures(0):
+        if not self.steps_began and world_size() > 1 and self.stop_file and _failures(0):
             os._exit(ExitCode.FAILED)  # a rank failed and has said why: the launcher ends all
-        answer, code = str(_before_first_step(request)), int(EXIT_CODES[request])
-        if rank() == 0:
-            os.write(2, f"{answer}\n".encode())
-        self.record(code, answer)
-        os._exit(exit_status(code, on_every_rank=True))
+        answer = STOPPING if self.steps_began else str(_before_first_step(request))
+        if rank() == 0 and (request == INTERRUPT or not self.steps_began):
+            os.write(2, f"{answer}\n".encode())  # print may be in the middle of a line
+        if not self.steps_began:
+            self.record(int(EXIT_CODES[request]), answer)
+            os._exit(exit_status(int(EXIT_CODES[request]), on_every_rank=True))
 
     def agree(self) -> int:
         """Return the largest request of any rank; every rank has to call at the same point."""

@@ -36,9 +36,6 @@ class WholeBatches(Sampler[list[int]]):
     """The micro-batches of one process, the same rows a step on any number of processes and in a
     resumed run: step k of an epoch has `order[k * G : (k + 1) * G]`, G being the global batch.
 
-    accelerate would repeat rows until every process has a full batch, and would make the rows of a
-    step depend on the number of processes.
-
     Args:
         rows: how many there are; each epoch leaves out `rows % G` others of them.
         seed: of the order, together with the epoch; None for the order of the rows.
@@ -183,10 +180,9 @@ class RecipeTrainer(SFTTrainer):
             off = {"router_aux_loss_coef": 0.0, "output_router_logits": False}
             base.config.get_text_config().update(off)
         upstream_fixes.prepare_head(base, sharded=self.is_fsdp_enabled)
-        is_plain = self.args.loss_type == "nll" and not self.aux_loss_enabled
-        is_plain = is_plain and families.has_plain_head(base)
-        has_bias = base.get_output_embeddings().bias is not None
-        if is_plain and not has_bias and self.args.device.type == "cpu":
+        is_plain = families.has_plain_head(base) and base.get_output_embeddings().bias is None
+        is_nll = self.args.loss_type == "nll" and not self.aux_loss_enabled
+        if is_plain and is_nll and self.args.device.type == "cpu":
             score_supervised_positions(base)
 
     def get_train_dataloader(self) -> DataLoader:
