@@ -23,8 +23,8 @@ LINES = {
     "weights": (1056, 900),
     "plan": (879, 750),
     "evals": (4282, 4300),
-    "analysis": (2728, 3000),
-    "study": (1128, 950),
+    "analysis": (2727, 3000),
+    "study": (1127, 950),
     "slurm": (797, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 23900, 20_000

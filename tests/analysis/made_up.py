@@ -99,20 +99,12 @@ def write_judged(
         outcome, verdicts = OUTCOMES[value]
         question = f"q{number:05d}"
         answer, other = text(folder.name, question), text(against, question)
-        samples.append(
-            Sample(
-                id=question,
-                category=CATEGORIES[number % len(CATEGORIES)],
-                value=value,
-                outcome=outcome,
-                verdicts=verdicts,
-                lengths=(len(answer), len(other)),
-                input=f"What about {question}?",
-                answer=answer,
-                opponent=other,
-                raws=tuple(f"{word} is better. [RESULT] {word}" for word in verdicts),
-            )
-        )
+        raws = tuple(f"{word} is better. [RESULT] {word}" for word in verdicts)
+        about = {"input": f"What about {question}?", "category": CATEGORIES[number % 3]}
+        texts = {"answer": answer, "opponent": other, "raws": raws, **about}
+        lengths = (len(answer), len(other))
+        sample = Sample(question, value=value, outcome=outcome, verdicts=verdicts, **texts)
+        samples.append(replace(sample, lengths=lengths))
     metric = Metric("win_rate", "AlpacaEval win rate", tuple(samples), opponent=against)
     facts = {"judge": JUDGE, "audit": CARD, "against": against} | facts
     return write_eval(folder, name, "alpaca_eval", [metric], **facts)

@@ -26,7 +26,7 @@ from recipes_lib.analysis.aims import Aims, Design, TunedArm
 from recipes_lib.analysis.claims import conclude, conclusion_lines
 from recipes_lib.analysis.report import report_html, write_report
 from recipes_lib.analysis.runs import MOST_POINTS, load_arms, read_curves
-from recipes_lib.analysis.text import p_text, plain_number, question_text, setting_text
+from recipes_lib.analysis.text import question_text
 from recipes_lib.evals.log import read_eval_log, write_lines, write_log
 
 HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }} </script><img src=x onerror=alert(2)> \x1b[31m"
@@ -173,10 +173,3 @@ def test_a_question_that_states_something_is_marked_and_an_ordinary_one_is_not()
     assert [question_text(question) for question in asked] == asked
     for stated in ("r32 beats r8.", "Is it so? It is. Sure?", "Is +5 [1, 9] a lot?", "r32 wins"):
         assert question_text(stated).startswith("Question, in the words of the study")
-
-
-def test_numbers_have_one_form() -> None:
-    assert [plain_number(-0.25, 2), plain_number(0.25, 2, signed=True)] == ["\u22120.25", "+0.25"]
-    assert [plain_number(None), plain_number(-0.0001)] == ["n/a", "0.000"]
-    assert [p_text(p) for p in (0.0321, 1e-5, 1.0)] == ["p = 0.032", "p < 0.001", "p = 1"]
-    assert [setting_text(each) for each in (None, True, 0.0002)] == ["absent", "true", "0.0002"]

@@ -110,11 +110,10 @@ class Conclusion:
         """Return everything as plain values, for JSON."""
         rows = []
         for claim in self.claims:
-            said: dict[str, object] = {"verdict": claim.verdict, "within": claim.within}
-            said["sentence"] = claim.sentence
-            said["stopped_by"] = [finding.code for finding in claim.stopped_by]
-            said["cause"] = [difference.what for difference in claim.cause]
-            rows.append(claim.row.to_dict() | said)
+            row = claim.row.to_dict() | {"verdict": claim.verdict, "within": claim.within}
+            row["stopped_by"] = [finding.code for finding in claim.stopped_by]
+            row["cause"] = [difference.what for difference in claim.cause]
+            rows.append(row | {"sentence": claim.sentence})
         return {
             "question": self.question,
             "answer": self.answer,
@@ -122,8 +121,8 @@ class Conclusion:
             "alpha": ALPHA,
             "tests": self.table.tests,
             "rows": rows,
-            "scores": [asdict(score) for score in self.table.scores],
-            "findings": [asdict(finding) for finding in self.findings],
+            "scores": [*map(asdict, self.table.scores)],
+            "findings": [*map(asdict, self.findings)],
         }
 
 

@@ -227,8 +227,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     evals = reader.evals()
     models = {(arm.recipe.model.name_or_path, arm.recipe.model.revision) for arm in arms if arm}
     if file.include_base and len(models) > 1:
-        bases = ", ".join(sorted(name for name, _ in models))
-        what = f"include_base: the arms have different base models ({bases})"
+        what = "include_base: the arms have different base models"
         reader.wrong(("include_base",), what, "set include_base: false, or split the study")
     aims = reader.aims(evals)
     if reader.errors:
@@ -280,8 +279,8 @@ class _Reader:
         arms = [*keys.arms, *([BASE_ARM] if keys.include_base else [])]
         for name in keys.arms:
             if name == BASE_ARM or not _ARM_NAME.match(name):
-                what = f"arm name {name!r}: 'base' is the base model's, others start with a letter"
-                self.wrong(("arms", name), what, "use 60 letters, digits, '.', '_' or '-' at most")
+                what = "use up to 60 letters, digits and ._- ('base' is the base model's)"
+                self.wrong(("arms", name), f"arm name {name!r}: {what}")
         named: list[tuple[KeyPath, str]] = [(("reference", name), name) for name in keys.reference]
         for place, name in (*named, (("baseline",), keys.baseline or arms[0])):
             if name not in arms:
