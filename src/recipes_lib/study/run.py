@@ -217,10 +217,11 @@ def evaluations(study: Study) -> list[Evaluation]:
         named = {None: "", REFERENCE: "", BASE_ARM: base}.get(opponent, opponent or "")
         needed = [(recipe, run, named) for arm in runs.values() for run in arm.values()]
         if recipe.suite.name == "alpaca_eval":
-            metrics = recipe.metrics.model_copy(update={"probe_pairs": 0})  # it was probed already
-            again, baseline = recipe.model_copy(update={"metrics": metrics}), runs[study.baseline]
+            metrics = recipe.metrics.model_copy(update={"probe_pairs": 0})  # probed before
+            unprobed = recipe.model_copy(update={"metrics": metrics})
+            baseline = runs[study.baseline]
             needed += [
-                (again, run, other)
+                (unprobed, run, other)
                 for arm in runs.values()
                 for (seed, other), (own, run) in product(baseline.items(), arm.items())
                 if seed == own or not baseline.keys() & arm.keys()
@@ -284,15 +285,14 @@ def plan_lines(study: Study) -> Iterator[str]:
     results = evaluations(study)
     asked = {(result.recipe.name, result.run): result.recipe for result in results}.values()
     # pairs in both orders, and grades; the judge's probes come on top
-    alpaca = [each for each in results if each.recipe.suite.name == "alpaca_eval"]
-    graded = [each for each in asked if each.suite.name == "mt_bench" or each.metrics.absolute]
-    requests = 2 * sum(_answers(each.recipe) for each in alpaca) + sum(map(_answers, graded))
+    judged = [result.recipe for result in results if result.recipe.suite.name == "alpaca_eval"] * 2
+    judged += [each for each in asked if each.suite.name == "mt_bench" or each.metrics.absolute]
     base = " and their base" * study.file.include_base
     yield question_text(study.file.question)
     yield f"{count(len(study.arms), 'arm')}{base}, {count(len(study.evals), 'eval')}"
     yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
     yield f"answers: {sum(map(_answers, asked)):,}"
-    yield f"judge requests: {requests:,}"
+    yield f"judge requests: {sum(map(_answers, judged)):,}"
     if undeclared := study.undeclared:
         yield f"differences that no factor declares: {sentence_list(undeclared, 4)}"
     yield from _power_line(study)
