@@ -128,6 +128,19 @@ def test_an_output_that_is_closed_or_ascii_is_not_an_error(tmp_path, monkeypatch
     assert shown.returncode == 0 and "caf\\xe9" in shown.stdout, shown.stderr
 
 
+def test_an_interrupt_while_modules_load_ends_without_a_traceback():
+    done = python("""
+import os, signal, sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "recipes_lib.core.errors":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+import recipes_lib.cli
+""")
+    assert (done.returncode, done.stderr) == (-2, "")
+
+
 def test_training_sends_no_telemetry_unless_somebody_allows_it(monkeypatch):
     monkeypatch.delenv("HF_HUB_DISABLE_TELEMETRY", raising=False)
     ask = (

@@ -82,18 +82,6 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
         assert said in compare(capsys, *words, code=2), words
 
 
-def test_a_damaged_end_of_the_metrics_costs_the_comparison_a_warning(runs, capsys):
-    metrics = runs / "r8" / "metrics.jsonl"
-    whole, warned = metrics.read_bytes(), ""
-    for damage in (b'{"step": 90, "lo', b"\0" * 512, b'{"step": 9\xff0}\n'):
-        metrics.write_bytes(whole + damage)
-        assert main(["compare", "r8", "r32", "--json"]) == 0
-        out, err = capsys.readouterr()
-        assert {row["metric"] for row in json.loads(out)["rows"]} == ALL
-        warned += err
-    assert warned.count("metrics.jsonl:42: this line is damaged") == 1  # once a file
-
-
 def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(runs, capsys):
     file = runs / "r8" / "evals" / "mt_bench" / "items.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)

@@ -58,14 +58,6 @@ def test_refused_data_names_the_line_of_the_recipe(recipe_file, capsys):
     assert "try.yaml:6: 30/30 rows: no supervised token at max_length=8" in said
 
 
-def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):
-    rows = [{"instruction": f"What is {i}?", "response": f"It is {i}. " * 100} for i in range(30)]
-    write(recipe_file.with_name("rows.jsonl"), rows)
-    out = run(capsys, "data", "try.yaml", "--show", "1")
-    assert "30 of 30 rows: cut at max_length=128, 30 of them lose their end" in out
-    assert "[[It is" in out and "</s>" not in out
-
-
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{city"}]}
 BAD_ROWS = (
@@ -112,13 +104,6 @@ def test_data_that_is_not_there_is_refused_by_every_verb(recipe_file, capsys):
             if code not in (2, 4) or not named or not ("gone" in said or "empty" in said):
                 wrong.append((source, words, code, said))
     assert not wrong
-
-
-def test_a_large_file_is_planned_with_its_own_rows(recipe_file, monkeypatch, capsys):
-    monkeypatch.setattr("recipes_lib.plan.steps.LARGEST_FILE", 1000)
-    monkeypatch.setattr("recipes_lib.plan.steps.SAMPLE", 10)
-    said = run(capsys, "plan", "try.yaml")
-    assert "of 10 of about 30 rows" in said and "not on this machine" not in said
 
 
 CALLING = (

