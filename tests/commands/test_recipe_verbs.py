@@ -48,7 +48,8 @@ def test_ls_lists_recipes_by_model_and_starts_with_the_one_to_start_with(capsys,
 
 def test_new_writes_a_recipe_of_what_differs_that_passes_the_check(capsys, tmp_path):
     (tmp_path / "recipes").mkdir()
-    (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "a", "answer": "b"}) + "\n")
+    row = json.dumps({"question": "a", "answer": "b"}) + "\n"
+    (tmp_path / "mine.jsonl").write_text(row * 20)
     out = said(capsys, "new", "my-first", "--from", QUICKSTART, "--data", "mine.jsonl")
     assert out.splitlines()[-1] == "next: recipes check recipes/my-first.yaml"
     recipe, origin = load_recipe("my-first"), load_recipe(QUICKSTART)

@@ -24,7 +24,8 @@ train:
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Write a file into the working directory, beside the good recipe's rows; return its name."""
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text('{"instruction": "a", "response": "b"}\n', encoding="utf-8")
+    row = '{"instruction": "a", "response": "b"}\n'
+    Path("rows.jsonl").write_text(row * 20, encoding="utf-8")
 
     def write_file(text: str | bytes = GOOD, name: str = "r.yaml") -> Path:
         path = Path(name)

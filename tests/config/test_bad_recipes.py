@@ -19,21 +19,14 @@ BAD_LINES = [
     ("lora", "alpha: 16", "did you mean lora.lora_alpha?"),
     ("lora", "rank: 16", "write lora.r"),
     ("train", "max_seq_length: 512", "train.max_length TRL 1 recipes migrate"),
-    ("model", "torch_dtype: bfloat16", "model.dtype transformers 5"),
     ("train", "warmup_ratio: 0.03", "train.warmup_steps fraction"),
-    ("train", "gradient_checkpointing: true", "train.activation_checkpointing"),
-    ("train", "group_by_length: true", "train.train_sampling_strategy"),
-    ("train", "output_dir: x", "run.name"),
     ("train", "deepspeed: x", "launch.accelerate: fsdp"),
     ("train", "lora_alpha: 3", "lora.lora_alpha"),
     ("train", "learning_rate: fast", "train.learning_rate number fast"),
     ("train", "learning_rate: '1e-4'", "valid number, got 1e-4"),
-    ("run", "tags: a", "valid list"),
     ("model", "kwargs: a", "valid dictionary"),
     ("train", "learning_rate: .nan", "finite .nan"),
-    ("train", "learning_rate: -1e-4", "greater than 0 -0.0001"),
     ("train", "learning_rate: 1e38", "train.learning_rate less than or equal to"),
-    ("train", "adam_beta2: 1", "train.adam_beta2 less than 1"),
     ("train", "optim_args: foo", "train.optim_args pattern foo"),
     ("train", "max_length: 1024.0", "integer 1024.0"),
     ("train", f"max_length: {'9' * 5000}", "train.max_length integer"),
@@ -47,15 +40,14 @@ BAD_LINES = [
     ("train", "metric_for_best_model: accuracy", "train.metric_for_best_model 'loss'"),
     ("train", "train_on_inputs: false", "train.train_on_inputs recipes explain train"),
     ("train", "logging_nan_inf_filter: true", "False"),
-    ("train", "train_sampling_strategy: batch_rebalance", "group_by_length"),
     ("model", "dtype: bf16", "model.dtype bfloat16"),
     ("model", "kwargs: {torch_dtype: bfloat16}", "model.kwargs.torch_dtype recipes explain model"),
     ("train", "activation_checkpointing_kwargs: {use_reentrnt: true}", "use_reentrant?"),
-    ("train", "accelerator_config: {split_batches: true}", "train.accelerator_config"),
+    ("train", "accelerator_config: {split_batches: true}", "the trainer decides it"),
     ("train", "output: !!python/object/apply:os.system [ls]", "tags are not allowed"),
     ("data", "revision: ${REVISION}", "data.revision no interpolation"),
     ("data", "split: {validation: 0.6, test: 0.5}", "no training rows 1.1"),
-    ("train", "hub_token: abc", "train.hub_token secret"),
+    ("train", "hub_token: abc", "train.hub_token hf auth login"),
     ("run", "notes: use hf_abcdefghijklmnopqrstuvwx", "secret"),
     ("run", "tags: []  # hf_abcdefghijklmnopqrstuvwx", "secret"),
     ("run", "name: ../x", "run.name cannot be a folder name"),
@@ -98,6 +90,7 @@ BAD_FILES = [
     ("", None, "is empty"),
     ("- a\n- b\n", None, "holds no mapping"),
     (codecs.BOM_UTF16_LE + GOOD.encode("utf-16-le"), 1, "UTF-8"),
+    (GOOD + "run: {global_batch_size: 24}\n", 4, "19 training rows one step of 24"),
     (GOOD.encode() + b"run:\n  notes: a\0b\n", 1, "control characters"),
     (GOOD.encode() + b"run:\n  notes: caf\xe9\n", 6, "not UTF-8"),
     ("model_name_or_path: a/b\nlearning_rate: 1e-4\n", None, "flat TRL config recipes migrate"),
@@ -193,16 +186,6 @@ def test_missing_files_and_short_names_name_similar_ones_alone(write, capsys, tm
         assert not missing_words(said, words), path
         assert ("did you mean" in said) is ("did you mean" in words), said
     assert main(["check", "quickstart/lora-r8"]) == 0
-
-
-def test_rows_given_as_a_yaml_file_are_called_rows(write, capsys):
-    write('[{"instruction": "a"}]', "rows.json")
-    write(b"PAR1", "rows.parquet")
-    for file in ("rows.jsonl", "rows.json", "rows.parquet"):
-        for verb in (["check"], ["train"], ["data"], ["migrate", "--output", "o.yaml"]):
-            assert main([*verb, file]) == 2
-            said = capsys.readouterr().err
-            assert f"{file}: is a file of rows" in said and f"--data {file}" in said, said
 
 
 def test_what_is_no_file_is_refused_at_once(tmp_path, capsys):

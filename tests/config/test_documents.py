@@ -47,7 +47,6 @@ KINDS = [
     ({"model_name_or_path": "a"}, "old.yaml", "flat"),
     ({"model": {}, "learning_rate": 1}, "r.yaml", "recipe"),
     ({"model": {}, "data": {}, "training": {"seed": 1}}, "r.yaml", "recipe"),
-    ({"lora": {}, "base_model": "m"}, "r.yaml", "recipe"),
     ({"suite": {}, "judge": {}}, "e.yaml", "eval"),
     ({"model_name_or_path": "a", "finetuning_type": "lora"}, "r.yaml", "foreign"),
     ({"model_name_or_path": "a", "beta": 0.1}, "r.yaml", "foreign"),

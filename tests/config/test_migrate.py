@@ -75,7 +75,7 @@ def test_handbook_style_lands_in_the_sections(migrated):
     assert "learning_rate: 2.0e-04   # tuned on 1% of the rows" in text
 
 
-def test_a_silent_file_trains_what_trl_would_train(migrated, tmp_path, capsys):
+def test_a_silent_file_trains_what_trl_would_train(migrated, tmp_path):
     """TRL's loss is on the completion of pairs, and on every token of messages."""
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(f'{{"prompt": "{n}?", "completion": " yes {n}"}}\n' for n in range(30)))
@@ -86,10 +86,6 @@ def test_a_silent_file_trains_what_trl_would_train(migrated, tmp_path, capsys):
     assert values["data"]["prompt_format"] == "chat"
     assert values["train"]["completion_only_loss"] is False
     assert "added train.completion_only_loss: false" in printed
-    recipe = tmp_path / "out" / "recipe.yaml"
-    words = [f"data.source={path}", "data.prompt_format=raw"]
-    assert main(["show", str(recipe), *words]) == 0
-    assert "the loss is on prompts too" in capsys.readouterr().err
 
 
 # lines of a flat file -> a key of the recipe and its value
@@ -128,7 +124,7 @@ def test_what_a_recipe_cannot_say_stays_as_a_comment_and_is_named(migrated):
         SHORT + "learning_rte: 3\npush_to_hub: true\nhub_token: abc\nseed: &s 3\ndata_seed: *s\n"
     )
     assert "learning_rte left out" in printed and "#   learning_rte" in text
-    assert "push_to_hub left out; upload a finished run: recipes export" in printed
+    assert "push_to_hub left out; log in" in printed
     assert "abc" not in text + printed
     assert (values["train"]["seed"], values["train"]["data_seed"]) == (3, 3)
 

@@ -136,7 +136,6 @@ REFUSED = (
     ("qwen3_moe", "lora.init_lora_weights=pissa", "pissa starts from weights of layers"),
     ("qwen3_moe", "lora.lora_dropout=0.05", "does not work with lora_dropout"),
     ("qwen3_moe", "lora.use_dora=true", "does not work with use_dora"),
-    ("bert", "lora.r=4", "BertLMHeadModel is an encoder"),
 )
 
 

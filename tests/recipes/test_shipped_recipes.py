@@ -97,13 +97,6 @@ def test_headers_say_hardware_schema_and_the_command_of_this_recipe():
     assert not wrong
 
 
-def test_the_default_launch_can_make_the_batch():
-    for path in RECIPES:
-        loaded = load_recipe(path)
-        config = load_accelerate_config(loaded.launch.accelerate)
-        assert accumulation_steps(loaded, loaded.launch.gpus or config.num_processes) >= 1
-
-
 def test_own_adapters_are_scaled_by_2_on_all_linear_layers():
     for path in RECIPES:
         lora = load_recipe(path).lora
@@ -165,20 +158,6 @@ def test_controlled_variants_see_64_examples_per_step_at_one_learning_rate():
     for folder in ("smollm2-135m-dolly", "quickstart"):
         ranks = {"lora.r", "lora.lora_alpha"}
         assert differing(f"{folder}/lora-r8", f"{folder}/lora-r32") == ranks
-
-
-def test_the_acceptance_run_depends_in_nothing_on_the_number_of_processes():
-    loaded = recipe("smollm2-135m-dolly/lora-r8")
-    assert (loaded.train["max_steps"], loaded.run.global_batch_size) == (60, 16)
-    assert (loaded.model.dtype, loaded.train["bf16"]) == ("float32", False)
-    assert loaded.lora["lora_dropout"] == 0
-    assert [accumulation_steps(loaded, world_size) for world_size in (1, 2)] == [8, 4]
-
-
-def test_the_quickstart_reads_its_own_data_and_says_where_to_start():
-    loaded = recipe("quickstart/lora-r8")
-    assert Path(loaded.data.source).is_file()
-    assert "start-here" in loaded.run.tags
 
 
 @pytest.mark.parametrize(

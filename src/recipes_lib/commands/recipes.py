@@ -17,7 +17,6 @@ from recipes_lib.commands import RecipeWord
 from recipes_lib.config.documents import (
     Document,
     did_you_mean,
-    kind_of,
     no_such_file,
     read,
     value_text,
@@ -125,8 +124,6 @@ def run_show(
 ) -> int:
     """Print the recipe as YAML with the place of every value: the output is a recipe again."""
     loaded = load_recipe(recipe, overrides)
-    for warning in loaded.document.warnings:
-        print_error(warning)
     if diff is not None:
         say("\n".join(_differences(loaded, load_recipe(diff))))
         return ExitCode.DONE
@@ -273,28 +270,28 @@ def check_file(path: Path, full: bool) -> Findings:
     """Return what is wrong with a YAML file of any kind, and notes; `full` asks upstream too."""
     try:
         document = read(path)
-        kind = kind_of(document)
-        if kind.name in ("recipe", "base"):
-            return _check_recipe(document, full, kind.name == "base")
-        if kind.name == "study":
+        kind = document.kind
+        if kind in ("recipe", "base"):
+            return _check_recipe(document, full, kind == "base")
+        if kind == "study":
             return _check_study(path, full)
-        if kind.name == "accelerate":
-            return [*judge(AccelerateConfig, document, accelerate_rules)[1]], document.warnings
-        if kind.name == "profile":
+        if kind == "accelerate":
+            return [*judge(AccelerateConfig, document, accelerate_rules)[1]], []
+        if kind == "profile":
             from recipes_lib.slurm.profile import load_profile
 
             load_profile(str(path))
-        elif kind.name == "judge":
+        elif kind == "judge":
             from recipes_lib.evals.recipe import load_judge_file
 
             load_judge_file(path)
-        elif kind.name == "eval":
+        elif kind == "eval":
             from recipes_lib.evals.questions import local_questions
             from recipes_lib.evals.recipe import load_eval
 
             local_questions(load_eval(path))
-        elif kind.name != "lm_eval_task":  # it is seen with the eval recipe that names it
-            raise wrong_kind(kind, "recipe", document.file)
+        elif kind != "lm_eval_task":  # it is seen with the eval recipe that names it
+            raise wrong_kind(document, "recipe")
     except RecipeError as error:
         return [*error.errors], []
     except DataError as error:
@@ -305,21 +302,21 @@ def check_file(path: Path, full: bool) -> Findings:
 def _check_recipe(document: Document, full: bool, is_base: bool) -> Findings:
     file, wrong = check_recipe(document)
     if file is None or is_base:
-        return [*wrong], document.warnings
+        return [*wrong], []
     try:
         recipe = recipe_of(file, document)
     except RecipeError:  # a run's name
-        return [*wrong], document.warnings
+        return [*wrong], []
+    notes: list[RecipeError] = []
     errors: list[RecipesError] = [*wrong]
     folder = Path(recipe.model.name_or_path)
     if not wrong and (full or folder.is_dir()):
         from recipes_lib.config.preflight import check_model_files, check_upstream
 
-        notes = document.warnings
         errors += check_upstream(recipe, notes=notes) if full else check_model_files(recipe, folder)
     if wrong or not errors:
         errors += check_rows(recipe, full and not wrong)
-    return errors, document.warnings
+    return errors, notes
 
 
 def _check_study(path: Path, full: bool) -> Findings:

@@ -27,11 +27,11 @@ from recipes_lib.config.launch import (
     TRAIN_FLAGS,
     Launch,
     place_machine,
-    plan_launch_of,
+    plan_launch,
 )
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.environment import quiet_libraries
-from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors, print_error
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, is_held, open_run
@@ -135,8 +135,6 @@ def run_plan(
     if gpu not in (None, "cpu"):
         card_named(gpu)  # an unknown card is refused before torch is imported
     loaded = load_recipe(recipe, overrides)
-    for warning in loaded.document.warnings:
-        print_error(warning)
     # they import torch, and what is refused above does not wait for it
     from recipes_lib.plan.advice import advise, rows_shown
     from recipes_lib.plan.advice import table as table_lines
@@ -185,7 +183,7 @@ def run_train(
 ) -> int:
     """Launch, wait, and return the training's own exit code."""
     loaded = load_recipe(recipe, overrides)
-    launch = plan_launch_of(loaded, accelerate, gpus, nodes)
+    launch = plan_launch(loaded.launch, accelerate, gpus, nodes)
     this_command = shlex.join(["recipes", *(word for word in typed if word != "--dry-run")])
     launch = place_machine(launch, machine_rank, main_process_ip, main_process_port, this_command)
     flags = flag_words(

@@ -5,12 +5,11 @@ that only list files need no more, and no pydantic; for the others `parsing.pars
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -37,6 +36,29 @@ for _name, _pattern in {
 }.items():
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), [None])
 
+# Kind of a file -> what it is called, and the top-level keys that give it away. The first with a
+# key of the file is its kind.
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "eval": ("an eval recipe", ("suite", "generation")),
+    "study": (
+        "a study",
+        ("question", "factors", "arms", "seeds", "evals", "primary", "tune"),
+    ),
+    "profile": ("a site profile", ("sbatch", "stages", "setup", "srun", "max_requeues")),
+    "judge": ("a judge", ("judge", "thresholds")),
+    "lm_eval_task": ("a task of lm-eval", ("task", "output_type", "doc_to_text")),
+    "foreign": (
+        "a config of axolotl, LLaMA-Factory, oumi, DPO or GRPO, which nothing here reads",
+        ("base_model", "sequence_len", "finetuning_type", "cutoff_len", "peft", "beta"),
+    ),
+    "recipe": ("a recipe", SECTIONS),
+    "accelerate": ("an accelerate config", ("compute_environment", "distributed_type")),
+    "flat": (
+        "a flat TRL config, which recipes migrate turns into a recipe",
+        ("model_name_or_path", "dataset_name", "output_dir"),
+    ),
+}
+
 
 class MissingRows(RecipeError):
     """A key names a file of rows that does not exist: a fault of the data, as `data.source`'s."""
@@ -54,10 +76,6 @@ class Origin:
     def __str__(self) -> str:
         return self.file if self.line is None else f"{self.file}:{self.line}"
 
-    def error(self, what: str, *hints: str) -> RecipeError:
-        """Return an error at this place."""
-        return RecipeError(what, *hints, file=self.file, line=self.line)
-
 
 @dataclass
 class Document:
@@ -68,7 +86,6 @@ class Document:
     text: str = ""
     origins: dict[KeyPath, Origin] = field(default_factory=dict)  # of every key and list item
     problems: list[RecipeError] = field(default_factory=list)  # of the YAML: `parse` reports them
-    warnings: list[RecipeError] = field(default_factory=list)  # which rules add
 
     @property
     def file(self) -> str:
@@ -77,42 +94,41 @@ class Document:
 
     @property
     def kind(self) -> str:
-        """The name of the file's kind."""
-        return kind_of(self).name
+        """The file's kind by its top-level keys; a recipe whose name starts with `_` is a base."""
+        if not isinstance(self.values, dict) or not self.values:
+            what = "holds no mapping of keys" if self.values else "is empty"
+            raise RecipeError(what, "rows are named in a recipe: data.source", file=self.file)
+        for kind, (_, keys) in KINDS.items():
+            if self.values.keys() & {*keys}:
+                is_base = kind == "recipe" and self.path.name.startswith("_")
+                return "base" if is_base else kind
+        return ""
 
-    def origin(self, key: str | KeyPath) -> Origin:
-        """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest around."""
+    def origin(self, key: str | KeyPath | int) -> Origin:
+        """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest around; or
+        of a line of the text.
+        """
+        if isinstance(key, int):
+            return Origin(self.file, None if self.file == COMMAND_LINE else key)
         path = tuple(key.split(".")) if isinstance(key, str) else key
         around = [path[:length] for length in range(len(path), 0, -1)]
         around += [known for known in self.origins if known[: len(path)] == path]
         return next((self.origins[key] for key in around if key in self.origins), Origin(self.file))
 
-    def place(self, line: int) -> Origin:
-        """Return the place of a line of the text."""
-        return Origin(self.file, None if self.file == COMMAND_LINE else line)
-
-    def wrong(self, line: int, what: str, *hints: str) -> RecipeError:
-        """Return an error on a line of the text."""
-        return self.place(line).error(what, *hints)
-
-    def error(self, key: str | KeyPath, what: str, *hints: str) -> RecipeError:
-        """Return an error at the place of a key."""
-        return self.origin(key).error(what, *hints)
-
-    def warn(self, key: str | KeyPath, what: str, *hints: str) -> None:
-        """Add a warning at the place of a key."""
-        self.warnings.append(self.error(key, f"warning: {what}", *hints))
+    def error(self, key: str | KeyPath | int, what: str, *hints: str) -> RecipeError:
+        """Return an error at the place of a key or on a line."""
+        origin = self.origin(key)
+        return RecipeError(what, *hints, file=origin.file, line=origin.line)
 
     def absolute(self, key: str | KeyPath, name: str, *, keep_missing: bool = False) -> str:
         """Return the absolute path of a file that a key names: looked for beside the file that
         wrote the key, then in the working directory and the project; where there is none, the
         first, or with `keep_missing` the name itself.
         """
-        origin = self.origin(key).file
-        beside = Path() if origin == COMMAND_LINE else Path(origin).parent
+        beside = Path(self.origin(key).file).parent  # that of the command line is `.`
         places = [folder / Path(name).expanduser() for folder in (beside, Path(), project_root())]
-        place = next(filter(os.path.exists, places), None if keep_missing else places[0])
-        if place is None:
+        place = next((place for place in places if place.exists()), places[0])
+        if keep_missing and not place.exists():
             return name
         # links among the folders are followed, for the sake of `..`; the file keeps its name
         return str(place.parent.resolve() / place.name)
@@ -176,8 +192,8 @@ def _override(word: str) -> Document:
     keys = name.split(".")
     document = Document(Path(COMMAND_LINE), text=text)
     if not separator or not all(keys):
-        raise document.wrong(1, f"'{word}' is not section.key=value")
-    document.origins[tuple(keys)] = Origin(COMMAND_LINE)
+        raise document.error(1, f"'{word}' is not section.key=value")
+    document.origins[tuple(keys)] = document.origin(1)
     _compose(document, tuple(keys))
     for key in reversed(keys):
         document.values = {key: document.values}
@@ -188,13 +204,11 @@ def _read_file(path: Path) -> Document:
     document = Document(path)
     if not path.is_file():  # a pipe or a device may never end
         raise RecipeError("is not a file", file=path) if path.exists() else no_such_file(path)
-    if path.suffix.lower() in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
-        raise _is_data(document.file)
     try:
         document.text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise document.wrong(line, "is not UTF-8 text; save it as UTF-8") from None
+        raise document.error(line, "is not UTF-8 text; save it as UTF-8") from None
     _compose(document, ())
     return document
 
@@ -205,13 +219,13 @@ def _compose(document: Document, at: KeyPath) -> None:
         if holds_secret(row):
             what = "this looks like a secret; a recipe must not hold one"
             hint = "log in with 'hf auth login', or export a variable; revoke what was committed"
-            document.problems.append(document.wrong(number, what, hint))
+            document.problems.append(document.error(number, what, hint))
     try:
         node = yaml.compose(document.text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "context_mark", None) or getattr(error, "problem_mark", None)
         what = f"YAML: {getattr(error, 'context', '') or ''} {getattr(error, 'problem', error)}"
-        raise document.wrong(mark.line + 1 if mark else 1, " ".join(what.split())) from None
+        raise document.error(mark.line + 1 if mark else 1, " ".join(what.split())) from None
     if node is not None:
         document.values = _build(document, node, at)
 
@@ -219,27 +233,27 @@ def _compose(document: Document, at: KeyPath) -> None:
 def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     """Return the value of a node; note the place of each key and item in it, and what is wrong."""
     line = node.start_mark.line + 1
-    document.origins.setdefault(at, document.place(line))
+    document.origins.setdefault(at, document.origin(line))
     if len(document.origins) > _MAX_VALUES:
-        raise document.wrong(line, f"aliases expand to more than {_MAX_VALUES:,} values")
+        raise document.error(line, f"aliases expand to more than {_MAX_VALUES:,} values")
     if node.tag not in _TAGS:
-        raise document.wrong(line, "tags are not allowed in recipes")
+        raise document.error(line, "tags are not allowed in recipes")
     if isinstance(node, yaml.SequenceNode):
         return [_build(document, item, (*at, index)) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         values: Values = {}
         for key_node, value_node in node.value:
-            key, place = str(key_node.value), document.place(key_node.start_mark.line + 1)
+            is_text = isinstance(key_node, yaml.ScalarNode)
+            key, line = key_node.value if is_text else "?", key_node.start_mark.line + 1
             if key in values:
                 what = f"duplicate key '{dotted((*at, key))}', also at {document.origins[*at, key]}"
-                document.problems.append(place.error(what))
-            document.origins[*at, key] = place
+                document.problems.append(document.error(line, what))
+            document.origins[*at, key] = document.origin(line)
             values[key] = _build(document, value_node, (*at, key))
         return values
     if "${" in node.value and "{%" not in node.value:
         what = f"{dotted(at)}: no interpolation in recipes: {node.value!r} would be taken literally"
-        hint = "write the value itself; share values with 'extends'"
-        document.problems.append(document.wrong(line, what, hint))
+        document.problems.append(document.error(line, what, "write the value itself"))
     return yaml.constructor.SafeConstructor().construct_object(node)
 
 
@@ -253,11 +267,9 @@ def dotted(path: KeyPath) -> str:
 
 def value_text(value: Any, longest: int = 10**9) -> str:
     """Return a value as YAML on one line, cut at `longest` characters."""
-    text = yaml.safe_dump(
-        value, default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True
-    )
+    options: Values = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
     # no other white space is stripped: a value may begin or end with it
-    text = text.strip("\n").removesuffix("\n...")
+    text = str(yaml.safe_dump(value, width=10**9, **options)).strip("\n").removesuffix("\n...")
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
@@ -285,62 +297,10 @@ def no_such_file(path: Path) -> RecipeError:
     return RecipeError("no such file or recipe", *hints, file=shown_path(path))
 
 
-# Kinds of files
-
-
-class Kind(NamedTuple):
-    """A kind of YAML file and the top-level keys that give it away."""
-
-    name: str
-    title: str
-    keys: tuple[str, ...] = ()
-
-
-_OURS = ("quantization", "lora", "train", "run", "launch")
-_FOREIGN = (
-    *("base_model", "sequence_len", "finetuning_type", "cutoff_len", "peft", "checkpointer"),
-    *("beta", "num_generations", "reward_funcs"),
-)
-_STUDY = ("question", "factors", "arms", "seeds", "evals", "primary", "tune")
-_FLAT = ("model_name_or_path", "dataset_name", "output_dir")
-# The first with a key of the file is its kind; other programs have model and data too.
-KINDS = (
-    Kind("eval", "an eval recipe", ("suite", "generation")),
-    Kind("study", "a study", _STUDY),
-    Kind("profile", "a site profile", ("sbatch", "stages", "setup", "srun", "max_requeues")),
-    Kind("judge", "a judge", ("judge", "thresholds")),
-    Kind("lm_eval_task", "a task of lm-eval", ("task", "output_type", "doc_to_text")),
-    Kind("recipe", "a recipe", _OURS),
-    Kind("foreign", "a config of axolotl, LLaMA-Factory, oumi, DPO or GRPO", _FOREIGN),
-    Kind("recipe", "a recipe", ("model", "data")),
-    Kind("accelerate", "an accelerate config", ("compute_environment", "distributed_type")),
-    Kind("flat", "a flat TRL config, which recipes migrate turns into a recipe", _FLAT),
-)
-_BASE = Kind("base", "a base that recipes extend")
-
-
-def kind_of(document: Document, default: str = "") -> Kind:
-    """Return a file's kind by its top-level keys; a recipe whose name starts with `_` is a base."""
-    values, file = document.values, document.file
-    if isinstance(values, list) and document.path.suffix == ".json":
-        raise _is_data(file)
-    if not isinstance(values, dict) or not values:
-        raise RecipeError("holds no mapping of keys" if values else "is empty", file=file)
-    for kind in KINDS:
-        if values.keys() & {*kind.keys}:
-            is_base = kind.name == "recipe" and document.path.name.startswith("_")
-            return _BASE if is_base else kind
-    if default:
-        return next(kind for kind in KINDS if kind.name == default)
-    raise RecipeError(f"unknown kind of file: its keys are {', '.join(values)}", file=file)
-
-
-def wrong_kind(kind: Kind, expected: str, file: str) -> RecipeError:
+def wrong_kind(document: Document, expected: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
-    wanted = next(known.title for known in KINDS if known.name == expected)
-    return RecipeError(f"is {kind.title}, not {wanted}", file=file)
-
-
-def _is_data(file: str) -> RecipeError:
-    hint = f"recipes new NAME --from quickstart/lora-r8 --data {file}"
-    return RecipeError("is a file of rows, not a YAML file", hint, file=file)
+    if not document.kind:
+        what = f"unknown kind of file: its keys are {', '.join(document.values)}"
+    else:
+        what = f"is {KINDS.get(document.kind, ('a base', ()))[0]}, not {KINDS[expected][0]}"
+    return RecipeError(what, file=document.file)

@@ -176,15 +176,15 @@ def why_each_rank_reads(recipe: Recipe, sharded: bool, asked: bool) -> str | Non
     """
     lora = recipe.lora or {}
     start = lora.get("init_lora_weights", True)
+    keys = ("use_dora", "trainable_token_indices", "layer_replication")
     reasons = {
         "each of them needs them whole": not sharded,
         f"{READS_ONCE_KEY} is false": not asked,
         "quantized weights cannot be handed on": recipe.quantization,
         "model.resize_embeddings computes new rows from the others": recipe.model.resize_embeddings,
         f"lora.init_lora_weights: {start} starts from them": start not in STARTS_WITHOUT_WEIGHTS,
+        **{f"lora.{key} starts from them": lora.get(key) for key in keys},
     }
-    for key in ("use_dora", "trainable_token_indices", "layer_replication"):
-        reasons[f"lora.{key} starts from them"] = lora.get(key)
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
@@ -211,24 +211,13 @@ def plan_launch(
     return launch
 
 
-def plan_launch_of(
-    recipe: Recipe, accelerate: str | None = None, gpus: int | None = None, nodes: int | None = None
-) -> Launch:
-    """Return what `plan_launch` does, for a config that asks for the recipe's precision."""
-    launch = plan_launch(recipe.launch, accelerate, gpus, nodes)
-    asked_by = os.path.relpath(launch.config.path)
-    if conflict := precision_conflict(recipe.train, launch.config.mixed_precision, asked_by):
-        raise recipe.error("train.bf16", *conflict)
-    return launch
-
-
 def place_machine(
     launch: Launch, rank: int | None, address: str | None, port: int | None, typed: str
 ) -> Launch:
     """Return the launch with this machine's place in it; errors quote the `typed` command."""
+    if launch.machines == 1 and (rank is not None or address):
+        raise RecipeError("--machine-rank and --main-process-ip are for several: set --nodes")
     if launch.machines == 1:
-        if rank is not None or address:
-            raise RecipeError("--machine-rank and --main-process-ip are for several: set --nodes")
         return replace(launch, port=port)
     port = port or launch.config.main_process_port or DEFAULT_PORT
     if rank is None or address is None or not 0 <= rank < launch.machines:

@@ -12,17 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
-from recipes_lib.config.documents import (
-    SECTIONS,
-    Document,
-    Values,
-    kind_of,
-    read,
-    value_text,
-    wrong_kind,
-)
+from recipes_lib.config.documents import SECTIONS, Document, Values, read, value_text, wrong_kind
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import OwnRows
+from recipes_lib.config.sections import OwnRows, QuantizationSection
 from recipes_lib.config.upstream import INSTEAD, RENAMES, upstream_fields
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import project_root, shown_path
@@ -64,10 +56,8 @@ MOVES = {
 LEFT_OUT = {
     **{key: why for key, why in INSTEAD["train"].items() if key not in MOVES},
     **dict.fromkeys(("remove_unused_columns", "ignore_bias_buffers"), "the trainer decides it"),
-    "use_peft": "the lora section says it",
-    "lora_task_type": "it is always CAUSAL_LM",
-    "dataset_test_split": "validation rows are held out of the training rows (data.split)",
-    "dataset_streaming": "the audit before step 1 reads every row",
+    **dict.fromkeys(("use_peft", "lora_task_type"), "the lora section says it"),
+    **dict.fromkeys(("dataset_test_split", "dataset_streaming"), "data.split holds rows out"),
     **dict.fromkeys(("accelerate_config", "num_processes"), "the launch section says it"),
 }
 # TRL's defaults where PEFT's are others. Source: trl.ModelConfig.
@@ -158,9 +148,8 @@ def migrate(
         prompt_formats: those that can read its rows, where they are on this machine.
     """
     flat = read(path)
-    kind = kind_of(flat)
-    if kind.name != "flat":
-        raise wrong_kind(kind, "flat", flat.file)
+    if flat.kind != "flat":
+        raise wrong_kind(flat, "flat")
     for needed in (("model_name_or_path",), ("dataset_name", "dataset_mixture", "datasets")):
         if not flat.values.keys() & {*needed}:
             what = f"is not a flat TRL config: it has no {' or '.join(needed)}"
@@ -212,9 +201,10 @@ def home_of(key: str) -> str:
     if key in MOVES:
         return MOVES[key]
     fields = upstream_fields()
-    for section in ("train", "quantization"):
-        if key in fields[section]:
-            return f"{section}.{key}"
+    if key in fields["train"]:
+        return f"train.{key}"
+    if key in QuantizationSection.model_fields:
+        return f"quantization.{key}"
     for name in (key, key.removeprefix("lora_")):
         if name in fields["lora"] and key.startswith(("lora_", "use_")):
             return f"lora.{name}"
@@ -229,7 +219,7 @@ def _lines_of(flat: Document, key: str) -> tuple[list[str], list[str]]:
     end = min((line for line in starts if line > start), default=len(lines) + 1)
     own = lines[start - 1 : end - 1]
     if not own[0].startswith(key) or starts.count(start) > 1:
-        raise place.error(f"'{key}' does not begin a line of its own; write one key a line")
+        raise flat.error((key,), f"'{key}' does not begin a line of its own; write one key a line")
     size = next(n for n in range(len(own), 0, -1) if n == 1 or own[n - 1][:1] not in ("", "#"))
     return own[:size], [line for line in own[size:] if line]
 

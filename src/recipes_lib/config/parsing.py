@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from recipes_lib.config.documents import (
     KeyPath,
     did_you_mean,
     dotted,
-    kind_of,
     value_text,
     wrong_kind,
 )
@@ -63,10 +63,9 @@ def parse(model: type[M], document: Document, *rules: Rule[M]) -> M:
         model: the kind of file; its `FilePath` fields become absolute.
         rules: what must hold between keys; each yields errors, or adds warnings to the document.
     """
-    if expected := getattr(model, "kind", ""):
-        kind = kind_of(document, expected)
-        if kind.name != expected:
-            raise wrong_kind(kind, expected, document.file)
+    expected = getattr(model, "kind", "")
+    if expected and document.kind not in ("", expected):
+        raise wrong_kind(document, expected)
     value, errors = judge(model, document, *rules)
     if value is None or errors:
         failure = RecipeErrors(errors)
@@ -91,27 +90,23 @@ def judge(
     if refused:
         value, _ = _validated(model, _without(document.values, refused))
     if value is not None:
-        blamed = {(error.file, error.line) for error in errors}
-        more = [error for rule in rules for error in rule(value, document)]
-        errors += [error for error in more if (error.file, error.line) not in blamed]
+        errors += [error for rule in rules for error in rule(value, document)]
     return value, errors
 
 
 def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
-    """Return a value of the type `kind` with the paths in it made absolute."""
+    """Return a value of the type `kind`, in which paths are made absolute in place."""
     arguments = typing.get_args(kind)
     mark = next((part for part in arguments if isinstance(part, IsPath)), None)
     if mark and value and isinstance(value, str):
         return document.absolute(at, value, keep_missing=mark.unless(value))
     if isinstance(value, list) and typing.get_origin(kind) is list:
-        items = enumerate(value)
-        return [_absolute(arguments[0], document, item, (*at, index)) for index, item in items]
-    if isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
-        fields = {key: known for key, known in kind.model_fields.items() if key in value}
-        return value | {
-            key: _absolute(known.rebuild_annotation(), document, value[key], (*at, key))
-            for key, known in fields.items()
-        }
+        for index, item in enumerate(value):
+            value[index] = _absolute(arguments[0], document, item, (*at, index))
+    elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
+        for key in value.keys() & kind.model_fields.keys():
+            inner = kind.model_fields[key].rebuild_annotation()
+            value[key] = _absolute(inner, document, value[key], (*at, key))
     for inner in arguments:
         value = _absolute(inner, document, value, at)
     return value
@@ -153,23 +148,18 @@ def _without(values: Any, paths: Iterable[KeyPath]) -> Any:
 
 def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list[str]:
     """Return what is wrong with a key, then hints."""
-    name, value = dotted(path), details[0]["input"]
-    if details[0]["type"] == "missing":
+    name, value, kind = dotted(path), details[0]["input"], details[0]["type"]
+    if kind == "missing":
         return [f"{name} is missing"]
     if any(detail["type"] == "extra_forbidden" for detail in details):
         return _unknown(model, path)
-    if details[0]["type"] == "model_type":
+    if kind == "model_type":
         return [f"section '{name}' must be a mapping of keys, got {value_text(value, 60)}"]
-    if details[0]["type"] == "value_error":
+    if kind == "value_error":
         return [f"{name}: {details[0]['ctx']['error']}"]
     what = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
     what = what.replace("or Input should be", "or").removeprefix("Input ")
-    choices = [
-        choice.strip("'")
-        for detail in details
-        if detail["type"] == "literal_error"
-        for choice in detail["ctx"]["expected"].replace(" or ", ", ").split(", ")
-    ]
+    choices = re.findall(r"'(\w*)'", what)
     if len(choices) > _MAX_NAMES:
         what = f"is not among the choices of recipes explain {name}"
     hints = did_you_mean(value, choices) if isinstance(value, str) else []

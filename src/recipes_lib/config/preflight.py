@@ -13,29 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config import upstream
 from recipes_lib.config.documents import Values, did_you_mean
 from recipes_lib.config.launch import AccelerateConfig, plan_launch
 from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
 from recipes_lib.config.sections import STARTS_WITHOUT_WEIGHTS
-from recipes_lib.config.upstream import (
-    build_lora_config,
-    build_quantization_config,
-    build_sft_config,
-    check_packages,
-    has_accelerator,
-    refused,
-)
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
-from recipes_lib.models.families import (
-    ARCHITECTURES,
-    auto_class,
-    converted,
-    language_modules,
-    needs_of,
-    settle_targets,
-    why_rows_apart,
-)
+from recipes_lib.models import families
 from recipes_lib.models.packaged import is_packaged, packaged_folder
 
 KEY = "model.name_or_path"
@@ -55,25 +40,23 @@ def check_upstream(
     """
     # it warns about optional kernels as soon as PEFT imports it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    errors: list[RecipeError] = []
+    errors: list[Any] = []
     launch, folder = plan_launch(recipe.launch), local_folder(recipe)
     checkable = recipe
-    if not (launch.config.use_cpu or has_accelerator()):  # it is meant for a GPU
+    if not (launch.config.use_cpu or upstream.has_accelerator()):  # it is meant for a GPU
         train = {key: recipe.train[key] for key in recipe.train.keys() - _OF_GPUS}
         model = recipe.model.model_copy(update={"attn_implementation": None})
         checkable = replace(recipe, train=train, model=model)
     for build in (
-        lambda: build_sft_config(checkable, "unused", launch.world_size),
-        lambda: build_lora_config(recipe),
-        lambda: build_quantization_config(recipe),
-        lambda: check_packages(recipe),
+        lambda: upstream.build_sft_config(checkable, "unused", launch.world_size),
+        lambda: upstream.build_lora_config(recipe),
+        lambda: upstream.build_quantization_config(recipe),
+        lambda: upstream.check_packages(recipe),
     ):
         try:
             build()
-        except RecipeError as error:
-            errors += error.errors
-        except EnvironmentFault as error:
-            errors.append(RecipeError(error.what, *error.hints, file=error.file, line=error.line))
+        except (RecipeError, EnvironmentFault) as error:
+            errors += getattr(error, "errors", [error])
     errors += _sharded_quantization(recipe, launch.config)
     wrong = list(check_model_files(recipe, folder, remote_code=remote_code)) if folder else []
     is_cached = not Path(recipe.model.name_or_path).is_dir()
@@ -130,10 +113,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
     """Return the error for a model whose tokenizer cannot be read, from that of transformers."""
-    folder = local_folder(recipe)
     hint = f"its files are beside the weights: {', '.join(TOKENIZER_FILES)}"
-    if folder is not None and not _has_tokenizer(folder):
-        return recipe.error(KEY, f"{folder} has no tokenizer", hint)
     return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)
 
 
@@ -150,12 +130,10 @@ def check_model_files(
     """Yield what is wrong with a model's files; `remote_code` as for `check_upstream`."""
     config = object_or_none(folder / "config.json")
     if config is None:
-        gguf = next(folder.glob("*.gguf"), None)
-        hint = f"{gguf.name}: GGUF weights cannot be trained further" if gguf else A_MODEL
-        yield recipe.error(KEY, f"{folder} has no readable config.json", hint)
+        yield recipe.error(KEY, f"{folder} has no readable config.json", A_MODEL)
         return
     names = [str(name) for name in config.get("architectures") or ()]
-    kind = ARCHITECTURES.get(str(config.get("model_type")))
+    kind = families.ARCHITECTURES.get(str(config.get("model_type")))
     is_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
     if names and not is_causal and not (kind and kind.images):
         what = f"{', '.join(names)} is not a causal language model (...ForCausalLM)"
@@ -163,9 +141,7 @@ def check_model_files(
     packed = config.get("quantization_config") or {}
     method = packed.get("quant_method") if isinstance(packed, dict) else packed
     if packed and not (method == DEQUANTIZED and recipe.quantization is None):
-        hint = "give the original model; for QLoRA add a quantization section"
-        if method == DEQUANTIZED:
-            hint = "remove the quantization section: it is trained in model.dtype"
+        hint = "give the original model, or for mxfp4 remove the quantization section"
         yield recipe.error(KEY, f"the model is already quantized ({method})", hint)
     if "auto_map" in config and not (recipe.model.trust_remote_code and remote_code is not False):
         hint = "read it; then set model.trust_remote_code: true and pass --trust-remote-code"
@@ -181,25 +157,18 @@ def weight_faults(folder: Path, *, to_be_fetched: bool = False) -> Iterator[str]
     """
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
-    named = (object_or_none(index) or {}).get("weight_map", {})
-    if index.exists() and not (isinstance(named, dict) and named):
-        yield f"{index} has no weight_map"
-        named = {}
-    shards = {folder / str(name) for name in named.values()} or {*folder.glob("*.safetensors")}
+    index = object_or_none(folder / "model.safetensors.index.json") or {}
+    named = {folder / str(name) for name in dict(index.get("weight_map") or {}).values()}
+    shards = named or {*folder.glob("*.safetensors")}
     for shard in sorted(shards):
         try:
             with safe_open(shard, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
-            if shard.is_file():
-                yield f"{shard} is damaged: {one_line(error)}"
-            elif not to_be_fetched:
-                yield f"{shard} is missing; {index.name} names it"
+            if shard.is_file() or not to_be_fetched:
+                yield f"{shard} is {'damaged' if shard.is_file() else 'missing'}: {one_line(error)}"
     if not shards and not to_be_fetched:
-        pickles = sorted(file for end in ("bin", "pt", "pth") for file in folder.glob(f"*.{end}"))
-        beside = f": {pickles[0].name} is a pickle, which can run code" if pickles else ""
-        yield f"{folder} has no weights (*.safetensors){beside}"
+        yield f"{folder} has no weights (*.safetensors); *.bin is a pickle, which can run code"
 
 
 def check_names(
@@ -208,24 +177,21 @@ def check_names(
     """Yield names that a model does not have, and what its class cannot do; no code of it runs."""
     import torch
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = getattr(transformers, auto_class(config.model_type)).from_config(config)
+            model = getattr(transformers, families.auto_class(config.model_type)).from_config(
+                config
+            )
     except Exception as error:
         # transformers raises many types here; whatever it is, the user's model cannot be built
         yield recipe.error(KEY, f"transformers cannot build this model: {one_line(error)}")
         return
     name, embeddings = type(model).__name__, model.get_input_embeddings()
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if is_encoder and not getattr(config, "is_decoder", True):
-        what = f"{name} is an encoder: it sees the tokens it has to predict"
-        yield recipe.error(KEY, what, "choose a causal language model")
     packs = "packing" if recipe.train.get("packing") else "padding_free"
     wrapped = packs == "packing" and recipe.train.get("packing_strategy") == "wrapped"
-    if recipe.train.get(packs) and not wrapped and (why := why_rows_apart(model)):
+    if recipe.train.get(packs) and not wrapped and (why := families.why_rows_apart(model)):
         what = f"train.{packs}: {name} {why}"
         yield recipe.error(f"train.{packs}", what, f"set train.{packs}: false")
     wrap = "fsdp_transformer_layer_cls_to_wrap"
@@ -235,8 +201,11 @@ def check_names(
         what = f"{wrap} '{layer}' of {accelerate.path.name} is not in the model"
         hint = f"its layer classes: {', '.join(sorted(model._no_split_modules or classes))}"
         yield recipe.error("launch.accelerate", what, hint)
-    if recipe.lora is not None:
-        yield from _adapter(recipe, recipe.lora, model)
+    try:
+        yield from _adapter(recipe, recipe.lora, model) if recipe.lora is not None else ()
+    except (ValueError, TypeError, NotImplementedError) as error:  # of PEFT
+        if "meta" not in str(error):  # else it is about tensors without values
+            yield upstream.refused(recipe, "lora", error)
     try:
         entries = len(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # as above: any failure to read it is the user's to know
@@ -256,38 +225,34 @@ def _adapter(recipe: Recipe, lora: Values, model: Any) -> list[RecipeError]:
     import torch
     from peft import get_peft_model
 
-    modules = {name: module for name, module in language_modules(model) if name}
+    modules = {name: module for name, module in families.language_modules(model) if name}
     last = {name.rpartition(".")[2]: module for name, module in modules.items()}
     linear = {name for name, module in last.items() if isinstance(module, torch.nn.Linear)}
     layers = f"it has {', '.join(sorted(linear - {'lm_head'}))}"
-    needs, wrong = needs_of(model.config), []
-    config = build_lora_config(recipe)
+    needs, faults = families.needs_of(model.config), list[tuple[str, ...]]()
+    config = upstream.build_lora_config(recipe)
     assert config is not None
-    try:
-        settled = settle_targets(config, model)
-        # PEFT finds former layers of experts, which are parameters now, by itself
-        known = converted(config, model)
-        for key in ("target_modules", "modules_to_save"):
-            names = getattr(known, key)
-            for name in () if names is None or isinstance(names, str) else names:
-                if not any(f".{module}".endswith(f".{name}") for module in modules):
-                    what = f"lora.{key}: the model has no module '{name}'"
-                    wrong.append(
-                        recipe.error(f"lora.{key}", what, *did_you_mean(name, last), layers)
-                    )
-        given = lora.get("target_modules")
-        for name in {*needs.left_out} & {*(given if isinstance(given, list) else ())} & {*last}:
-            what = f"lora.target_modules: '{name}' takes no adapter: {needs.because}"
-            wrong.append(recipe.error("lora.target_modules", what, "use all-linear, which knows"))
-        start, settled.init_lora_weights = settled.init_lora_weights, False  # may need the weights
-        if start not in STARTS_WITHOUT_WEIGHTS and converted(settled, model).target_parameters:
-            key = "lora.init_lora_weights"
-            what = f"{key}: {start} starts from weights of layers, and these are experts'"
-            wrong.append(recipe.error(key, what, "leave the key out, or adapt the attention alone"))
-        if not wrong:
-            with torch.device("meta"):
-                get_peft_model(model, settled)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        if "meta" not in str(error):  # else it is about tensors without values
-            wrong.append(refused(recipe, "lora", error, layers))
-    return wrong
+    settled = families.settle_targets(config, model)
+    # PEFT finds former layers of experts, which are parameters now, by itself
+    known = families.converted(config, model)
+    for key, names in {
+        "lora.target_modules": known.target_modules,
+        "lora.modules_to_save": known.modules_to_save,
+    }.items():
+        for name in () if names is None or isinstance(names, str) else names:
+            if not any(f".{module}".endswith(f".{name}") for module in modules):
+                what = f"{key}: the model has no module '{name}'"
+                faults.append((key, what, *did_you_mean(name, last), layers))
+    key, given = "lora.target_modules", lora.get("target_modules")
+    for name in {*needs.left_out} & {*(given if isinstance(given, list) else ())} & {*last}:
+        faults.append((key, f"{key}: '{name}' takes no adapter: {needs.because}", "use all-linear"))
+    start, settled.init_lora_weights = settled.init_lora_weights, False  # may need the weights
+    if start not in STARTS_WITHOUT_WEIGHTS and families.converted(settled, model).target_parameters:
+        key = "lora.init_lora_weights"
+        what = f"{key}: {start} starts from weights of layers, and these are experts'"
+        faults.append((key, what, "leave the key out, or adapt the attention alone"))
+    if faults:
+        return [recipe.error(*fault) for fault in faults]
+    with torch.device("meta"):
+        get_peft_model(model, settled)
+    return []

@@ -84,6 +84,19 @@ class ModelSection(Section):
     """Further arguments for `from_pretrained`."""
 
 
+class QuantizationSection(Section):
+    """`transformers.BitsAndBytesConfig`, key by key. Absent or null: nothing is quantized."""
+
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    llm_int8_threshold: float = 6.0
+    llm_int8_skip_modules: list[str] | None = None
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    bnb_4bit_quant_type: Literal["fp4", "nf4"] = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = "uint8"
+
+
 class SplitSection(Section):
     """How rows are divided into train, validation and test."""
 

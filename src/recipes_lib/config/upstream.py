@@ -1,4 +1,4 @@
-"""The sections `train`, `lora` and `quantization`: TRL's, PEFT's and transformers' own classes.
+"""The sections `train` and `lora`: TRL's and PEFT's own classes.
 
 Their keys, types, defaults and texts are in `upstream.json`, which `make schema` writes from the
 installed versions, so that a recipe is checked without torch. The functions at the end build the
@@ -14,12 +14,13 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, create_model
 
+from recipes_lib.config.documents import Values
 from recipes_lib.config.launch import accumulation_steps
-from recipes_lib.config.parsing import Schema, Section
+from recipes_lib.config.parsing import Section
 from recipes_lib.core.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
@@ -30,11 +31,7 @@ if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
 
 UPSTREAM_FILE = Path(__file__).with_name("upstream.json")
-CLASSES = {
-    "train": "trl.SFTConfig",
-    "lora": "peft.LoraConfig",
-    "quantization": "transformers.BitsAndBytesConfig",
-}
+CLASSES = {"train": "trl.SFTConfig", "lora": "peft.LoraConfig"}
 _Built = TypeVar("_Built")
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # Project defaults for `train` that differ from TRL's; none changes the declared mathematics.
@@ -56,12 +53,25 @@ RENAMES = {
     "no_cuda": "use_cpu",
 }
 _RENAMED = "it is train.{} since TRL 1 / transformers 5; for a whole old file: recipes migrate"
-_RUN = "a run is in runs/<run.name> with its logs, and is never overwritten; set run.name"
-_LAUNCHER = "the launcher and its accelerate config decide it; see launch.accelerate"
-_OF_HUB = ("model_id", "strategy", "always_push", "private_repo", "revision")
-_HUB = ("push_to_hub", *(f"hub_{key}" for key in _OF_HUB))
-_EXPORT = "upload a finished run: recipes export RUN --to FOLDER --push-to-hub OWNER/NAME"
-_PEFTS_OWN = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
+_RUN = "a run is in runs/<run.name> and resumes by the same command; set run.name"
+_OF_RUN = (
+    "output_dir",
+    "overwrite_output_dir",
+    "run_name",
+    "logging_dir",
+    "resume_from_checkpoint",
+)
+_LAUNCHER = "the launcher decides it; write launch.accelerate: fsdp or ddp"
+_OF_LAUNCHER = ("local_rank", "fsdp", "fsdp_config", "parallelism_config", "deepspeed")
+_HUB = "log in with 'hf auth login'; recipes export RUN --to FOLDER --push-to-hub OWNER/NAME"
+_OF_HUB = ("model_id", "strategy", "always_push", "private_repo", "revision", "token")
+_TRAINER = "the trainer decides it, so that a run can be stopped, resumed and compared"
+_OF_TRAINER = (
+    *("enable_jit_checkpoint", "save_only_model", "accelerator_config", "ignore_data_skip"),
+    *("auto_find_batch_size", "dataset_kwargs"),
+)
+_PEFTS = "PEFT writes it into the saved adapter by itself"
+_OF_PEFT = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
 _LORA_KINDS = ("eva", "corda", "loftq", "lora_ga", "velora", "monteclora", "arrow", "kasa")
 _MORE_LORA = ("runtime_config", "megatron_config", "megatron_core", "use_bdlora")
 _NOT_SUPPORTED = "a kind of LoRA with a config of its own is not supported"
@@ -70,36 +80,27 @@ INSTEAD: dict[str, dict[str, str]] = {
     "train": {
         **{old: _RENAMED.format(new) for old, new in RENAMES.items()},
         "warmup_ratio": "write train.warmup_steps; a number below 1 is a fraction",
-        **dict.fromkeys(("output_dir", "overwrite_output_dir", "run_name", "logging_dir"), _RUN),
-        "resume_from_checkpoint": "the same command resumes from the newest complete checkpoint",
+        **dict.fromkeys((*_OF_RUN, "logging_dir"), _RUN),
+        **dict.fromkeys(_OF_LAUNCHER, _LAUNCHER),
+        **dict.fromkeys(("push_to_hub", *(f"hub_{key}" for key in _OF_HUB)), _HUB),
+        **dict.fromkeys(_OF_TRAINER, _TRAINER),
         **dict.fromkeys(("do_train", "do_eval", "do_predict"), "train.eval_strategy decides it"),
-        "hub_token": "a secret never belongs in a file; log in with 'hf auth login'",
-        **dict.fromkeys(_HUB, _EXPORT),
         "model_init_kwargs": "write model.kwargs",
         "trust_remote_code": "write model.trust_remote_code, and pass --trust-remote-code",
         "torch_dtype": "write model.dtype",
         "chat_template_path": "write data.chat_template",
         "dataset_text_field": "write data.columns: {text: NAME}",
-        "dataset_kwargs": "rows are prepared by recipes_lib.data",
         "group_by_length": "write train.train_sampling_strategy: group_by_length",
         "lr": "write train.learning_rate",
         "epochs": "write train.num_train_epochs",
         "batch_size": "write train.per_device_train_batch_size, or run.global_batch_size",
-        "deepspeed": "DeepSpeed is not supported; write launch.accelerate: fsdp",
-        "enable_jit_checkpoint": "upstream's leaves a half-trained model; runs stop on SIGTERM",
-        "save_only_model": "a checkpoint holds all that its run needs to go on",
-        "accelerator_config": "the rows of a step do not depend on it",
-        "ignore_data_skip": "a resumed run sees the rows it would have seen",
-        "auto_find_batch_size": "it would change the examples per step without a word",
-        **dict.fromkeys(("local_rank", "fsdp", "fsdp_config", "parallelism_config"), _LAUNCHER),
     },
     "lora": {
         "rank": "write lora.r",
         "base_model_name_or_path": "write model.name_or_path",
-        **dict.fromkeys(_PEFTS_OWN, "PEFT writes it into the saved adapter by itself"),
+        **dict.fromkeys(_OF_PEFT, _PEFTS),
         **dict.fromkeys((*(f"{kind}_config" for kind in _LORA_KINDS), *_MORE_LORA), _NOT_SUPPORTED),
     },
-    "quantization": {},
 }
 
 # What torch's and TRL's activation checkpointing take.
@@ -148,17 +149,13 @@ _NARROWER: dict[str, dict[str, object]] = {
         | Literal["gaussian", "orthogonal", "olora", "pissa"]
         | Annotated[str, Field(pattern="^pissa_niter_[0-9]+$")],
     },
-    "quantization": {
-        "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"],
-        "bnb_4bit_quant_type": Literal["fp4", "nf4"],
-    },
 }
 
 
 @lru_cache(maxsize=1)
-def upstream_fields() -> dict[str, dict[str, Schema]]:
-    """Return the keys of the three sections, each with its JSON Schema and default."""
-    fields: dict[str, dict[str, Schema]] = json.loads(UPSTREAM_FILE.read_text(encoding="utf-8"))
+def upstream_fields() -> dict[str, dict[str, Values]]:
+    """Return the keys of the two sections, each with its type, text and default."""
+    fields: dict[str, dict[str, Values]] = json.loads(UPSTREAM_FILE.read_text(encoding="utf-8"))
     return fields
 
 
@@ -169,38 +166,27 @@ def upstream_default(section: str, key: str) -> Any:
 
 
 def _section(name: str) -> type[Section]:
-    """Return the model of a section."""
-    defaults = TRAIN_DEFAULTS if name == "train" else {}
-    fields = {}
-    for key, schema in upstream_fields()[name].items():
-        if key not in INSTEAD[name]:
-            default = defaults.get(key, schema.get("default"))
-            kind = _NARROWER[name].get(key) or _type(schema)
-            fields[key] = (kind, Field(default, description=schema.get("description")))
-    model = create_model(f"{name.capitalize()}Section", __base__=Section, **fields)  # type: ignore[call-overload]
+    """Return the model of a section; its types are text, which pydantic reads."""
+    fields = {
+        key: (
+            _NARROWER[name].get(key, field["type"]),
+            Field(upstream_default(name, key), description=field["description"]),
+        )
+        for key, field in upstream_fields()[name].items()
+        if key not in INSTEAD[name]
+    }
+    title = f"{name.capitalize()}Section"
+    model = create_model(title, __base__=Section, __module__=__name__, **fields)  # type: ignore[call-overload]
     model.__doc__ = f"`{CLASSES[name]}`, key by key."
     model.gone = INSTEAD[name]
     return model
 
 
-def _type(schema: Schema) -> Any:
-    """Return the annotation of a JSON Schema."""
-    if "anyOf" in schema:
-        return Union[tuple(_type(part) for part in schema["anyOf"])]  # noqa: UP007
-    if "enum" in schema:
-        return Literal[tuple(schema["enum"])]
-    if schema.get("type") == "array":
-        return list[_type(schema["items"])] if "items" in schema else list[Any]  # type: ignore[misc]
-    kinds = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
-    return kinds.get(schema.get("type", ""), dict[str, object])
-
-
 if TYPE_CHECKING:
     TrainSection = Section
     LoraSection = Section
-    QuantizationSection = Section
 else:
-    TrainSection, LoraSection, QuantizationSection = map(_section, CLASSES)
+    TrainSection, LoraSection = map(_section, CLASSES)
 
 
 def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
@@ -213,9 +199,6 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     if values["use_cpu"] and (values.get("fp16") or values.get("fp16_full_eval")):
         what = "train.fp16 does nothing on a CPU: it would train in float32 and say nothing"
         raise recipe.error("train.fp16", what, "use train.bf16: true")
-    if values["use_cpu"] and recipe.model.attn_implementation == "flex_attention":
-        key = "model.attn_implementation"
-        raise recipe.error(key, f"{key} flex_attention has no backward pass on a CPU", "use sdpa")
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
     # the labels say it already; TRL looks for conversations in the rows
     values["assistant_only_loss"] = False
@@ -245,17 +228,14 @@ def _check_optimizer(recipe: Recipe, config: SFTConfig) -> None:
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
     schedule = (config.lr_scheduler_type, optimizer, 1, 10**6, config.lr_scheduler_kwargs)
-    for key, build in {
-        "train.optim": lambda: Trainer.get_optimizer_cls_and_kwargs(config),
-        "train.lr_scheduler_kwargs": lambda: get_scheduler(*schedule),
-    }.items():
-        try:
-            build()
-        except ImportError as error:
-            raise recipe.fault(key, f"{key}: {one_line(error)}") from None
-        except (ValueError, TypeError) as error:
-            if "need to pass a" not in str(error):  # some ask for the model, which comes later
-                raise recipe.error(key, f"{key}: {one_line(error)}") from None
+    key = "train.optim"
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(config)
+        key = "train.lr_scheduler_kwargs"
+        get_scheduler(*schedule)
+    except (ImportError, ValueError, TypeError) as error:
+        if "need to pass a" not in str(error):  # some ask for the model, which comes later
+            raise recipe.error(key, f"{key}: {one_line(error)}") from None
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig | None:
