@@ -130,10 +130,6 @@ DATA = {
         rows(), "train.max_length=4", 4, "20/20 rows max_length=4 p95 prompt is"),
     "too many prompts longer than max_length": (
         rows(*LONG), "", 4, "3/20 rows data.filters.max_tokens max_length=192"),
-<<<<<<< HEAD
-    "only empty texts": ('{"text": ""}\n' * 9, RAW, 4, "9/9 rows: an empty completion"),
-=======
->>>>>>> 2dba0a04 (Types of upstream as text, rows counted by check, fewer rules twice)
     "null as response": (rows({}, {"response": None}), "", 4, "rows.jsonl:2: 'response' None"),
     "a torn line": (rows() + '{"instruction": "a", \n', "", 4, "rows.jsonl:21"),
     "messages and no chat template": (

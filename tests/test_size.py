@@ -14,9 +14,9 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1461, 1500),
+    "commands": (1456, 1500),
     "core": (960, 800),
-    "config": (2467, 1900),
+    "config": (2301, 1900),
     "models": (517, 450),
     "data": (1869, 1650),
     "training": (1580, 1700),
