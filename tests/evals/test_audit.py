@@ -22,6 +22,7 @@ from recipes_lib.evals.audit import (
     audit_note,
     pair_samples,
     probe_items,
+    sample_of,
     scorecard_lines,
 )
 from recipes_lib.evals.judge import Item, ask
@@ -81,19 +82,16 @@ def test_agreement_with_people_is_a_check_where_pairs_are_labelled(tmp_path: Pat
         assert checks(card_of(sound, tmp_path / result, labels))[HUMAN].result == result
 
 
-def test_outcomes_of_both_orders(tmp_path: Path) -> None:
-    verdicts = {"win": ("A", "B"), "loss": ("B", "A"), "tie": ("A", "A"), "unresolved": ("A", "?")}
-    for outcome, (first, second) in verdicts.items():
-        store = Store(tmp_path / f"{outcome}.jsonl")
-        both = {"AB": first, "BA": second}
-        ask(
-            ITEMS[:3], FakeJudge(lambda request, both=both: says(both[request.row["order"]])), store
-        )
-        samples = pair_samples(store.values())
-        assert {sample.outcome for sample in samples} == {outcome}
-    rate = metric_of("win_rate", "", samples)
-    assert (rate.value, rate.n, bounds_of(samples)) == (None, 0, (0.0, 1.0))
-    assert metric_of("win_rate", "", []).value is None
+def test_outcomes_of_both_orders() -> None:
+    cases = {"win": ("A", "B"), "loss": ("B", "A"), "tie": ("A", "A"), "unresolved": ("A", None)}
+    for outcome, verdicts in cases.items():
+        rows = {
+            order: {"status": "ok" if verdict else "empty", "value": verdict, "source": "judge"}
+            for order, verdict in zip(("AB", "BA"), verdicts, strict=True)
+        }
+        assert sample_of("q", rows, ("AB", "BA")).outcome == outcome
+    rate = metric_of("win_rate", "", [sample_of("q", rows, ("AB", "BA"))])
+    assert (rate.value, rate.n, bounds_of(rate.samples)) == (None, 0, (0.0, 1.0))
 
 
 def test_draws_of_one_question_are_one_observation_of_every_interval() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from recipes_lib.evals.log import read_eval_logs
 from recipes_lib.evals.questions import QuestionSet
-from recipes_lib.evals.suites.heldout_loss import HeldoutLoss, row_losses
+from recipes_lib.evals.suites.heldout_loss import HeldoutLoss
 from recipes_lib.train import main as train
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -25,24 +25,6 @@ def eval_file(tmp_path: Path) -> Path:
     path = tmp_path / "held.yaml"
     path.write_text("suite: {name: heldout_loss}\ndata: {questions: validation}\n")
     return path
-
-
-def test_row_losses_are_those_of_each_row_alone_in_float64(tiny_model_dir):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-    ids = [[5, 9, 7, 11], [3, 4], list(range(20, 60))]
-    labels = [[-100, 9, -100, 11], [-100, 4], [-100] * 30 + list(range(50, 60))]
-    wanted = []
-    with torch.no_grad():
-        for row, targets in zip(ids, labels, strict=True):
-            logits = model.double()(torch.tensor([row])).logits[0, :-1]
-            losses = torch.nn.functional.cross_entropy(
-                logits, torch.tensor(targets[1:]), reduction="sum"
-            )
-            wanted.append(float(losses))
-    assert row_losses(model.float(), ids, labels) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_it_is_the_validation_loss_of_the_training(tiny_recipe, tmp_path, eval_file, recipes):

@@ -115,7 +115,6 @@ def test_what_failed_is_missing_and_the_same_command_asks_it(tmp_path: Path) -> 
         (lambda n, good: good if n % 2 else timeout, 8, r"8 of 16 judg.*: timeout \(8 times\)"),
         (lambda n, good: refused, 0, r"16 of 16 judg.*pay first \(16 times\)"),
         (lambda n, good: good if n < 6 else died, 6, r"10 of 16 judg.*: 503: overloaded \(3"),
-        (lambda n, good: timeout if n == 9 else good, 15, r"1 of 16 judg.*: timeout \(1 time\)\n"),
         (lambda n, good: good if n < 1 else died, 1, r"15 of 16 judg.*\n  1 judgment stored; run"),
         (lambda n, good: good if n < 5 else 1 / 0, 5, None),
     ]
