@@ -177,3 +177,15 @@ def recipes(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def said(recipes: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """A function that runs a verb and returns its stdout, or its stderr when it must fail."""
+
+    def run(*words: str, code: int = 0) -> str:
+        found, out, err = recipes(*words)
+        assert found == code, err
+        return err if code else out
+
+    return run

@@ -12,18 +12,10 @@ from typing import Any
 
 import yaml
 
-DENSE: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
+DENSE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+DENSE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+DENSE |= {"max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
+DENSE |= {"pad_token_id": None}
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
 _MAMBA_SIZES = {"n_heads": 4, "d_head": 32, "n_groups": 1, "d_state": 16, "d_conv": 4}
 MAMBA: dict[str, Any] = {f"mamba_{key}": value for key, value in _MAMBA_SIZES.items()}
@@ -34,13 +26,9 @@ ROUTED |= {"first_k_dense_replace": 1}
 DEEPSEEK: dict[str, Any] = {**ROUTED, "kv_lora_rank": 16, "q_lora_rank": 24, "head_dim": 8}
 DEEPSEEK |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 DEEPSEEK |= {"num_key_value_heads": 4}
-LINEAR_ATTENTION: dict[str, Any] = {
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention"],
-}
+LINEAR_ATTENTION: dict[str, Any] = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+LINEAR_ATTENTION |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+LINEAR_ATTENTION |= {"layer_types": ["linear_attention", "full_attention"]}
 WINDOWS: dict[str, Any] = {
     "sliding_window": 32,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -50,16 +38,19 @@ LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 
 GEMMA3: dict[str, Any] = {**WINDOWS, "query_pre_attn_scalar": 16}
 GEMMA4: dict[str, Any] = {**WINDOWS, "global_head_dim": 32, "hidden_size_per_layer_input": 16}
 GEMMA4 |= {"vocab_size_per_layer_input": 520}
-LLAMA4: dict[str, Any] = {
-    **LOCAL_EXPERTS,
-    "num_experts_per_tok": 1,
-    "intermediate_size_mlp": 96,
-    "interleave_moe_layer_step": 1,
-    "moe_layers": [0, 1],
-    "attention_chunk_size": 256,
-}
+LLAMA4: dict[str, Any] = {**LOCAL_EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 96}
+LLAMA4 |= {"interleave_moe_layer_step": 1, "moe_layers": [0, 1], "attention_chunk_size": 256}
 VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+GEMMA4_VISION = {**VISION, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}
+LLAMA4_VISION = {**VISION, "intermediate_size": 128, "vision_output_dim": 32}
+LLAMA4_VISION |= {"projector_input_dim": 32, "projector_output_dim": 32}
+QWEN_VISION = {"depth": 1, "num_heads": 2, "hidden_size": 32, "intermediate_size": 32}
+QWEN_VISION |= {"out_hidden_size": 64, "num_position_embeddings": 16}
+STATE_SPACE: dict[str, Any] = {"state_size": 16, "n_groups": 1, "chunk_size": 16, "expand": 2}
+NEMOTRON: dict[str, Any] = {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4}
+NEMOTRON |= {"mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16}
+GRANITE = {"logits_scaling": 2.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}
 
 # their ids, which the tokenizer's texts never have
 _IMAGE_TOKENS = {
@@ -97,12 +88,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ministral3": {},
     "olmo3": WINDOWS,
     "phi3": {"original_max_position_embeddings": 512},
-    "granite": {
-        "logits_scaling": 2.0,
-        "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.5,
-        "attention_multiplier": 0.25,
-    },
+    "granite": {**GRANITE, "attention_multiplier": 0.25},
     "glm4": {},
     "cohere2": {**WINDOWS, "logit_scale": 0.5},
     "lfm2": {
@@ -113,24 +99,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "gpt_oss": {**WINDOWS, **LOCAL_EXPERTS},
     "llama4_text": LLAMA4,
-    "nemotron_h": {
-        "layers_block_type": ["mamba", "attention"],
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 32,
-        "ssm_state_size": 16,
-        "n_groups": 1,
-        "chunk_size": 16,
-    },
+    "nemotron_h": NEMOTRON,
     "falcon_h1": {**MAMBA, "mamba_d_ssm": 128},
     "mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
-    "mamba2": {
-        "num_heads": 4,
-        "head_dim": 32,
-        "state_size": 16,
-        "n_groups": 1,
-        "expand": 2,
-        "chunk_size": 16,
-    },
+    "mamba2": {"num_heads": 4, "head_dim": 32, **STATE_SPACE},
     "granitemoe": {**LOCAL_EXPERTS, "logits_scaling": 2.0},
     "granitemoehybrid": {
         **MAMBA,
@@ -146,37 +118,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": ROUTED,
     "deepseek_v3": DEEPSEEK,
     # as their checkpoints are on the Hub: a language model that reads images
-    "qwen3_5": {
-        "text_config": LINEAR_ATTENTION,
-        "vision_config": {
-            "depth": 1,
-            "num_heads": 2,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "out_hidden_size": 64,
-            "num_position_embeddings": 16,
-        },
-    },
+    "qwen3_5": {"text_config": LINEAR_ATTENTION, "vision_config": QWEN_VISION},
     "gemma3": {"text_config": GEMMA3, "vision_config": VISION, "mm_tokens_per_image": 4},
-    "gemma4": {
-        "text_config": {**GEMMA4, "pad_token_id": 0},
-        "vision_config": {
-            **VISION,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "position_embedding_size": 64,
-        },
-    },
-    "llama4": {
-        "text_config": LLAMA4,
-        "vision_config": {
-            **VISION,
-            "intermediate_size": 128,
-            "vision_output_dim": 32,
-            "projector_input_dim": 32,
-            "projector_output_dim": 32,
-        },
-    },
+    "gemma4": {"text_config": {**GEMMA4, "pad_token_id": 0}, "vision_config": GEMMA4_VISION},
+    "llama4": {"text_config": LLAMA4, "vision_config": LLAMA4_VISION},
     "mistral3": {
         "text_config": {"model_type": "ministral3"},
         "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16},

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recipes_lib import __version__
-from recipes_lib.commands import GIVEN, declare, parameters
+from recipes_lib.commands import declare, parameters
 from recipes_lib.core.errors import (
     ExitCode,
     RecipeError,
@@ -87,17 +87,10 @@ class _Parser(argparse.ArgumentParser):
             self.mistakes.append(str(error))
 
     def error(self, message: str) -> NoReturn:
-        """Raise what was wrong before, and this, which ends the parsing; say what is missing."""
-        missing = message.removeprefix("the following arguments are required: ").split(", ")
-        hints = [
-            f"{name}: {action.help}"
-            for action in self._actions
-            for name in action.option_strings or [str(action.metavar)]
-            if name in missing and action.help
-        ]
+        """Raise what was wrong before, and this, which ends the parsing."""
         *others, last = (f"{self.prog}: {mistake}" for mistake in (*self.mistakes, message))
         usage = (self.format_usage().strip(), f"more: {self.prog} --help")
-        raise RecipeErrors([*map(RecipeError, others), RecipeError(last, *hints, *usage)])
+        raise RecipeErrors([*map(RecipeError, others), RecipeError(last, *usage)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,15 +166,9 @@ def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], di
     function = getattr(module, f"run_{verb}{action}")
     if "overrides" in parameters(function):
         arguments["overrides"] = unknown
-    options = [f"--{name.replace('_', '-')}" for name in parameters(function).keys() - {*GIVEN}]
-    for word in unknown:
-        name = word.partition("=")[0]
-        is_option = name.startswith("-") and "." not in name
-        near = difflib.get_close_matches(name, options, n=1) if is_option else []
-        if near or "overrides" not in arguments:
-            kind = "option" if word.startswith("-") else "argument"
-            hint = f"; did you mean {near[0]}?" if near else ""
-            parser.mistakes.append(f"unknown {kind} '{name}'{hint}")
+    for word in unknown if "overrides" not in arguments else ():
+        kind = "option" if word.startswith("-") else "argument"
+        parser.mistakes.append(f"unknown {kind} '{word.partition('=')[0]}'")
     if parser.mistakes:
         parser.error(parser.mistakes.pop())
     return function, arguments

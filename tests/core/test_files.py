@@ -9,7 +9,7 @@ import pytest
 
 from recipes_lib.core import files
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import read_object, read_rows, rows_from_the_end, write_json
+from recipes_lib.core.files import read_object, read_rows, write_json
 
 LINES = [json.dumps({"step": step, "text": "é" * step}).encode() + b"\n" for step in range(1, 6)]
 TAILS = [b'{"step": 6, "te', b"\0" * 9000, b'{"step": 6, "t\0\0\0\0', b"\xff\xfe\n"]
@@ -21,8 +21,8 @@ def write(path: Path, *parts: bytes) -> Path:
     return path
 
 
-def steps(path: Path, **options: bool) -> list[int]:
-    return [row["step"] for row in read_rows(path, **options)]
+def steps(path: Path) -> list[int]:
+    return [row["step"] for row in read_rows(path)]
 
 
 def test_a_damaged_last_line_is_left_out_with_one_warning(tmp_path, capsys):
@@ -32,28 +32,19 @@ def test_a_damaged_last_line_is_left_out_with_one_warning(tmp_path, capsys):
         said = capsys.readouterr()
         assert (said.out, said.err.count("\n")) == ("", 1)
         assert f"warning: {path}:6: this line is damaged" in said.err
-        assert [row["step"] for row in rows_from_the_end(path)] == [5, 4, 3, 2, 1]
 
 
-def test_damage_before_the_end_is_named_by_its_line_or_left_out_where_asked(tmp_path, capsys):
+def test_damage_before_the_end_is_named_by_its_line(tmp_path: Path) -> None:
     for number, damage in enumerate((b"nonsense\n", b"\xff\n", b"\0\0\0\n", b'{"st\n', b"[1]\n")):
         path = write(tmp_path / f"{number}.jsonl", *LINES[:2], damage, *LINES[3:])
         with pytest.raises(DataError, match="this line is damaged") as caught:
             steps(path)
         assert (caught.value.file, caught.value.line) == (path, 3)
-        assert steps(path, skip_damaged=True) == [1, 2, 4, 5]
-        assert f"{path}:3: this line is damaged and left out" in capsys.readouterr().err
-
-
-def test_the_last_rows_of_a_long_file_are_read_without_the_others(tmp_path: Path) -> None:
-    path = write(tmp_path / "long.jsonl", *LINES * 60_000, b'{"step": 6, "te')
-    rows = [row["step"] for row in rows_from_the_end(path)]
-    assert rows[:7] == [5, 4, 3, 2, 1, 5, 4] and len(rows) < 10_000
 
 
 def test_an_object_or_nothing_and_a_damaged_one_is_one_line_with_its_file(tmp_path: Path) -> None:
     path = tmp_path / "one.json"
-    assert read_object(path) == {} and not steps(path) and not list(rows_from_the_end(path))
+    assert read_object(path) == {} and not steps(path)
     for content in ("", "{", "\0", "[1]"):
         path.write_text(content)
         with pytest.raises(DataError, match="is damaged") as caught:

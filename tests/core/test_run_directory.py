@@ -30,9 +30,7 @@ def test_a_state_keeps_the_fields_written_before(tmp_path: Path) -> None:
         open_run("mine", tmp_path)
 
 
-def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_ones(
-    tmp_path, monkeypatch
-):
+def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     RunDirectory("my-first").write_state("finished")
     folder = tmp_path / "runs" / "my-first"
@@ -41,8 +39,4 @@ def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_one
     for word in ("/no/where/my-frist", "my-frist"):
         with pytest.raises(RecipeError, match="no run named 'my-frist'"):
             open_run(word)
-    with pytest.raises(RecipeError, match="did you mean my-first"):
-        open_run("my-frist")
-    with pytest.raises(RecipeError, match="all runs: recipes status"):
-        open_run("zzz")
     assert [run.name for run in all_runs()] == ["my-first"]

@@ -310,7 +310,7 @@ def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code
 
     monkeypatch.setattr(MetricsCallback, "on_log", full)
     assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    assert "disk full: No space left on device" in capsys.readouterr().err
+    assert "disk full: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 def test_no_planted_secret_is_in_any_written_file(tiny_recipe, monkeypatch) -> None:

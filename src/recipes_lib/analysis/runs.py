@@ -16,10 +16,10 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
+from recipes_lib.config.documents import read
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.core.files import DamagedFile, hash_of, read_object, read_rows
 from recipes_lib.core.project import runs_root, shown_path
-from recipes_lib.core.run_directory import read_resolved
 from recipes_lib.evals.log import (
     REFERENCE,
     AnswerFacts,
@@ -68,7 +68,7 @@ class Curve:
 def read_curves(file: Path) -> dict[str, Curve]:
     """Return the curves of metrics.jsonl; nothing of it stays in memory but them."""
     curves: dict[str, Curve] = {}
-    for row in read_rows(file, skip_damaged=True):
+    for row in read_rows(file):
         step = row.get("step")
         if not isinstance(step, int | float):
             continue
@@ -159,15 +159,14 @@ class Arms:
 
 def load_arms(folders: Mapping[str, Sequence[Path]]) -> Arms:
     """Return everything that was measured, of each arm the folders (one per seed) that exist."""
-    arms = {}
-    for name, paths in folders.items():
-        arms[name] = ArmRuns(name, tuple(load_run(path) for path in paths if path.is_dir()))
-    return Arms(arms)
+    runs = {name: map(load_run, filter(Path.is_dir, paths)) for name, paths in folders.items()}
+    return Arms({name: ArmRuns(name, tuple(loaded)) for name, loaded in runs.items()})
 
 
 def load_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) -> Run:
     """Return what one run's folder holds; a damaged evaluation is reported, or its error raised."""
-    resolved = read_resolved(folder)
+    file = folder / "resolved.yaml"  # a base has none
+    resolved = read(file).values or {} if file.is_file() else {}
     evals, unfinished = read_eval_logs(folder, report)
     seed = (resolved.get("train") or {}).get("seed")
     return Run(

@@ -71,8 +71,7 @@ def run_launch(
         print(plan.folder)
         return ExitCode.DONE
     if dry_run:
-        typed_line = shlex.join(["recipes", *typed])
-        say("\n".join(_dry_run_lines(plan, site, typed_line)))
+        say("\n".join(_dry_run_lines(plan, site, shlex.join(["recipes", *typed]))))
         return ExitCode.DONE
     for warning in dict.fromkeys(plan.warnings):
         say(warning)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
+from recipes_lib.config.documents import read
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.files import DamagedFile, write_text
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
+from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.core.terminal import next_step, print_json, say
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _bases_of(runs: Sequence[RunDirectory]) -> Sequence[Path]:
         raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
     paths: dict[Path, None] = {}
     for run in runs:
-        known = evaluated_bases(read_resolved(run.path), run.root, None)
+        known = evaluated_bases(read(run.path / "resolved.yaml").values, run.root, None)
         paths |= dict.fromkeys(base.path for base in known)
     if not paths:
         what = "the base of these runs was never evaluated"

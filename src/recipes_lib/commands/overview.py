@@ -9,7 +9,7 @@ from typing import Annotated
 from recipes_lib.commands import Json
 from recipes_lib.config.documents import read
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.files import Row, rows_from_the_end
+from recipes_lib.core.files import Row, read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import (
     RunDirectory,
@@ -114,8 +114,8 @@ def _facts(run: RunDirectory) -> Row:
     process holds its lock has died.
     """
     facts: Row = {**run.read_state(), "last": {}}
-    for row in rows_from_the_end(run.metrics):
-        facts["last"] = {**row, **facts["last"]}
+    for row in read_rows(run.metrics):
+        facts["last"] |= row
     if facts["state"] == "running" and not is_held(run.path):
         facts["state"] = "died"
     return facts

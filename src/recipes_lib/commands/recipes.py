@@ -31,13 +31,7 @@ from recipes_lib.config.launch import (
 )
 from recipes_lib.config.new import Method, migrate, new_recipe, schema_line
 from recipes_lib.config.parsing import judge
-from recipes_lib.config.recipe import (
-    Recipe,
-    check_recipe,
-    load_recipe,
-    recipe_keys,
-    recipe_of,
-)
+from recipes_lib.config.recipe import Recipe, check_recipe, load_recipe, recipe_keys, recipe_of
 from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.files import write_text
@@ -94,23 +88,11 @@ def run_migrate(
     if output.exists() and not force:
         hint = "add --force to replace it, or choose another --output"
         raise RecipeError("exists already", hint, file=output)
-    text, changes = migrate(config, schema_line(output), _prompt_formats(config))
+    text, changes = migrate(config, schema_line(output))
     write_text(output, text)
     say("\n".join(changes))
     say(f"{output}: {len(changes)} changes")
     return next_step("recipes", "check", "--full", output)
-
-
-def _prompt_formats(config: Path) -> tuple[str, ...] | None:
-    """Return how the rows that a flat file names can be read, if they are on this machine."""
-    values = read(config).values
-    name = values.get("dataset_name") if isinstance(values, dict) else None
-    if not isinstance(name, str) or not Path(name).exists():
-        return None
-    try:
-        return look_at(Path(name)).prompt_formats
-    except DataError:
-        return None
 
 
 # ---- show ----
@@ -213,8 +195,7 @@ def _full_name(word: str) -> str:
     ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
     if plain in keys or len(ending) == 1:
         return plain if plain in keys else ending[0]
-    hints = [f"did you mean {' or '.join(ending)}?"] if ending else did_you_mean(plain, keys)
-    raise RecipeError(f"there is no key '{word}'", *hints, "all keys: recipes explain SECTION")
+    raise RecipeError(f"there is no key '{word}'", *did_you_mean(plain, keys))
 
 
 def _type_text(schema: JsonSchemaValue) -> str:

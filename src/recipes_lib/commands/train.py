@@ -23,12 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.commands import Accelerate, Gpu, Gpus, Json, Nodes, RecipeWord, flag_words
 from recipes_lib.commands.recipes import launch_line
-from recipes_lib.config.launch import (
-    TRAIN_FLAGS,
-    Launch,
-    place_machine,
-    plan_launch,
-)
+from recipes_lib.config.launch import TRAIN_FLAGS, Launch, place_machine, plan_launch
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
@@ -91,20 +86,14 @@ def _say_audit(audit: DataAudit, split: str = "") -> None:
     filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
     say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
     say(f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}")
-    for line in audit.sources if len(audit.sources) > 1 else ():
-        say(line)
-    say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}")
-    for line in audit.notes:
-        say(line)
+    sources = audit.sources if len(audit.sources) > 1 else ()
+    form = f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}"
+    say("\n".join([*sources, form, *audit.notes]))
     keys = ("total", "p5", "p50", "p95", "max")
-    cells = [[title, *_numbers(counts, keys)] for title, counts in audit.tokens.items()]
+    cells = [[title, *(f"{of[key]:,}" for key in keys)] for title, of in audit.tokens.items()]
     say("\n".join(["", *aligned([("tokens", *keys), *cells])]))
     for note in audit.warnings:
         say(f"note: {note}")
-
-
-def _numbers(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    return [f"{values[key]:,}" for key in keys]
 
 
 def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:

@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Document:
     origins: dict[KeyPath, Origin] = field(default_factory=dict)  # of every key and list item
     problems: list[RecipeError] = field(default_factory=list)  # of the YAML: `parse` reports them
 
-    @property
+    @cached_property
     def file(self) -> str:
         """The path as a user would type it."""
         return shown_path(self.path)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,15 +136,12 @@ def _relative(target: Path, file: Path) -> str:
 # Migration: each key moves to its section with its comments, or becomes a comment at the end.
 
 
-def migrate(
-    path: Path, head: str, prompt_formats: Sequence[str] | None = None
-) -> tuple[str, list[str]]:
+def migrate(path: Path, head: str) -> tuple[str, list[str]]:
     """Return the text of the recipe that a flat TRL config becomes, and a line for each change.
 
     Args:
         path: the flat file, with each key on a line of its own.
         head: the recipe's first line.
-        prompt_formats: those that can read its rows, where they are on this machine.
     """
     flat = read(path)
     if flat.kind != "flat":
@@ -182,7 +178,7 @@ def migrate(
                 change += f": {value_text(value, 60)} -> {value_text(new, 60)}"
             changes.append(f"{flat.origin((key,))}: {change}")
         above = following
-    for dotted, value, why in _added(flat.values, values, prompt_formats):
+    for dotted, value, why in _added(flat.values, values):
         if dotted not in texts:
             texts[dotted] = [f"# {why}", f"{dotted.partition('.')[2]}: {value_text(value)}"]
             changes.append(f"added {dotted}: {value_text(value)}; {why}")
@@ -274,9 +270,7 @@ def _source(part: Values) -> Values:
     return {name: value for name, value in keys.items() if value not in (None, 1)}
 
 
-def _added(
-    flat: Values, values: Values, prompt_formats: Sequence[str] | None
-) -> list[tuple[str, Any, str]]:
+def _added(flat: Values, values: Values) -> list[tuple[str, Any, str]]:
     """Return what TRL fills in by itself where the class behind a section fills in something else:
     key, value and reason.
     """
@@ -289,11 +283,10 @@ def _added(
         if (dtype := values.get("model.dtype")) in ("bfloat16", "float16", "float32"):
             why = "TRL computes in the model's dtype"
             added.append(("quantization.bnb_4bit_compute_dtype", dtype, why))
-    rows, why = "chat", "for rows of messages; for rows of prompt and completion write raw"
+    rows = "chat"
+    why = "for messages; for prompt and completion write raw, without completion_only_loss"
     if "dataset_text_field" in flat:
         rows, why = "raw", "the text is in one column"
-    elif prompt_formats:
-        rows, why = prompt_formats[0], "as the rows are on this machine"
     added.append(("data.prompt_format", rows, why))
     if rows == "chat" and not flat.get("assistant_only_loss"):
         why = "of messages TRL learns every token; true learns the answers, as for prompts"

@@ -107,44 +107,32 @@ def print_error(error: BaseException | str) -> None:
     print(printable(str(error)), file=sys.stderr, flush=True)
 
 
-# What Python, torch, tokenizers, safetensors and datasets say; what it is, and what to do.
+# what Python, torch, tokenizers, safetensors and datasets say
 _FAULTS = {
-    "No space left on device|Disk quota exceeded|File too large|StorageFull|unexpected pos"
-    "|PytorchStreamWriter": ("disk full", "free some space, or raise the limit (quota, ulimit -f)"),
-    "(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc|MemoryError"
-    "|failed to map segment|can't start new thread": (
-        "out of memory",
-        "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch",
-    ),
-    "Read-only file system|Input/output error": (
-        "the disk does not read or write",
-        "make it writable again (dmesg shows what happened), or move to another disk",
-    ),
+    "disk full": "No space left on device|Disk quota exceeded|File too large|StorageFull"
+    "|unexpected pos|PytorchStreamWriter",
+    "out of memory": "(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc"
+    "|MemoryError|failed to map segment|can't start new thread",
+    "the disk does not read or write": r"\(os error |Os \{ code: |Read-only file system"
+    "|Input/output error",
 }
+_REMEDY = "free some, raise the limit (quota, ulimit, the job's memory), or use another place"
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
     """Return an error of memory, a disk or a file as one that says what to do, else None."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RecipesError):  # those say it themselves
+        text = one_line(cause)
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
-            return EnvironmentFault(
-                f"out of GPU memory: {one_line(cause)}",
-                "halve train.per_device_train_batch_size (the examples per step stay, accumulation"
-                " doubles)",
-                "or set train.activation_checkpointing: true, or use a QLoRA recipe",
-            )
-        for words, (what, remedy) in _FAULTS.items():
-            if re.search(words, one_line(cause)):
-                return _of_machine(what, cause, remedy)
+            remedy = "halve train.per_device_train_batch_size (the examples per step stay)"
+            other = "or set train.activation_checkpointing: true, or use a QLoRA recipe"
+            return EnvironmentFault(f"out of GPU memory: {text}", remedy, other)
+        for what, words in _FAULTS.items():
+            if re.search(words, text):
+                return EnvironmentFault(f"{what}: {text}", f"{_REMEDY}; then the same command")
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     if isinstance(error, OSError) and error.strerror:
-        return _of_machine("cannot read or write", error, "make it accessible, or move it away")
+        remedy = "make the file or disk accessible, then run the command again"
+        return EnvironmentFault(f"cannot read or write: {one_line(error)}", remedy)
     return None
-
-
-def _of_machine(what: str, error: BaseException, remedy: str) -> EnvironmentFault:
-    reason = getattr(error, "strerror", None) or one_line(error)
-    file = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    where = f" ({file})" if file else ""
-    return EnvironmentFault(f"{what}: {reason}{where}", f"{remedy}, then run the command again")

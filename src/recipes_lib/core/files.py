@@ -23,7 +23,6 @@ from recipes_lib.core.project import cache_root
 
 Row = dict[str, Any]
 _NOT_TEXT = re.compile("[\ud800-\udfff\x00]")
-_END = 2**18  # bytes at the end of a log in which its newest values are
 _print_once = functools.cache(print_error)  # a file is often read several times by one command
 
 
@@ -124,11 +123,11 @@ def object_or_none(path: Path) -> Row | None:
         return None
 
 
-def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
     """Yield the objects of a JSON-lines file; an absent file has none.
 
     A crash may have cut the last line: it is left out, with a warning. A damaged line before it is
-    a `DamagedFile`, or left out too with `skip_damaged`: in logs, a line less changes no result.
+    a `DamagedFile`.
     """
     if not path.is_file():
         return
@@ -137,19 +136,11 @@ def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
             row = parsed_line(line)
             if row is not None:
                 yield row
-            elif line.strip() and not skip_damaged and lines.peek(1):
+            elif line.strip() and lines.peek(1):
                 what, remedy = "this line is damaged: not a JSON object", "restore or delete it"
                 raise DamagedFile(what, remedy, file=path, line=number)
             elif line.strip():
                 _print_once(f"warning: {path}:{number}: this line is damaged and left out")
-
-
-def rows_from_the_end(path: Path) -> Iterator[Row]:
-    """Yield the objects of a log's last lines, last first."""
-    if path.is_file():
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - _END, 0))
-            yield from filter(None, map(parsed_line, reversed(file.read().split(b"\n"))))
 
 
 def parsed_line(line: bytes) -> Row | None:
@@ -191,12 +182,10 @@ def remembered_hash(path: Path) -> str:
     """Return the SHA-256 of a large file, remembered in the cache folder by path, size and time."""
     stat = path.stat()
     stamp = hash_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    memory = cache_root() / "digests" / f"{stamp[:32]}.json"
-    known = object_or_none(memory) or {}
-    if "sha256" not in known:
-        known = {"file": path.name, "sha256": file_hash(path)}
-        write_json(memory, known)
-    return str(known["sha256"])
+    memory = cache_root() / "digests" / stamp[:32]
+    if not memory.is_file():
+        write_text(memory, file_hash(path))
+    return memory.read_text(encoding="utf-8")
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -11,7 +11,6 @@ lock ends with its process; a note says who holds it.
 
 from __future__ import annotations
 
-import difflib
 import os
 import shlex
 import socket
@@ -22,21 +21,13 @@ from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
-from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
-from recipes_lib.core.files import (
-    DamagedFile,
-    Row,
-    object_or_none,
-    read_object,
-    utc_now,
-    write_json,
-)
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.files import Row, object_or_none, utc_now, write_json
 from recipes_lib.core.project import check_run_name, runs_root, shown_path
 from recipes_lib.core.terminal import say
 
 State = Literal["created", "running", "preempted", "failed", "finished"]
 LOCK_NOTE = "lock.json"
-_FOR_EVER = -1.0
 _PROBE_S = 0.5  # `is_held` of another process has a free lock for a moment
 # An earlier try of a Slurm job is asked to save and stop; a step and a save of a large model take
 # minutes, and so does a file server until it gives up the locks of a machine that is lost.
@@ -72,17 +63,13 @@ class RunDirectory:
     def read_state(self) -> Row:
         """Return run.json, where only `state` is sure; a damaged one is an EnvironmentFault."""
         if not self.exists():
-            near = difflib.get_close_matches(self.name, [run.name for run in all_runs(self.root)])
-            hint = f"did you mean {' or '.join(near)}?" if near else "all runs: recipes status"
-            raise RecipeError(f"no run named '{self.name}' in {self.root}", hint)
-        try:
-            state = read_object(self.state_file)
-        except DamagedFile:
-            state = {}
+            what = f"no run named '{self.name}' in {self.root}"
+            raise RecipeError(what, "all runs: recipes status")
+        state = object_or_none(self.state_file) or {}
         if state.get("state") in get_args(State):
             return state
         raise EnvironmentFault(
-            "is damaged, or not a run.json of this version",
+            "cannot be read, is damaged, or not a run.json of this version",
             f"move it away: mv {self.state_file} {self.state_file}.damaged",
             f"then the newest whole checkpoint goes on: {self.train_command()}",
             file=self.state_file,
@@ -115,24 +102,8 @@ def open_run(name: str, root: Path | None = None) -> RunDirectory:
 
 def all_runs(root: Path | None = None) -> list[RunDirectory]:
     """Return every run under the runs root, by name."""
-    names = sorted(file.parent.name for file in (root or runs_root()).glob("*/run.json"))
-    return [RunDirectory(name, root) for name in names if not name.startswith(".")]
-
-
-def read_resolved(folder: Path) -> Row:
-    """Return a run's resolved recipe; an absent one is empty, a damaged one a DataError."""
-    import yaml
-
-    path = folder / "resolved.yaml"
-    try:
-        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-        value = yaml.load(text, Loader=yaml.CSafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError):
-        value = None
-    if not isinstance(value, dict):
-        remedy = "train the run's recipe again: a finished run only writes this file anew"
-        raise DataError("is damaged: it holds no recipe", remedy, file=path)
-    return value
+    files = sorted((root or runs_root()).glob("[!.]*/run.json"))
+    return [RunDirectory(file.parent.name, root) for file in files]
 
 
 # ---- The lock ----
@@ -152,9 +123,8 @@ def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
         holder = object_or_none(note) or {}
         is_earlier_try = job and holder.get("job") == job and holder.get("restarts", 0) < restarts
         if (wait or is_earlier_try) and is_held(folder):
-            wait_s = _FOR_EVER if wait else REQUEUE_WAIT_S
-            place = "/".join(folder.parts[-3:])
-            say(f"{place} is still in use{describe_holder(folder)}: waiting for it")
+            wait_s = -1 if wait else REQUEUE_WAIT_S  # -1: for ever
+            say(f"{folder} is still in use{describe_holder(folder)}: waiting for it")
             if is_earlier_try and not wait:
                 (folder / "STOP").touch()
         lock.acquire(timeout=wait_s, poll_interval=0.2)
@@ -164,9 +134,6 @@ def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
             f"wait for it, or stop it: touch {folder / 'STOP'}",
             f"only if that process or its machine is gone for good: rm {folder / '.lock'} {note}",
         ) from None
-    except OSError as error:
-        what = f"{folder} cannot be made or locked: {error.strerror or error}"
-        raise EnvironmentFault(what, "choose another place: RECIPES_RUNS_ROOT=FOLDER") from None
     try:
         ours = {"host": socket.gethostname(), "pid": os.getpid(), "since": utc_now()}
         write_json(note, {**ours, "job": job, "restarts": restarts})

@@ -130,7 +130,7 @@ def validation_loss(run: RunDirectory) -> float | None:
     """Return the validation loss of the weights that were kept: of the best step, or the end."""
     summary = run.read_state().get("summary") or {}
     loss, best = summary.get("last_validation_loss"), summary.get("best_step")
-    for row in read_rows(run.metrics, skip_damaged=True) if best is not None else ():
+    for row in read_rows(run.metrics) if best is not None else ():
         if row.get("step") == best and "eval_loss" in row:
             loss = row["eval_loss"]
     return float(loss) if loss is not None and math.isfinite(loss) else None

@@ -26,7 +26,7 @@ KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy"
 def forget_after(path: Path, checkpoint: Path | None) -> None:
     """Cut off of a metrics.jsonl what was logged after a checkpoint, which is logged again."""
     step = read_object(checkpoint / "trainer_state.json")["global_step"] if checkpoint else -1
-    rows = [row for row in read_rows(path, skip_damaged=True) if row.get("step", 0) <= step]
+    rows = [row for row in read_rows(path) if row.get("step", 0) <= step]
     if path.is_file():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
