@@ -102,9 +102,8 @@ def write_judged(
         raws = tuple(f"{word} is better. [RESULT] {word}" for word in verdicts)
         about = {"input": f"What about {question}?", "category": CATEGORIES[number % 3]}
         texts = {"answer": answer, "opponent": other, "raws": raws, **about}
-        lengths = (len(answer), len(other))
-        sample = Sample(question, value=value, outcome=outcome, verdicts=verdicts, **texts)
-        samples.append(replace(sample, lengths=lengths))
+        texts |= {"outcome": outcome, "verdicts": verdicts}
+        samples.append(Sample(question, value=value, **texts))
     metric = Metric("win_rate", "AlpacaEval win rate", tuple(samples), opponent=against)
     facts = {"judge": JUDGE, "audit": CARD, "against": against} | facts
     return write_eval(folder, name, "alpaca_eval", [metric], **facts)

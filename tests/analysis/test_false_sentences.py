@@ -378,6 +378,10 @@ def test_a_copy_of_the_base_that_judges_is_known_by_its_weights(
     for weights, is_kin in ((model_fingerprint(copy, None), True), ("0" * 64, False)):
         rewrite(two, judge=JudgeFacts(name="j", fingerprint="j", model=copy, weights=weights))
         assert ("self-judged" in codes(compared(two))) == is_kin
+    merged = two["two"][0] / "merged"  # a server has it, which says no more of it
+    merged.mkdir()
+    rewrite(two, judge=JudgeFacts(name="j", fingerprint="j", model=str(merged)))
+    assert stopped(two, "self-judged")
 
 
 def test_a_judge_that_nobody_audited_is_named_in_the_sentence(two: Folders) -> None:
@@ -495,6 +499,27 @@ def test_what_differs_against_one_opponent_takes_no_cause_from_the_row_of_anothe
     claims = compared(ranks, design=RANK).claims
     causes = {claim.row.opponent: bool(claim.cause) for claim in claims}
     assert causes == {"reference": True, "gpt": False}
+
+
+def test_answers_made_differently_take_the_cause_of_a_comparison_head_to_head(
+    ranks: Folders,
+) -> None:
+    for folder, rival in zip(ranks["r32"], ranks["r8"], strict=True):
+        write_judged(folder, 200, against=rival.name, skill=0.9, flips=0.0)
+
+    def direct() -> Claim:
+        claims = compared(ranks, design=RANK).claims
+        return next(claim for claim in claims if claim.row.head_to_head)
+
+    assert direct().verdict == "better" and direct().cause
+    for folder in ranks["r32"]:
+        for file in folder.glob("evals/*/result*.json"):
+            change(file, lambda result: result["answers"].update(dtype="float16"))
+    assert direct().verdict == "better" and "precision" in direct().no_cause
+    for folder in ranks["r32"]:
+        for file in folder.glob("evals/*/result*.json"):
+            change(file, lambda result: result["answers"].update(decoding={"temperature": 1}))
+    assert direct().verdict == "no verdict"
 
 
 def test_an_arm_at_the_edge_of_its_grid_has_no_cause(ranks: Folders) -> None:

@@ -37,7 +37,7 @@ from recipes_lib.evals.recipe import Thresholds
 
 def log_of(run: Path, key: str = "k" * 64, won: int = 1, answer: str = "x") -> EvalLog:
     file = log_file(run, "support", "base--x")
-    usual = {"verdicts": ("A", "B"), "lengths": (3, 4), "input": "Wie spät?", "opponent": "y"}
+    usual = {"verdicts": ("A", "B"), "input": "Wie spät?", "opponent": "y"}
     usual |= {"answer": answer, "raws": ("[RESULT] A", None)}
     samples = [
         Sample(f"q{n}", value=float(n < won), outcome="win" if n < won else "loss", **usual)

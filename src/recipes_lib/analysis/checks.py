@@ -284,7 +284,8 @@ def _kinship(log: EvalLog, run: Run) -> str:
     if judge is None or not judge.model:
         return ""
     model, home = judge.model.rstrip("/"), run.folder.resolve()
-    if judge.weights and Path(model).resolve().is_relative_to(home):  # else a name elsewhere
+    is_here = judge.weights or (Path(model).is_dir() and not run.foreign)  # else a name elsewhere
+    if is_here and Path(model).resolve().is_relative_to(home):
         return "its own weights"
     if run.name == model:
         return "itself"
@@ -340,9 +341,11 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
     for name, logs in _by_eval(arms).items():
         metrics = _metrics(log for _, _, log in logs)
         for (arm, _, left), (other, _, right) in itertools.combinations(logs, 2):
-            same = arms.opponent(left.against) == arms.opponent(right.against)
-            if arm != other and (same or _grades(left) & _grades(right)):
-                opponent = (arms.opponent(left.against) or "") if same else ""
+            rivals = {arms.opponent(left.against) or "", arms.opponent(right.against) or ""}
+            direct = rivals & {arm, other}  # then their row is named after the base, or the earlier
+            if arm != other and (direct or len(rivals) == 1 or _grades(left) & _grades(right)):
+                second = other if arms[other].is_base else arm
+                opponent = second if direct else rivals.pop() if len(rivals) == 1 else ""
                 scope = (arm, other), metrics, opponent
                 yield from _asked_differently(left, right, design, scope)
         subsets = tuple(dict.fromkeys(f"{arm}: {log.subset}" for arm, _, log in logs if log.subset))

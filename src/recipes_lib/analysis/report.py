@@ -363,7 +363,7 @@ def _sample(group: int, sample: Sample, place: Callable[[str | None], int | None
     graded = sample.outcome == "graded" and sample.value is not None
     return [
         group,
-        printable(name + f", answer {sample.draw}" * (sample.draw > 1)),
+        printable(name),
         printable(sample.category),
         f"grade {sample.value:g}" if graded else sample.outcome,
         int(sample.flip),

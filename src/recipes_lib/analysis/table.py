@@ -34,7 +34,7 @@ FEWEST_QUESTIONS = 6  # five that all agree have p = 0.06
 FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample
 MANY_TESTS, FEWEST_OF_MANY = 20, 30
 _Key = tuple[tuple[str, str, str], str | None]  # eval, task, metric; opponent
-_Item = tuple[str, int, int]  # question, turn, draw
+_Item = tuple[str, int]  # question, turn
 _Measured = list[tuple[Run, Metric]]  # one metric of an arm, by training
 _Values: TypeAlias = NDArray[np.float64]
 
@@ -232,7 +232,7 @@ def _side_by_side(
     row = _row(first, second, metrics, len(pairs), opponent=opponent)
     asked = [{sample.id for metric in side for sample in metric.samples} for side in sides]
     common = asked[0] & asked[1]
-    items = _items(metrics, common, _draws(metrics))
+    items = _items(metrics, common)
     row.n = len(items)
     if not items:
         row.first_value, row.second_value = map(_mean_reported, sides)
@@ -264,7 +264,7 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
     ids = {id(metric) for metric in metrics}
     others = [(run.name, metric.opponent) for run, metric in measured if id(metric) not in ids]
     row.flags = _left_out([f"{run} against {other}" for run, other in others])
-    items = _items(metrics, None, _draws(metrics))
+    items = _items(metrics)
     row.n = len(items)
     values = _values(metrics, items)
     values = 1 - values if turned else values
@@ -313,15 +313,9 @@ def _left_out(names: Sequence[str]) -> tuple[str, ...]:
     return (f"left out: {sentence_list(names, 3)}",) if names else ()
 
 
-def _draws(metrics: Sequence[Metric]) -> int:
-    """How many answers per question all of these metrics have."""
-    draws = [max(item.draw for item in metric.samples) for metric in metrics if metric.samples]
-    return min(draws, default=1)
-
-
-def _items(metrics: Sequence[Metric], questions: set[str] | None, draws: int) -> list[_Item]:
-    """The items of these metrics, each once, of some questions and so many answers to each."""
-    samples = (sample for metric in metrics for sample in metric.samples if sample.draw <= draws)
+def _items(metrics: Sequence[Metric], questions: set[str] | None = None) -> list[_Item]:
+    """The items of these metrics, each once, of all or some questions."""
+    samples = (sample for metric in metrics for sample in metric.samples)
     keys = (each.key for each in samples if questions is None or each.id in questions)
     return list(dict.fromkeys(keys))
 
@@ -450,7 +444,7 @@ def _correct(rows: Sequence[TableRow]) -> None:
 def _score(arm: ArmRuns, opponent: str | None, measured: _Measured) -> Score:
     metrics = [metric for _, metric in measured]
     metric = metrics[0]
-    items = _items(metrics, None, _draws(metrics))
+    items = _items(metrics)
     values = _values(metrics, items)
     known = ~np.isnan(values).any(axis=0)
     table, questions = values[:, known], list(itertools.compress(_questions(metrics, items), known))

@@ -340,7 +340,6 @@ class JudgedSuite(Suite):
                     "input": said,
                     "answer": texts[0],
                     "opponent": texts[1] if opponent else None,
-                    "lengths": tuple(map(len, texts)),
                     "cut": place in answers.cut,
                 }
                 yield replace(item, question_id=question.id, sample=sample)

@@ -58,13 +58,11 @@ class Sample:
 
     id: str
     turn: int = 1
-    draw: int = 1
     category: str = "all"
     value: float | None = None  # 1, 0.5 or 0 for a pair; a grade; a score; None: no verdict
     outcome: str = UNRESOLVED
     verdicts: tuple[str, ...] = ()  # in order AB and BA, or a grade; else why there is none
     by_rule: bool = False
-    lengths: tuple[int, ...] = ()  # characters: the answer's, then its opponent's
     cut: bool = False  # the answer reached the token limit
     same_as: str = ""  # id of the first sample with the same text, where no `input` shows it
     input: str | None = field(default=None, repr=False)
@@ -73,9 +71,9 @@ class Sample:
     raws: tuple[str | None, ...] = field(default=(), repr=False)  # the texts behind the verdicts
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> tuple[str, int]:
         """What pairs this sample with the same one of another model."""
-        return self.id, self.turn, self.draw
+        return self.id, self.turn
 
     @property
     def resolved(self) -> bool:
@@ -375,7 +373,7 @@ def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
     answered = {key: sample for key, sample in samples.items() if sample.answer is not None}
     texts = {key: str(sample.answer).strip() for key, sample in answered.items()}
     asked: dict[str, list[str]] = defaultdict(list)  # questions by their answer
-    for (question, *_), text in texts.items():
+    for (question, _), text in texts.items():
         letters = "".join(filter(str.isalpha, text)).casefold()
         is_long = len(letters) >= _FEWEST_LETTERS  # then a running number makes no other answer
         if log.judge or is_long:

@@ -61,7 +61,6 @@ class Checks(Suite):
                 outcome="graded",
                 verdicts=(f"fails {', '.join(failed)}" if failed else "passes",),
                 by_rule=True,
-                lengths=(len(text),),
                 cut=(question.id, 1) in answers.cut,
                 input=question.turns[0],
                 answer=text,
