@@ -213,7 +213,7 @@ LINES: list[tuple[list[str], int, str]] = [
     (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
     (["data", "tiny.yaml", "data.source=pipe.jsonl"], 4, "pipe.jsonl: no data file"),
     (["launch", "nowhere"], 2, "--profile is missing"),
-    (["judge", "audit"], 2, "--labels: rows: instruction, answer"),
+    (["judge", "audit"], 2, "required: --judge, --labels"),
     (["train", str(CONFIGS / "ddp.yaml")], 2, "accelerate config"),
 ]  # fmt: skip
 
@@ -243,7 +243,7 @@ def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "file"))
     assert train([str(tiny_recipe)]) == 5
     said = capsys.readouterr().err
-    assert "run 'tiny' cannot be made" in said and "RECIPES_RUNS_ROOT" in said
+    assert "Not a directory" in said and str(tmp_path / "file" / "tiny") in said
     assert "internal error" not in said
 
 
