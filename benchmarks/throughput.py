@@ -143,13 +143,14 @@ def measure(recipe: Path, name: str, words: list[str], seconds: float) -> dict[s
 def add_plan(row: dict[str, Any], recipe: Path, words: list[str]) -> None:
     """Put the plan's peak, and the share of the card's peak that was reached, into a row."""
     from recipes_lib.config.recipe import load_recipe
-    from recipes_lib.plan.plan import card_for, launch_for, plan_of
+    from recipes_lib.plan.plan import launch_and_card, plan_of
 
     loaded = load_recipe(recipe, words)
-    launch = launch_for(loaded, None, None, None, None)
-    plan = plan_of(loaded, launch, card_for(launch, None))
+    plan = plan_of(loaded, *launch_and_card(loaded, None))
     row["card"] = plan.card.name
-    row["planned_gib"] = round(plan.needed if plan.card.name == "cpu" else plan.peak, 2)
+    row["planned_gib"] = round(
+        plan.needed - (0 if plan.card.name == "cpu" else plan.memory["context"]), 2
+    )
     if plan.card.tflops and row["state"] == "measured":
         operations = 4 * plan.trace.active * row["tokens_per_second"]
         row["mfu"] = round(operations / (plan.card.tflops * 1e12), 4)

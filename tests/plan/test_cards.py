@@ -17,7 +17,6 @@ NAMES = {  # what people type, or what CUDA says of a card and its memory
     ("a100-40gb", None): "a100-40gb",
     ("a100-40", None): "a100-40gb",
     ("4090", None): "rtx-4090-24gb",
-    ("h100-nvl", None): "h100-nvl-94gb",
     ("NVIDIA B200", 178.0): "b200-180gb",
     ("NVIDIA H100 80GB HBM3", 79.1): "h100-80gb",
     ("NVIDIA A100-SXM4-40GB", 39.4): "a100-40gb",

@@ -9,8 +9,7 @@ import pytest
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.files import read_object
-from recipes_lib.plan.plan import card_for, plan_of
-from recipes_lib.plan.steps import RowLengths, Steps, steps_of, validations
+from recipes_lib.plan.plan import RowLengths, Steps, launch_and_card, plan_of, steps_of
 
 
 def steps_for(recipe: Path, rows: RowLengths, *words: str) -> Steps:
@@ -30,8 +29,7 @@ def test_the_tokens_of_a_plan_are_those_of_the_rows_and_not_of_full_steps(tiny_r
 def test_a_training_has_the_tokens_and_steps_of_its_plan(tiny_recipe, forks, tmp_path):
     words = ("train.max_steps=-1", "train.num_train_epochs=2", "run.name=planned")
     recipe = load_recipe(tiny_recipe, words)
-    launch = plan_launch(recipe.launch)
-    planned = plan_of(recipe, launch, card_for(launch, "cpu")).steps
+    planned = plan_of(recipe, *launch_and_card(recipe, "cpu")).steps
     runs = tmp_path / "runs"
     code, output = forks.start([tiny_recipe, *words], RECIPES_RUNS_ROOT=str(runs)).wait()
     assert code == 0, output
@@ -40,17 +38,19 @@ def test_a_training_has_the_tokens_and_steps_of_its_plan(tiny_recipe, forks, tmp
     assert summary["tokens"] == pytest.approx(planned.tokens, rel=0.02)
 
 
-def test_validations_are_counted_as_the_trainer_makes_them():
-    assert validations(300, 100, {}) == 0
-    assert validations(300, 100, {"eval_strategy": "epoch"}) == 3
-    for settings, expected in (
-        ({"eval_steps": 50}, 6),
-        ({"logging_steps": 20}, 15),
-        ({}, 30),  # TRL logs and evaluates every 10 steps
-        ({"eval_steps": 0.1}, 10),
-        ({"eval_steps": 50, "eval_on_start": True}, 7),
+def test_validations_are_counted_as_the_trainer_makes_them(tiny_recipe):
+    rows = RowLengths((10,) * 100, 800, 1, "made up", counted=True)
+    for words, number in (
+        (["eval_strategy='no'"], 0),
+        (["eval_strategy=epoch"], 3),
+        (["eval_steps=50"], 6),
+        (["eval_steps=null", "logging_steps=20"], 15),
+        (["eval_steps=0.1"], 10),
+        (["eval_steps=50", "eval_on_start=true"], 7),
     ):
-        assert validations(300, 100, {"eval_strategy": "steps", **settings}) == expected
+        words = ["eval_strategy=steps", "max_steps=300", *words]
+        steps = steps_for(tiny_recipe, rows, *(f"train.{word}" for word in words))
+        assert steps.per_epoch == 100 and steps.validation == 10 * number, words
 
 
 def test_joined_rows_are_a_whole_micro_batch_and_packed_rows_full(tiny_recipe):

@@ -12,7 +12,8 @@ from tests.plan.kept import bytes_of, counting_what_is_kept
 
 from recipes_lib.models import families
 from recipes_lib.models.families import known_config
-from recipes_lib.plan.trace import Precision, trace, trace_now
+from recipes_lib.plan.plan import NF4
+from recipes_lib.plan.trace import trace, trace_now
 
 # Families that the tiny models of the other tests do not have, with what their configs need.
 MORE: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ def differences(families: list[str]) -> list[str]:
         changes = MORE.get(family) or WITHOUT_DROPOUT.get(family) or {}
         config = family_config(family, **changes)
         for lora in (LORA, None):
-            traced = trace_now(config, lora, Precision())
+            traced = trace_now(config, lora)
             few, many = (really_kept(config, lora, tokens) for tokens in (128, 256))
             growth = (many - few) / 128
             if growth != pytest.approx(traced.per_token, rel=0.001):
@@ -100,22 +101,22 @@ def test_models_have_the_parameters_of_their_cards():
 
 def test_options_of_lora_are_counted_as_peft_makes_them():
     config = family_config("llama")
-    plain = trace_now(config, LORA, Precision())
+    plain = trace_now(config, LORA)
     q_proj = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    assert trace_now(config, q_proj, Precision()).trained == 2 * 4 * (64 + 64)
+    assert trace_now(config, q_proj).trained == 2 * 4 * (64 + 64)
     saved = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
-    assert trace_now(config, saved, Precision()).trained == 2 * 4 * 128 + 64 * 520
+    assert trace_now(config, saved).trained == 2 * 4 * 128 + 64 * 520
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     last = peft.LoraConfig(r=4, target_modules=every, layers_to_transform=[1])
     # nothing before the first adapter is kept
-    assert trace_now(config, last, Precision()).per_token < 0.6 * plain.per_token
+    assert trace_now(config, last).per_token < 0.6 * plain.per_token
     dora = peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True)
-    assert trace_now(config, dora, Precision()).constant > 3 * plain.constant
+    assert trace_now(config, dora).constant > 3 * plain.constant
 
 
 def test_four_bit_weights_take_half_a_byte_and_their_scales():
     config = family_config("llama")
-    plain, packed = (trace_now(config, LORA, Precision(bits=bits)) for bits in (None, 4))
+    plain, packed = (trace_now(config, LORA, packed=bytes_) for bytes_ in (None, NF4))
     linear = 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96)
     saved = plain.weight_bytes - packed.weight_bytes
     assert saved == pytest.approx(linear * (2 - 0.5 - 4 / 64), abs=1)
@@ -125,9 +126,9 @@ def test_four_bit_weights_take_half_a_byte_and_their_scales():
 def test_a_trace_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path))
     config = family_config("llama")
-    first = trace(config, LORA, Precision())
+    first = trace(config, LORA)
     [file] = (tmp_path / "traces").iterdir()
     file.write_text('{"layers": 2}')  # of another version
-    assert trace(config, LORA, Precision()) == first
+    assert trace(config, LORA) == first
     monkeypatch.setattr("recipes_lib.plan.trace.trace_now", lambda *_: pytest.fail("traced again"))
-    assert trace(config, LORA, Precision()) == first
+    assert trace(config, LORA) == first

@@ -125,22 +125,20 @@ def run_plan(
         card_named(gpu)  # an unknown card is refused before torch is imported
     loaded = load_recipe(recipe, overrides)
     # they import torch, and what is refused above does not wait for it
-    from recipes_lib.plan.advice import advise, rows_shown
-    from recipes_lib.plan.advice import table as table_lines
-    from recipes_lib.plan.plan import card_for, launch_for, plan_of
-    from recipes_lib.plan.steps import rows_of
+    from recipes_lib.plan.plan import advise, launch_and_card, plan_of, rows_shown
+    from recipes_lib.plan.plan import table as table_lines
 
-    launch = launch_for(loaded, gpu, gpus, nodes, accelerate)
-    plan = plan_of(loaded, launch, card_for(launch, gpu), rows_of(loaded))
+    given = {"accelerate": accelerate, "gpus": gpus, "nodes": nodes}
+    plan = plan_of(loaded, *launch_and_card(loaded, gpu, **given))
     advice = advise(plan, overrides)
     rows = rows_shown(plan, advice)
     if json:
         return print_json({key: value for _, _, values in rows for key, value in values.items()})
     lines = [f"{label:<9} {text}" for label, text, _ in rows if text]
     say("\n".join([*lines, *(table_lines(plan, overrides) if table else ())]))
-    path, given = shown_path(loaded.path), {"accelerate": accelerate, "gpus": gpus, "nodes": nodes}
+    path = shown_path(loaded.path)
     say(f"$ {launch_line(plan.launch, path, overrides)}")
-    if advice and "launch." in advice.words:
+    if advice and "launch." in advice[0]:
         given = {}  # a flag would win over it
     words = [path, *(f"--{name}={value}" for name, value in given.items() if value), *overrides]
     if plan.fits:
@@ -148,7 +146,7 @@ def run_plan(
     if advice is None:
         return next_step("recipes ls")
     card = [f"--gpu={gpu}"] if gpu else []
-    return next_step(f"{shlex.join(['recipes', 'plan', *words, *card])} {advice.words}")
+    return next_step(f"{shlex.join(['recipes', 'plan', *words, *card])} {advice[0]}")
 
 
 # ---- train ----

@@ -1,34 +1,43 @@
-"""The plan of one recipe on one kind of card: memory, steps and time, put together.
-
-Time is tokens over speed: the speed that an earlier training of this model measured on such a card,
-else the operations of a token over an assumed share of the card's peak.
-"""
+"""The plan of one recipe on one kind of card: rows, steps, memory and time; and what to change."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import psutil
 import torch
 from transformers import AutoConfig
 
-from recipes_lib.config.documents import did_you_mean, read
-from recipes_lib.config.launch import Launch, plan_launch, sync_each_batch
+from recipes_lib.config.documents import read
+from recipes_lib.config.launch import (
+    Launch,
+    accumulation_steps,
+    plan_launch,
+    planned_steps,
+    sync_each_batch,
+)
 from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
+from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.config.upstream import build_lora_config
-from recipes_lib.core.errors import RecipesError, one_line
-from recipes_lib.core.files import hash_of, object_or_none
+from recipes_lib.core.errors import DataError, RecipesError, one_line
+from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import runs_root
-from recipes_lib.models.families import configuration, known_config, known_configs
+from recipes_lib.core.terminal import aligned, shown_duration
+from recipes_lib.data.prepare import prepare_data
+from recipes_lib.data.rows import BadRows, place
+from recipes_lib.data.sources import is_on_hub, listed_sources, read_data
+from recipes_lib.models.families import configuration, known_config
 from recipes_lib.plan.cards import DEFAULT, Card, card_named
-from recipes_lib.plan.steps import RowLengths, Steps, rows_of, steps_of
-from recipes_lib.plan.trace import Precision, Trace, trace
+from recipes_lib.plan.trace import Trace, trace
+from recipes_lib.weights.load import explain_load_failure, load_tokenizer
 
 # Assumed shares of a card's peak (MFU). LoRA: a published bf16 LoRA of Llama-3-8B on an H100 runs
 # at 12,473 tokens/s, 40% of its peak with 4N operations. The others: nobody has measured them here.
@@ -39,9 +48,50 @@ CONTEXT_GIB, NCCL_GIB, GAPS = 0.6, 0.5, 0.05
 # Python with torch, transformers and datasets beside the model: 0.6 to 0.9 in three runs
 CPU_PROCESS_GIB = 0.8
 TILE = 128  # tokens of the loss whose logits are there at once
+# Bytes of a 4-bit weight: the scale of each block of 64 is a float32, or with double quantization a
+# byte and a float32 for 256 scales.
+NF4, NF4_NESTED = 0.5 + 4 / 64, 0.5 + (1 + 4 / 256) / 64
+CHARACTERS_PER_TOKEN = 4
+ASSUMED_ROWS, ASSUMED_TOKENS = 15_000, 200  # of data that is not on this machine
+# bytes of an optimizer's state for each trained weight, by its name in `train.optim`; else AdamW's
+OPTIMIZERS = {"8bit": 2.1, "paged": 8, "bnb": 8, "sgd": 0.1, "adafactor": 0.1}
+FOUR_BITS = [
+    "quantization.load_in_4bit=true",
+    "quantization.bnb_4bit_quant_type=nf4",
+    "quantization.bnb_4bit_use_double_quant=true",
+    "quantization.bnb_4bit_compute_dtype=bfloat16",
+    "quantization.bnb_4bit_quant_storage=bfloat16",  # FSDP2 shares out no other
+]
 _ON_GPUS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
 # of a recipe's `train` section, what decides about speed
 _SPEED_KEYS = ("bf16", "fp16", "activation_checkpointing", "packing", "per_device_train_batch_size")
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """The training rows."""
+
+    tokens: tuple[int, ...] = field(repr=False)  # of a sample of the rows, not cut to `max_length`
+    train: int
+    validation: int
+    source: str  # where the numbers come from, for the reader
+    counted: bool = False  # and not estimated
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How much a training computes."""
+
+    steps: int
+    per_epoch: int
+    per_device: int
+    accumulation: int
+    world_size: int
+    examples: int  # of a step
+    tokens: int  # of all steps, without padding
+    largest: int  # tokens of the largest micro-batch
+    row: int  # tokens of its longest row
+    validation: int  # tokens of all validations
 
 
 @dataclass(frozen=True)
@@ -52,24 +102,24 @@ class Plan:
     launch: Launch
     card: Card  # of a CPU, the memory is the process's share
     method: str  # full, LoRA, QLoRA or LoRA on 8 bits
+    width: int  # bytes of an activation that a matrix product makes
     checkpointing: bool  # whether the blocks are computed again in the backward pass
     rows: RowLengths
     trace: Trace
     steps: Steps
-    memory: dict[str, float]  # GiB of one process, by what it is for
     speed: float | None  # tokens per second of all processes, None where it is not known
     speed_source: str
     seconds: float | None  # from start to end
+
+    @cached_property
+    def memory(self) -> dict[str, float]:
+        """GiB of one process, by what it is for."""
+        return _memory(self)
 
     @property
     def needed(self) -> float:
         """GiB that the card must have."""
         return sum(self.memory.values())
-
-    @property
-    def peak(self) -> float:
-        """GiB that `torch.cuda.max_memory_allocated` will show."""
-        return self.needed - self.memory["context"]
 
     @property
     def fits(self) -> bool:
@@ -80,7 +130,6 @@ class Plan:
 def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None = None) -> Plan:
     """Return the plan of a recipe under a launch, on a card; `rows` if they are counted already."""
     train, quantization, lora = recipe.train, recipe.quantization or {}, build_lora_config(recipe)
-    on_cpu = card.name == "cpu"
 
     # the model: its types, and what a pass keeps
     config, dtype = model_config(recipe), str(recipe.model.dtype)
@@ -88,83 +137,59 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
         own = str(getattr(config.get_text_config(), "dtype", "")).removeprefix("torch.")
         dtype = own if own in ("float32", "float16") else "bfloat16"
     half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else None
-    bits = 4 if quantization.get("load_in_4bit") else 8 if quantization else None
-    nested = bool(quantization.get("bnb_4bit_use_double_quant"))
-    precision = Precision(dtype, half, bits, nested)
+    method, packed = "LoRA" if lora else "full", None
+    if quantization.get("load_in_4bit"):
+        nested = quantization.get("bnb_4bit_use_double_quant")
+        method, packed = "QLoRA", NF4_NESTED if nested else NF4
+    elif quantization:
+        method, packed = "LoRA on 8 bits", 1.0
     try:
-        traced = trace(config, lora, precision)
+        traced = trace(config, lora, dtype, half, packed)
     except ValueError as error:
         key = "lora.target_modules" if lora else "model.name_or_path"
         raise recipe.error(key, f"{key}: {one_line(error)}") from None
+    width = getattr(torch, half or dtype).itemsize
 
-    # the rows, and memory for the largest micro-batch of them
+    # the rows and the speed
     rows = rows or rows_of(recipe)
     steps = steps_of(recipe, launch.world_size, rows)
     asked = train.get("activation_checkpointing", train.get("gradient_checkpointing"))
-    by_launch = launch.config.fsdp_config.get("fsdp_activation_checkpointing")
-    checkpointing = bool(asked or by_launch)
-    memory = _memory(recipe, launch, traced, steps, precision, checkpointing, on_cpu)
-
-    # time
-    method = {4: "QLoRA", 8: "LoRA on 8 bits"}.get(bits or 0, "LoRA") if lora else "full"
-    speed, source, seconds = None, "not known for this card", None
-    same = _speed_key(recipe.to_dict(), card.name, launch.world_size)
-    if measured := _measured_speeds(runs_root()).get(same):
-        speed, run = measured
-        source = f"measured by the run {run}"
-    elif card.tflops is not None:
-        operations = ((4 if lora else 6) + (2 if checkpointing else 0)) * traced.active
+    again = bool(asked or launch.config.fsdp_config.get("fsdp_activation_checkpointing"))
+    speed, source = _measured_speed(recipe, card, launch) or (None, "not known for this card")
+    if speed is None and card.tflops is not None:
+        operations = ((4 if lora else 6) + (2 if again else 0)) * traced.active
         speed = card.tflops * 1e12 * MFU[method] * launch.world_size / operations
         source = f"at an assumed {MFU[method]:.0%} of the card's peak (MFU)"
-    if speed is not None:
-        work = (steps.tokens + steps.validation / (2 if lora else 3)) / speed
-        seconds = work + AROUND_S + traced.weight_bytes / GIB
-    return Plan(
-        recipe=recipe,
-        launch=launch,
-        card=card,
-        method=method,
-        checkpointing=checkpointing,
-        rows=rows,
-        trace=traced,
-        steps=steps,
-        memory=memory,
-        speed=speed,
-        speed_source=source,
-        seconds=seconds,
+    work = steps.tokens + steps.validation / (2 if lora else 3)  # without a backward pass
+    seconds = work / speed + AROUND_S + traced.weight_bytes / GIB if speed else None
+    of_run = (rows, traced, steps, speed, source, seconds)
+    return Plan(recipe, launch, card, method, width, again, *of_run)
+
+
+def _memory(plan: Plan) -> dict[str, float]:
+    recipe, launch, width, traced, steps = (
+        plan.recipe,
+        plan.launch,
+        plan.width,
+        plan.trace,
+        plan.steps,
     )
-
-
-def _memory(
-    recipe: Recipe,
-    launch: Launch,
-    traced: Trace,
-    steps: Steps,
-    precision: Precision,
-    checkpointing: bool,
-    on_cpu: bool,
-) -> dict[str, float]:
-    full, width, processes = recipe.lora is None, precision.compute_bytes, launch.world_size
-    sharded = launch.distributed_type == "FSDP"
-    shards = processes if sharded else 1
+    full, sharded = recipe.lora is None, launch.distributed_type == "FSDP"
+    shards = launch.world_size if sharded else 1
 
     # weights and what is kept for each
     trained, base = traced.trained_bytes, traced.weight_bytes
     if full:
         base -= trained
-        if sharded and precision.half:
-            trained = 4 * traced.trained  # FSDP2 under autocast keeps them in float32
-    name, width_of_moment = str(recipe.train.get("optim", "")), trained / traced.trained
-    if "8bit" in name:
-        width_of_moment = 1.05
-    elif "paged" in name or "bnb" in name:
-        width_of_moment = 4
-    moments = 1 if "lion" in name or "rmsprop" in name else 2
-    optimizer = 0.1 if "sgd" in name or "adafactor" in name else moments * width_of_moment
+        if sharded:
+            trained = 4 * traced.trained  # FSDP2 keeps them in float32 for autocast
+    name = str(recipe.train.get("optim", ""))
+    known = (of_each for word, of_each in OPTIMIZERS.items() if word in name)
+    optimizer = next(known, 2 * trained / traced.trained)
     gradients = trained / shards
     if sharded and steps.accumulation > 1 and not sync_each_batch(recipe):
         gradients = 4 * traced.trained  # whole until the step's last backward pass
-    elif processes > 1 and not sharded:
+    elif launch.world_size > 1 and not sharded:
         gradients *= 2  # DDP's buckets hold a copy
     gathered = 0.0
     if sharded:  # embeddings and head; this block and the next, or all without resharding
@@ -179,12 +204,13 @@ def _memory(
     tokens, kept, block = steps.largest, traced.per_token, traced.block
     # sdpa makes its mask anew in each block and keeps it; on a CPU, where each example is attended
     # alone, blocks with a window have one
+    on_cpu = plan.card.name == "cpu"
     masked = traced.windows if on_cpu else traced.layers * (steps.per_device > 1)
     if masked and (recipe.model.attn_implementation or "sdpa") in ("sdpa", "eager"):
         kept, block = kept + masked * steps.row * width, block + steps.row * width
     activations = tokens * kept + traced.constant
     at_work = float(tokens * (4 + 2 * width) * traced.hidden)
-    if checkpointing:
+    if plan.checkpointing:
         activations = tokens * traced.checkpointed
         at_work += tokens * block + traced.constant / traced.layers
     # a tile of logits with its gradient; in float32 the gradients of the head's input and of it
@@ -201,69 +227,237 @@ def _memory(
         "activations": activations / GIB,
         "temporary": max(logits, at_work) / GIB,
     }
-    context = CONTEXT_GIB + NCCL_GIB * (processes > 1) + GAPS * sum(memory.values())
+    context = CONTEXT_GIB + NCCL_GIB * (launch.world_size > 1) + GAPS * sum(memory.values())
     return memory | {"context": CPU_PROCESS_GIB if on_cpu else context}
+
+
+# ---- rows and steps ----
+
+
+def rows_of(recipe: Recipe) -> RowLengths:
+    """Return the rows, tokenised where data and tokenizer are on this machine, else estimated."""
+    section, folder = recipe.data, local_folder(recipe)
+    if any(map(is_on_hub, listed_sources(section))):
+        rows, lengths = section.max_examples or ASSUMED_ROWS, [ASSUMED_TOKENS]
+        text = f"assumed: the data are not on this machine, {rows:,} rows of {ASSUMED_TOKENS}"
+    elif folder is not None and (folder / "tokenizer_config.json").is_file():
+        data = prepare_data(recipe, load_tokenizer(recipe))  # kept for the training
+        lengths = [*map(len, data.train["input_ids"])]
+        text, validation = f"tokens of {len(lengths):,} rows", len(data.validation or ())
+        return RowLengths(tuple(lengths), len(lengths), validation, text, counted=True)
+    else:
+        try:
+            texts = [row.texts for row in read_data(section, BadRows()).rows]
+        except DataError as error:
+            raise place(recipe, error) from None
+        lengths = [sum(map(len, parts)) // CHARACTERS_PER_TOKEN + 1 for parts in texts]
+        rows = min(len(lengths), section.max_examples or len(lengths))
+        text = f"tokens estimated from the characters of {len(lengths):,} rows"
+    validation, split = 0, section.split
+    if split.method != "none":
+        validation = round(rows * split.validation)
+        rows = max(round(rows * (1 - split.validation - split.test)), 1)
+    return RowLengths(tuple(lengths), rows, validation, text)
+
+
+def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
+    """Return the steps of a training: whole global batches, as the training makes them."""
+    train = recipe.train
+    max_length = train.get("max_length", MAX_LENGTH)
+    lengths = [min(length, max_length or length) for length in rows.tokens]
+    mean, number = sum(lengths) / len(lengths), rows.train
+    longest = max(lengths) if rows.counted else max_length or max(lengths)
+    packed = bool(train.get("packing") and max_length)
+    if packed:
+        number = max(1, math.ceil(rows.train * mean / max_length))
+        mean, longest = rows.train * mean / number, max_length
+    per_device = int(train.get("per_device_train_batch_size", 8))
+    batch = (per_device, accumulation_steps(recipe, world_size), world_size)
+    per_epoch, steps = planned_steps(
+        number,
+        per_device=per_device,
+        accumulation=batch[1],
+        world_size=world_size,
+        epochs=float(train.get("num_train_epochs", 3)),
+        max_steps=int(train.get("max_steps", -1)),
+    )
+    # an epoch of fewer rows than a step takes has those alone
+    in_epoch = min(per_epoch * math.prod(batch), number)
+    strategy = train.get("eval_strategy", "no")
+    every = float(train.get("eval_steps") or train.get("logging_steps") or 10)  # TRL's own 10
+    every = per_epoch if strategy == "epoch" else every * steps if every < 1 else every
+    validations = steps // max(every, 1) + bool(train.get("eval_on_start"))
+    largest = per_device * longest
+    joined = packed or train.get("padding_free") is not False  # one row, end to end
+    return Steps(
+        steps,
+        per_epoch,
+        *batch,
+        math.prod(batch),
+        tokens=round(steps / per_epoch * in_epoch * mean),
+        largest=largest,
+        row=largest if joined else longest,
+        validation=round(rows.validation * mean * validations) if strategy != "no" else 0,
+    )
 
 
 # ---- what is planned for ----
 
 
-def launch_for(
-    recipe: Recipe, gpu: str | None, gpus: int | None, nodes: int | None, accelerate: str | None
-) -> Launch:
-    """Return the recipe's launch with flags that win over it: a card means no CPU launch."""
-    if accelerate is None and gpu not in (None, "cpu"):
-        accelerate, gpus = _ON_GPUS.get(recipe.launch.accelerate), gpus or recipe.launch.gpus
-    return plan_launch(recipe.launch, accelerate, gpus, nodes)
-
-
-def card_for(launch: Launch, gpu: str | None) -> Card:
-    """Return the named card; else the processor, this machine's smallest GPU, or the default."""
+def launch_and_card(recipe: Recipe, gpu: str | None, **flags: Any) -> tuple[Launch, Card]:
+    """Return the recipe's launch with flags of `plan_launch` that win over it (a card means no CPU
+    launch); and the named card, else the processor, this machine's GPU, or the default.
+    """
+    if flags.get("accelerate") is None and gpu not in (None, "cpu"):
+        flags["accelerate"] = _ON_GPUS.get(recipe.launch.accelerate)
+        flags["gpus"] = flags.get("gpus") or recipe.launch.gpus
+    launch = plan_launch(recipe.launch, **flags)
     if gpu == "cpu" or (gpu is None and launch.config.use_cpu):
-        return Card("cpu", psutil.virtual_memory().available / GIB / launch.per_machine)
-    if gpu:
-        return card_named(gpu)
-    number = min(torch.cuda.device_count(), launch.per_machine)
-    if devices := [*map(torch.cuda.get_device_properties, range(number))]:
-        cards = (card_named(device.name, device.total_memory / GIB) for device in devices)
-        return min(cards, key=lambda card: card.memory_gib)
-    return replace(card_named(DEFAULT), assumed=True)
+        free = psutil.virtual_memory().available / GIB
+        return launch, Card("cpu", free / launch.per_machine)
+    if gpu or not torch.cuda.device_count():
+        return launch, card_named(gpu or DEFAULT)
+    device = torch.cuda.get_device_properties(0)
+    return launch, card_named(device.name, device.total_memory / GIB)
 
 
 def model_config(recipe: Recipe) -> Any:
     """Return the configuration of a recipe's model: a folder's, a known model's, or the Hub's."""
-    name, folder = recipe.model.name_or_path, local_folder(recipe)
-    values = known_config(name)
+    name, values = recipe.model.name_or_path, known_config(recipe.model.name_or_path)
     try:
         if values is not None:
             return configuration(values)
+        folder = local_folder(recipe)
         return AutoConfig.from_pretrained(folder or name, revision=recipe.model.revision)
-    except OSError as error:  # gated, offline, no such model: each has its own message
-        what = f"no plan: '{name}' has no config.json here: {one_line(error)}"
-        hints = [*did_you_mean(name, known_configs()), f"online: hf download {name} config.json"]
-        raise recipe.fault("model.name_or_path", what, *hints) from None
+    except OSError as error:
+        raise explain_load_failure(recipe.model, error) from None
     except (ValueError, KeyError, TypeError) as error:
         why = one_line(error).partition(" Should contain ")[0]  # without all types that are known
         raise recipe.error("model.name_or_path", f"no plan: {why}") from None
 
 
-@cache
-def _measured_speeds(root: Path) -> dict[str, tuple[float, str]]:
-    """Return tokens per second and name of the newest run of each kind of training."""
-    speeds: dict[str, tuple[float, str]] = {}
-    for file in sorted(root.glob("*/run.json"), key=lambda file: file.stat().st_mtime):
+def _measured_speed(recipe: Recipe, card: Card, launch: Launch) -> tuple[float | None, str] | None:
+    """Return tokens per second, and whose they are, of the newest run that trained alike."""
+    decides, files = _decides_speed(recipe.to_dict()), runs_root().glob("*/run.json")
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         summary = (object_or_none(file) or {}).get("summary") or {}
         with suppress(RecipesError, LookupError, TypeError):  # not finished, or damaged
-            speed, device = float(summary["tokens_per_second"]), str(summary["device"])
-            card = device if device == "cpu" else card_named(device, 0.0).name
+            of_card = card_named(summary["device"], card.memory_gib).name, summary["world_size"]
             values = read(file.with_name(RECIPE_FILE)).values
-            speeds[_speed_key(values, card, summary["world_size"])] = speed, file.parent.name
-    return speeds
+            if of_card == (card.name, launch.world_size) and decides == _decides_speed(values):
+                speed = float(summary["tokens_per_second"])
+                return speed, f"measured by the run {file.parent.name}"
+    return None
 
 
-def _speed_key(values: Mapping[str, Any], card: str, processes: int) -> str:
-    """Return what decides about a training's speed, by its recipe's values."""
-    train, lora = values.get("train") or {}, values.get("lora") or {}
-    bits = (values.get("quantization") or {}).get("load_in_4bit")
-    own = [values["model"]["name_or_path"], lora.get("r"), bool(bits)]
-    return hash_of(card.partition("-")[0], processes, own, *map(train.get, _SPEED_KEYS))
+def _decides_speed(values: Mapping[str, Any]) -> list[Any]:
+    """Return what decides about a training's speed, of its recipe's values."""
+    sections = [values.get(name) for name in ("model", "lora", "quantization")]
+    return sections + [values["train"].get(key) for key in _SPEED_KEYS]
+
+
+# ---- what to change, and what is said ----
+
+Advice = tuple[str, str, Plan]  # words to type, why, and the plan with them
+
+
+def changed_plans(plan: Plan, overrides: Sequence[str] = ()) -> Iterator[Advice]:
+    """Yield every change that can be trained, smallest first."""
+    for words, why in _ways(plan):
+        try:
+            recipe = load_recipe(plan.recipe.path, [*overrides, *words])
+            launches = any(word.startswith("launch.") for word in words)
+            launch = plan_launch(recipe.launch) if launches else plan.launch
+            yield shlex.join(words), why, plan_of(recipe, launch, plan.card, plan.rows)
+        except RecipesError:
+            continue
+
+
+def _ways(plan: Plan) -> Iterator[tuple[list[str], str]]:
+    """Yield words that change a recipe but no step's examples, smallest change first, and why."""
+    recipe, steps, world_size = plan.recipe, plan.steps, plan.launch.world_size
+
+    def batch(size: int, processes: int) -> list[str]:
+        words = [f"train.per_device_train_batch_size={size}"]
+        if recipe.run.global_batch_size is None:
+            accumulation = steps.examples // (size * processes)
+            words.append(f"train.gradient_accumulation_steps={accumulation}")
+        return words
+
+    if plan.fits and plan.checkpointing:
+        words = ["train.activation_checkpointing=false"]
+        yield words, "activations fit without computing every block twice"
+    for size in (4, 2, 1):
+        if size < steps.per_device and steps.per_device % size == 0:
+            yield batch(size, world_size), "smaller micro-batches of the same step"
+    again = [] if plan.checkpointing else ["train.activation_checkpointing=true"]
+    if again:
+        words = [*again, *batch(1, world_size)]
+        yield words, "keeps the inputs of the blocks and computes each twice"
+    again = [] if plan.fits else again
+    for count in (2, 4, 8) if plan.card.name != "cpu" else ():
+        if count > world_size and steps.examples % count == 0:
+            size = math.gcd(steps.per_device, steps.examples // count) if plan.fits else 1
+            words = ["launch.accelerate=fsdp", f"launch.gpus={count}", *batch(size, count), *again]
+            yield words, f"weights and optimizer shared out over {count} GPUs"
+    if recipe.lora is not None and recipe.quantization is None:
+        words = [*FOUR_BITS, *again, *([] if plan.fits else batch(1, world_size))]
+        yield words, "QLoRA, the base in 4 bits; another experiment"
+
+
+def advise(plan: Plan, overrides: Sequence[str] = ()) -> Advice | None:
+    """Return the first change that fits; for what fits, only to keep activations."""
+    if plan.fits and not plan.checkpointing:
+        return None
+    for change in itertools.islice(changed_plans(plan, overrides), 1 if plan.fits else None):
+        if change[2].fits and change[2].memory != plan.memory:
+            return change
+    return None
+
+
+def table(plan: Plan, overrides: Sequence[str] = ()) -> list[str]:
+    """Return what every change does, a line for each."""
+    lines = [("GiB", "fits", "time", "change")]
+    for words, why, made in changed_plans(plan, overrides):
+        time = "-" if made.seconds is None else shown_duration(made.seconds)
+        fits = "yes" if made.fits else "no"
+        lines.append((f"{made.needed:.1f}", fits, time, f"{words}  ({why})"))
+    return aligned(lines)
+
+
+def rows_shown(plan: Plan, advice: Advice | None) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return label, text (empty: not shown) and the values for `--json` of at most 15 rows."""
+    steps, traced, card, name = plan.steps, plan.trace, plan.card, plan.recipe.model.name_or_path
+    kind = {"NO": "one process", "FSDP": "FSDP2"}.get(plan.launch.distributed_type, "DDP")
+    training = f"{plan.recipe.name}: {plan.method} on {steps.world_size} x {card.name}, {kind}"
+    batch = f"{steps.per_device} per device x {steps.accumulation} x {steps.world_size}"
+    number = f"{steps.steps:,} of {steps.examples} examples ({batch})"
+    parts = ", ".join(f"{part} {size:.1f}" for part, size in plan.memory.items() if size >= 0.05)
+    memory = {
+        "memory_gib": plan.memory,
+        "peak_gib": plan.needed - plan.memory["context"],
+        "needed_gib": plan.needed,
+    }
+    room, source = f"the card has {card.memory_gib:.1f} GiB", plan.speed_source
+    if card.name == "cpu":
+        room = f"{card.memory_gib:.1f} GiB of this machine's memory are free for each process"
+    time = "not estimated: the peak of this card is not known"
+    if plan.seconds is not None:
+        time = f"about {shown_duration(plan.seconds)}; {plan.speed:,.0f} tokens/s, {source}"
+    speed = {"tokens_per_second": plan.speed, "speed": source, "seconds": plan.seconds}
+    change = "" if plan.fits else "no known change of this recipe makes it fit: use more memory"
+    if advice is not None:
+        words, why, other = advice
+        change = f"{words}  ({why}; {other.needed:.1f} GiB)"
+    of_card = {"method": plan.method, "card": card.name, "card_gib": card.memory_gib}
+    text = f"{name}, {traced.parameters:,} parameters, {traced.trained:,} trained"
+    return [
+        ("training", training, of_card),
+        ("model", text, {"model": name, **asdict(traced)}),
+        ("steps", number, asdict(steps)),
+        ("tokens", f"{steps.tokens:,} ({plan.rows.source})", {"rows": plan.rows.source}),
+        ("memory", f"{plan.needed:.1f} GiB: {parts}", memory),
+        ("fits" if plan.fits else "DOES NOT FIT", room, {"fits": plan.fits}),
+        ("time", time, speed),
+        ("try", change, {"advice": advice and advice[0]}),
+    ]
