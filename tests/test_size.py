@@ -14,14 +14,14 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1426, 1500),
+    "commands": (1423, 1500),
     "core": (886, 800),
     "config": (2295, 1900),
     "models": (517, 450),
     "data": (1869, 1650),
     "training": (1580, 1700),
-    "weights": (1056, 900),
-    "plan": (879, 750),
+    "weights": (900, 900),
+    "plan": (750, 750),
     "evals": (4278, 4300),
     "analysis": (2723, 3000),
     "study": (1127, 950),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes_lib.weights.check import recorded_hashes
+from recipes_lib.weights.runs import recorded_hashes
 
 
 @pytest.fixture

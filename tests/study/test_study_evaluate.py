@@ -25,7 +25,7 @@ from recipes_lib.study.config import load_study
 from recipes_lib.study.report import report_study
 from recipes_lib.study.run import StudyRunner, missing_of
 from recipes_lib.train import main as train
-from recipes_lib.weights.check import recorded_hashes
+from recipes_lib.weights.runs import recorded_hashes
 
 pytestmark = pytest.mark.slow
 

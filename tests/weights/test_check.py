@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.weights.check import changed_files, check_saved, recorded_hashes, same_bytes
+from recipes_lib.weights.runs import changed_files, check_saved, recorded_hashes, same_bytes
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -44,7 +44,7 @@ def test_every_kind_of_adapter_is_proven_and_hashed(tiny_model_dir, tmp_path) ->
         folder = tmp_path / name
         model = trained_adapter(tiny_model_dir, folder, **settings)
         saved = check_saved(model, folder, base=str(tiny_model_dir))
-        assert saved.tensors >= 8 and saved.sha256 == recorded_hashes(folder), name
+        assert saved["tensors"] >= 8 and saved["sha256"] == recorded_hashes(folder), name
 
 
 def test_a_damaged_adapter_is_refused_with_the_name_of_the_tensor(tiny_model_dir, tmp_path) -> None:
@@ -108,7 +108,7 @@ def test_a_whole_model_with_tied_embeddings_and_one_of_experts_are_proven(tmp_pa
     for name, model in models.items():
         folder = tmp_path / name
         model.save_pretrained(folder, max_shard_size="20KB" if name == "tied" else "5GB")
-        assert check_saved(model, folder, base="").tensors > 10
+        assert check_saved(model, folder, base="")["tensors"] > 10
         with torch.no_grad():
             model.model.layers[1].input_layernorm.weight[0] += 1e-6
         with pytest.raises(RecipesError, match=r"layers\.1\.input_layernorm"):

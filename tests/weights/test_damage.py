@@ -12,7 +12,7 @@ import pytest
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.weights import load
-from recipes_lib.weights.merge import merge
+from recipes_lib.weights.export import merge
 from recipes_lib.weights.runs import Family, check_base_run, finished_run, weights_damage
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -31,14 +31,14 @@ def edit(file: Path, **values: object) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a bit": (lambda run: flip(run / ADAPTER), "changed after the training"),
-    "empty": (lambda run: (run / ADAPTER).write_bytes(b""), "changed after the training"),
+    "a bit": (lambda run: flip(run / ADAPTER), "was changed"),
+    "empty": (lambda run: (run / ADAPTER).write_bytes(b""), "was changed"),
     "gone": (lambda run: (run / ADAPTER).unlink(), "is gone"),
     "settings": (lambda run: edit(run / "adapter/adapter_config.json", lora_alpha=99), "changed"),
     "torn": (lambda run: (run / "adapter/adapter_config.json").write_text('{"r"'), "adapter_conf"),
     "tokenizer": (lambda run: flip(run / "adapter/tokenizer.json"), "tokenizer.json was changed"),
     "template": (lambda run: (run / "adapter/chat_template.jinja").unlink(), "is gone"),
-    "folder": (lambda run: (run / "adapter").rename(run / "elsewhere"), "adapter/ is gone"),
+    "folder": (lambda run: (run / "adapter").rename(run / "elsewhere"), "is gone"),
 }
 
 

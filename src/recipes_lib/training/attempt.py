@@ -27,10 +27,9 @@ from recipes_lib.training.build import count_quantized
 from recipes_lib.training.resume_guard import differences, recipe_differences, set_aside
 from recipes_lib.training.stopping import EXIT_CODES, StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
-from recipes_lib.weights.check import SavedWeights, check_saved
 from recipes_lib.weights.export import write_card
 from recipes_lib.weights.load import base_fingerprint, model_path
-from recipes_lib.weights.runs import weights_damage
+from recipes_lib.weights.runs import check_saved, weights_damage
 
 
 @dataclass
@@ -140,15 +139,15 @@ class Attempt:
         say(f"stopped at step {step}/{last}: checkpoint-{step} is complete (exit code {int(code)})")
         return code
 
-    def record_finish(self, summary: Mapping[str, Any], check: SavedWeights) -> None:
+    def record_finish(self, summary: Mapping[str, Any], check: Mapping[str, Any]) -> None:
         """Rank 0: put all on the disk, and only then call the run finished."""
         run = self.run
         if run.metrics.is_file():
             sync(run.metrics)
         run.stop_file.unlink(missing_ok=True)
-        proof = {"summary": summary, "weights_check": check.model_dump()}
+        proof = {"summary": summary, "weights_check": check}
         run.write_state("finished", exit_code=0, error=None, **proof)
-        equal = f"{check.tensors} trained tensors equal the files, byte for byte"
+        equal = f"{check['tensors']} trained tensors equal the files, byte for byte"
         say(f"finished: {self.weights} ({equal})")
         next_step(f"recipes chat {run.name}")
 
@@ -203,7 +202,7 @@ def summarise_training(
 
 def save_and_check(
     trainer: RecipeTrainer, attempt: Attempt, summary: Mapping[str, Any]
-) -> SavedWeights:
+) -> dict[str, Any]:
     """Save the final weights, prove them, and only then give them their name; every rank calls."""
     args, recipe, history = trainer.args, attempt.recipe, trainer.state.log_history
     scratch = attempt.run.path / "weights.unchecked"

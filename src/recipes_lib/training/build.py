@@ -31,7 +31,7 @@ from recipes_lib.training.attention import use_document_attention, use_varlen
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
-from recipes_lib.weights.load import load_model, precision_name
+from recipes_lib.weights.load import load_model
 
 MOST_GRAPHS = 32  # of one kind of block (gradients, windows, lengths); torch compiles no more then
 
@@ -99,7 +99,7 @@ def build_trainer(
     """Return the trainer, with the adapter (if the recipe has one) already on the model."""
     half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
     if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
-        own, wanted = map(precision_name, (model.dtype, half))
+        own, wanted = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, half))
         what = f"the checkpoint is {own} and autocast {wanted}: torch refuses to mix the two"
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
     joins_rows = choose_attention(recipe, args, model)
@@ -196,7 +196,8 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     """Return what is really active, the batch arithmetic and what is trained."""
     args, model, rows = trainer.args, trainer.model, len(trainer.lengths)
     joined = ", no padding" if trainer.data_collator.padding_free else ""
-    mixed = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
+    half = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
+    precision = half or str(model.dtype).removeprefix("torch.")
     shape = {
         "per_device": args.per_device_train_batch_size,
         "accumulation": args.gradient_accumulation_steps,
@@ -213,7 +214,7 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     if isinstance(model, PeftModel):
         trained += f"; {families.describe_targets(model)}"
     return [
-        f"launch: {launch_line}; precision {mixed or precision_name(model.dtype)}; attention"
+        f"launch: {launch_line}; precision {precision}; attention"
         f" {model.config._attn_implementation}{', packed' if args.packing else joined}",
         f"batch: {launch.describe_batch(rows, steps, **shape)}",
         f"trains: {trained}",

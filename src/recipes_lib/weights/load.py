@@ -15,8 +15,7 @@ from recipes_lib.config.sections import VARLEN, ModelSection
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import folder_fingerprint
-from recipes_lib.core.ranks import on_main_rank
-from recipes_lib.core.terminal import say
+from recipes_lib.core.ranks import on_main_rank, say_once
 from recipes_lib.models.families import auto_class, not_quantized
 from recipes_lib.models.packaged import MODEL, is_packaged, materialise
 
@@ -49,7 +48,6 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = model_path(recipe.model)
-    on_main_rank(lambda: _reach_hub(recipe, "config.json"))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(recipe.model))
     except OSError as error:
@@ -80,19 +78,17 @@ def load_model(
     *,
     empty: bool = False,
 ) -> PreTrainedModel:
-    """Load the base model in the recipe's precision and attention kernel.
-
-    Args:
-        quantization_config: a `BitsAndBytesConfig`, or None for none.
-        empty: whether to leave the weights out (meta device); those of a checkpoint that is
-            quantized are read all the same.
+    """Load the base model in the recipe's precision and attention kernel; `empty` leaves the
+    weights out (meta device), but those of a checkpoint that is quantized.
     """
     import torch
     import transformers
 
     section, path = recipe.model, model_path(recipe.model)
     attention = section.attn_implementation
-    on_main_rank(lambda: _reach_hub(recipe, _WEIGHTS))
+    folder = local_folder(recipe)
+    if folder is None or not any(folder.glob(_WEIGHTS)):
+        say_once(f"fetching {path} from the Hub ...")
     # else transformers 5.24 takes a bot's conversion of pickles, from another revision
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     options: dict[str, Any] = {**section.kwargs, **_source(section), "dtype": section.dtype}
@@ -118,22 +114,18 @@ def load_model(
     except OSError as error:
         raise explain_load_failure(section, error) from None
     except (ImportError, ValueError) as error:
-        if attention is None or "attention" not in str(error).lower():
+        if attention is None:
             raise
-        refused = recipe.fault if isinstance(error, ImportError) else recipe.error
-        reason = one_line(error).partition(". Please request")[0]
-        what = f"model.attn_implementation: {attention} cannot be used: {reason}"
-        raise refused("model.attn_implementation", what, "leave the key out") from None
+        key = "model.attn_implementation"
+        what = f"{key}: {attention} cannot be used: {one_line(error)}"
+        raise recipe.fault(key, what, "leave the key out") from None
     for module in model.modules():
         # bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 processors in the first
         # evaluation, and outputs differ from then on (2% of the largest logit of a 135M model)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    entries, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
-    if entries > rows and not section.resize_embeddings:
-        what = f"the tokenizer has {entries} entries, the embeddings {rows} rows"
-        raise recipe.error("model.name_or_path", what, "set model.resize_embeddings: true")
-    if entries > rows:
+    entries = len(tokenizer)
+    if section.resize_embeddings and entries > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(entries)
     return model
 
@@ -164,11 +156,6 @@ def device_with_room(model: PreTrainedModel) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def precision_name(dtype: torch.dtype) -> str:
-    """Return torch's name of a precision without `torch.`."""
-    return str(dtype).removeprefix("torch.")
-
-
 def free_memory() -> None:
     """Give back the memory of models that nothing refers to any more."""
     import torch
@@ -182,13 +169,9 @@ def attach(
     base: PreTrainedModel, adapters: Mapping[str, Path], *, without_base_weights: bool = False
 ) -> PeftModel:
     """Return the base with adapters on it, each in the precision it was trained in: PEFT raises
-    them to float32, and those of a quantized base are bfloat16, which rounds differently.
-
-    Args:
-        adapters: the folder of each, by PEFT's name for it.
-        without_base_weights: whether the base is on the meta device.
+    them to float32, and those of a quantized base are bfloat16, which rounds differently. The
+    folder of each goes by PEFT's name for it; `without_base_weights`: the base is on meta.
     """
-    import torch
     from peft import PeftConfig, get_peft_model
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -204,15 +187,12 @@ def attach(
                 model = get_peft_model(base, config, name, **options)
             device = "cpu" if without_base_weights else None
             loaded = model.load_adapter(str(folder), name, torch_device=device, **options)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             what = f"{folder} does not load on its base: {one_line(error)}"
             raise RecipeError(what, hint) from error
         if names := sorted({*loaded.missing_keys, *loaded.unexpected_keys}):
-            problem = "lacks" if names[0] in loaded.missing_keys else "has"
-            what = f"{folder} does not fit its base: it {problem} weights of {names[0]}"
-            raise RecipeError(f"{what} (and {len(names) - 1} more)", hint)
+            what = f"{folder} does not fit its base: {len(names)} weights differ, as {names[0]}"
+            raise RecipeError(what, hint)
         if len(dtypes) == 1:
             for key, parameter in model.named_parameters():
                 if "lora_" in key and name in key.split("."):
@@ -225,19 +205,6 @@ def _source(section: ModelSection) -> dict[str, Any]:
     return {"revision": revision, "trust_remote_code": section.trust_remote_code}
 
 
-def _reach_hub(recipe: Recipe, files: str) -> None:
-    """Say that weights are fetched, or that they may not be."""
-    from huggingface_hub import is_offline_mode
-
-    name, folder = recipe.model.name_or_path, local_folder(recipe)
-    if is_packaged(name) or Path(name).is_dir() or (folder and any(folder.glob(files))):
-        return
-    if is_offline_mode():
-        raise explain_load_failure(recipe.model, ConnectionError())
-    if files == _WEIGHTS:
-        say(f"fetching {name} from the Hub ...")
-
-
 def explain_load_failure(section: ModelSection, error: Exception) -> EnvironmentFault:
     """Return in one line why a model cannot be loaded, and what to do."""
     from huggingface_hub import errors
@@ -248,17 +215,11 @@ def explain_load_failure(section: ModelSection, error: Exception) -> Environment
         causes |= {*type(cause).__mro__}
         cause = cause.__cause__ or cause.__context__
     what = f"cannot load '{name}': {one_line(error)}"
-    hint = "check the name and model.revision; for a private model: hf auth login"
-    if Path(name).exists():
-        hint = "the folder needs config.json, safetensors weights and tokenizer files"
-    elif errors.HFValidationError in causes:
-        what = f"there is no folder '{name}', and no Hub model has such a name"
-    elif errors.GatedRepoError in causes:
+    hint = "check the name and model.revision (private: hf auth login); a folder needs safetensors"
+    if errors.GatedRepoError in causes:
         what = f"'{name}' is gated: no access with the present token"
         hint = f"accept its licence on the Hub page of {name}, then: hf auth login"
-    elif causes & {errors.LocalEntryNotFoundError, ConnectionError}:
+    elif causes & {errors.LocalEntryNotFoundError, ConnectionError} and not Path(name).exists():
         what = f"offline, and '{name}' is not in the local cache"
         hint = f"with a network: hf download {name}; or choose a local folder, or {MODEL}"
-    elif errors.RepositoryNotFoundError in causes:
-        what = f"the Hub has no model '{name}', or it is private"
     return EnvironmentFault(what, hint)
