@@ -40,7 +40,9 @@ def test_every_shipped_recipe_has_a_sensible_plan(plan: Run) -> None:
         on_cpu = path.parent.name in ("quickstart", "smollm2-135m-dolly")
         assert (made["card"] == "cpu") == on_cpu and made["fits"], path
         assert made["peak_gib"] < made["needed_gib"] < (8 if on_cpu else 80), path
-        assert 20 < made["seconds"] < 4 * 3600 and made["steps"] > 30, path
+        if not on_cpu:  # of a CPU nobody knows the speed before a first run
+            assert 20 < made["seconds"] < 4 * 3600, path
+        assert made["steps"] > 30, path
 
 
 def test_a_plan_has_at_most_fifteen_lines_and_the_numbers_of_its_json(plan: Run) -> None:

@@ -7,8 +7,12 @@ import shlex
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.config.launch import load_accelerate_config, place_machine, plan_launch
-from recipes_lib.config.sections import LaunchSection
+from recipes_lib.config.launch import (
+    LaunchSection,
+    load_accelerate_config,
+    place_machine,
+    plan_launch,
+)
 from recipes_lib.core.errors import RecipeError
 
 FSDP = (
@@ -17,13 +21,13 @@ FSDP = (
 )
 # (text, words of the answer)
 BAD_CONFIGS = [
-    ("distributed_type: DEEPSPEED\n", "distributed_type: should be"),
-    ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "num_processes: should be"),
+    ("distributed_type: DEEPSPEED\n", "distributed_type: Input should be"),
+    ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "num_processes: Input should be"),
     (FSDP.replace("fsdp_version: 2", "fsdp_version: 1"), "FSDP1 is deprecated"),
     (FSDP.replace("FULL", "SHARDED"), "writes no adapter"),
     (FSDP.replace("fsdp_version", "fsdp_verson"), "did you mean fsdp_config.fsdp_version"),
     ("distributed_type: FSDP\nfsdp_config: 2\n", "dictionary"),
-    ("distributed_type: 'NO'\nmixed_precision: fp8\n", "mixed_precision: should be"),
+    ("distributed_type: 'NO'\nmixed_precision: fp8\n", "mixed_precision: Input should be"),
     ("distributed_type: 'NO'\ndeepspeed_config: {zero_stage: 3}\n", "cannot be used here"),
     ("model: {name_or_path: a}\n", "is a recipe, not an accelerate config"),
 ]
@@ -120,3 +124,8 @@ def test_a_config_of_another_precision_than_the_recipe_is_refused(
         said = f"asks for mixed_precision {precision}, but the recipe for no"
         recipe.write_text(text.replace("{accelerate: cpu}", f"{{accelerate: {foreign}}}"))
         assert main(["check", str(recipe)]) == 2 and said in capsys.readouterr().err
+        assert main(["train", str(recipe)]) == 2 and said in capsys.readouterr().err
+        # one process is started without accelerate launch, and refuses what that would tell it
+        recipe.write_text(text)
+        assert main(["train", str(recipe), "--accelerate", str(foreign), "--dry-run"]) == 0
+        assert f"env ACCELERATE_MIXED_PRECISION={precision} " in capsys.readouterr().out

@@ -132,7 +132,7 @@ REFUSED = [
     ("base_model: a\nsequence_len: 3\n", "axolotl"),
     ("model: {name_or_path: a}\n", "is a recipe, not a flat TRL config"),
     ("model_name_or_path: a\n", "it has no dataset_name"),
-    ("learning_rate: 1\n", "unknown kind of file"),
+    ("learning_rate: 1\n", "unknown kind"),
     ("- a\n", "holds no mapping"),
 ]
 

@@ -63,6 +63,7 @@ def test_what_trl_peft_or_the_machine_refuses_is_placed_at_its_key(write_with, c
         ("train", "fp16: true"): "r.yaml:8: train.fp16 does nothing on a CPU",
         ("train", "dataloader_prefetch_factor: 2"): "r.yaml:8: train: --dataloader_prefetch",
         ("train", "optim: galore_adamw"): "r.yaml:8: train.optim: You need to install `galore_t",
+        ("train", "optim_args: foo"): "r.yaml:7: train.optim: ",
         ("train", "lr_scheduler_kwargs: {x: 1}"): "r.yaml:8: train.lr_scheduler_kwargs: ",
         ("train", "lr_scheduler_type: cosine_with_min_lr"): "One of min_lr or min_lr_rate should",
         ("lora", "layers_pattern: h"): "r.yaml:6: lora: ",
@@ -91,7 +92,7 @@ def test_quantized_weights_that_fsdp_would_change_are_refused(write):
     eight = ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true"]
     write(QLORA)
     for words, refused in (
-        ([], "stored and computed as bfloat16"),
+        ([], "must both be bfloat16"),
         ([stored], ""),
         ([stored, "train.fp16=true", "train.bf16=false"], "train.fp16"),
         (eight, "load_in_8bit"),

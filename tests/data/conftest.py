@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.recipe import DataSection
 from recipes_lib.core.errors import RecipeError
 
 

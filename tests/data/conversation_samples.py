@@ -7,7 +7,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.recipe import DataSection
 from recipes_lib.data.rows import BadRow, DataRow
 from recipes_lib.data.supervision import Supervision, decoded_spans, encode
 

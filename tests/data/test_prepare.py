@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conversation_samples import MARKED
 
-from recipes_lib.config.sections import SplitSection
+from recipes_lib.config.recipe import SplitSection
 from recipes_lib.core.errors import DataError, ExitCode
 from recipes_lib.data import prepare as preparing
 from recipes_lib.data.prepare import prepare_data

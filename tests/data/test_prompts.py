@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conversation_samples import encode_row
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.recipe import DataSection
 from recipes_lib.data.prompts import chat_template, format_hash, generation_prompt, task_prompt
 from recipes_lib.data.rows import SettingError
 

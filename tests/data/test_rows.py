@@ -12,7 +12,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.recipe import DataSection
 from recipes_lib.core.errors import DataError
 from recipes_lib.data.rows import (
     BadRow,
@@ -26,8 +26,8 @@ from recipes_lib.data.rows import (
 )
 from recipes_lib.data.sources import (
     data_files,
+    formats_of,
     listed_sources,
-    look_at,
     read_data,
     read_file,
 )
@@ -215,11 +215,11 @@ def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
         ({"prompt": "a", "completion": "b"}, ("raw", "chat")),
         ({"text": "a"}, ("raw",)),
     ):
-        assert look_at(write_jsonl([row])).prompt_formats == formats
+        assert formats_of(write_jsonl([row])) == formats
     with pytest.raises(DataError, match="columns a are not understood"):
-        look_at(write_jsonl([{"a": "b"}]))
+        formats_of(write_jsonl([{"a": "b"}]))
     with pytest.raises(DataError, match="no such file"):
-        look_at(tmp_path / "nowhere.jsonl")
+        formats_of(tmp_path / "nowhere.jsonl")
 
 
 # ---- conversations ----

@@ -8,7 +8,7 @@ from conversation_samples import encode_row, learned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.recipe import DataSection
 from recipes_lib.data.prompts import task_prompt
 from recipes_lib.data.rows import SettingError
 from recipes_lib.data.supervision import Supervision, decoded_spans, prompt_ids

@@ -9,7 +9,7 @@ import json
 import pytest
 from conversation_samples import FOLDER, TURNS, encode_row, learned, tokenizer_with
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.recipe import DataSection
 from recipes_lib.data.prompts import training_template, with_arguments_as_text
 from recipes_lib.data.rows import BadRow
 

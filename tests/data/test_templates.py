@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conversation_samples import FOLDER, MARKED, TURNS, encode_row, learned, tokenizer_with
 
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.recipe import DataSection
 from recipes_lib.data.prompts import chat_template, training_template
 from recipes_lib.data.rows import BadRow
 

@@ -19,8 +19,7 @@ import pytest
 from tests.families import build_family
 
 from recipes_lib.config.launch import load_accelerate_config
-from recipes_lib.config.recipe import Recipe, load_recipe
-from recipes_lib.config.sections import trl_templates
+from recipes_lib.config.recipe import Recipe, load_recipe, trl_templates
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from tests.study.study_files import write_tiny_study
 
-from recipes_lib.config.sections import ModelSection
+from recipes_lib.config.recipe import ModelSection
 from recipes_lib.core.errors import EnvironmentFault, RecipeErrors
 from recipes_lib.slurm import queue
 from recipes_lib.slurm.prefetching import check_model

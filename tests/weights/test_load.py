@@ -11,8 +11,7 @@ import pytest
 import torch
 from huggingface_hub import errors
 
-from recipes_lib.config.recipe import load_recipe
-from recipes_lib.config.sections import ModelSection
+from recipes_lib.config.recipe import ModelSection, load_recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.weights.load import (
     attach,

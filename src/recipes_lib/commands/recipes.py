@@ -37,7 +37,7 @@ from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesErr
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, recipe_path, shown_path
 from recipes_lib.core.terminal import aligned, count, next_step, say
-from recipes_lib.data.sources import check_rows, look_at
+from recipes_lib.data.sources import check_rows, formats_of
 from recipes_lib.training.resume_guard import differences, flatten
 
 Findings = tuple[list[RecipesError], list[RecipeError]]  # errors; warnings and notes
@@ -61,8 +61,8 @@ def run_new(
     file = shown_path(target)
     if target.exists():
         raise RecipeError("exists already", "write elsewhere: --output OTHER.yaml", file=file)
-    origin, rows = load_recipe(from_), look_at(data) if data else None
-    text = new_recipe(name, target, origin, model=model, rows=rows, method=method)
+    rows = (data, formats_of(data)) if data else None
+    text = new_recipe(name, target, load_recipe(from_), model=model, rows=rows, method=method)
     write_text(target, text)
     try:
         recipe = load_recipe(target)
@@ -286,9 +286,9 @@ def _check_recipe(document: Document, full: bool, is_base: bool) -> Findings:
         return [*wrong], []
     try:
         recipe = recipe_of(file, document)
-    except RecipeError:  # a run's name
-        return [*wrong], []
-    notes: list[RecipeError] = []
+    except RecipeError as error:  # a run's name
+        return [*wrong, error], []
+    notes = [] if wrong else recipe.warnings()
     errors: list[RecipesError] = [*wrong]
     folder = Path(recipe.model.name_or_path)
     if not wrong and (full or folder.is_dir()):

@@ -41,10 +41,7 @@ for _name, _pattern in {
 # key of the file is its kind.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "eval": ("an eval recipe", ("suite", "generation")),
-    "study": (
-        "a study",
-        ("question", "factors", "arms", "seeds", "evals", "primary", "tune"),
-    ),
+    "study": ("a study", ("question", "factors", "arms", "seeds", "tune")),
     "profile": ("a site profile", ("sbatch", "stages", "setup", "srun", "max_requeues")),
     "judge": ("a judge", ("judge", "thresholds")),
     "lm_eval_task": ("a task of lm-eval", ("task", "output_type", "doc_to_text")),
@@ -99,11 +96,9 @@ class Document:
         if not isinstance(self.values, dict) or not self.values:
             what = "holds no mapping of keys" if self.values else "is empty"
             raise RecipeError(what, "rows are named in a recipe: data.source", file=self.file)
-        for kind, (_, keys) in KINDS.items():
-            if self.values.keys() & {*keys}:
-                is_base = kind == "recipe" and self.path.name.startswith("_")
-                return "base" if is_base else kind
-        return ""
+        kinds = [kind for kind, (_, keys) in KINDS.items() if self.values.keys() & {*keys}]
+        is_base = kinds[:1] == ["recipe"] and self.path.name.startswith("_")
+        return "base" if is_base else next(iter(kinds), "")
 
     def origin(self, key: str | KeyPath | int) -> Origin:
         """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest around; or
@@ -300,8 +295,7 @@ def no_such_file(path: Path) -> RecipeError:
 
 def wrong_kind(document: Document, expected: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
-    if not document.kind:
-        what = f"unknown kind of file: its keys are {', '.join(document.values)}"
-    else:
-        what = f"is {KINDS.get(document.kind, ('a base', ()))[0]}, not {KINDS[expected][0]}"
+    known = {"": "of an unknown kind", "base": "a base"}
+    kind = known.get(document.kind) or KINDS[document.kind][0]
+    what = f"is {kind}, not {KINDS[expected][0]}: its keys are {', '.join(document.values)}"
     return RecipeError(what, file=document.file)

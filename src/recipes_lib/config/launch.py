@@ -8,16 +8,15 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
 from recipes_lib.config.documents import Document, Values, did_you_mean, read
-from recipes_lib.config.parsing import Section, parse
-from recipes_lib.config.sections import STARTS_WITHOUT_WEIGHTS, LaunchSection
+from recipes_lib.config.parsing import IsPath, Section, parse
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
 
@@ -27,6 +26,9 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 29500
 READS_ONCE_KEY = "fsdp_cpu_ram_efficient_loading"
 READS_ONCE_VARIABLE = READS_ONCE_KEY.upper()  # where accelerate's launcher puts it
+# Values of `lora.init_lora_weights` whose adapters start from random numbers or zeros, and not from
+# the weights of the base.
+STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
 # Flags that a training takes itself, however it is started.
 TRAIN_FLAGS = {
     "resume_anyway": "continue a run although settings that change its result differ",
@@ -37,10 +39,21 @@ TRAIN_FLAGS = {
 _FSDP_KEYS = {
     *("fsdp_version", "fsdp_state_dict_type", "fsdp_auto_wrap_policy", "fsdp_min_num_params"),
     *("fsdp_transformer_layer_cls_to_wrap", "fsdp_reshard_after_forward", "fsdp_offload_params"),
-    *("fsdp_activation_checkpointing", "fsdp_cpu_ram_efficient_loading"),
-    *("fsdp_backward_prefetch", "fsdp_forward_prefetch", "fsdp_use_orig_params"),
-    *("fsdp_sync_module_states", "fsdp_sharding_strategy"),
+    *("fsdp_activation_checkpointing", READS_ONCE_KEY, "fsdp_backward_prefetch"),
+    *("fsdp_forward_prefetch", "fsdp_use_orig_params", "fsdp_sync_module_states"),
+    "fsdp_sharding_strategy",
 }
+
+
+class LaunchSection(Section):
+    """The default way to launch; never part of the mathematics."""
+
+    accelerate: Annotated[str, IsPath(unless=lambda name: not Path(name).suffix)] = "single_gpu"
+    """Name of a file in accelerate_configs/, without .yaml, or a path."""
+    gpus: int | None = Field(None, ge=1)
+    """Processes per node. Absent: what the accelerate config says."""
+    nodes: int = Field(1, ge=1)
+    """Machines."""
 
 
 class AccelerateConfig(Section):
@@ -67,9 +80,7 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
         known = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
         if path.name not in known:
             what = f"launch.accelerate '{path}' is not a file in accelerate_configs/"
-            raise RecipeError(
-                what, *did_you_mean(path.name, known), f"there are {', '.join(known)}"
-            )
+            raise RecipeError(what, *did_you_mean(path.name, known), f"known: {', '.join(known)}")
         path = known[path.name]
     config = parse(AccelerateConfig, read(path), accelerate_rules)
     return config.model_copy(update={"path": path})
@@ -84,13 +95,11 @@ def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[R
     for key in config.fsdp_config.keys() - _FSDP_KEYS:
         near = did_you_mean(key, _FSDP_KEYS, "fsdp_config.")
         yield document.error(f"fsdp_config.{key}", f"unknown key 'fsdp_config.{key}'", *near)
-    for key, value, why in (
-        ("fsdp_version", 2, "FSDP1 is deprecated upstream"),
-        ("fsdp_state_dict_type", "FULL_STATE_DICT", "a sharded final save writes no adapter"),
-    ):
-        if config.distributed_type == "FSDP" and config.fsdp_config.get(key) != value:
-            key = f"fsdp_config.{key}"
-            yield document.error(key, f"{key} must be {value}: {why}")
+    fixed = {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}
+    for key, value in fixed.items() if config.distributed_type == "FSDP" else ():
+        if config.fsdp_config.get(key) != value:
+            why = "FSDP1 is deprecated, and a sharded final save writes no adapter"
+            yield document.error(f"fsdp_config.{key}", f"fsdp_config.{key} must be {value}: {why}")
 
 
 def precision_conflict(train: Values, asked: str, asked_by: str) -> list[str]:
@@ -148,7 +157,10 @@ class Launch:
     def command(self, script: Sequence[str]) -> list[str]:
         """Return the plain command; `python -m` for one process, which can be stopped cleanly."""
         if self.world_size == 1:
-            return [sys.executable or "python", *script]
+            # what accelerate launch would set: the training refuses another than the recipe's
+            asked = f"ACCELERATE_MIXED_PRECISION={self.config.mixed_precision}"
+            given = ["env", asked] if self.config.mixed_precision != "no" else []
+            return [*given, sys.executable, *script]
         accelerate = str(Path(sys.executable).with_name("accelerate"))
         return [accelerate, "launch", *self.launcher_words(), *script]
 
@@ -162,30 +174,15 @@ class Active:
     device: str
 
 
-def reads_once_is_asked(environment: Mapping[str, str]) -> bool:
-    """Whether the launcher asked for one rank to read the weights."""
-    return environment.get(READS_ONCE_VARIABLE, "false").lower() in ("1", "true", "yes")
-
-
-def why_each_rank_reads(recipe: Recipe, sharded: bool, asked: bool) -> str | None:
-    """Return why every rank reads the weights of the base; None where rank 0 can hand them on.
-
-    Args:
-        sharded: whether FSDP2 shares out the weights.
-        asked: `fsdp_cpu_ram_efficient_loading` of the launch.
+def one_rank_can_read(recipe: Recipe) -> bool:
+    """Whether rank 0 can read the base for all under FSDP2: its weights are not quantized, and no
+    new row and no adapter is computed from them.
     """
     lora = recipe.lora or {}
     start = lora.get("init_lora_weights", True)
     keys = ("use_dora", "trainable_token_indices", "layer_replication")
-    reasons = {
-        "each of them needs them whole": not sharded,
-        f"{READS_ONCE_KEY} is false": not asked,
-        "quantized weights cannot be handed on": recipe.quantization,
-        "model.resize_embeddings computes new rows from the others": recipe.model.resize_embeddings,
-        f"lora.init_lora_weights: {start} starts from them": start not in STARTS_WITHOUT_WEIGHTS,
-        **{f"lora.{key} starts from them": lora.get(key) for key in keys},
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    own = recipe.quantization or recipe.model.resize_embeddings or any(map(lora.get, keys))
+    return not own and start in STARTS_WITHOUT_WEIGHTS
 
 
 def plan_launch(
@@ -221,11 +218,10 @@ def place_machine(
         return replace(launch, port=port)
     port = port or launch.config.main_process_port or DEFAULT_PORT
     if rank is None or address is None or not 0 <= rank < launch.machines:
-        raise RecipeError(
-            f"this starts one of {launch.machines} machines; on each, with its own rank (0 to"
-            f" {launch.machines - 1}), on one runs folder (RECIPES_RUNS_ROOT): {typed}"
-            f" --machine-rank 0 --main-process-ip HOST_OF_RANK_0 --main-process-port {port}"
-        )
+        flags = f"--machine-rank 0 --main-process-ip HOST_OF_RANK_0 --main-process-port {port}"
+        what = f"this starts one of {launch.machines} machines, on one shared runs folder"
+        hint = f"on each, with its own rank (0 to {launch.machines - 1}): {typed} {flags}"
+        raise RecipeError(what, hint)
     return replace(launch, rank=rank, address=address, port=port)
 
 
@@ -258,40 +254,14 @@ def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int
         return accumulation
     below = global_batch_size - rest
     legal = " or ".join(str(size) for size in (below, below + micro_batch) if size)
-    raise RecipeError(
-        f"run.global_batch_size {global_batch_size} cannot be made of micro-batches:"
-        f" {global_batch_size} / ({per_device} per device x {world_size} processes = {micro_batch})"
-        f" = {global_batch_size / micro_batch:g}",
-        f"set run.global_batch_size to {legal}, or another train.per_device_train_batch_size",
-    )
+    parts = f"{per_device} per device x {world_size} processes = {micro_batch}"
+    what = f"run.global_batch_size does not divide: {global_batch_size} / ({parts})"
+    raise RecipeError(f"{what} = {global_batch_size / micro_batch:g}", f"set it to {legal}")
 
 
-def planned_steps(
-    rows: int,
-    *,
-    per_device: int,
-    accumulation: int,
-    world_size: int,
-    epochs: float,
-    max_steps: int = -1,
-) -> tuple[int, int]:
+def planned_steps(rows: int, batch: int, epochs: float, max_steps: int = -1) -> tuple[int, int]:
     """Return the optimizer steps of an epoch and of the run, for which `max_steps` above 0 wins. A
     step is a whole global batch; the rows that do not fill one are left out of the epoch.
     """
-    examples = per_device * accumulation * world_size
-    per_epoch = max(rows // examples, 1)
+    per_epoch = max(rows // batch, 1)
     return per_epoch, max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
-
-
-def describe_batch(
-    rows: int, steps: tuple[int, int], *, per_device: int, accumulation: int, world_size: int
-) -> str:
-    """Return the batch arithmetic of the start-up lines; `steps` are those of `planned_steps`."""
-    examples = per_device * accumulation * world_size
-    rest = rows % examples if steps[1] >= steps[0] else 0
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    return (
-        f"{per_device} per device x {accumulation} accumulation x {ranks} = {examples} examples per"
-        f" step; {rows:,} examples -> {steps[0]:,} steps per epoch, {steps[1]:,} steps"
-        + (f"; left out, because they fill no step: {rest}" if rest else "")
-    )

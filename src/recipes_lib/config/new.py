@@ -12,8 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from recipes_lib.config.documents import SECTIONS, Document, Values, read, value_text, wrong_kind
-from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import OwnRows, QuantizationSection
+from recipes_lib.config.recipe import QuantizationSection, Recipe
 from recipes_lib.config.upstream import INSTEAD, RENAMES, upstream_fields
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import project_root, shown_path
@@ -69,49 +68,45 @@ def new_recipe(
     origin: Recipe,
     *,
     model: str | None = None,
-    rows: OwnRows | None = None,
+    rows: tuple[Path, tuple[str, ...]] | None = None,
     method: Method | None = None,
 ) -> str:
     """Return the text of a recipe called `name` that extends `origin` and will lie at `target`.
 
     Args:
         model: another base model: what the origin says for its own (template, layers) is undone.
-        rows: the user's own rows. Validations and checkpoints become shares of the training: the
-            origin's steps were chosen for other rows.
+        rows: the user's own rows, and the prompt formats that can read them. Validations and
+            checkpoints become shares of the training: the origin's steps were for other rows.
         method: what is trained. Between adapter and full, the learning rate changes by ten.
     """
     values: Values = {"model": {}, "quantization": {}, "lora": {}, "data": {}, "train": {}}
     train, lora = origin.train, origin.lora
     if model is not None:
         values["model"]["name_or_path"] = model
-        if origin.data.chat_template:
-            values["data"]["chat_template"] = None
-        if train.get("eos_token"):
-            values["train"]["eos_token"] = None
-        if lora is not None and lora.get("target_modules") != "all-linear":
-            values["lora"]["target_modules"] = "all-linear"
+        values["data"] |= {"chat_template": None} if origin.data.chat_template else {}
+        values["train"] |= {"eos_token": None} if train.get("eos_token") else {}
+        values["lora"] |= {"target_modules": "all-linear"} if lora else {}
     if rows is not None:
-        values["data"]["source"] = _relative(target, rows.file)
-        if origin.data.prompt_format not in rows.prompt_formats:
-            values["data"]["prompt_format"] = rows.prompt_formats[0]
-        if train.get("max_steps", -1) > 0:
-            values["train"]["max_steps"] = -1
+        file, formats = rows
+        values["data"]["source"] = _relative(target, file)
+        if origin.data.prompt_format not in formats:
+            values["data"]["prompt_format"] = formats[0]
+        if formats == ("raw",) and train.get("completion_only_loss"):
+            values["train"]["completion_only_loss"] = None
+        values["train"] |= {"max_steps": -1} if train.get("max_steps", -1) > 0 else {}
+        # the best model is chosen among checkpoints
+        share = 0.2 if train.get("load_best_model_at_end") else 0.05
         if train.get("eval_strategy") == "steps":
             values["train"]["eval_steps"] = 0.2
         if train.get("save_strategy", "steps") == "steps":
-            # the best model is chosen among checkpoints
-            values["train"]["save_steps"] = 0.2 if train.get("load_best_model_at_end") else 0.05
-        if rows.prompt_formats == ("raw",) and train.get("completion_only_loss"):
-            values["train"]["completion_only_loss"] = None
+            values["train"]["save_steps"] = share
     if method is not None:
         if method == "full":
             values["lora"] = None
         elif lora is None:
             values["lora"] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-        if method == "qlora":
-            values["quantization"] = origin.quantization or dict(_NF4)
-        elif origin.quantization is not None:
-            values["quantization"] = None
+        if method == "qlora" or origin.quantization is not None:
+            values["quantization"] = (origin.quantization or _NF4) if method == "qlora" else None
         if (lora is None) != (method == "full") and (rate := train.get("learning_rate")):
             values["train"]["learning_rate"] = float(f"{rate * (10 if lora is None else 0.1):.3g}")
     values["run"] = {"name": name, "tags": []}
@@ -155,39 +150,37 @@ def migrate(path: Path, head: str) -> tuple[str, list[str]]:
     texts: dict[str, list[str]] = {}  # key of the recipe -> its lines, with comments
     left, changes = [], []
     values: Values = {}
-    head_lines = flat.text.split("\n")[: flat.origin((next(iter(flat.values)),)).line]
-    above = [line for line in head_lines if line.startswith("#")]
+    first = flat.origin((next(iter(flat.values)),)).line
+    above = [line for line in flat.text.split("\n")[:first] if line.startswith("#")]
     for key, value in flat.values.items():
         own, following = _lines_of(flat, key)
         dotted = home_of(key)
         why = _why_left_out(key, dotted, flat.values)
-        if dotted in texts and not why:
-            why = f"{dotted} is set already, by another key of this file"
+        why = why or ("another key of this file sets it already" if dotted in texts else "")
+        place = flat.origin((key,))
         if why:
             shown = [f"{key}: (not copied)"] if is_secret_name(key) else own
             left += [*above, f"# {why}:", *(f"#   {line}" for line in shown)]
-            changes.append(f"{flat.origin((key,))}: {key} left out; {why}")
+            changes.append(f"{place}: {key} left out; {why}")
         else:
             values[dotted] = new = _todays(key, value)
             name = dotted.partition(".")[2]
-            texts[dotted] = [*above, f"{name}{own[0].removeprefix(key)}", *own[1:]]
-            change = f"{key} -> {dotted}"
             if new != value:
                 comments = [part for line in own for part in re.findall(r"\s(#.*)", line)]
                 texts[dotted] = [*above, *comments, f"{name}: {value_text(new)}"]
-                change += f": {value_text(value, 60)} -> {value_text(new, 60)}"
-            changes.append(f"{flat.origin((key,))}: {change}")
+            else:
+                texts[dotted] = [*above, f"{name}{own[0].removeprefix(key)}", *own[1:]]
+            changes.append(f"{place}: {key} -> {dotted}")
         above = following
-    for dotted, value, why in _added(flat.values, values):
+    for dotted, (value, why) in _added(flat.values, values).items():
         if dotted not in texts:
             texts[dotted] = [f"# {why}", f"{dotted.partition('.')[2]}: {value_text(value)}"]
             changes.append(f"added {dotted}: {value_text(value)}; {why}")
     lines = [head]
     for section in SECTIONS:
         inner = [line for key in texts if key.startswith(f"{section}.") for line in texts[key]]
-        lines += (
-            ["", f"{section}:", *(f"  {line}" if line else "" for line in inner)] if inner else []
-        )
+        lines += ["", f"{section}:"] if inner else []
+        lines += [f"  {line}" if line else "" for line in inner]
     lines += ["", "# Left out by `recipes migrate`:", *left] if left else []
     return "\n".join([*lines, *above]) + "\n", changes
 
@@ -227,14 +220,13 @@ def _why_left_out(key: str, dotted: str, flat: Values) -> str:
         "a secret does not belong in a recipe; use hf auth login": is_secret_name(key),
         LEFT_OUT.get(key, ""): key in LEFT_OUT,
         "no class behind a recipe section has this key": not dotted,
-        "it says nothing": flat[key] is None and not dotted.startswith("train."),
+        "it says nothing": flat[key] is None and dotted[:6] != "train.",
         "it is off": key == "assistant_only_loss" and not flat[key],
         "runs are in runs/<run.name>": key == "output_dir" and flat.get("run_name"),
         "warmup_steps decides": key == "warmup_ratio" and (steps or not ratio),
         "warmup_ratio decides": key == "warmup_steps" and ratio and not steps,
-        "without use_peft: true TRL ignores it": dotted.startswith("lora.")
-        and not flat.get("use_peft"),
-        "the base model is not loaded that way": dotted.startswith("quantization.") and not loads,
+        "TRL ignores it without use_peft": dotted[:5] == "lora." and not flat.get("use_peft"),
+        "nothing is quantized": dotted[:13] == "quantization." and not loads,
     }
     return next((why for why, holds in reasons.items() if holds), "")
 
@@ -244,19 +236,18 @@ def _todays(key: str, value: Any) -> Any:
     if key in ("dataset_mixture", "datasets"):
         parts = value.get("datasets") if isinstance(value, dict) else value
         return [_source(part) for part in parts or []]
-    if key == "assistant_only_loss":
-        return "all"
-    if key == "dataset_text_field":
-        return {"text": value}
     if key in ("run_name", "output_dir"):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
-    if key == "group_by_length":
-        return "group_by_length" if value else "random"
-    if key == "lora_target_modules" and isinstance(value, str) and value != "all-linear":
-        return [module.strip() for module in value.split(",")]
-    if key == "packing_strategy" and value == "ffd":  # TRL's name of it before 0.20
-        return "bfd"
-    return value[0] if value == ["all-linear"] else value
+    if key == "lora_target_modules":
+        names = re.split(r" *, *", value) if isinstance(value, str) else value
+        return "all-linear" if names == ["all-linear"] else names
+    forms: dict[str, Any] = {
+        "assistant_only_loss": "all",
+        "dataset_text_field": {"text": value},
+        "group_by_length": "group_by_length" if value else "random",
+        "packing_strategy": "bfd" if value == "ffd" else value,  # its name before TRL 0.20
+    }
+    return forms.get(key, value)
 
 
 def _source(part: Values) -> Values:
@@ -270,29 +261,26 @@ def _source(part: Values) -> Values:
     return {name: value for name, value in keys.items() if value not in (None, 1)}
 
 
-def _added(flat: Values, values: Values) -> list[tuple[str, Any, str]]:
-    """Return what TRL fills in by itself where the class behind a section fills in something else:
-    key, value and reason.
+def _added(flat: Values, values: Values) -> dict[str, tuple[Any, str]]:
+    """Return what TRL fills in where the class behind a section fills in something else, and why:
+    by key of the recipe.
     """
-    added: list[tuple[str, Any, str]] = []
+    added: dict[str, tuple[Any, str]] = {}
     if flat.get("use_peft"):
         why = "TRL's default; PEFT's is another"
-        added += [(f"lora.{key}", value, why) for key, value in LORA_DEFAULTS.items()]
+        added |= {f"lora.{key}": (value, why) for key, value in LORA_DEFAULTS.items()}
     if flat.get("load_in_4bit"):
-        added.append(("quantization.bnb_4bit_quant_type", "nf4", "TRL's default"))
+        added["quantization.bnb_4bit_quant_type"] = ("nf4", "TRL's default")
         if (dtype := values.get("model.dtype")) in ("bfloat16", "float16", "float32"):
             why = "TRL computes in the model's dtype"
-            added.append(("quantization.bnb_4bit_compute_dtype", dtype, why))
-    rows = "chat"
-    why = "for messages; for prompt and completion write raw, without completion_only_loss"
-    if "dataset_text_field" in flat:
-        rows, why = "raw", "the text is in one column"
-    added.append(("data.prompt_format", rows, why))
+            added["quantization.bnb_4bit_compute_dtype"] = (dtype, why)
+    rows = "raw" if "dataset_text_field" in flat else "chat"
+    why = "chat: messages; raw: text, or prompt and completion without completion_only_loss"
+    added["data.prompt_format"] = (rows, why)
     if rows == "chat" and not flat.get("assistant_only_loss"):
         why = "of messages TRL learns every token; true learns the answers, as for prompts"
-        added.append(("train.completion_only_loss", False, why))
-    if values.get("train.eval_strategy") in ("no", None):
-        added.append(("data.split", {"method": "none"}, "no evaluation: no row is held out"))
-    else:
-        added.append(("data.split", {"validation": 0.1}, "rows held out for evaluation"))
+        added["train.completion_only_loss"] = (False, why)
+    evaluates = values.get("train.eval_strategy") not in ("no", None)
+    split = {"validation": 0.1} if evaluates else {"method": "none"}
+    added["data.split"] = (split, "rows are held out only where there is an evaluation")
     return added

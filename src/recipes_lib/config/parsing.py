@@ -153,12 +153,8 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         return [f"{name} is missing"]
     if any(detail["type"] == "extra_forbidden" for detail in details):
         return _unknown(model, path)
-    if kind == "model_type":
-        return [f"section '{name}' must be a mapping of keys, got {value_text(value, 60)}"]
-    if kind == "value_error":
-        return [f"{name}: {details[0]['ctx']['error']}"]
     what = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
-    what = what.replace("or Input should be", "or").removeprefix("Input ")
+    what = what.replace("or Input should be", "or").replace("Value error, ", "")
     choices = re.findall(r"'(\w*)'", what)
     if len(choices) > _MAX_NAMES:
         what = f"is not among the choices of recipes explain {name}"
@@ -169,10 +165,9 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
 def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
     """Return that a key does not exist, and what to write instead."""
     models: list[type[BaseModel]] = [model]
-    for step in path[:-1]:
+    for step in path[:-1]:  # an item of a list is of the models around it
         fields = [known.model_fields[step] for known in models if step in known.model_fields]
-        if fields:  # else an item of a list, or a key of a mapping of models
-            models = [inner for known in fields for inner in _models_in(known.annotation)]
+        models = [inner for known in fields for inner in _models_in(known.annotation)] or models
     key, name = str(path[-1]).replace("-", "_"), dotted(path)
     for section in models:
         if remedy := getattr(section, "gone", {}).get(key):

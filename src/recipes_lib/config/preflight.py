@@ -15,9 +15,8 @@ from typing import Any
 
 from recipes_lib.config import upstream
 from recipes_lib.config.documents import Values, did_you_mean
-from recipes_lib.config.launch import AccelerateConfig, plan_launch
+from recipes_lib.config.launch import STARTS_WITHOUT_WEIGHTS, AccelerateConfig, plan_launch
 from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
-from recipes_lib.config.sections import STARTS_WITHOUT_WEIGHTS
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
 from recipes_lib.models import families
@@ -45,8 +44,7 @@ def check_upstream(
     checkable = recipe
     if not (launch.config.use_cpu or upstream.has_accelerator()):  # it is meant for a GPU
         train = {key: recipe.train[key] for key in recipe.train.keys() - _OF_GPUS}
-        model = recipe.model.model_copy(update={"attn_implementation": None})
-        checkable = replace(recipe, train=train, model=model)
+        checkable = replace(recipe, train=train)
     for build in (
         lambda: upstream.build_sft_config(checkable, "unused", launch.world_size),
         lambda: upstream.build_lora_config(recipe),
@@ -59,8 +57,8 @@ def check_upstream(
             errors += getattr(error, "errors", [error])
     errors += _sharded_quantization(recipe, launch.config)
     wrong = list(check_model_files(recipe, folder, remote_code=remote_code)) if folder else []
-    is_cached = not Path(recipe.model.name_or_path).is_dir()
-    absent = folder is None or (is_cached and not _has_tokenizer(folder))
+    absent = folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES)
+    absent &= not Path(recipe.model.name_or_path).is_dir()
     if errors or wrong or folder is None or absent or recipe.model.trust_remote_code:
         if notes is not None and not errors + wrong:
             why = "model not on this machine" if absent else "the model brings its own code"
@@ -78,15 +76,13 @@ def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Itera
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if quantization is None or not (asked or accelerate.distributed_type == "FSDP"):
         return
-    storage = quantization.get("bnb_4bit_quant_storage", "uint8")
-    compute = quantization.get("bnb_4bit_compute_dtype", "float32")
+    types = ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
     if quantization.get("load_in_8bit") or recipe.train.get("fp16"):
         key = "train.fp16" if recipe.train.get("fp16") else "quantization.load_in_8bit"
         what = f"{key}: FSDP would gather quantized weights in another type and change them"
         yield recipe.error(key, what, "use 4 bits and train.bf16: true, or launch with ddp")
-    elif not storage == compute == "bfloat16":
-        values = f"bnb_4bit_quant_storage is {storage}, bnb_4bit_compute_dtype {compute}"
-        what = f"QLoRA under FSDP needs 4-bit weights stored and computed as bfloat16: {values}"
+    elif {quantization.get(key) for key in types} != {"bfloat16"}:
+        what = f"QLoRA under FSDP: {' and '.join(types)} must both be bfloat16"
         yield recipe.error("quantization", what, "set both, or launch with ddp")
 
 
@@ -105,10 +101,6 @@ def local_folder(recipe: Recipe) -> Path | None:
 
     config = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
     return Path(config).parent if isinstance(config, str) else None
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
@@ -180,19 +172,17 @@ def check_names(
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        auto = getattr(transformers, families.auto_class(config.model_type))
         with torch.device("meta"):
-            model = getattr(transformers, families.auto_class(config.model_type)).from_config(
-                config
-            )
+            model = auto.from_config(config)
     except Exception as error:
         # transformers raises many types here; whatever it is, the user's model cannot be built
         yield recipe.error(KEY, f"transformers cannot build this model: {one_line(error)}")
         return
-    name, embeddings = type(model).__name__, model.get_input_embeddings()
     packs = "packing" if recipe.train.get("packing") else "padding_free"
     wrapped = packs == "packing" and recipe.train.get("packing_strategy") == "wrapped"
     if recipe.train.get(packs) and not wrapped and (why := families.why_rows_apart(model)):
-        what = f"train.{packs}: {name} {why}"
+        what = f"train.{packs}: {type(model).__name__} {why}"
         yield recipe.error(f"train.{packs}", what, f"set train.{packs}: false")
     wrap = "fsdp_transformer_layer_cls_to_wrap"
     classes = {type(module).__name__ for module in model.modules()}
@@ -211,7 +201,7 @@ def check_names(
     except Exception as error:  # as above: any failure to read it is the user's to know
         yield no_tokenizer(recipe, error)
         return
-    rows = embeddings.weight.shape[0]
+    rows = model.get_input_embeddings().weight.shape[0]
     if entries > rows and not recipe.model.resize_embeddings:
         what = f"the tokenizer has {entries:,} entries, the model embeds only {rows:,}"
         hint = "set model.resize_embeddings: true, or use the model's own tokenizer"

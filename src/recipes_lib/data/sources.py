@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.documents import near_file
-from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import (
+from recipes_lib.config.recipe import (
     DATA_FORMATS,
     HUB_ID,
     DataSection,
-    OwnRows,
+    Recipe,
     SplitSection,
     data_format,
 )
@@ -83,7 +82,7 @@ def listed_sources(section: DataSection) -> list[Source]:
     shared = section.model_dump(include={"subset", "source_split", "revision"})
     sources = []
     for entry in [section.source] if isinstance(section.source, str) else section.source:
-        keys: dict[str, Any] = {"source": entry} if isinstance(entry, str) else entry
+        keys: Any = {"source": entry} if isinstance(entry, str) else entry
         columns = {**section.columns, **(keys.get("columns") or {})}
         sources.append(Source(**{**shared, **keys, "columns": columns}))
     return sources
@@ -409,8 +408,8 @@ def _normalised(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
-def look_at(data: Path) -> OwnRows:
-    """Return what can read a file, or a folder's first training file, by its first row."""
+def formats_of(data: Path) -> tuple[str, ...]:
+    """Return the prompt formats that can read the first row of a file or folder, best first."""
     file = source_files(Source(source=str(data), columns={}))[0]
     names = column_names(read_file(file, max_rows=1))
     formats = tuple(fields_by_format({}, names)[1])
@@ -418,4 +417,4 @@ def look_at(data: Path) -> OwnRows:
         what = f"columns {', '.join(names)} are not understood" if names else "0 rows"
         hint = "start without --data and set data.source and data.columns yourself"
         raise DataError(what, hint, file=shown_path(file), line=1)
-    return OwnRows(data, formats)
+    return formats

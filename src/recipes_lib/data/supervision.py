@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from recipes_lib.config.sections import MAX_LENGTH, DataSection
+from recipes_lib.config.recipe import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import one_line
 from recipes_lib.data.prompts import (
     GENERATION,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.sections import ModelSection
+from recipes_lib.config.recipe import ModelSection
 from recipes_lib.core.errors import EnvironmentFault, one_line
 from recipes_lib.core.files import Row, hash_of, model_fingerprint, write_json
 from recipes_lib.core.project import runs_root

@@ -21,9 +21,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from recipes_lib.config.documents import COMMAND_LINE, Document, Origin
+from recipes_lib.config.launch import LaunchSection
 from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import ASKED, DataSection, LaunchSection, ModelSection, RunSection
+from recipes_lib.config.recipe import ASKED, DataSection, ModelSection, Recipe, RunSection
 from recipes_lib.core.environment import installed_version, quiet_libraries
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import (

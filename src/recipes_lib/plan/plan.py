@@ -24,8 +24,7 @@ from recipes_lib.config.launch import (
     sync_each_batch,
 )
 from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
-from recipes_lib.config.sections import MAX_LENGTH
+from recipes_lib.config.recipe import MAX_LENGTH, RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.errors import DataError, RecipesError, one_line
 from recipes_lib.core.files import object_or_none
@@ -273,14 +272,8 @@ def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
         mean, longest = rows.train * mean / number, max_length
     per_device = int(train.get("per_device_train_batch_size", 8))
     batch = (per_device, accumulation_steps(recipe, world_size), world_size)
-    per_epoch, steps = planned_steps(
-        number,
-        per_device=per_device,
-        accumulation=batch[1],
-        world_size=world_size,
-        epochs=float(train.get("num_train_epochs", 3)),
-        max_steps=int(train.get("max_steps", -1)),
-    )
+    epochs, max_steps = float(train.get("num_train_epochs", 3)), int(train.get("max_steps", -1))
+    per_epoch, steps = planned_steps(number, math.prod(batch), epochs, max_steps)
     # an epoch of fewer rows than a step takes has those alone
     in_epoch = min(per_epoch * math.prod(batch), number)
     strategy = train.get("eval_strategy", "no")

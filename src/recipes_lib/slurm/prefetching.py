@@ -10,8 +10,7 @@ from pathlib import Path
 
 from recipes_lib.config.documents import read
 from recipes_lib.config.preflight import TOKENIZER_FILES, local_folder, weight_faults
-from recipes_lib.config.recipe import load_recipe
-from recipes_lib.config.sections import ModelSection
+from recipes_lib.config.recipe import ModelSection, load_recipe
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path

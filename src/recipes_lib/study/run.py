@@ -25,8 +25,8 @@ from pathlib import Path
 from queue import Queue
 
 from recipes_lib.analysis.text import difference_text, question_text, sentence_list
+from recipes_lib.config.launch import LaunchSection
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import LaunchSection
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.files import Row, read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path

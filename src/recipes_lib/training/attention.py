@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from recipes_lib.config.sections import VARLEN
+from recipes_lib.config.recipe import VARLEN
 from recipes_lib.models.families import ATTENTION_LAYERS
 
 try:

@@ -20,11 +20,11 @@ from trl import SFTConfig, pack_dataset
 
 from recipes_lib.config import launch
 from recipes_lib.config.preflight import attention_refused
-from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import VARLEN
+from recipes_lib.config.recipe import VARLEN, Recipe
 from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config, build_quantization_config
 from recipes_lib.core.ranks import meet, on_main_rank, rank, say_once
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.terminal import count
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.models import families, upstream_fixes
 from recipes_lib.training.attention import use_document_attention, use_varlen
@@ -42,21 +42,20 @@ def read_model(
     """Return the base model; every rank has to call, and waits until all have theirs.
 
     Under FSDP2 rank 0 reads alone, and accelerate hands each other rank its share; until then their
-    models are on torch's meta device. Where `why_each_rank_reads` has a reason, each rank reads.
+    models are on torch's meta device. Where that cannot be, each rank reads.
     """
     sharded = active.distributed_type == "FSDP"
-    asked = launch.reads_once_is_asked(os.environ)
-    why = launch.why_each_rank_reads(recipe, sharded, asked)
+    asked = os.environ.get(launch.READS_ONCE_VARIABLE, "false").lower() in ("1", "true", "yes")
+    reads_once = sharded and asked and launch.one_rank_can_read(recipe)
     if sharded:
         # what accelerate and transformers go by; transformers would fill what is empty
         os.environ[launch.READS_ONCE_VARIABLE] = "false"
-    if why is None:
+    if reads_once:
         model = _read_by_rank_0(recipe, tokenizer)
         own = dict(model.named_non_persistent_buffers())
-        if {*dict(model.named_buffers())} - {*own}:
-            # accelerate 1.15 takes every entry of the state dict for a parameter
-            why = "the model keeps buffers among its weights"
-    if why is None:
+        # accelerate 1.15 takes every entry of the state dict, buffers too, for a parameter
+        reads_once = not {*dict(model.named_buffers())} - {*own}
+    if reads_once:
         # neither a file nor the state dict has RoPE's frequencies, which rank 0 computed
         for name, value in on_main_rank(lambda: own).items():
             parent, _, local = name.rpartition(".")
@@ -198,13 +197,11 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     joined = ", no padding" if trainer.data_collator.padding_free else ""
     half = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
     precision = half or str(model.dtype).removeprefix("torch.")
-    shape = {
-        "per_device": args.per_device_train_batch_size,
-        "accumulation": args.gradient_accumulation_steps,
-        "world_size": args.world_size,
-    }
-    length = {"epochs": args.num_train_epochs, "max_steps": args.max_steps}
-    steps = launch.planned_steps(rows, **shape, **length)
+    shape = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    size = shape[0] * shape[1] * shape[2]
+    epoch, steps = launch.planned_steps(rows, size, args.num_train_epochs, args.max_steps)
+    batch = f"{shape[0]} per device x {shape[1]} accumulation x {count(shape[2], 'rank')} = {size}"
+    rest = rows % size if steps >= epoch else 0
     counts = [model.num_parameters(only_trainable=trained) for trained in (True, False)]
     trained = f"{counts[0]:,} of {counts[1]:,} parameters"
     if quantized := count_quantized(model):
@@ -216,7 +213,8 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     return [
         f"launch: {launch_line}; precision {precision}; attention"
         f" {model.config._attn_implementation}{', packed' if args.packing else joined}",
-        f"batch: {launch.describe_batch(rows, steps, **shape)}",
+        f"batch: {batch} examples per step; {rows:,} examples -> {epoch:,} steps per epoch,"
+        f" {steps:,} steps{f'; left out, because they fill no step: {rest}' if rest else ''}",
         f"trains: {trained}",
     ]
 

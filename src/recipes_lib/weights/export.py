@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import HUB_ID
+from recipes_lib.config.recipe import HUB_ID, Recipe
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError, one_line
 from recipes_lib.core.files import file_hash, object_or_none, publish, read_object, write_json
 from recipes_lib.core.run_directory import run_lock

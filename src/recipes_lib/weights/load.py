@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.preflight import DEQUANTIZED, check_upstream, local_folder, no_tokenizer
-from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import VARLEN, ModelSection
+from recipes_lib.config.recipe import VARLEN, ModelSection, Recipe
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import folder_fingerprint

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.recipe import RECIPE_FILE, DataSection, Recipe, load_recipe
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.core.files import DamagedFile, file_hash, hash_of, read_object
 from recipes_lib.core.ranks import on_main_rank, rank
