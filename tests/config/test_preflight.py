@@ -124,6 +124,7 @@ def test_names_are_checked_against_a_local_model(write, tiny_model_dir):
         "lora.target_modules=[q_proj, qq_proj]": "no module 'qq_proj'",  # PEFT takes it
         "lora.target_modules='.*attention_x.*'": "attention_x",
         "lora.target_modules=[]": "target_modules",
+        "lora.target_modules='.*(q_proj|lm_head)'": "output layer",  # would stay untrained
         "lora.modules_to_save=[head]": "no module 'head'",
         "lora.target_modules=all-linear": "",
         "lora.target_modules='.*_proj'": "",

@@ -87,7 +87,7 @@ class Document:
 
     @cached_property
     def file(self) -> str:
-        """The path as a user would type it."""
+        """The path as a user would type it; asked for once for each value."""
         return shown_path(self.path)
 
     @property

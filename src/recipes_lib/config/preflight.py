@@ -225,10 +225,8 @@ def _adapter(recipe: Recipe, lora: Values, model: Any) -> list[RecipeError]:
     settled = families.settle_targets(config, model)
     # PEFT finds former layers of experts, which are parameters now, by itself
     known = families.converted(config, model)
-    for key, names in {
-        "lora.target_modules": known.target_modules,
-        "lora.modules_to_save": known.modules_to_save,
-    }.items():
+    for key in ("lora.target_modules", "lora.modules_to_save"):
+        names = getattr(known, key.removeprefix("lora."))
         for name in () if names is None or isinstance(names, str) else names:
             if not any(f".{module}".endswith(f".{name}") for module in modules):
                 what = f"{key}: the model has no module '{name}'"
@@ -241,8 +239,10 @@ def _adapter(recipe: Recipe, lora: Values, model: Any) -> list[RecipeError]:
         key = "lora.init_lora_weights"
         what = f"{key}: {start} starts from weights of layers, and these are experts'"
         faults.append((key, what, "leave the key out, or adapt the attention alone"))
-    if faults:
-        return [recipe.error(*fault) for fault in faults]
-    with torch.device("meta"):
-        get_peft_model(model, settled)
-    return []
+    if not faults:
+        with torch.device("meta"):
+            get_peft_model(model, settled)
+        if hasattr(model.get_output_embeddings(), "lora_A"):
+            what = f"{key}: the loss does not run through an adapter on the output layer"
+            faults.append((key, what, "leave the output layer out"))
+    return [recipe.error(*fault) for fault in faults]

@@ -134,7 +134,7 @@ def has_plain_head(model: Any) -> bool:
     """Return whether a linear layer's products are the logits (Gemma caps, Granite scales them)."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     is_changed = any(getattr(config, name, None) is not None for name in _LOGITS_CHANGED_BY)
-    return type(head).__name__ == "Linear" and not is_changed
+    return type(head).__name__ == "Linear" and not (is_changed or hasattr(head, "base_layer"))
 
 
 # ---- adapters ----
