@@ -321,6 +321,24 @@ def test_a_second_start_reads_the_rows_that_the_first_one_kept(
     assert len([*cache.iterdir()]) == 2 and not capfd.readouterr().err
 
 
+def test_two_that_prepare_the_same_rows_at_once_never_write_one_file(
+    prepare, write_jsonl, tasks, cache, monkeypatch
+):
+    import datasets
+
+    save, path, written = datasets.DatasetDict.save_to_disk, write_jsonl(tasks(20)), []
+
+    def save_late(self, folder):
+        written.append(folder)
+        if len(written) == 1:
+            prepare(path)  # another process is faster
+        save(self, folder)
+
+    monkeypatch.setattr(datasets.DatasetDict, "save_to_disk", save_late)
+    prepare(path)
+    assert len({*written}) == 2 and len([*cache.iterdir()]) == 1
+
+
 def test_whatever_decides_the_rows_makes_them_anew(prepare, write_jsonl, tasks, cache):
     prepare(write_jsonl(tasks(60)))
     rows = tasks(60)

@@ -104,7 +104,8 @@ def _prepared_folder(recipe: Recipe, settings: Supervision, tokenizer: Any) -> P
     folder = cache_root() / "rows" / key
     if (folder / _RECORD).is_file():
         return folder
-    data, scratch = _prepare(recipe, settings, tokenizer, key), folder.with_name(f".{key}.tmp")
+    data = _prepare(recipe, settings, tokenizer, key)
+    scratch = folder.with_name(f".{os.urandom(8).hex()}.tmp")  # arms of an array start at once
     names = ("splits", "fingerprint", "prompt_format_hash")
     record = {name: getattr(data, name) for name in names} | {"audit": asdict(data.audit)}
     parts = {name: rows for name in SPLITS if (rows := getattr(data, name)) is not None}
@@ -112,7 +113,7 @@ def _prepared_folder(recipe: Recipe, settings: Supervision, tokenizer: Any) -> P
         disable_progress_bars()
         DatasetDict(parts).save_to_disk(scratch)
         write_json(scratch / _RECORD, record)
-        publish(scratch, folder)
+        publish(scratch, folder, replace=False)
         for old in sorted(folder.parent.iterdir(), key=os.path.getmtime)[:-NUM_CACHED]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError:
@@ -150,8 +151,7 @@ def _read(folder: Path) -> PreparedData | None:
     if not record:
         return None
     parts: dict[str, Any] = dict.fromkeys(SPLITS) | dict(load_from_disk(str(folder)))
-    audit = DataAudit(**record.pop("audit"))
-    return PreparedData(**parts, **record, audit=audit)
+    return PreparedData(audit=DataAudit(**record.pop("audit")), **parts, **record)
 
 
 # ---- the work ----
