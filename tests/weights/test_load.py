@@ -28,7 +28,7 @@ def test_why_a_model_cannot_be_had_is_said_by_the_type_of_the_hubs_error() -> No
         (errors.GatedRepoError("403 Error", response=response), "is gated"),
         (errors.LocalEntryNotFoundError("not here"), "offline, and 'org/m' is not in the local"),
         (ConnectionError(), "offline"),
-        (errors.RepositoryNotFoundError("no v9 404", response=response), "'org/m': no v9"),
+        (errors.RepositoryNotFoundError("404", response=response), "no model 'org/m'"),
     ):
         assert words in explain_load_failure(section, cause).what, words
         error = OSError("no v9, says transformers")

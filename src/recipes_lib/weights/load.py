@@ -115,9 +115,8 @@ def load_model(
     except (ImportError, ValueError) as error:
         if attention is None:
             raise
-        key = "model.attn_implementation"
-        what = f"{key}: {attention} cannot be used: {one_line(error)}"
-        raise recipe.fault(key, what, "leave the key out") from None
+        what = f"model.attn_implementation: {attention} cannot be used: {one_line(error)}"
+        raise recipe.fault("model.attn_implementation", what, "leave the key out") from None
     for module in model.modules():
         # bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 processors in the first
         # evaluation, and outputs differ from then on (2% of the largest logit of a 135M model)
@@ -200,8 +199,7 @@ def attach(
 
 
 def _source(section: ModelSection) -> dict[str, Any]:
-    revision = section.revision or "main"
-    return {"revision": revision, "trust_remote_code": section.trust_remote_code}
+    return {"revision": section.revision or "main", "trust_remote_code": section.trust_remote_code}
 
 
 def explain_load_failure(section: ModelSection, error: Exception) -> EnvironmentFault:
@@ -221,4 +219,6 @@ def explain_load_failure(section: ModelSection, error: Exception) -> Environment
     elif causes & {errors.LocalEntryNotFoundError, ConnectionError} and not Path(name).exists():
         what = f"offline, and '{name}' is not in the local cache"
         hint = f"with a network: hf download {name}; or choose a local folder, or {MODEL}"
+    elif errors.RepositoryNotFoundError in causes:
+        what = f"the Hub has no model '{name}', or it is private"
     return EnvironmentFault(what, hint)
