@@ -71,14 +71,6 @@ def test_new_check_and_data_agree_about_rows_that_cannot_be_used(recipe_file, tm
     assert "2 of 1503 rows cannot be used and are left out" in said("data", "try.yaml")
 
 
-def test_check_reads_the_first_rows_and_all_of_them_when_asked(recipe_file, monkeypatch, said):
-    monkeypatch.setattr("recipes_lib.data.sources.NUM_CHECKED", 30)
-    with recipe_file.with_name("rows.jsonl").open("a") as file:
-        file.write('{"instruction": "a", "response": "b"}\n{"instruction": "a"}\n')
-    said("check", "try.yaml")
-    assert "rows.jsonl:32: column 'response'" in said("check", "--full", "try.yaml", code=4)
-
-
 def test_data_that_is_not_there_is_refused_by_every_verb(recipe_file, recipes):
     (recipe_file.parent / "empty").mkdir()
     text, wrong = recipe_file.read_text(), []

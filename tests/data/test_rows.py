@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import pyarrow
 import pytest
+from huggingface_hub import constants
 from pyarrow import parquet
 
 from recipes_lib.config.recipe import DataSection
@@ -20,16 +22,14 @@ from recipes_lib.data.rows import (
     SettingError,
     check_roles,
     conversation_of,
-    message_texts,
-    read_messages,
-    template_values,
-)
-from recipes_lib.data.sources import (
     data_files,
     formats_of,
-    listed_sources,
+    hub_is_away,
+    message_texts,
     read_data,
     read_file,
+    read_messages,
+    template_values,
 )
 
 TASK = {"instruction": "Größe?", "response": 'Say "é",\nthen stop.'}
@@ -75,7 +75,6 @@ def write_all(folder: Path, rows: list[dict[str, str]]) -> list[Path]:
 def test_every_format_gives_the_same_rows(tmp_path):
     for file in write_all(tmp_path, TASKS):
         assert [row.fields for row in rows_of(file)] == TASKS, file
-    assert len(read_file(tmp_path / "rows.jsonl", max_rows=2)) == 2
     (tmp_path / "a.csv").write_text("instruction,response\nNA,007\nnull,1e3\n")
     found = [[*row.fields.values()] for row in rows_of(tmp_path / "a.csv")]
     assert found == [["NA", "007"], ["null", "1e3"]], "nothing is converted"
@@ -91,7 +90,7 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path):
         ("a.jsonl", f'{good}\n{{"instruction": "\xe9"}}\n'.encode("latin-1"), 2, "'utf-8' codec"),
         ("a.jsonl", f"{good}\n[1]\n", 2, "expected dict, found list"),
         ("a.json", "[\n{]", None, "cannot be read as json"),
-        ("a.json", '{"data": [{}],\n "b": 2}', None, "expected a list of objects"),
+        ("a.json", '{"data": [{}],\n "b": 2}', 1, "not JSON"),
         ("a.csv", "instruction,response\na\n", 2, "not 2 fields, as the header has"),
         ("a.csv", "instruction,response\na,b,c\n", 2, "not 2 fields, as the header has"),
         ("a.csv", 'instruction,response\na,"b', None, "cannot be read as csv"),
@@ -120,21 +119,19 @@ def test_a_source_that_is_nowhere_names_the_nearest(tmp_path, monkeypatch):
     with pytest.raises(SettingError, match="no such file or folder") as caught:
         rows_of(tmp_path / "row.jsonl")
     assert "rows.jsonl" in caught.value.hints[0]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # a Hub that does not answer is asked once, without the retries of its client
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub_is_away.cache_clear()
+    begin = time.monotonic()
     with pytest.raises(SettingError, match="offline, and 'nobody/nothing' is no file"):
         rows_of("nobody/nothing")
-
-
-def test_sources_take_the_keys_of_data():
-    source = [{"source": "a", "columns": {"response": "r"}, "weight": 2}, "b"]
-    first, second = listed_sources(DataSection(source=source, columns={"instruction": "q"}))
-    assert first.columns == {"instruction": "q", "response": "r"} and first.weight == 2
-    assert (second.source, second.columns) == ("b", {"instruction": "q"})
+    assert time.monotonic() - begin < 15
+    hub_is_away.cache_clear()
 
 
 def test_what_cannot_be_used_is_described_with_its_lines(read):
     chat = {"messages": TURNS}
-    other = [{"role": "system", "content": "Be long."}, *TURNS]
     for row, prompt_format, keys, words in (
         ({**TASK, "response": None}, "dolly", {}, "'response': expected text, found None"),
         ({**TASK, "response": TURNS}, "chat", {}, "'response': expected text, found list"),
@@ -144,7 +141,6 @@ def test_what_cannot_be_used_is_described_with_its_lines(read):
         ({**chat, "tools": "weather"}, "chat", {}, "not JSON"),
         ({**chat, "tools": [{"type": "x"}]}, "chat", {}, "no function with a name"),
         ({**chat, "chat_template_kwargs": [1]}, "chat", {}, "expected dict, found list"),
-        ({"messages": other, "system": "Be brief."}, "chat", {}, "a system message and another"),
         (TASK, "dolly", {"system_prompt": "Be brief."}, "acts in prompt_format chat alone"),
     ):
         with pytest.raises(DataError, match=words) as caught:
@@ -177,12 +173,16 @@ def test_columns_of_another_format_name_the_format_to_try(read):
     assert caught.value.hints[0].startswith("did you mean category")
 
 
-def test_columns_and_keys_of_messages_that_nothing_reads_are_named(write_jsonl):
-    rows = [{"messages": TURNS, "documents": [{"title": "t"}]}, {"messages": [*TURNS]}]
-    rows[1]["messages"][0] = {**TURNS[0], "images": ["a.png"]}
-    section = DataSection(source=str(write_jsonl(rows)), prompt_format="chat")
-    [unused] = read_data(section, BadRows()).unused.values()
-    assert unused == ["documents", "messages.images"]
+def test_a_column_is_named_that_is_almost_one_that_would_be_read(write_jsonl):
+    for row, prompt_format, names in (
+        ({**TASK, "category": "a", "source": "b", "contxt": "c"}, "dolly", ["contxt"]),
+        ({**TASK, "system_prompt": "Be brief."}, "dolly", ["system_prompt"]),
+        ({"messages": TURNS, "prompt": "Hi", "prompt_id": "a"}, "chat", []),
+        ({"messages": TURNS, "function": []}, "chat", ["function"]),
+    ):
+        section = DataSection(source=str(write_jsonl([row])), prompt_format=prompt_format)
+        unread = read_data(section, BadRows()).unread
+        assert [name.split(" (in ")[0] for name in unread] == names
 
 
 def test_tools_and_template_arguments_have_columns_of_their_own(read):
@@ -254,7 +254,6 @@ def test_a_bad_message_is_described():
         ({"role": "user", "content": None}, "(user): expected text, found None"),
         ({"role": "user", "content": "\udc00"}, "surrogates not allowed"),
         ({"role": "user", "content": parts}, "only content parts {type: text"),
-        ({"role": "user", "content": "a", "weight": 1}, "weight 1: "),
         ({**ANSWERED, "weight": 0.5}, "weight 0.5: "),
         ({**ANSWERED, "reasoning_content": ["a"]}, "thoughts: expected text, found list"),
         ({**ANSWERED, "tool_calls": [{"name": "f", "arguments": "{city"}]}, "'f': not JSON ("),

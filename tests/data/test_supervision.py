@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes_lib.config.recipe import DataSection
+from recipes_lib.data.prepare import Supervision, decoded_spans
 from recipes_lib.data.prompts import task_prompt
 from recipes_lib.data.rows import SettingError
-from recipes_lib.data.supervision import Supervision, decoded_spans, prompt_ids
 
 BOS, EOS = 1, 2
 
@@ -70,13 +70,10 @@ def test_truncation_cuts_ids_and_mask_together(tiny_tokenizer):
     assert len(item.ids) == 16 and item.supervised == 0 and (item.labels == -100).all()
 
 
-def test_special_tokens_in_the_text_are_text_unless_they_are_kept(tiny_tokenizer):
+def test_special_tokens_in_the_text_are_text(tiny_tokenizer):
     item = encode_task(tiny_tokenizer, "Say </s> and <s>.", "ok </s> <|user|> done")
     assert (item.ids == EOS).sum() == 1 and (item.ids == BOS).sum() == 1
     assert learned(item, tiny_tokenizer) == ["ok </s> <|user|> done</s>"]
-    fields = {"instruction": "Do.", "response": "ok </s>"}
-    item = encode_row(fields, tiny_tokenizer, special_tokens="keep")
-    assert (item.ids == EOS).sum() == 1 and item.ids[-1] == EOS  # TRL appends none either
 
 
 def test_settings_that_would_not_act_are_refused(tiny_tokenizer):
@@ -87,10 +84,3 @@ def test_settings_that_would_not_act_are_refused(tiny_tokenizer):
         Supervision.of(section, {}, object())
     train = {"packing": True, "packing_strategy": "bfd_split", "max_length": 16}
     assert Supervision.of(section, train, tiny_tokenizer).max_length is None  # TRL splits rows
-
-
-def test_generation_ids_are_the_prompt_s_training_ids(tiny_tokenizer):
-    item = encode_task(tiny_tokenizer, "Say </s>.", "Yes.")
-    prompt = task_prompt("dolly", "Say </s>.")
-    ids = prompt_ids(DataSection(source="x"), tiny_tokenizer, prompt)
-    assert ids == item.ids[: len(ids)].tolist() and (item.labels[: len(ids)] == -100).all()

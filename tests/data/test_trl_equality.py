@@ -18,11 +18,6 @@ from recipes_lib.data.prompts import task_prompt
 NO_SPLIT = {"method": "none"}
 
 
-@pytest.fixture(scope="module")
-def whole_dolly(shared_data):
-    return sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
-
-
 def pairs(rows) -> list[dict[str, str]]:
     prompts = [task_prompt("dolly", row["instruction"], row["context"]) for row in rows]
     return [
@@ -119,13 +114,3 @@ def test_conversations_are_equal_to_assistant_only_loss(
     ]
     recipe = recipe_for(write_jsonl(rows), prompt_format="chat", split=NO_SPLIT)
     assert ours(recipe, tiny_tokenizer) == trl_rows(rows, tiny_tokenizer, assistant_only_loss=True)
-
-
-@pytest.mark.slow
-def test_trl_drops_128_rows_of_the_whole_dolly_and_we_name_them(
-    recipe_for, whole_dolly, smollm2_tokenizer
-):
-    data = prepare_data(recipe_for(whole_dolly, split=NO_SPLIT), smollm2_tokenizer)
-    bare = data.audit.places["no_supervised_tokens"]
-    assert data.audit.rows["read"] == 15_011 and len(data.train) == 15_011 - 128
-    assert len({*bare}) == len(bare) == 128

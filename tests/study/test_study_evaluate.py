@@ -122,7 +122,7 @@ def test_a_result_says_what_the_training_rows_hold_and_no_claim_is_made_about_th
     assert read_object(result)["leaks"]["found"][0]["place"].endswith("dirty.jsonl:41")
     out = recipes("compare", "clean", "dirty")[1]
     assert "error: dirty: 1 of 8 questions of" in out and "No verdict about dirty" in out, out
-    assert "warning: The training rows of clean were not searched" in out
+    assert "warning: Rows of clean were not searched" in out
 
 
 # ---- Killed at ten moments, a study ends as one that was left alone ----

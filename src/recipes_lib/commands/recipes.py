@@ -37,7 +37,7 @@ from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesErr
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, recipe_path, shown_path
 from recipes_lib.core.terminal import aligned, count, next_step, say
-from recipes_lib.data.sources import check_rows, formats_of
+from recipes_lib.data.rows import check_rows, formats_of
 from recipes_lib.training.resume_guard import differences, flatten
 
 Findings = tuple[list[RecipesError], list[RecipeError]]  # errors; warnings and notes
@@ -216,7 +216,7 @@ def _type_text(schema: JsonSchemaValue) -> str:
 def run_check(
     paths: Annotated[list[str], "YAML files, names of recipes, or folders with YAML files"],
     *,
-    full: Annotated[bool, "also build upstream's objects, and read all local rows"] = False,
+    full: Annotated[bool, "also build upstream's objects"] = False,
 ) -> int:
     """Check every file; print warnings and notes, then all errors."""
     files = list(dict.fromkeys(file for path in paths for file in _files(Path(path))))
@@ -296,7 +296,7 @@ def _check_recipe(document: Document, full: bool, is_base: bool) -> Findings:
 
         errors += check_upstream(recipe, notes=notes) if full else check_model_files(recipe, folder)
     if wrong or not errors:
-        errors += check_rows(recipe, full and not wrong)
+        errors += check_rows(recipe)
     return errors, notes
 
 

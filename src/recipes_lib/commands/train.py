@@ -83,12 +83,11 @@ def run_data(
 
 def _say_audit(audit: DataAudit, split: str = "") -> None:
     rows = audit.rows
-    filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
+    filtered = f", {rows['too_long']} filtered by max_tokens" if rows["too_long"] else ""
     say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
     say(f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}")
-    sources = audit.sources if len(audit.sources) > 1 else ()
     form = f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}"
-    say("\n".join([*sources, form, *audit.notes]))
+    say("\n".join([form, *audit.notes]))
     keys = ("total", "p5", "p50", "p95", "max")
     cells = [[title, *(f"{of[key]:,}" for key in keys)] for title, of in audit.tokens.items()]
     say("\n".join(["", *aligned([("tokens", *keys), *cells])]))
@@ -98,7 +97,7 @@ def _say_audit(audit: DataAudit, split: str = "") -> None:
 
 def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:
     """Print one training row: text with loss in [[...]], the end token marked."""
-    from recipes_lib.data.supervision import IGNORED, decoded_spans
+    from recipes_lib.data.prepare import IGNORED, decoded_spans
 
     num_supervised = sum(label != IGNORED for label in row["labels"])
     say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
@@ -299,7 +298,7 @@ def run_chat(
 
 def answer(family: Family, name: str, messages: Sequence[Message], sampling: Sampling) -> str:
     """Return the next answer, asked in the run's prompt format (the base: as the first run)."""
-    from recipes_lib.data.supervision import prompt_ids
+    from recipes_lib.data.prepare import prompt_ids
 
     section, tokenizer = family.prompting(name)
     prompt = generation_prompt(section, tokenizer, messages=messages)

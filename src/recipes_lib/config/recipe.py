@@ -198,8 +198,6 @@ class DataSection(Section):
     """Rows to leave out."""
     max_examples: int | None = Field(None, ge=1)
     """Use at most this many rows, the first ones in hash order."""
-    special_tokens: Literal["text", "keep"] = "text"
-    """Of </s> and others in a row: text reads ordinary characters, keep the special token."""
 
 
 class RunSection(Section):

@@ -1,3 +1,1 @@
-"""From rows on disk to token ids and the mask of the loss: sources -> columns -> splits -> prompts
--> supervision -> audit, as `prepare.prepare_data` calls them.
-"""
+"""From rows on disk to token ids and labels: rows -> prompts -> prepare. And leaks of evals."""

@@ -1,51 +1,136 @@
-"""From a recipe and a tokenizer to data sets that TRL trains on as they are, with their audit: what
-would happen silently is counted, and its rows are named.
+"""From a recipe and a tokenizer to data sets that TRL trains on as they are: the token ids of each
+row, their labels, and an audit that counts and names what would happen silently.
 
-What was prepared is kept under `.cache/rows`; a resume, an evaluation and the other ranks read it.
+Which tokens carry loss is found in 3 ways; TRL masks the same way:
+
+1. Text pairs: the completion begins where the tokens of prompt and completion together part from
+   those of the prompt alone.
+2. Conversations under a template with `{% generation %}` markers, or TRL's training template: the
+   markers say what the assistant wrote.
+3. Conversations under any other template: the text between the prompt that asks for a turn and the
+   conversation up to its end, where both begin the whole text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
+import math
 import re
-import shutil
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 
-from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import file_hash, hash_of, publish, read_object, write_json
-from recipes_lib.core.project import cache_root, shown_path
+from recipes_lib.config.recipe import MAX_LENGTH, DataSection, Recipe
+from recipes_lib.core.errors import DataError, one_line
+from recipes_lib.core.files import file_hash, hash_of, read_object, sync_tree, write_json
+from recipes_lib.core.project import cache_root
 from recipes_lib.core.ranks import on_main_rank
-from recipes_lib.data.prompts import chat_template, format_hash, training_template, unread_argument
-from recipes_lib.data.rows import NUM_LISTED, BadRow, BadRows, DataRow, SettingError, listed, place
-from recipes_lib.data.sources import (
+from recipes_lib.data.prompts import (
+    GENERATION,
+    Span,
+    chat_template,
+    format_hash,
+    prompt_and_completion,
+    render_chat,
+    training_template,
+    unread_argument,
+)
+from recipes_lib.data.rows import (
+    NUM_LISTED,
     SPLITS,
+    THOUGHTS,
     TRAIN,
+    BadRow,
+    BadRows,
+    DataRow,
     Rows,
-    fingerprint_of,
+    SettingError,
+    conversation_of,
     first_in_hash_order,
     hub_data_set,
     is_on_hub,
+    listed,
     listed_sources,
+    place,
     read_data,
-    source_files,
+    source_hashes,
     split_rows,
+    template_values,
 )
-from recipes_lib.data.supervision import Encoded, Supervision, encode, special_ids
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
-NUM_CACHED = 20
+IGNORED = -100  # labels with this value carry no loss
 MOST_UNSUPERVISED = 0.05  # of the rows
 _RECORD = "prepared.json"
+_REWRITTEN = (
+    "the chat template renders the first messages differently when others follow: no loss mask"
+    " possible",
+    "name the one of TRL's that trains it (data.chat_template: trl:NAME), mark the assistant's text"
+    " with {% generation %} ... {% endgeneration %}, or set data.chat_loss: last",
+)
+
+
+@dataclass(slots=True)
+class Encoded:
+    """The tokens of one row."""
+
+    ids: np.ndarray  # int32
+    labels: np.ndarray  # the same where there is loss, -100 elsewhere
+    end_token: int  # the special token that ends the last answer, -1 for none or if it was cut
+    tokens_before: int  # before truncation
+    prompt_tokens: int  # before truncation, those that are not learnt
+    changed: bool = False  # the chat template left out or changed the text of a message
+    other_prompt: bool = False  # does not begin with the tokens that the model is asked with
+
+    @property
+    def supervised(self) -> int:
+        """Number of tokens with loss."""
+        return int((self.labels != IGNORED).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """The settings that decide about loss, taken from `data` and `train`."""
+
+    section: DataSection
+    whole: bool  # loss on every token, the prompt included
+    max_length: int | None  # longest row in tokens
+    keep_end: bool  # cut the start of rows that are too long instead of their end
+    eos_token: str | None
+    ends: frozenset[int]  # tokens that may end an answer: EOS, in `chat` all special ones
+
+    @classmethod
+    def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
+        """Read the settings, and refuse those that cannot act."""
+        is_chat, answers_only = section.prompt_format == "chat", train.get("assistant_only_loss")
+        eos_token = train.get("eos_token") or getattr(tokenizer, "eos_token", None)
+        if answers_only and not is_chat:
+            key = "train.assistant_only_loss"
+            what = f"{key}: true needs prompt_format chat, not {section.prompt_format}"
+            raise SettingError(key, what, "loss on the completion alone is the default already")
+        if not getattr(tokenizer, "is_fast", False) or not (is_chat or eos_token):
+            what = "training needs a fast tokenizer (tokenizer.json), and an EOS token to end rows"
+            raise SettingError("model.name_or_path", what, "set train.eos_token")
+        ends = special_ids(tokenizer) if is_chat else {tokenizer.convert_tokens_to_ids(eos_token)}
+        splits_itself = train.get("packing") and train.get("packing_strategy", "bfd") != "bfd"
+        return cls(
+            section=section,
+            whole=train.get("completion_only_loss") is False and not answers_only,
+            max_length=None if splits_itself else train.get("max_length", MAX_LENGTH),
+            keep_end=train.get("truncation_mode", "keep_start") == "keep_end",
+            eos_token=eos_token,
+            ends=frozenset(ends),
+        )
 
 
 @dataclass
@@ -54,13 +139,11 @@ class DataAudit:
 
     prompt_format: str
     loss_on: str
-    rows: dict[str, Any] = field(default_factory=dict)  # read, bad, filtered, used; of each split
+    rows: dict[str, Any] = field(default_factory=dict)  # read, bad, too_long, used; of each split
     tokens: dict[str, dict[str, int]] = field(default_factory=dict)  # total, p5, ... of a row
     places: dict[str, list[str]] = field(default_factory=dict)  # of rows of which something is true
     end_tokens: dict[str, int] = field(default_factory=dict)  # how many rows end with each
-    bad_rows: dict[str, list[str]] = field(default_factory=dict)  # why rows were left out
-    unused_columns: dict[str, list[str]] = field(default_factory=dict)  # by file
-    sources: list[str] = field(default_factory=list)  # the rows that each has and gives
+    bad_rows: list[str] = field(default_factory=list)  # that were left out, and why
     training_template: dict[str, str] | None = None  # file and hash of TRL's
     notes: list[str] = field(default_factory=list)  # how conversations are rendered
     warnings: list[str] = field(default_factory=list)  # what the user should know before training
@@ -79,45 +162,43 @@ class PreparedData:
     test: Dataset | None
     audit: DataAudit  # supervision.json, where all dropped rows are named
     splits: dict[str, Any]  # splits.json
-    fingerprint: str  # `splits.fingerprint_of`
+    fingerprint: str  # of the ids and texts of all rows, in order
     prompt_format_hash: str
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     """Read, split, tokenise and audit the data of a recipe; every rank has to call."""
+    from datasets import disable_progress_bars, load_from_disk
+
+    disable_progress_bars()
     try:
         settings = Supervision.of(recipe.data, recipe.train, tokenizer)
         folder = on_main_rank(lambda: _prepared_folder(recipe, settings, tokenizer))
-        return _read(folder) or _prepare(recipe, settings, tokenizer, folder.name)
+        if not (folder / _RECORD).is_file():  # on another machine, which has a disk of its own
+            folder = _prepared_folder(recipe, settings, tokenizer)
     except DataError as error:
         raise place(recipe, error) from error.__cause__
+    record = read_object(folder / _RECORD, remedy=f"delete {folder}")
+    parts: dict[str, Any] = dict.fromkeys(SPLITS) | dict(load_from_disk(str(folder)))
+    return PreparedData(**parts, **record | {"audit": DataAudit(**record["audit"])})
 
 
 # ---- the cache ----
 
 
 def _prepared_folder(recipe: Recipe, settings: Supervision, tokenizer: Any) -> Path:
-    """Return the folder of the prepared data; it is empty where it cannot be written."""
-    from datasets import DatasetDict, disable_progress_bars
-
+    """Return the folder of the prepared data. Its record is written last: without it, the rest is
+    what a process left that was killed.
+    """
     key = _key(recipe, settings, tokenizer)
     folder = cache_root() / "rows" / key
-    if (folder / _RECORD).is_file():
-        return folder
-    data = _prepare(recipe, settings, tokenizer, key)
-    scratch = folder.with_name(f".{os.urandom(8).hex()}.tmp")  # arms of an array start at once
-    names = ("splits", "fingerprint", "prompt_format_hash")
-    record = {name: getattr(data, name) for name in names} | {"audit": asdict(data.audit)}
-    parts = {name: rows for name in SPLITS if (rows := getattr(data, name)) is not None}
-    try:
-        disable_progress_bars()
-        DatasetDict(parts).save_to_disk(scratch)
-        write_json(scratch / _RECORD, record)
-        publish(scratch, folder, replace=False)
-        for old in sorted(folder.parent.iterdir(), key=os.path.getmtime)[:-NUM_CACHED]:
-            shutil.rmtree(old, ignore_errors=True)
-    except OSError:
-        shutil.rmtree(scratch, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):  # arms of a study start at the same time
+        if not (folder / _RECORD).is_file():
+            parts, record = _prepare(recipe, settings, tokenizer, key)
+            parts.save_to_disk(folder)
+            sync_tree(folder)
+            write_json(folder / _RECORD, record)
     return folder
 
 
@@ -127,37 +208,27 @@ def _key(recipe: Recipe, settings: Supervision, tokenizer: Any) -> str:
     import transformers
 
     section, train = recipe.data, recipe.train
-    sources = listed_sources(section)
-    local = [source for source in sources if not is_on_hub(source)]
-    files = [file for source in local for file in source_files(source)]
-    files += sorted(Path(__file__).parent.glob("*.py"))
     parts: list[Any] = [
         [str(settings), train.get("completion_only_loss"), train.get("eval_strategy")],
         [tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()],
+        [format_hash(section, tokenizer), training_template(section, tokenizer)],
         [tokenizers.__version__, transformers.__version__],
-        [[str(file), file_hash(file)] for file in files],
-        [hub_data_set(source)._fingerprint for source in sources if source not in local],
+        [file_hash(file) for file in sorted(Path(__file__).parent.glob("*.py"))],
+        source_hashes(section),
     ]
-    if section.prompt_format == "chat":
-        parts += [chat_template(section, tokenizer), training_template(section, tokenizer)]
-    return hash_of(parts)[:32]
-
-
-def _read(folder: Path) -> PreparedData | None:
-    """Return what `_prepared_folder` kept; None on a machine that does not see the folder."""
-    from datasets import load_from_disk
-
-    record = read_object(folder / _RECORD, remedy=f"delete {folder}")
-    if not record:
-        return None
-    parts: dict[str, Any] = dict.fromkeys(SPLITS) | dict(load_from_disk(str(folder)))
-    return PreparedData(audit=DataAudit(**record.pop("audit")), **parts, **record)
+    on_hub = filter(is_on_hub, listed_sources(section))
+    return hash_of(parts, [hub_data_set(source)._fingerprint for source in on_hub])[:32]
 
 
 # ---- the work ----
 
 
-def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) -> PreparedData:
+def _prepare(
+    recipe: Recipe, settings: Supervision, tokenizer: Any, key: str
+) -> tuple[DatasetDict, dict[str, Any]]:
+    """Return the data sets of the splits that have rows, and the rest of `PreparedData`."""
+    from datasets import DatasetDict
+
     section, bad = recipe.data, BadRows()
 
     # files -> rows
@@ -182,39 +253,39 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) ->
             bad.add(row, reason)
     if len(bad) and (section.on_bad_row == "error" or not encoded):
         raise bad.error(read.num_read)
-    limit, filtered = section.filters.max_tokens, {}
-    if limit is not None:
-        fitting = {id: item for id, item in encoded.items() if item.tokens_before <= limit}
-        if not fitting:
-            what = f"0 rows: all {len(encoded)} rows are longer than {limit} tokens"
-            raise SettingError("data.filters.max_tokens", what)
-        filtered, encoded = {"max_tokens": len(encoded) - len(fitting)}, fitting
-    rows = [row for row in rows if row.id in encoded]
+    limit = section.filters.max_tokens or math.inf
+    rows = [row for row in rows if row.id in encoded and encoded[row.id].tokens_before <= limit]
+    if not rows:
+        what = f"0 rows: all {len(encoded)} rows are longer than {limit} tokens"
+        raise SettingError("data.filters.max_tokens", what)
 
     # tokens -> splits -> data sets
     parts = split_rows(rows, section.split)
     for name in SPLITS:
         parts[name] = [row for row in parts[name] if encoded[row.id].supervised]
     parts[TRAIN] = _repeated(parts[TRAIN], read, section.split.seed)
-    counts = {"read": read.num_read, "bad": len(bad), "filtered": filtered, "used": len(rows)}
-    audit = _audit(rows, encoded, settings, tokenizer, training)
-    audit.rows = counts | {name: len(part) for name, part in parts.items()}
-    audit.bad_rows, audit.unused_columns = bad.places_by_reason(), read.unused
-    for number, (source, num_rows) in enumerate(read.sources):
-        used, trained = (sum(row.source == number for row in part) for part in (rows, parts[TRAIN]))
-        name = f"{shown_path(Path(source.source))} (weight {source.weight:g})"
-        audit.sources.append(f"{name}: {num_rows:,} rows, {used:,} used, {trained:,} train")
-    _judge(audit, settings, evaluates=recipe.train.get("eval_strategy", "no") != "no")
+    audit = _audit(rows, encoded, settings, tokenizer)
+    if training is not None:
+        file, text = training
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        audit.training_template = {"file": file, "sha256": digest}
+        what = f"trained through TRL's {file} ({digest[:12]}); the plain one is saved, and answers"
+        audit.notes.append(f"chat template: {what}")
+    counts = {"read": read.num_read, "bad": len(bad), "too_long": len(encoded) - len(rows)}
+    audit.rows = counts | {"used": len(rows)} | {name: len(part) for name, part in parts.items()}
+    audit.bad_rows = bad.lines()
+    _judge(audit, settings, read.unread, recipe.train.get("eval_strategy", "no") != "no")
     splits: dict[str, Any] = {"method": section.split.method}
     for name, part in parts.items():
         splits[name] = {"count": len(part), "ids": [row.id for row in part]}
-    return PreparedData(
-        **{name: _data_set(part, encoded, key + name) for name, part in parts.items()},
-        audit=audit,
-        splits=splits,
-        fingerprint=fingerprint_of(parts),
-        prompt_format_hash=format_hash(section, tokenizer, eos_token=settings.eos_token),
-    )
+    contents = {name: [row.content.hex() for row in part] for name, part in parts.items()}
+    sets = {name: _data_set(part, encoded, key + name) for name, part in parts.items() if part}
+    return DatasetDict(sets), {
+        "audit": asdict(audit),
+        "splits": splits,
+        "fingerprint": hash_of(splits, contents),
+        "prompt_format_hash": format_hash(section, tokenizer, eos_token=settings.eos_token),
+    }
 
 
 def _repeated(rows: Sequence[DataRow], read: Rows, seed: int) -> list[DataRow]:
@@ -222,7 +293,7 @@ def _repeated(rows: Sequence[DataRow], read: Rows, seed: int) -> list[DataRow]:
     and the first in hash order once more.
     """
     times: dict[str, int] = {}
-    for number, (source, _) in enumerate(read.sources):
+    for number, source in enumerate(read.sources):
         whole, part = divmod(max(source.weight, 1), 1)
         own = [row for row in rows if row.source == number]
         times |= {row.id: int(whole) for row in own}
@@ -231,13 +302,10 @@ def _repeated(rows: Sequence[DataRow], read: Rows, seed: int) -> list[DataRow]:
     return [row for row in rows for _ in range(times[row.id])]
 
 
-def _data_set(rows: Sequence[DataRow], encoded: dict[str, Encoded], name: str) -> Dataset | None:
-    """Return tokenised rows as a data set, or None for no rows."""
+def _data_set(rows: Sequence[DataRow], encoded: dict[str, Encoded], name: str) -> Dataset:
     import datasets
     import pyarrow
 
-    if not rows:
-        return None
     columns = {
         "input_ids": [encoded[row.id].ids for row in rows],
         "labels": [encoded[row.id].labels for row in rows],
@@ -251,11 +319,7 @@ def _data_set(rows: Sequence[DataRow], encoded: dict[str, Encoded], name: str) -
 
 
 def _audit(
-    rows: list[DataRow],
-    encoded: dict[str, Encoded],
-    settings: Supervision,
-    tokenizer: Any,
-    training: tuple[str, str] | None,
+    rows: list[DataRow], encoded: dict[str, Encoded], settings: Supervision, tokenizer: Any
 ) -> DataAudit:
     """Return what the rows that are used, and their tokens, show."""
     loss_on = "whole text" if settings.whole else "completion"
@@ -290,27 +354,19 @@ def _audit(
         p5, p50, p95 = map(int, np.percentile(lengths, (5, 50, 95), method="nearest"))
         counts = {"total": sum(lengths), "p5": p5, "p50": p50, "p95": p95, "max": max(lengths)}
         audit.tokens[title] = counts
-    if training is not None:
-        digest = hashlib.sha256(training[1].encode()).hexdigest()
-        audit.training_template = {"file": training[0], "sha256": digest}
-        name = f"{training[0]} ({digest[:12]})"
-        what = f"trained through TRL's {name}; the plain one is saved, and answers"
-        audit.notes.append(f"chat template: {what}")
     if date := settings.section.template_date:
-        what = f"prints the date, fixed to {date} for this run"
-        audit.notes.append(f"chat template: {what}, in every resume, chat and evaluation")
+        what = f"prints the date, {date} in every resume, chat and evaluation of this run"
+        audit.notes.append(f"chat template: {what}")
     return audit
 
 
-def _judge(audit: DataAudit, settings: Supervision, *, evaluates: bool) -> None:
+def _judge(audit: DataAudit, settings: Supervision, unread: Sequence[str], evaluates: bool) -> None:
     """Write the warnings, and refuse data that cannot teach what the recipe asks for."""
     used, places, warnings = audit.rows["used"], audit.places, audit.warnings
     if bad := audit.rows["bad"]:
         what = f"{bad} of {audit.rows['read']} rows cannot be used and are left out"
-        reasons = [f"{what}: {listed(rows, 3)}" for what, rows in audit.bad_rows.items()]
-        warnings += [f"{what} (on_bad_row: skip):", *reasons[:NUM_LISTED]]
-    for file, columns in audit.unused_columns.items():
-        warnings.append(f"columns that are not used: {listed(columns)} (in {file})")
+        warnings += [f"{what} (on_bad_row: skip):", *audit.bad_rows[:NUM_LISTED]]
+    warnings += [f"columns that are not used: {listed(unread)}"] if unread else []
     limit, lost = f"max_length={settings.max_length}", len(places["lost_end"])
     acting = "ACTING as such" if audit.prompt_format == "chat" else "read as text"
     p95 = audit.tokens["prompt"]["p95"]
@@ -345,3 +401,190 @@ def _judge(audit: DataAudit, settings: Supervision, *, evaluates: bool) -> None:
         what = f"none of {used} rows is held out for the validation of train.eval_strategy"
         hint = "add rows, raise data.split.validation, or set train.eval_strategy: 'no'"
         raise SettingError("data.split.validation", what, hint)
+
+
+# ---- one row ----
+
+
+def _tokenised(section: DataSection, tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
+    """Return the ids of a text, and the offsets of a conversation. A template brings its own BOS,
+    plain formats get it here; an EOS that the tokenizer appends by itself is taken off, as it would
+    tell the model to stop before it started.
+    """
+    is_chat = section.prompt_format == "chat"
+    batch = tokenizer(
+        text,
+        add_special_tokens=not is_chat,
+        split_special_tokens=not is_chat,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    ids = batch["input_ids"]
+    if not is_chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids, batch["offset_mapping"]
+
+
+def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
+    """Return the token ids of what `generation_prompt` returned, tokenised as in training."""
+    return _tokenised(section, tokenizer, prompt)[0]
+
+
+def encode(
+    row: DataRow, settings: Supervision, tokenizer: Any, template: str | None = None
+) -> Encoded:
+    """Tokenise a row, and cut it if it is too long. Conversations are rendered with `template`;
+    plain formats have none.
+
+    Raises:
+        BadRow: why the row cannot be used.
+    """
+    if template is not None:
+        return _encode_chat(row, settings, tokenizer, template)
+    section = settings.section
+    prompt, completion = prompt_and_completion(row, section.prompt_format)
+    ids = _tokenised(section, tokenizer, (prompt or "") + completion)[0]
+    ids.append(tokenizer.convert_tokens_to_ids(settings.eos_token))
+    asked = [] if prompt is None else prompt_ids(section, tokenizer, prompt)
+    start = _num_common(asked, ids)
+    encoded = _labelled(ids, [(min(start, len(ids) - 1), len(ids))], settings)
+    encoded.other_prompt = start < len(asked)
+    return encoded
+
+
+def _num_common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return how many items both begin with."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _labelled(ids: Sequence[int], spans: Sequence[Span], settings: Supervision) -> Encoded:
+    """Label the tokens in `spans`, and cut a row that is too long."""
+    tokens = np.array(ids, dtype=np.int32)
+    labels = np.full_like(tokens, IGNORED)
+    for start, end in spans:
+        labels[start:end] = tokens[start:end]
+    answer_end = spans[-1][1] if spans else 0
+    prompt_tokens = int((labels == IGNORED).sum())
+    labels = tokens if settings.whole else labels
+    limit = settings.max_length or len(tokens)
+    first = max(len(tokens) - limit, 0) if settings.keep_end else 0
+    has_end = first < answer_end <= first + limit and ids[answer_end - 1] in settings.ends
+    return Encoded(
+        ids=tokens[first : first + limit],
+        labels=labels[first : first + limit],
+        end_token=ids[answer_end - 1] if has_end else -1,
+        tokens_before=len(tokens),
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: str) -> Encoded:
+    section = settings.section
+    messages = conversation_of(row, section.system_prompt)
+    values = template_values(row, section.chat_template_kwargs)
+    own = values.keys() - {"tools"} if "chat_template_kwargs" in row.fields else ()
+    if reason := unread_argument(own, template):
+        raise reason
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = answers[-1:] if section.chat_loss == "last" else answers
+    learned = [index for index in answers if "weight" not in messages[index]]
+    if not learned:
+        raise BadRow("nothing to train on: every assistant turn that may be learned has weight 0")
+    if settings.whole and any("weight" in message for message in messages):
+        raise BadRow("weight 0: with train.completion_only_loss: false, all of the text has loss")
+
+    # messages -> text, and of each turn what is to be learned
+    chat = [{key: message[key] for key in message if key != "weight"} for message in messages]
+    render = partial(render_chat, tokenizer=tokenizer, template=template, values=values)
+    try:
+        text, marks = render(chat)
+        prompts = {index: render(chat[:index], prompt=True)[0] for index in answers}
+        if GENERATION.search(template):
+            turns = dict(zip(answers, _marked_turns(text, marks, [*prompts.values()]), strict=True))
+        else:
+            turns = {}
+            for index in learned:
+                prompt, until = prompts[index], render(chat[: index + 1])[0]
+                if not text.startswith(until) or not until.startswith(prompt):
+                    raise BadRow(*_REWRITTEN)
+                turns[index] = [(len(prompt), len(until))]
+    except BadRow:
+        raise
+    except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
+        hint = "change the rows, or choose another template (data.chat_template)"
+        what = f"the chat template refuses the conversation: {one_line(error)}"
+        raise BadRow(what, hint) from None
+
+    # text -> tokens
+    ids, offsets = _tokenised(section, tokenizer, text)
+    parts = [part for index in learned for part in turns[index]]
+    spans = _token_spans(text, parts, ids, offsets, settings.ends)
+    said = [tokenizer.decode(ids[slice(*span)], skip_special_tokens=True) for span in spans]
+    if not ((said and all(map(str.strip, said))) or row.is_empty):
+        what = "the chat template renders nothing of what the assistant says, which teaches silence"
+        hint = "choose one for plain text, or one that knows tools, as trl:qwen2_5 does"
+        raise BadRow(what, f"{hint} (data.chat_template)")
+    encoded = _labelled(ids, spans, settings)
+    asked = prompt_ids(section, tokenizer, prompts[answers[-1]])
+    follows = all(text.startswith(prompts[index]) for index in learned)
+    encoded.other_prompt = ids[: len(asked)] != asked or not follows
+    words = [message.get(key, "") for message in messages for key in ("content", THOUGHTS[0])]
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    words += [call["function"]["name"] for call in calls]
+    encoded.changed = any(word.strip() not in text for word in words)
+    return encoded
+
+
+def _token_spans(
+    text: str, parts: Sequence[Span], ids: Sequence[int], offsets: Sequence[Span], special: Any
+) -> list[Span]:
+    """Return the tokens of each part up to its end-of-turn token, without white space behind it."""
+    ends, spans = [end for _, end in offsets], []
+    for part in parts:
+        first, last = (bisect_right(ends, place) for place in part)
+        kept = last
+        while kept > first and not text[slice(*offsets[kept - 1])].strip():
+            kept -= 1
+        last = kept if kept > first and ids[kept - 1] in special else last
+        if first < last:
+            spans.append((first, last))
+    return spans
+
+
+def _marked_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> list[list[Span]]:
+    """Return the marks of each turn behind its prompt: some templates mark the role's tag, too."""
+    marks: list[Span] = []
+    for start, end in marked:
+        if marks and marks[-1][1] == start:  # the text and the end token, marked apart
+            start = marks.pop()[0]
+        marks.append((start, end))
+    starts = [len(prompt) for prompt in prompts]
+    if not all(map(text.startswith, prompts)):
+        # The model is asked behind the role's tag and, say, a thought that the prompt begins.
+        own = marks[-1:] if len(prompts) == 1 else marks
+        if len(own) != len(prompts):
+            raise BadRow(*_REWRITTEN)
+        for number, (prompt, (first, last)) in enumerate(zip(prompts, own, strict=True)):
+            starts[number] = min(max(_num_common(text, prompt), first), last)
+    turns: list[list[Span]] = [[] for _ in prompts]
+    for first, last in marks:
+        number = bisect_left(starts, last) - 1
+        if number >= 0:
+            turns[number].append((max(first, starts[number]), last))
+    return turns
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Return the ids of all special tokens: bos, eos, unk, pad, and those that a model adds."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
+
+
+def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[Any]:
+    """Return the text of a row cut where loss begins and ends: pairs of text and whether it has
+    loss.
+    """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    spans = groupby(zip(ids, labels, strict=True), key=lambda pair: bool(pair[1] != IGNORED))
+    return [(decode([int(token) for token, _ in span]), has_loss) for has_loss, span in spans]

@@ -63,8 +63,6 @@ def generation_prompt(section: DataSection, tokenizer: Any, messages: Sequence[M
     """Return the prompt alone, up to where the model must start to write, exactly as in training;
     plain formats repeat their headings for each turn.
     """
-    if not messages or messages[-1]["role"] != "user":
-        raise ValueError("a conversation to be continued must end with a user turn")
     if section.prompt_format == "chat":
         messages = with_system_prompt(messages, section.system_prompt)
         template, values = chat_template(section, tokenizer), section.chat_template_kwargs
@@ -187,17 +185,11 @@ def training_template(section: DataSection, tokenizer: Any) -> tuple[str, str] |
     if section.prompt_format != "chat" or (given is not None and not given.startswith(TRL)):
         return None
     template = _undated_template(section, tokenizer)
-    file = None if GENERATION.search(template) else training_files().get(template)
-    if file is None:
-        return None
-    return file.name, _with_date(file.read_text("utf-8"), section.template_date)
-
-
-@functools.cache
-def training_files() -> dict[str, Path]:
-    """Return the files of TRL's training templates by the text of the template each belongs to."""
-    pairs = [(file, file.with_stem(f"{file.stem}_training")) for file in trl_templates().values()]
-    return {plain.read_text("utf-8"): marked for plain, marked in pairs if marked.is_file()}
+    for plain in () if GENERATION.search(template) else trl_templates().values():
+        marked = plain.with_stem(f"{plain.stem}_training")
+        if marked.is_file() and plain.read_text("utf-8") == template:
+            return marked.name, _with_date(marked.read_text("utf-8"), section.template_date)
+    return None
 
 
 def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = None) -> str:

@@ -1,24 +1,55 @@
-"""One row of training data: where it stands, how its columns become our fields (texts, or messages
-in one spelling), and the errors that name rows by file and line, or a key of the recipe.
+"""The rows of a recipe: read from a local file, a folder, a Hub data set, or a mixture of these (a
+local path wins over a Hub id of the same name), named, chosen, and divided into those that train,
+validate and test. Columns of any spelling become our fields (texts, or messages); errors name rows
+by file and line, or a key of the recipe.
 
-Tools and template arguments of a row are kept as JSON, so that a row is made of texts.
+Nothing is converted, which is why `datasets` reads no text: its CSV reader turns the answer "NA"
+into null and "007" into 7, and its JSON reader names no line. Tools and template arguments of a row
+are kept as JSON, so that a row is made of texts.
+
+The hash split looks at the content of one row alone: equal rows fall on one side, and the side does
+not depend on ids, on the place of a source in a mixture, or on other rows. Validation rows come
+from the low end of the hash and test rows from the high end, so that a test split that is added
+later, or a larger validation split, takes its rows from training.
 """
 
 from __future__ import annotations
 
+import codecs
+import csv
+import difflib
+import functools
+import hashlib
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.documents import did_you_mean
-from recipes_lib.config.recipe import DataSection
-from recipes_lib.core.errors import DataError
+from recipes_lib.config.documents import did_you_mean, near_file
+from recipes_lib.config.recipe import (
+    DATA_FORMATS,
+    HUB_ID,
+    DataSection,
+    Recipe,
+    SourcePart,
+    SplitSection,
+    data_format,
+)
+from recipes_lib.core.errors import DataError, one_line
+from recipes_lib.core.files import remembered_hash
+from recipes_lib.core.project import shown_path
 
 if TYPE_CHECKING:
-    from recipes_lib.config.recipe import Recipe
+    from datasets import Dataset
 
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+Numbered = tuple[int | None, Any]  # a row, its JSON text, or why it is none
 NUM_LISTED = 10
 # One turn of a conversation, as the chat templates read it: role and content; of the assistant also
 # reasoning_content, tool_calls (in OpenAI's spelling) and weight (0 for no loss).
@@ -33,8 +64,6 @@ ROLES = {
 }
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 OF_TOOLS = ("tool_call_id", "name")
-# The keys of a message that are read.
-MESSAGE_KEYS = {"role", "from", "content", "value", "weight", "tool_calls", *THOUGHTS, *OF_TOOLS}
 # The sets of fields that a prompt format can read, the best first.
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "dolly": (("instruction", "response"),),
@@ -43,6 +72,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
 }
 OF_CHAT = ("system", "tools", "chat_template_kwargs")
+OPTIONAL = ("context", *OF_CHAT)
 # The names that files use for our fields.
 COLUMNS = {
     **{name: (name,) for name in ("id", "prompt", "completion", "text", "chat_template_kwargs")},
@@ -76,9 +106,10 @@ class DataRow:
         """All texts, of conversations all that each message says."""
         texts: list[str] = []
         for value in self.fields.values():
-            messages = value if isinstance(value, list) else ()
-            texts += [value] if isinstance(value, str) else []
-            texts += [text for message in messages for text in message_texts(message)]
+            if isinstance(value, str):
+                texts.append(value)
+            else:
+                texts += [text for message in value for text in message_texts(message)]
         return texts
 
     @property
@@ -123,28 +154,21 @@ class BadRows(list[BadRow]):
         reason.file, reason.line = row.file, row.line
         self.append(reason.with_traceback(None))
 
+    def lines(self) -> list[str]:
+        """Return a line for each row: its place and what is wrong, in the order of the files."""
+        self.sort(key=lambda reason: (str(reason.file), reason.line or 0))
+        return [str(DataError(each.what, file=each.file, line=each.line)) for each in self]
+
     def error(self, num_rows: int | None = None) -> DataError:
-        """Return one error for all of them, of `num_rows` that were read: the first at its place,
-        the others by what is wrong.
-        """
-        (what, places), *others = self.places_by_reason().items()
-        lines = [f"{len(places) - 1} more: {listed(places[1:])}"] if len(places) > 1 else []
-        lines += [f"{listed(rest, 3)}: {other}" for other, rest in others[:NUM_LISTED]]
-        lines += dict.fromkeys(hint for reason in self for hint in reason.hints)
+        """Return one error for all of them, of `num_rows` that were read."""
+        lines, first = self.lines()[1:], self[0]
+        more = [f"... and {len(lines) - NUM_LISTED} more"] if len(lines) > NUM_LISTED else []
+        hints = dict.fromkeys(hint for reason in self for hint in reason.hints)
         if num_rows is not None and len(self) < num_rows:
             count = f"{len(self)} of {num_rows}"
-            lines.append(f"to leave out bad rows ({count}): data.on_bad_row: skip")
-        return DataError(what, *lines, file=self[0].file, line=self[0].line)
-
-    def places_by_reason(self) -> dict[str, list[str]]:
-        """Group the places by what is wrong, whatever numbers stand in the words."""
-        self.sort(key=lambda reason: (str(reason.file), reason.line or 0))
-        kinds: dict[str, tuple[str, list[str]]] = {}
-        for reason in self:
-            words = re.sub(r"0x\w+|\d+|\\u\w{4}", "#", reason.what)
-            place = f"{reason.file}:{reason.line}" if reason.line else str(reason.file)
-            kinds.setdefault(words, (reason.what, []))[1].append(place)
-        return dict(kinds.values())
+            more.append(f"to leave out bad rows ({count}): data.on_bad_row: skip")
+        lines = [*lines[:NUM_LISTED], *hints, *more]
+        return DataError(first.what, *lines, file=first.file, line=first.line)
 
 
 def listed(names: Iterable[Any], limit: int = NUM_LISTED) -> str:
@@ -213,11 +237,9 @@ def _read_message(given: Any, what: str) -> Message:
     message |= {key: given[key] for key in OF_TOOLS if given.get(key)}
     message["content"] = _content_text(content, role, what)
     weight = given.get("weight")
-    if weight not in (None, 0, 1) or (weight == 1 and role != "assistant"):
+    if weight not in (None, 0, 1):
         raise BadRow(f"{what}: weight {weight!r}: an assistant turn may have 0 (no loss) or 1")
-    if weight == 0 and role == "assistant":
-        message["weight"] = 0
-    return message
+    return message | ({"weight": 0} if weight == 0 and role == "assistant" else {})
 
 
 def _content_text(content: Any, role: str, what: str) -> str:
@@ -259,9 +281,7 @@ def _json_text(name: str, value: Any, what: str) -> str:
         functions = [parsed_json(tool.get("function", tool), dict, what) for tool in tools]
         if not all(isinstance(function.get("name"), str) for function in functions):
             raise BadRow(f"{what}: a tool is no function with a name in it")
-        value = [
-            tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
-        ]
+        value = [{"type": "function", "function": function} for function in functions]
     else:
         given = parsed_json(value, dict, what)
         value = {key: inner for key, inner in given.items() if inner is not None}
@@ -323,13 +343,8 @@ def check_roles(messages: Sequence[Message]) -> None:
 # ---- columns ----
 
 
-def column_names(rows: Iterable[DataRow]) -> list[str]:
-    """Return all column names, in the order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row.fields))
-
-
 def fields_by_format(
-    columns: Mapping[str, str], present: Sequence[str]
+    columns: Mapping[Any, str], present: Sequence[str]
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Return our names -> columns, as mapped or by their usual names; and for each prompt format
     that can read such rows, the first set of fields.
@@ -344,12 +359,14 @@ def fields_by_format(
 
 
 def map_columns(
-    rows: Sequence[DataRow], section: DataSection, columns: Mapping[str, str], bad: BadRows
+    rows: Sequence[DataRow], section: DataSection, columns: Mapping[Any, str], bad: BadRows
 ) -> tuple[list[DataRow], list[str]]:
     """Give the rows of one source our fields in place of its columns (`columns`: our name -> the
-    file's). Return the usable rows, and the columns and keys of messages that nothing reads.
+    file's). Return the usable rows, and the columns that nothing reads and that are named almost as
+    one that need not be there.
     """
-    present, prompt_format = column_names(rows), section.prompt_format
+    prompt_format = section.prompt_format
+    present = [*dict.fromkeys(name for row in rows for name in row.fields)]
     for name, column in columns.items():
         if column not in present:
             what = f"data.columns.{name}: the data has no column '{column}'"
@@ -365,20 +382,17 @@ def map_columns(
     read = {*fields[prompt_format], "id", *(OF_CHAT if prompt_format == "chat" else ())}
     read |= {"context"} if "instruction" in read else set()
     names = {name: names[name] for name in names if name in read}
-    unread = {name: None for name in present if name not in names.values()}
+    absent = [each for name in OPTIONAL if name not in names for each in COLUMNS[name]]
+    unread = [name for name in present if difflib.get_close_matches(name, absent, 1, cutoff=0.8)]
     usable = []
     for row in rows:
         values, row.fields = row.fields, {}
-        messages = values.get(names.get("messages", ""))
-        for message in messages if isinstance(messages, list) else ():
-            keys = message if isinstance(message, dict) else ()
-            unread |= {f"messages.{key}": None for key in keys if key not in MESSAGE_KEYS}
         try:
             _fill(row, values, names, is_chat=prompt_format == "chat")
             usable.append(row)
         except BadRow as reason:
             bad.add(row, reason)
-    return usable, [*unread]
+    return usable, [name for name in unread if name not in names.values()]
 
 
 def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_chat: bool) -> None:
@@ -397,7 +411,342 @@ def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_
     if isinstance(fields.get("prompt"), list) != isinstance(fields.get("completion"), list):
         raise BadRow("prompt and completion: one is text, the other a list of messages")
     if is_chat:
-        messages = conversation_of(row, None)
-        if fields.get("system") and messages[0]["content"] != fields["system"]:
-            raise BadRow(f"a system message and another text in column '{names['system']}'")
-        check_roles(messages)
+        check_roles(conversation_of(row, None))
+
+
+# ---- sources ----
+
+
+def listed_sources(section: DataSection) -> list[SourcePart]:
+    """Return the sources that `data.source` names, with all of their keys; a single one is a
+    mixture of one.
+    """
+    for key in ("chat_template", "chat_template_kwargs", "system_prompt", "chat_loss"):
+        is_set = getattr(section, key) != DataSection.model_fields[key].default
+        if is_set and section.prompt_format != "chat":
+            what = f"data.{key} acts in prompt_format chat alone, not in {section.prompt_format}"
+            raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
+    shared = section.model_dump(include={"subset", "source_split", "revision"})
+    sources = []
+    for entry in [section.source] if isinstance(section.source, str) else section.source:
+        keys: Any = {"source": entry} if isinstance(entry, str) else entry
+        columns = {**section.columns, **(keys.get("columns") or {})}
+        sources.append(SourcePart.model_construct(**{**shared, **keys, "columns": columns}))
+    return sources
+
+
+def is_on_hub(source: SourcePart) -> bool:
+    """Return whether no file or folder has a source's name, and it is not named like a file."""
+    path = Path(source.source).expanduser()
+    is_local = path.exists() or data_format(path)
+    return not is_local and bool(HUB_ID.fullmatch(source.source))
+
+
+def needs_hub(section: DataSection) -> bool:
+    """Return whether some of the rows are on the Hub."""
+    return any(map(is_on_hub, listed_sources(section)))
+
+
+def load_rows(source: SourcePart, bad: BadRows | None = None) -> list[DataRow]:
+    """Return the rows of one source, as `read_file` returns them."""
+    if not is_on_hub(source):
+        return [row for file in source_files(source) for row in read_file(file, bad)]
+    rows = enumerate(map(without_nulls, hub_data_set(source)), 1)
+    return [DataRow(f"{source.source} row {number}", None, row) for number, row in rows]
+
+
+def source_files(source: SourcePart) -> list[Path]:
+    """Return the files of a local source, or raise an error that names the nearest."""
+    path = Path(source.source).expanduser()
+    if path.exists():
+        return [path] if path.is_file() else data_files(path, source.source_split or "train")
+    hints = [*near_file(path), f"looked in {shown_path(path.parent.resolve())}"]
+    raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
+
+
+def source_hashes(section: DataSection) -> dict[str, str]:
+    """Return the SHA-256 of each local file of a recipe's rows, by its number and name."""
+    return {
+        f"data {number} {file.name}": remembered_hash(file)
+        for number, source in enumerate(listed_sources(section), 1)
+        if not is_on_hub(source)
+        for file in source_files(source)
+    }
+
+
+def data_files(folder: Path, split: str) -> list[Path]:
+    """Return a folder's data files of a split, as `datasets` tells them by their names."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    place, kinds = str(folder.resolve()), list(DATA_FORMATS)
+    try:
+        patterns = get_data_patterns(place)
+        files = DataFilesDict.from_patterns(patterns, place, allowed_extensions=kinds)
+    except OSError:  # there is none
+        files = {}
+    by_split = {str(name): sorted(map(Path, paths)) for name, paths in files.items() if paths}
+    if split not in by_split:
+        what = f"no data file of the split '{split}' in this folder"
+        hint = f"splits: {', '.join(by_split) or 'none'}; known endings: {', '.join(kinds)}"
+        raise DataError(what, hint, file=shown_path(folder))
+    return by_split[split]
+
+
+@functools.cache
+def hub_is_away() -> bool:
+    """Return whether this process is offline; it goes offline where the Hub does not answer, as the
+    Hub's client would try again for half a minute for each file.
+    """
+    from huggingface_hub import constants, get_session
+
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception:  # of many types
+            constants.HF_HUB_OFFLINE = True
+    return constants.HF_HUB_OFFLINE
+
+
+def hub_data_set(source: SourcePart) -> Dataset:
+    """Return a Hub data set as `datasets` loads it, from its cache where it is offline."""
+    import datasets
+
+    datasets.config.HF_HUB_OFFLINE |= hub_is_away()
+    name, keys = source.source, {"split": source.source_split, "revision": source.revision}
+    try:
+        return datasets.load_dataset(name, source.subset, **keys)
+    except Exception as error:  # the Hub's client raises many types; each becomes one line
+        what = f"cannot load '{name}' from the Hub: {one_line(error)}"
+        hint = "check the name; for a private or gated data set: hf auth login"
+        if hub_is_away():
+            what = f"offline, and '{name}' is no file or folder, and not in the Hub's cache"
+            hint = f"put a file at {name}/train.jsonl, or set data.source to a path"
+        raise SettingError("data.source", what, hint) from error
+
+
+# ---- files ----
+
+
+def read_file(path: Path, bad: BadRows | None = None) -> list[DataRow]:
+    """Return the rows of a data file with its columns. Lines that are no rows are added to `bad`;
+    without it, they are an error.
+    """
+    path = path.expanduser()
+    kind, file = data_format(path), shown_path(path)
+    if kind is None or not path.is_file():  # or a pipe, which may never end
+        what = f"not a data file; known endings: {', '.join(DATA_FORMATS)}"
+        raise DataError(what if path.exists() else "no such file", file=file)
+    rows, no_rows = [], BadRows() if bad is None else bad
+    try:
+        for number, (line, values) in enumerate(_READERS[kind](path), 1):
+            row = DataRow(file if line else f"{file} row {number}", line, {})
+            try:
+                if isinstance(values, BadRow):
+                    raise values
+                row.fields = parsed_json(values, dict, "the row")
+                rows.append(row)
+            except BadRow as reason:
+                no_rows.add(row, reason)
+    except Exception as error:  # of a codec, csv, pyarrow or the disk
+        raise DataError(f"cannot be read as {kind[1:]}: {one_line(error)}", file=file) from None
+    if bad is None and len(no_rows):
+        raise no_rows.error()
+    return rows
+
+
+def _read_jsonl(path: Path) -> Iterator[Numbered]:
+    with path.open("rb") as lines:
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _read_json(path: Path) -> Iterator[Numbered]:
+    """Read a list of objects, or JSON Lines under the name .json."""
+    content = path.read_bytes()
+    if not content.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+        return _read_jsonl(path)
+    return ((None, row) for row in json.loads(content))
+
+
+def _read_csv(path: Path) -> Iterator[Numbered]:
+    csv.field_size_limit(sys.maxsize)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        sign = "\t" if data_format(path) == ".tsv" else ","
+        reader = csv.DictReader(stream, delimiter=sign, strict=True)
+        names, start = reader.fieldnames or [], reader.line_num + 1
+        for row in reader:
+            is_whole = None not in row and None not in row.values()
+            yield start, row if is_whole else BadRow(f"not {len(names)} fields, as the header has")
+            start = reader.line_num + 1
+
+
+def _read_parquet(path: Path) -> Iterator[Numbered]:
+    from pyarrow.parquet import read_table
+
+    for batch in read_table(path).to_batches():
+        yield from ((None, without_nulls(row)) for row in batch.to_pylist())
+
+
+def without_nulls(value: Any) -> Any:
+    """Return the value without the keys that Arrow fills in with null, as another row has them."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+_READERS = {
+    **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
+    ".json": _read_json,
+    **dict.fromkeys((".csv", ".tsv"), _read_csv),
+    ".parquet": _read_parquet,
+}
+
+
+# ---- rows ----
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The usable rows of all sources in file order."""
+
+    rows: list[DataRow]  # their ids are unique
+    sources: list[SourcePart]
+    num_read: int  # rows in the files, those that cannot be used included
+    unread: list[str]  # columns whose name is almost one that is read
+
+
+def read_data(section: DataSection, bad: BadRows, *, only_local: bool = False) -> Rows:
+    """Read, check and name the rows of all sources; those that cannot be used go to `bad`."""
+    rows, unread, num_read = list[DataRow](), list[str](), 0
+    sources = listed_sources(section)
+    for number, source in enumerate(sources):
+        if only_local and is_on_hub(source):
+            continue
+        num_bad = len(bad)
+        read = load_rows(source, bad)
+        num_read += len(read) + len(bad) - num_bad
+        if not read:
+            raise bad.error() if bad else SettingError("data.source", f"0 rows in {source.source}")
+        usable, names = map_columns(read, section, source.columns or {}, bad)
+        unread += [f"{name} (in {shown_path(Path(source.source))})" for name in names]
+        for row in usable:
+            row.source, row.content = number, content_hash(row.fields)
+        taken = round(min(len(usable), source.max_examples or len(usable)) * min(source.weight, 1))
+        rows += first_in_hash_order(usable, max(taken, 1), section.split.seed)
+    times = Counter[str]()
+    for row in rows:  # ids are labels: the file's or a hash, numbered where they repeat
+        row.id = row.id or row.content[:8].hex()
+        times[row.id] += 1
+        row.id += f"#{times[row.id]}" if times[row.id] > 1 else ""
+    return Rows(rows, sources, num_read, unread)
+
+
+def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list[DataRow]]:
+    """Return the rows of each split, in file order."""
+    sides = [TRAIN] * len(rows)
+    if section.method == "published":  # two calls, as the original study's script
+        from datasets import Dataset
+
+        if not (section.validation and section.test):
+            raise SettingError("data.split", "published needs validation and test above 0")
+        both = round(section.validation + section.test, 6)
+        first = Dataset.from_dict({"row": range(len(rows))}).train_test_split(
+            both, seed=section.seed
+        )
+        tested = math.ceil(round(len(first["test"]) * section.test / both, 6))
+        second = first["test"].train_test_split(tested, seed=section.seed)
+        for name, part in ((VALIDATION, second["train"]), (TEST, second["test"])):
+            for number in part["row"]:
+                sides[number] = name
+    elif section.method == "hash":
+        places = [unit_interval(row.content.hex(), str(section.seed)) for row in rows]
+        low, high = section.validation, 1 - section.test
+        if low and len({*places}) > 1:  # a small data set has a validation and a test row, too
+            low = max(low, math.nextafter(min(places), 1))
+        if section.test and len({*places}) > (2 if low else 1):
+            high = min(high, max(places))
+        sides = [VALIDATION if at < low else TEST if at >= high else TRAIN for at in places]
+    divided: dict[str, list[DataRow]] = {name: [] for name in SPLITS}
+    for row, side in zip(rows, sides, strict=True):
+        divided[side].append(row)
+    if not divided[TRAIN]:
+        what = f"the split leaves 0 of {len(rows)} rows for training"
+        hint = "lower data.split.validation and test, or use data.split.method none"
+        raise SettingError("data.split", what, hint)
+    return divided
+
+
+def train_rows(section: DataSection, files: object = None) -> list[DataRow]:
+    """Return the usable rows that train, without a tokenizer, and so before `max_tokens`; an error
+    where the files are not those that a run recorded (`source_hashes`).
+    """
+    if files is not None and source_hashes(section) != files:
+        raise DataError("the data is not what it was when the run was trained")
+    rows = read_data(section, BadRows()).rows
+    rows = first_in_hash_order(rows, section.max_examples, section.split.seed)
+    return split_rows(rows, section.split)[TRAIN]
+
+
+def check_rows(recipe: Recipe) -> list[DataError]:
+    """Return what is wrong with the rows of local files, without a tokenizer."""
+    bad = BadRows()
+    try:
+        read = read_data(recipe.data, bad, only_local=True)
+        if bad and (recipe.data.on_bad_row == "error" or not read.rows):
+            raise bad.error(read.num_read)
+    except DataError as error:
+        return [place(recipe, error)]
+    return []
+
+
+def unit_interval(key: str, salt: str) -> float:
+    """Return a number in [0, 1) that depends on the key and the salt alone.
+
+    Example:
+        >>> round(unit_interval("row-1", "42"), 3), round(unit_interval("row-1", "43"), 3)
+        (0.501, 0.853)
+    """
+    return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode()).digest()[:8], "big") / 2**64
+
+
+def first_in_hash_order(rows: Sequence[DataRow], limit: int | None, seed: int) -> list[DataRow]:
+    """Return the `limit` rows that come first in hash order, in file order. The salt is not the
+    split's, so that they fall on all sides.
+    """
+    if limit is None or len(rows) <= limit:
+        return list(rows)
+    places = [unit_interval(row.content.hex(), f"order:{seed}") for row in rows]
+    first = sorted(range(len(rows)), key=places.__getitem__)[:limit]
+    return [rows[index] for index in sorted(first)]
+
+
+def content_hash(fields: Mapping[str, Any]) -> bytes:
+    """Return the SHA-256 of a row's texts, whatever the prompt format and the order of columns;
+    empty fields leave no trace.
+    """
+    parts: list[Any] = []
+    for name, value in sorted(fields.items()):
+        if isinstance(value, str):
+            parts += [[name, text]] if (text := _normalised(value)) else []
+            continue
+        turns = [[message["role"], *map(_normalised, message_texts(message))] for message in value]
+        for turn, message in zip(turns, value, strict=True):
+            turn += [0] if "weight" in message else []
+        parts.append([name, turns])
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()
+
+
+def _normalised(text: str) -> str:
+    text = unicodedata.normalize("NFC", text)
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def formats_of(data: Path) -> tuple[str, ...]:
+    """Return the prompt formats that can read the first row of a file or folder, best first."""
+    file = source_files(SourcePart.model_construct(source=str(data)))[0]
+    names = [name for row in read_file(file)[:1] for name in row.fields]
+    formats = tuple(fields_by_format({}, names)[1])
+    if not formats:
+        what = f"columns {', '.join(names)} are not understood" if names else "0 rows"
+        hint = "start without --data and set data.source and data.columns yourself"
+        raise DataError(what, hint, file=shown_path(file), line=1)
+    return formats

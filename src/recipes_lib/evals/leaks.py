@@ -10,8 +10,7 @@ from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, Recipe
 from recipes_lib.core.files import hash_of, read_object, read_rows
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
-from recipes_lib.data.rows import NUM_LISTED, BadRows, conversation_of
-from recipes_lib.data.sources import is_on_hub, listed_sources, read_data, recorded_rows, train_rows
+from recipes_lib.data.rows import BadRows, conversation_of, needs_hub, read_data, train_rows
 from recipes_lib.evals.log import EvalLog
 from recipes_lib.evals.questions import load_questions, local_questions
 from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe
@@ -41,7 +40,7 @@ def search_recipe(
             except RecipesError as error:
                 leaks[each.name] = Leaks(why=error.what)
     try:
-        if texts and not fetch and any(map(is_on_hub, listed_sources(recipe.data))):
+        if texts and not fetch and needs_hub(recipe.data):
             raise DataError(f"the rows are {_OF_HUB}")
         return leaks | (find_leaks(train_rows(recipe.data), texts) if texts else {})
     except RecipesError as error:
@@ -49,7 +48,7 @@ def search_recipe(
 
 
 def leak_error(
-    name: str, leaks: Leaks, recipe: Recipe, owner: str = "", limit: int = NUM_LISTED
+    name: str, leaks: Leaks, recipe: Recipe, owner: str = "", limit: int = 10
 ) -> RecipeError:
     """Return the error about an eval whose questions are in training rows, or a warning."""
     remedy = "take these rows out of the data, or these questions out of the eval"
@@ -71,7 +70,8 @@ def refuse_leaks_of(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
 def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
     """Return what the rows that a model was trained on hold of its questions, if that is known."""
     folder = log.file.parents[2]
-    fingerprint = (read_object(folder / "run.json").get("guard") or {}).get("data_fingerprint")
+    state = read_object(folder / "run.json")
+    fingerprint = (state.get("guard") or {}).get("data_fingerprint")
     if fingerprint is None or not is_searched(log.suite, recipe.data.questions):
         return None
     try:
@@ -79,10 +79,7 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
         texts = _texts_of(recipe, trained, True, log.file.parent / "samples")
         key = str(fingerprint), hash_of([[each.question, each.part, each.text] for each in texts])
         if key not in _SEARCHED:
-            splits = read_object(folder / "splits.json")
-            rows = recorded_rows(trained.data, splits, str(fingerprint))
-            if rows is None:
-                raise DataError("the data is not what it was when the run was trained")
+            rows = train_rows(trained.data, state.get("data_files", {}))
             _SEARCHED[key] = find_leaks(rows, {"": texts})[""]
     except RecipesError as error:
         return Leaks(why=error.what)

@@ -31,8 +31,7 @@ from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.terminal import aligned, shown_duration
 from recipes_lib.data.prepare import prepare_data
-from recipes_lib.data.rows import BadRows, place
-from recipes_lib.data.sources import is_on_hub, listed_sources, read_data
+from recipes_lib.data.rows import BadRows, needs_hub, place, read_data
 from recipes_lib.models.families import configuration, known_config
 from recipes_lib.plan.cards import DEFAULT, Card, card_named
 from recipes_lib.plan.trace import Trace, trace
@@ -236,7 +235,7 @@ def _memory(plan: Plan) -> dict[str, float]:
 def rows_of(recipe: Recipe) -> RowLengths:
     """Return the rows, tokenised where data and tokenizer are on this machine, else estimated."""
     section, folder = recipe.data, local_folder(recipe)
-    if any(map(is_on_hub, listed_sources(section))):
+    if needs_hub(section):
         rows, lengths = section.max_examples or ASSUMED_ROWS, [ASSUMED_TOKENS]
         text = f"assumed: the data are not on this machine, {rows:,} rows of {ASSUMED_TOKENS}"
     elif folder is not None and (folder / "tokenizer_config.json").is_file():

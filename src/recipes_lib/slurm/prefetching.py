@@ -10,11 +10,11 @@ from pathlib import Path
 
 from recipes_lib.config.documents import read
 from recipes_lib.config.preflight import TOKENIZER_FILES, local_folder, weight_faults
-from recipes_lib.config.recipe import ModelSection, load_recipe
+from recipes_lib.config.recipe import ModelSection, SourcePart, load_recipe
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
-from recipes_lib.data.sources import Source, listed_sources, load_rows
+from recipes_lib.data.rows import listed_sources, load_rows
 from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
 from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
@@ -60,7 +60,7 @@ def _model(kind: str, section: ModelSection) -> Need:
     return Need(kind, name, lambda fetch: (fetch_model if fetch else check_model)(section))
 
 
-def _rows(source: Source) -> Need:
+def _rows(source: SourcePart) -> Need:
     shown = shown_path(Path(source.source))
     return Need("data", shown, lambda fetch: f"{len(load_rows(source)):,} rows")
 

@@ -15,6 +15,7 @@ from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import folder_fingerprint
 from recipes_lib.core.ranks import on_main_rank, say_once
+from recipes_lib.data.rows import hub_is_away
 from recipes_lib.models.families import auto_class, not_quantized
 from recipes_lib.models.packaged import MODEL, is_packaged, materialise
 
@@ -47,14 +48,15 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = model_path(recipe.model)
+    if not Path(path).is_dir():
+        hub_is_away()  # then this process is offline
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(recipe.model))
     except OSError as error:
         raise explain_load_failure(recipe.model, error) from None
     except Exception as error:  # of many types; whatever it is, the files are at fault
         raise no_tokenizer(recipe, error) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
@@ -85,8 +87,7 @@ def load_model(
 
     section, path = recipe.model, model_path(recipe.model)
     attention = section.attn_implementation
-    folder = local_folder(recipe)
-    if folder is None or not any(folder.glob(_WEIGHTS)):
+    if not (folder := local_folder(recipe)) or not any(folder.glob(_WEIGHTS)):
         say_once(f"fetching {path} from the Hub ...")
     # else transformers 5.24 takes a bot's conversion of pickles, from another revision
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"

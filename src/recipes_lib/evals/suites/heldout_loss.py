@@ -20,7 +20,7 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import hash_of
 from recipes_lib.core.terminal import aligned
 from recipes_lib.data.prepare import prepare_data
-from recipes_lib.data.sources import TRAIN
+from recipes_lib.data.rows import TRAIN
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.models import Model
 from recipes_lib.evals.recipe import HELD_OUT
