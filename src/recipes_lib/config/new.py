@@ -275,7 +275,7 @@ def _added(flat: Values, values: Values) -> dict[str, tuple[Any, str]]:
             why = "TRL computes in the model's dtype"
             added["quantization.bnb_4bit_compute_dtype"] = (dtype, why)
     rows = "raw" if "dataset_text_field" in flat else "chat"
-    why = "chat: messages; raw: text, or prompt and completion without completion_only_loss"
+    why = "for messages; for prompt and completion write raw, without completion_only_loss"
     added["data.prompt_format"] = (rows, why)
     if rows == "chat" and not flat.get("assistant_only_loss"):
         why = "of messages TRL learns every token; true learns the answers, as for prompts"
