@@ -95,6 +95,11 @@ def test_a_run_directory_holds_recipe_metrics_and_adapter_and_is_trained_once(
     assert (run / "adapter" / ADAPTER).stat().st_mtime_ns == written
     assert run_json(tiny_recipe)["state"] == "finished"
 
+    # made again by its resolved recipe, it keeps the recipe as it was written
+    shutil.rmtree(run / "adapter")
+    assert main([str(run / "resolved.yaml")]) == 0
+    assert (run / "recipe.yaml").read_text() == tiny_recipe.read_text()
+
 
 WAYS = {
     "bf16-weights": ["model.dtype=bfloat16", "train.bf16=true"],

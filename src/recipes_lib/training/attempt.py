@@ -113,7 +113,8 @@ class Attempt:
         return newest
 
     def _write_settings(self) -> None:
-        write_text(self.run.path / "recipe.yaml", self.recipe.document.text)
+        if self.recipe.path.parent.resolve() != self.run.path.resolve():  # not its own resolved one
+            write_text(self.run.path / "recipe.yaml", self.recipe.document.text)
         self.recipe.write(self.run.path / RECIPE_FILE)
         write_text(self.run.path / "command.txt", command_line() + "\n")
 
