@@ -62,7 +62,7 @@ MODEL = "model.name_or_path=org/"
 REFUSED = {
     "no such model": ([f"{MODEL}tinny"], 5, ["no model 'org/tinny'", "check the name"]),
     "gated": ([f"{MODEL}gated-tiny"], 5, ["'org/gated-tiny' is gated", "hf auth login"]),
-    "no such data set": (["data.source=org/rowz"], 4, ["no data set 'org/rowz'"]),
+    "no such data set": (["data.source=org/rowz"], 4, ["cannot load 'org/rowz'", "check the name"]),
     "no such split": (["data.source=org/rows", "data.source_split=trian"], 4, ["trian", "train"]),
 }
 
