@@ -99,4 +99,4 @@ def test_an_impossible_temperature_and_an_unknown_run_are_usage_errors(runs, rec
     for flag, value in (("--max-new-tokens", "0"), ("--temperature", "-1")):
         assert recipes("chat", "lora", "--prompt", "hi", flag, value)[0] == ExitCode.USAGE, flag
     code, _, err = recipes("chat", "lor", "--prompt", "hi")
-    assert code == ExitCode.USAGE and "no run named 'lor'" in err and "lora" in err
+    assert code == ExitCode.USAGE and "no run named 'lor'" in err and "recipes status" in err

@@ -323,7 +323,7 @@ def model_config(recipe: Recipe) -> Any:
         return AutoConfig.from_pretrained(folder or name, revision=recipe.model.revision)
     except OSError as error:
         raise explain_load_failure(recipe.model, error) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = one_line(error).partition(" Should contain ")[0]  # without all types that are known
         raise recipe.error("model.name_or_path", f"no plan: {why}") from None
 
