@@ -74,7 +74,7 @@ def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp
     cases = [
         ("judge: {model: m, mode: logit}\n", judged, 2, "judge.yaml:1:"),
         ("judge: {model: m}\nthresholds: 5\n", judged, 2, "judge.yaml:2:"),
-        (fine, f"{judged}thresholds: 5\n", 2, "mine.yaml:4: section 'thresholds'"),
+        (fine, f"{judged}thresholds: 5\n", 2, "mine.yaml:4: thresholds"),
         (fine, f"{checks} {{questions: gone.jsonl}}\n", 4, "mine.yaml:2: data.questions: no such"),
         (fine, f"{checks} {{questions: q.jsonl}}\n", 4, "q.jsonl:1: unknown check 'exactly'"),
     ]

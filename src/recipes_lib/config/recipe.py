@@ -323,7 +323,8 @@ def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeErro
 def recipe_of(file: RecipeFile, document: Document) -> Recipe:
     """Return the recipe of a document that was parsed."""
     values, origin, path = document.values, document.origin("run.name"), document.path.resolve()
-    name = file.run.name or f"{path.parent.name}--{document.path.stem}"
+    default = f"{path.parent.name}--{document.path.stem}"
+    name = default if file.run.name is None else file.run.name
     check_run_name(name, origin.file, origin.line)
     written = values.get("train")  # `recipes check` asks of bad ones, too
     train = upstream.TRAIN_DEFAULTS | (written if isinstance(written, dict) else {})

@@ -449,6 +449,7 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[tuple[str, str, dict[s
         ("steps", number, asdict(steps)),
         ("tokens", f"{steps.tokens:,} ({plan.rows.source})", {"rows": plan.rows.source}),
         ("memory", f"{plan.needed:.1f} GiB: {parts}", memory),
+        ("", "an upper estimate: layers with a state" if traced.carries_state else "", {}),
         ("fits" if plan.fits else "DOES NOT FIT", room, {"fits": plan.fits}),
         ("time", time, speed),
         ("try", change, {"advice": advice and advice[0]}),

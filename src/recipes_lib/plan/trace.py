@@ -49,6 +49,7 @@ class Trace:
     windows: int  # layers with sliding window attention
     hidden: int
     vocabulary: int
+    carries_state: bool  # traced as torch computes it; special kernels keep less
 
 
 def trace(config: Any, lora: peft.LoraConfig | None, *precision: Any) -> Trace:
@@ -122,6 +123,7 @@ def trace_now(
         windows=(getattr(text, "layer_types", None) or []).count("sliding_attention"),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
+        carries_state=any(isinstance(part, torch.nn.Conv1d) for part in model.modules()),
     )
 
 
