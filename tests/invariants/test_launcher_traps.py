@@ -42,5 +42,5 @@ def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_s
         " mixed_precision: bf16}"
     )
     code, said = launcher.start("run.name=trap-precision", *SHORT, config=config).wait()
-    assert code != 0 and "mixed_precision bf16, but the recipe for none" in said, said[-3000:]
+    assert code != 0 and "mixed_precision bf16, but the recipe for no" in said, said[-3000:]
     assert "internal error" not in said and not launcher.run("trap-precision").exists()
