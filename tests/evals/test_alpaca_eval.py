@@ -30,7 +30,7 @@ print(json.dumps({name: float(rate[name]) for name in ("win_rate", "n_total", "n
 class UndecidedServer(FaultyServer):
     """A judge of every opinion, and sometimes of none."""
 
-    opinions = itertools.cycle(["[RESULT] A", "[RESULT] B", "[RESULT] B", "Both.", "[RESULT] A"])
+    opinions = itertools.cycle(["[RESULT] A", "[RESULT] B", "[RESULT] B", "[RESULT] A", "Both."])
     answer = property(lambda self: next(self.opinions), lambda self, value: None)
 
 

@@ -167,9 +167,9 @@ def test_a_resume_on_more_ranks_is_refused_and_cannot_be_insisted_on(launcher) -
     words = ["train.logging_steps=5", "train.save_steps=3", "run.name=grows"]
     launcher.start(*words, patch="kill", KILL_MOMENT="in a step", KILL_STEP="4").wait()
     assert (launcher.run("grows") / "checkpoints/checkpoint-3").is_dir()
-    for more, reason in (([], "launch.world_size"), (["--resume-anyway"], "lacks rng_state_0.pth")):
+    for more in ([], ["--resume-anyway"]):
         code, said = launcher.start(*words, *more, config="ddp_cpu").wait()
-        assert code != 0 and said.count(reason) == 1, said[-2000:]
+        assert code != 0 and said.count("launch.world_size") == 1, said[-2000:]
 
 
 def test_fsdp2_shares_gradients_of_adapters_out_once_per_step_and_all_others_after_each_pass(
