@@ -382,7 +382,7 @@ def test_tokens_of_tied_embeddings_train_and_are_saved(tiny_recipe, tmp_path) ->
 def test_a_training_template_trains_and_the_plain_one_is_saved(
     tiny_recipe, tiny_model_dir, monkeypatch, capsys
 ) -> None:
-    from recipes_lib.data import prompts
+    from recipes_lib.data import prepare
 
     model = tiny_recipe.parent / "phi"
     shutil.copytree(tiny_model_dir, model)
@@ -397,10 +397,9 @@ def test_a_training_template_trains_and_the_plain_one_is_saved(
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert run_json(tiny_recipe)["guard"]["training_template_hash"] == digest
 
-    other = tiny_recipe.with_name("phi3_training.jinja")
-    other.write_text(text + "{# newer #}", encoding="utf-8")
+    newer = ("phi3_training.jinja", text + "{# newer #}")
     with monkeypatch.context() as patch:
-        patch.setattr(prompts, "training_files", lambda: {plain: other})
+        patch.setattr(prepare, "training_template", lambda section, tokenizer: newer)
         assert main(words) == ExitCode.USAGE
         assert "training_template_hash" in capsys.readouterr().err
     assert main(words) == 0
