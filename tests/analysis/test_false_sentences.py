@@ -629,6 +629,8 @@ def test_rows_of_few_questions_have_no_verdict_among_many(tmp_path: Path) -> Non
     for number in range(20):
         folders = valued(tmp_path, [0.0] * 20, [1.0] * 20, name=f"eval{number}")
         assert silent(compared(folders)) == (number == 19)
+    primary = compared(folders, Aims("eval3/pass_rate")).claims  # at 4%, alone: as among one
+    assert [claim.row.eval for claim in primary if claim.verdict in CLAIMS] == ["eval3"]
 
 
 def test_a_long_tail_against_the_mean_has_no_verdict(tmp_path: Path) -> None:

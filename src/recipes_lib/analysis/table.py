@@ -401,10 +401,6 @@ def _mark(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
         group = groups.get((row.arms, row.eval, task))
         if group and not any(task in parts for parts in words):
             row.aside = f"it is a part of {group}, which is tested as one mean"
-    tested = [row for row in rows if row.is_tested]
-    for row in tested if len(tested) >= MANY_TESTS else ():
-        if row.test and row.test.resolved.questions < FEWEST_OF_MANY:
-            row.why_not = f"{row.test.resolved.questions} questions are too few among many tests"
     marked: set[tuple[str, str]] = set()  # the first tested row of two arms, head to head before
     for row in sorted(rows, key=lambda row: not row.is_tested):
         margin = None if row.aside else aims.margin_of(row.metric)
@@ -416,6 +412,12 @@ def _mark(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
         if named and row.arms not in marked:
             row.primary = True
             marked.add(row.arms)
+    tested = [row for row in rows if row.is_tested]
+    for row in tested:
+        together = len(marked) if row.primary else len(tested)
+        questions = row.test.resolved.questions if row.test else 0
+        if together >= MANY_TESTS and questions < FEWEST_OF_MANY:
+            row.why_not = f"{questions} questions are too few among many tests"
 
 
 def _correct(rows: Sequence[TableRow]) -> None:
