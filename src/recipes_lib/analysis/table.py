@@ -408,16 +408,14 @@ def _mark(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
             row.flags = (*row.flags, f"no margin: {wrong}")
         elif margin:  # a difference of x between two rates is x / 2 from one half
             row.margin = margin.size / 2 if row.head_to_head else margin.size
-        named = aims.primary and is_named(aims.primary, row.metric) and not row.aside
-        if named and row.arms not in marked:
-            row.primary = True
+        if aims.primary and is_named(aims.primary, row.metric) and not row.aside:
+            row.primary = row.arms not in marked
             marked.add(row.arms)
     tested = [row for row in rows if row.is_tested]
     for row in tested:
         together = len(marked) if row.primary else len(tested)
-        questions = row.test.resolved.questions if row.test else 0
-        if together >= MANY_TESTS and questions < FEWEST_OF_MANY:
-            row.why_not = f"{questions} questions are too few among many tests"
+        if together >= MANY_TESTS and row.test and row.test.resolved.questions < FEWEST_OF_MANY:
+            row.why_not = f"fewer than {FEWEST_OF_MANY} questions are too few for {together} tests"
 
 
 def _correct(rows: Sequence[TableRow]) -> None:
