@@ -78,7 +78,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(
+def test_a_model_that_cannot_be_trained_is_refused(
     case, tiny_recipe, tiny_model_dir, tmp_path, capsys
 ):
     damage, overrides, code, words = MODELS[case]
@@ -91,7 +91,7 @@ def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(
 
 
 @pytest.mark.parametrize("damage", [without_tokenizer, deep_config])
-def test_a_model_that_cannot_be_read_is_one_line_of_every_verb(
+def test_a_model_that_cannot_be_read_is_one_line(
     damage, tiny_recipe, tiny_model_dir, tmp_path, capsys
 ):
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
@@ -147,9 +147,7 @@ DATA = {
 
 
 @pytest.mark.parametrize("case", DATA)
-def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
-    case, tiny_recipe, tiny_model_dir, tmp_path, capsys, monkeypatch
-):
+def test_unusable_data_is_refused(case, tiny_recipe, tiny_model_dir, tmp_path, capsys, monkeypatch):
     """The audit and the training give the same answer."""
     content, overrides, code, words = DATA[case]
     monkeypatch.chdir(tmp_path)
@@ -173,9 +171,7 @@ def test_a_folder_whose_files_differ_in_columns_is_refused(tiny_recipe, tmp_path
     assert not missing_words(capsys.readouterr().err, "b.jsonl column")
 
 
-def test_a_defect_is_one_message_and_its_traceback_is_kept(
-    tiny_recipe, tmp_path, monkeypatch, capsys
-):
+def test_a_defect_is_one_message_and_a_kept_traceback(tiny_recipe, tmp_path, monkeypatch, capsys):
     from recipes_lib.training import build
 
     def break_it(*args: object) -> None:
@@ -235,9 +231,7 @@ def test_a_bad_command_line_gets_one_answer(first, tiny_recipe, capfd, monkeypat
     assert not wrong and not Path("x").exists()
 
 
-def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
-    tiny_recipe, tmp_path, monkeypatch, capsys
-):
+def test_a_runs_folder_that_cannot_be_made_is_exit_5(tiny_recipe, tmp_path, monkeypatch, capsys):
     """A file is in the way; a read-only or vanished disk takes the same path."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "file"))
@@ -247,7 +241,7 @@ def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
     assert "internal error" not in said
 
 
-def test_a_model_without_a_padding_token_and_a_grown_vocabulary_trains(
+def test_a_model_with_a_grown_vocabulary_and_no_padding_token_trains(
     tiny_recipe, tiny_model_dir, tmp_path
 ):
     """The padding token becomes the end token, which keeps its loss."""

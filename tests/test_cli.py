@@ -151,16 +151,11 @@ def test_training_sends_no_telemetry_unless_somebody_allows_it(monkeypatch):
     assert said == ["True\n", "False\n"]
 
 
-def test_printed_commands_keep_their_quotes(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my files").mkdir()
-    word = "train.eval_strategy='no'"
-    (tmp_path / "my files/study.yaml").write_text(
-        f'question: q\narms:\n  a: {{recipe: {RECIPE}, overrides: ["{word}"]}}\nseeds: [1]\n'
-        f"evals: [{project_root()}/evals/quickstart/house_style.yaml]\n"
-    )
-    assert cli.main(["study", "plan", "my files/study.yaml", word]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert shlex.split(line)[-2:] == ["my files/study.yaml", word]
-    assert cli.main(["check", "my files/study.yaml"]) == 0
-    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == "my files/study.yaml"
+def test_printed_commands_keep_their_quotes(tmp_path, capsys):
+    study, shipped = tmp_path / "my files/study.yaml", "recipes/studies/quickstart.yaml"
+    study.parent.mkdir()
+    study.write_text(f"extends: {project_root() / shipped}\n")
+    words = [str(study), "train.eval_strategy='no'"]
+    for verb, said in ((["study", "plan"], words), (["check"], words[:1])):
+        assert cli.main([*verb, *said]) == 0
+        assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-len(said) :] == said

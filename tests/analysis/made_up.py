@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,7 @@ def plain_text(who: str, question: str) -> str:
     return f"{who} answers question {question} as follows: {''.join(letters)}."
 
 
-def write_run(
-    root: Path, name: str, *, seed: int = 42, rank: int = 8, steps: int = 40, **resolved: Any
-) -> Path:
+def write_run(root, name, *, seed=42, rank=8, steps=40, **resolved) -> Path:
     """Write a trained run without evaluations, and return its folder."""
     folder = root / name
     rng = random.Random(f"{name}{seed}")
@@ -118,7 +116,7 @@ def write_values(
     metric: str = "pass_rate",
     unit: Any = "share",
     higher: bool | None = True,
-    inputs: Sequence[str] | None = None,
+    about: Sequence[dict[str, str]] | None = None,
     **facts: Any,
 ) -> Path:
     """Write one metric with these values, a question for each."""
@@ -127,7 +125,7 @@ def write_values(
             id=f"q{number:05d}",
             value=value,
             outcome="unresolved" if value is None else "scored",
-            input=inputs[number] if inputs else f"Question {number}?",
+            **{"input": f"Question {number}?"} | (about[number] if about else {}),
         )
         for number, value in enumerate(values)
     ]
@@ -136,9 +134,7 @@ def write_values(
     return write_eval(folder, name, suite, [made], **facts)
 
 
-def write_eval(
-    folder: Path, name: str, suite: str, metrics: Iterable[Metric], **facts: Any
-) -> Path:
+def write_eval(folder, name, suite, metrics, **facts) -> Path:
     """Write an evaluation of these metrics, and return its result file."""
     whole = []
     for metric in metrics:

@@ -48,9 +48,7 @@ RESULT, ITEMS = "evals/alpaca_eval/result.json", "evals/alpaca_eval/items.jsonl"
 Folders = dict[str, list[Path]]
 
 
-def compared(
-    folders: Folders, aims: Aims | None = None, design: Design | None = None
-) -> Conclusion:
+def compared(folders, aims=None, design=None) -> Conclusion:
     return conclude(load_arms(folders), aims, design)
 
 
@@ -115,17 +113,21 @@ def valued(root: Path, first: Sequence[float], second: Sequence[float], **facts:
 # ---- What stops the sentences of an evaluation ----
 
 
-def other_items(key: str) -> Callable[[Folders], None]:
-    """Other texts under the same ids in one arm."""
-    how: Any = lambda row: row | {key: f"other {row[key]}"}  # noqa: E731 (it is an argument)
-    return lambda two: change_lines(two["two"][0] / ITEMS, how)
+def other(result: str = RESULT, **facts: Any) -> Callable[[Folders], None]:
+    """Other facts of one arm."""
+    return lambda two: rewrite({"two": two["two"]}, result, **facts)
+
+
+def other_items(key: str, value: Any = "other") -> Callable[[Folders], None]:
+    """Another text, or other verdicts, under the same ids in one arm."""
+    return lambda two: change_lines(two["two"][0] / ITEMS, lambda row: row | {key: value})
 
 
 def copied(two: Folders) -> None:
     """A copy of the other arm's answers with other verdicts, a few rows dropped."""
     (metric,) = read_eval_log(two["one"][0] / RESULT).metrics
     kept = tuple(replace(each, value=1.0, outcome="win") for each in metric.samples[3:])
-    rewrite({"two": two["two"]}, metrics=(replace(metric, samples=kept, value=1.0, n=97),))
+    other(metrics=(replace(metric, samples=kept, value=1.0, n=97),))(two)
 
 
 def half_cut(two: Folders, result: str = RESULT) -> None:
@@ -147,29 +149,21 @@ STOPS: list[tuple[str, Callable[[Folders], Any]]] = [
     ("texts-differ", other_items("input")),
     ("texts-differ", other_items("opponent")),
     ("same-answers", copied),
-    ("judges-differ", lambda two: rewrite({"two": two["two"]}, judge=None)),
-    (
-        "judges-differ",
-        lambda two: rewrite({"two": two["two"]}, judge=JudgeFacts(model="other/judge")),
-    ),
+    ("judges-differ", other(judge=None)),
+    ("judges-differ", other(judge=JudgeFacts(model="other/judge"))),
     ("self-judged", lambda two: rewrite(two, judge=JudgeFacts(model="two"))),
     ("self-judged", lambda two: rewrite(two, judge=JudgeFacts(model="Some/Model/"))),
     ("judge-failed-audit", lambda two: rewrite(two, audit=Scorecard(checks=(TURNS,)))),
-    (
-        "one-order",
-        lambda two: change_lines(two["two"][0] / ITEMS, lambda row: row | {"verdicts": ["A"]}),
-    ),
+    ("one-order", other_items("verdicts", ["A"])),
     ("degenerate-answers", half_cut),
-    ("leaked-questions", lambda two: rewrite({"two": two["two"]}, leaks=LEAKS)),
+    ("leaked-questions", other(leaks=LEAKS)),
     # rules, rubrics or prompts were edited between the arms: the recipe only names their files
     ("protocol-differs", lambda two: [rewrite({arm: two[arm]}, settings=arm) for arm in two]),
 ]
 
 
 @pytest.mark.parametrize(("code", "how"), STOPS)
-def test_an_error_stops_the_sentences_of_its_evaluation_alone(
-    code: str, how: Callable[[Folders], Any], two: Folders
-) -> None:
+def test_an_error_stops_the_sentences_of_its_evaluation_alone(code, how, two) -> None:
     assert claim_of(compared(two)).verdict == "higher"
     if code == "protocol-differs":  # another batch size is no other question
         for arm, size in zip(two, (8, 16), strict=True):
@@ -199,7 +193,7 @@ def test_other_prompt_formats_have_no_verdict_and_the_way_to_one_is_named(two: F
     facts = read_eval_log(two["two"][0] / RESULT).answers
     asked = [replace(facts, prompt_format_hash=word) for word in ("dolly", "chat")]
     file = write_judged(two["two"][0], 100, against="one", skill=0.8, name="met")
-    rewrite({"two": two["two"]}, "evals/met/" + file.name, answers=asked[0], opponent=asked[1])
+    other("evals/met/" + file.name, answers=asked[0], opponent=asked[1])(two)
     assert claim_of(compared(two), "met/win_rate").stopped_by[0].code == "protocol-differs"
     assert claim_of(compared(two), "alpaca_eval/win_rate").verdict == "higher"
     for arm, word in zip(two, ("dolly", "chat"), strict=True):  # of two families, each by itself
@@ -268,7 +262,8 @@ def test_nearly_equal_arms_can_be_compared(tmp_path: Path) -> None:
     folders = {name: [write_run(tmp_path, name)] for name in ("ddp", "fsdp")}
     for (folder,), outcomes in zip(folders.values(), (values, other), strict=True):
         write_judged(folder, 400, values=outcomes.tolist(), text=text)
-    conclusion = compared(folders, Aims("win_rate", {"win_rate": Margin(0.05, points=True)}))
+    margins = {"win_rate": Margin(0.2), "alpaca_eval/win_rate": Margin(0.05, points=True)}
+    conclusion = compared(folders, Aims("win_rate", margins))  # the longest name counts
     (claim,) = conclusion.claims
     assert not codes(conclusion)
     assert claim.within == "equivalent" and "equivalent within 5.0 points" in claim.sentence
@@ -298,9 +293,7 @@ def test_seeds_that_end_in_the_same_weights_count_once(ranks: Folders) -> None:
     assert silent(compared(ranks)) and "same-seeds" in codes(compared(ranks))
 
 
-def test_verdicts_against_a_run_that_was_trained_again_are_about_no_run_that_is_there(
-    two: Folders,
-) -> None:
+def test_verdicts_against_a_run_that_was_trained_again_are_about_no_run_that_is_there(two) -> None:
     against = write_judged(two["two"][0], 100, against="one", skill=0.8)
     for weights, is_stopped in (("weights of one", False), ("other weights", True)):
         facts = {"name": "one", "fingerprint": weights}
@@ -315,14 +308,13 @@ def test_verdicts_against_a_run_that_was_trained_again_are_about_no_run_that_is_
 # ---- Questions and samples ----
 
 
-def test_a_question_that_is_asked_again_under_another_id_is_no_new_evidence(
-    tmp_path: Path,
-) -> None:
-    values = ([float((n % 5 == 0) == right) for n in range(40)] * 3 for right in (False, True))
-    inputs = [f"{('What', 'what')[n > 50]} is{' ' * (1 + n // 40)}{n % 40}?" for n in range(120)]
-    folders = valued(tmp_path, *values, inputs=inputs)
-    (row,) = compared(folders).table.rows
-    assert row.n == 120 and row.test and row.test.resolved.questions == 40
+def test_a_question_that_is_asked_again_under_another_id_is_no_new_evidence(tmp_path) -> None:
+    values = [[float((n % 5 == 0) == right) for n in range(40)] * 3 for right in (False, True)]
+    texts = [f"{('What', 'what')[n > 50]} is{' ' * (1 + n // 40)}{n % 40}?" for n in range(120)]
+    for key, names in (("input", texts), ("same_as", [str(n % 40) for n in range(120)])):
+        folders = valued(tmp_path / key, *values, about=[{key: name} for name in names])
+        (row,) = compared(folders).table.rows
+        assert row.n == 120 and row.test and row.test.resolved.questions == 40, key
 
 
 def test_errors_of_0_and_1_are_no_percentages(tmp_path: Path) -> None:
@@ -356,9 +348,7 @@ def test_a_task_of_a_group_is_tested_where_it_is_asked_for(tmp_path: Path) -> No
 # ---- Judges ----
 
 
-def test_another_judge_of_a_third_arm_stops_nothing_between_the_others(
-    two: Folders, tmp_path: Path
-) -> None:
+def test_another_judge_of_a_third_arm_stops_nothing_between_the_others(two, tmp_path) -> None:
     third = write_run(tmp_path, "three", rank=64)
     write_judged(third, 100, judge=JudgeFacts(name="other", fingerprint="o", model="o/o"))
     claims = compared({**two, "three": [third]}).claims
@@ -368,7 +358,7 @@ def test_another_judge_of_a_third_arm_stops_nothing_between_the_others(
     assert verdicts[frozenset(("one", "three"))] == "no verdict"
 
 
-def test_a_copy_of_the_base_that_judges_is_known_by_its_weights(
+def test_a_judging_copy_of_the_base_is_known_by_its_weights(
     two: Folders, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     copy = str(shutil.copytree(tiny_model_dir, tmp_path / "a-judge"))
@@ -426,7 +416,10 @@ def test_a_null_model_wins_nothing(suite: str, number: str, tmp_path: Path) -> N
 # ---- Protocol and trainings ----
 
 
-def test_every_seed_was_asked_in_the_same_way(ranks: Folders) -> None:
+def test_seeds_are_paired_and_asked_in_the_same_way(ranks: Folders) -> None:
+    """Seeds 42 and 43 against 43 and 44 are one pair, and one pair is about two models."""
+    claim = claim_of(compared({"r8": ranks["r8"][:2], "r32": ranks["r32"][1:]}))
+    assert claim.row.trainings == (1, 1) and claim.verdict == "higher"
     changed = {"generation": {"max_new_tokens": 8}}
     change(ranks["r32"][1] / RESULT, lambda result: result["recipe"].update(changed))
     assert silent(compared(ranks)) and "protocol-differs" in codes(compared(ranks))
@@ -452,12 +445,6 @@ def test_one_training_each_is_about_these_two_models(two: Folders) -> None:
         assert claim.verdict == "higher" and not claim.cause
         assert "better than" in claim.sentence and "is better" not in claim.sentence
         assert "One training each" in claim.sentence
-
-
-def test_seeds_without_a_partner_make_no_second_training(ranks: Folders) -> None:
-    """Seeds 42 and 43 against 43 and 44 are one pair, and one pair is about two models."""
-    claim = claim_of(compared({"r8": ranks["r8"][:2], "r32": ranks["r32"][1:]}))
-    assert claim.row.trainings == (1, 1) and claim.verdict == "higher"
 
 
 def test_a_cause_needs_declared_keys_alone(ranks: Folders) -> None:
@@ -490,9 +477,7 @@ def test_a_cause_needs_declared_keys_alone(ranks: Folders) -> None:
     assert not claim_of(compared(ranks, design=RANK)).cause
 
 
-def test_what_differs_against_one_opponent_takes_no_cause_from_the_row_of_another(
-    ranks: Folders,
-) -> None:
+def test_what_differs_against_one_opponent_takes_no_cause_from_the_row_of_another(ranks) -> None:
     for arm, skill in (("r8", 0.3), ("r32", 0.8)):
         for folder in ranks[arm]:
             write_judged(folder, 200, against="gpt", skill=skill, libraries={"vllm": arm})
@@ -501,9 +486,7 @@ def test_what_differs_against_one_opponent_takes_no_cause_from_the_row_of_anothe
     assert causes == {"reference": True, "gpt": False}
 
 
-def test_answers_made_differently_take_the_cause_of_a_comparison_head_to_head(
-    ranks: Folders,
-) -> None:
+def test_answers_made_differently_take_the_cause_of_a_comparison_head_to_head(ranks) -> None:
     for folder, rival in zip(ranks["r32"], ranks["r8"], strict=True):
         write_judged(folder, 200, against=rival.name, skill=0.9, flips=0.0)
 

@@ -112,9 +112,7 @@ def test_annotations_have_the_library_s_win_rate_and_are_paired(tmp_path: Path) 
     assert claim.row.opponent == "davinci" and claim.row.test.unresolved == 20
 
 
-def test_a_folder_named_like_the_judge_beside_annotations_is_not_its_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_named_like_the_judge_beside_annotations_is_not_its_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt4").mkdir()
     files = [annotations(Path(f"{name}.json"), name, [2.0] * 9) for name in ("mine", "theirs")]

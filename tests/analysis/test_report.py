@@ -66,9 +66,7 @@ def test_the_answer_stands_before_everything_else(folders: dict[str, list[Path]]
         assert re.search(r"\d.*\[.*\].*n = ", sentence)  # a number, its interval, its n
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(
-    folders: dict[str, list[Path]],
-) -> None:
+def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(folders) -> None:
     hostile = {"category": HOSTILE, "raws": [HOSTILE]}
     for (folder,) in folders.values():
         write_judged(folder, 30, text=lambda who, question: HOSTILE + plain_text(who, question))
@@ -83,9 +81,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(
     assert not any(name.startswith("on") for _, attrs in tags for name in attrs)
 
 
-def test_every_number_has_its_n_and_its_file(
-    folders: dict[str, list[Path]], tmp_path: Path
-) -> None:
+def test_every_number_has_its_n_and_its_file(folders, tmp_path) -> None:
     """And no cell of the table is a formula."""
     write_values(folders["r8"][0], [1.0, 0.0] * 10, metric="=cmd()", name="formula")
     arms = load_arms({**folders, "=SUM(A1)": [write_run(tmp_path, "=A2")]})

@@ -82,10 +82,15 @@ def test_a_sound_judge_passes_its_probes_with_every_model(judge_file, runs_folde
     for name, text in (("better", "A good, good one."), ("worse", "A poor one.")):
         rows = [{**row, "output": text, "generator": name} for row in questions]
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    # people's labels of the first model's pairs, with the answers exchanged
+    label = {"opponent_answer": "A good, good one.", "label": "loss"}
+    labels = [{"instruction": row["instruction"], "answer": row["output"]} for row in questions]
+    lines = [json.dumps(row | label) + "\n" for row in labels]
+    (tmp_path / "labels.jsonl").write_text("".join(lines))
     path = tmp_path / "support.yaml"
     path.write_text(
-        "extends: judge.yaml\nsuite: {name: alpaca_eval}\ndata: {questions: questions.json}\n"
-        "judge: {concurrency: 1}\n"
+        "extends: judge.yaml\nsuite: {name: alpaca_eval}\njudge: {concurrency: 1}\n"
+        "data: {questions: questions.json, labels: labels.jsonl}\n"
     )
     with SoundServer() as server:
         judge_file(model=MODEL, engine="openai", base_url=server.url, mode="generate")
@@ -94,4 +99,4 @@ def test_a_sound_judge_passes_its_probes_with_every_model(judge_file, runs_folde
     assert [log.metrics[0].value for log in (better, worse)] == [1.0, 0.0]
     for log in (better, worse):
         assert log.audit is not None and not log.audit.failed, log.target
-        assert [check.check for check in log.audit.not_measured] == [HUMAN]
+        assert [check.check for check in log.audit.not_measured] == [HUMAN] * (log is worse)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pytest
 from tests.evals.fake_judges import FakeJudge, always_a, obeys_answers, reply, says, sound
 from tests.evals.faulty_server import MODEL, FaultyServer
 
@@ -20,13 +17,12 @@ from recipes_lib.evals.audit import (
     audit,
     audit_banner,
     audit_note,
-    pair_samples,
     probe_items,
     sample_of,
     scorecard_lines,
 )
 from recipes_lib.evals.judge import Item, ask
-from recipes_lib.evals.log import Check, Scorecard, Store
+from recipes_lib.evals.log import Check, Sample, Scorecard, Store
 from recipes_lib.evals.recipe import Thresholds
 from recipes_lib.evals.suites import bounds_of, metric_of
 
@@ -92,31 +88,12 @@ def test_outcomes_of_both_orders() -> None:
         assert sample_of("q", rows, ("AB", "BA")).outcome == outcome
     rate = metric_of("win_rate", "", [sample_of("q", rows, ("AB", "BA"))])
     assert (rate.value, rate.n, bounds_of(rate.samples)) == (None, 0, (0.0, 1.0))
+    turns = [Sample(str(n // 2), value=n // 2 % 2, turn=n % 2 + 1) for n in range(40)]
+    once, twice = (metric_of("win_rate", "", some) for some in (turns[::2], turns))
+    assert twice.high - twice.low > 0.9 * (once.high - once.low)  # of as many questions
 
 
-def test_draws_of_one_question_are_one_observation_of_every_interval() -> None:
-    """Four identical draws a question know as much as one."""
-    usual = {"judge": "j", "probe": "", "source": "judge", "status": "ok", "cut": False}
-
-    def measured(draws: int) -> list[Any]:
-        rows = [
-            usual | {"question": f"q{n}", "question_id": f"q{n}#{draw}", "order": order, "value": v}
-            for n in range(60)
-            for draw in range(draws)
-            for order, v in zip(("AB", "BA"), ("AB", "BA", "AA")[n % 3], strict=True)
-        ]
-        samples = [replace(sample, same_as="") for sample in pair_samples(rows)]
-        card = checks(audit(rows, Thresholds(), {}, rows))
-        return [card[SWAP], metric_of("win_rate", "", samples)]
-
-    for once, four in zip(measured(1), measured(4), strict=True):
-        assert four.high - four.low > 0.9 * (once.high - once.low), once
-    assert measured(1)[0].value == pytest.approx(2 / 3)
-
-
-def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
-    judge_file, runs_folder, tmp_path, capsys
-) -> None:
+def test_a_judge_is_audited_on_labelled_pairs(judge_file, runs_folder, tmp_path, capsys) -> None:
     usual = {"answer": "An apple.", "label": "win"}
     rows = [
         {"instruction": f"Name a fruit, {n}.", "opponent_answer": f"Stone {n}."} | usual

@@ -36,9 +36,7 @@ def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(model_and_tok
     assert answers(*model_and_tokenizer, 1, temperature=1.0) != alone
 
 
-def test_a_batch_out_of_memory_is_halved_and_so_are_those_after_it(
-    model_and_tokenizer, monkeypatch, capsys
-) -> None:
+def test_batches_are_halved_from_one_out_of_memory_on(model_and_tokenizer, monkeypatch, capsys):
     import torch
 
     model, tokenizer = model_and_tokenizer
@@ -60,9 +58,7 @@ def test_a_batch_out_of_memory_is_halved_and_so_are_those_after_it(
         answers(model, tokenizer, 10_000)
 
 
-def test_a_prompt_longer_than_the_context_is_no_answer_and_stops_nothing(
-    model_and_tokenizer,
-) -> None:
+def test_a_prompt_longer_than_the_context_is_no_answer_and_stops_nothing(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     long = Request(key="long", ids=(5,) * model.config.max_position_embeddings)
     engine = HFEngine(lambda: nullcontext(model), tokenizer, "f")

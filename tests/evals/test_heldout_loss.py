@@ -77,9 +77,7 @@ def test_other_tokens_have_bits_per_byte_of_the_same_text(
     assert sizes[0] == sizes[1] and len(sizes[0]) > 20
 
 
-def test_rows_of_a_file_are_searched_for_leaks(
-    tiny_recipe, tiny_model_dir, tmp_path, eval_file, recipes
-):
+def test_a_file_is_searched_for_leaks(tiny_recipe, tiny_model_dir, tmp_path, eval_file, recipes):
     words = ["train.max_steps=1", "data.split.validation=0", "train.eval_strategy='no'"]
     assert train([str(tiny_recipe), "run.name=one", *words]) == 0
     served = ["generation.engine=openai", "generation.base_url=http://127.0.0.1:1/v1"]

@@ -163,9 +163,7 @@ def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_f
         assert judge._engine is None, "weights were loaded for nothing"
 
 
-def test_every_way_to_ask_is_part_of_the_fingerprint_and_nonsense_has_no_verdict(
-    judge_file, tmp_path
-):
+def test_every_way_to_ask_is_in_the_fingerprint_and_nonsense_has_no_verdict(judge_file, tmp_path):
     prints = set()
     written = {"mode": "generate"}
     changes = [{}, {"dtype": "bfloat16"}, {"seed": 1}, written]
@@ -236,7 +234,7 @@ def test_a_served_judge_is_asked_in_both_orders_in_every_mode_and_style(judge_fi
             assert form["properties"]["result"]["enum"] == ["A", "B"]
 
 
-def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_for_it(
+def test_only_a_judge_here_takes_the_address_of_one_started_for_it(
     judge_file, tmp_path, monkeypatch
 ):
     store = Store(tmp_path / "a.jsonl")
@@ -261,9 +259,7 @@ def judge_many(judge: str, judgments: str) -> None:
 
 
 @pytest.mark.slow
-def test_faults_and_deaths_of_server_and_process_lose_no_judgment_and_ask_none_twice(
-    judge_file, tmp_path
-):
+def test_faults_and_deaths_lose_no_judgment_and_ask_none_twice(judge_file, tmp_path):
     """300 judgments: a third of the requests go wrong, the server dies in the middle of the first
     two commands, and the third one is killed with SIGKILL.
     """

@@ -35,36 +35,23 @@ from recipes_lib.evals.log import (
 from recipes_lib.evals.recipe import Thresholds
 
 
-def log_of(run: Path, key: str = "k" * 64, won: int = 1, answer: str = "x") -> EvalLog:
-    file = log_file(run, "support", "base--x")
+def log_of(run: Path, answer: str = "x") -> EvalLog:
     usual = {"verdicts": ("A", "B"), "input": "Wie spät?", "opponent": "y"}
     usual |= {"answer": answer, "raws": ("[RESULT] A", None)}
-    samples = [
-        Sample(f"q{n}", value=float(n < won), outcome="win" if n < won else "loss", **usual)
-        for n in range(4)
-    ]
-    metric = Metric(
-        "win_rate",
-        "win rate on support",
-        (*samples, Sample("q9", verdicts=("A", "unparsed"))),
-        opponent="base--x",
-        value=won / 4,
-        n=4,
-        eval="support",
-        suite="alpaca_eval",
-        file=file,
-    )
+    samples = [Sample("q0", value=1.0, outcome="win", **usual)]
+    samples += [Sample(f"q{n}", value=0.0, outcome="loss", **usual) for n in range(1, 4)]
+    samples += [Sample("q9", verdicts=("A", "unparsed"))]
+    place = {"eval": "support", "suite": "alpaca_eval", "file": log_file(run, "support", "base--x")}
+    known = {"opponent": "base--x", "value": 0.25, "n": 4} | place
     return EvalLog(
-        suite="alpaca_eval",
-        eval="support",
         target=run.name,
         against="base--x",
-        key=key,
-        metrics=(metric,),
+        key="k" * 64,
+        metrics=(Metric("win_rate", "win rate on support", tuple(samples), **known),),
         answers=AnswerFacts(name=run.name, models=("m",)),
         judge=JudgeFacts(name="prometheus", fingerprint="f", model="m"),
         audit=Scorecard(judge="f", checks=(Check(check="swap consistency", value=0.5, n=3),)),
-        file=file,
+        **place,
     )
 
 

@@ -25,22 +25,11 @@ def test_every_shipped_recipe_resolves_to_the_recorded_values() -> None:
         if not path.name.startswith("_") and path.parent.name != "studies"
     ]
     for path in sorted(recipes):
-        values = guarded_values(load_recipe(path), "", 1, "one process", {})
+        values = sorted(guarded_values(load_recipe(path), "", 1, "one process", {}).items())
         lines += [f"## {path.relative_to(PROJECT)}"]
-        lines += [f"{key} = {json.dumps(value, sort_keys=True)}" for key, value in values.items()]
-    text = "\n".join(sorted_blocks(lines)).replace(str(PROJECT), "PROJECT") + "\n"
+        lines += [f"{key} = {json.dumps(value, sort_keys=True)}" for key, value in values]
+    text = "\n".join(lines).replace(str(PROJECT), "PROJECT") + "\n"
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(text, encoding="utf-8")
     before = GOLDEN.read_text(encoding="utf-8").splitlines()
     assert not list(difflib.unified_diff(before, text.splitlines(), "recorded", "now", n=0))
-
-
-def sorted_blocks(lines: list[str]) -> list[str]:
-    """Return the lines with the keys below each heading sorted."""
-    blocks: list[list[str]] = []
-    for line in lines:
-        if line.startswith("## "):
-            blocks.append([line])
-        else:
-            blocks[-1].append(line)
-    return [line for head, *keys in blocks for line in (head, *sorted(keys))]

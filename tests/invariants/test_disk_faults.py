@@ -184,9 +184,7 @@ def test_the_cut_of_a_disk_loses_what_was_not_flushed(ext4) -> None:
 
 
 @pytest.mark.nightly
-def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(
-    launcher, whole, ext4
-) -> None:
+def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(launcher, whole, ext4):
     launcher.train("run.name=cut", RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
     run = ext4.cut() / "runs" / "cut"
     assert json.loads((run / "run.json").read_text())["state"] == "finished"
@@ -197,9 +195,7 @@ def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(
 
 
 @pytest.mark.parametrize("step", in_ci((2, 6), 6))
-def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(
-    launcher, whole, ext4, step
-) -> None:
+def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_file(launcher, whole, ext4, step):
     child = launcher.start("run.name=cut", RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
     launcher.wait_for_checkpoint(child, step, ext4.place / "runs" / "cut")
     child.signal(signal.SIGSTOP)  # the image is copied piece by piece; a cut is one moment
@@ -215,9 +211,7 @@ def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(
 
 
 @pytest.mark.nightly
-def test_a_file_system_that_turns_read_only_ends_in_one_line_and_loses_nothing(
-    launcher, whole, ext4
-) -> None:
+def test_a_disk_that_turns_read_only_ends_in_one_line_and_loses_nothing(launcher, whole, ext4):
     root = ext4.place / "runs"
     child = launcher.start("run.name=ro", RECIPES_RUNS_ROOT=str(root))
     launcher.wait_for_checkpoint(child, 2, root / "ro")

@@ -81,9 +81,7 @@ def test_rows_that_fill_no_step_are_left_out_alike_on_any_number_of_ranks(launch
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("method", in_ci(["lora", "full"], "lora"))
-def test_a_resumed_ddp_training_on_four_ranks_ends_in_the_same_bytes(
-    launcher, tmp_path, method
-) -> None:
+def test_a_resumed_ddp_training_on_four_ranks_ends_in_the_same_bytes(launcher, tmp_path, method):
     """DDP rebuilds its buckets after the first backward pass of a process; the probe makes it."""
     four = tmp_path / "four.yaml"
     config = (PROJECT / "accelerate_configs/ddp_cpu.yaml").read_text()
@@ -114,7 +112,7 @@ def test_fsdp2_sums_gradients_in_float32(launcher) -> None:
 
 
 @pytest.mark.parametrize("family", in_ci(["gemma4_text", "gemma3"], "gemma3"))
-def test_a_model_whose_class_lists_blocks_that_it_does_not_have_is_sharded(
+def test_a_model_whose_class_lists_blocks_it_lacks_is_sharded(
     launcher, tiny_model_dir, tmp_path, family
 ) -> None:
     folder = build_family(family, tmp_path / family, tiny_model_dir)
@@ -140,7 +138,7 @@ def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(lau
 
 @pytest.mark.parametrize("method", [[], [STORED, "train.bf16=true"]], ids=["lora", "qlora"])
 @pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
-def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_the_same(
+def test_a_signal_to_one_rank_stops_both_and_the_adapter_is_the_same(
     launcher, config, method, request
 ) -> None:
     name = request.node.callspec.id
@@ -172,9 +170,7 @@ def test_a_resume_on_more_ranks_is_refused_and_cannot_be_insisted_on(launcher) -
         assert code != 0 and said.count("launch.world_size") == 1, said[-2000:]
 
 
-def test_fsdp2_shares_gradients_of_adapters_out_once_per_step_and_all_others_after_each_pass(
-    launcher,
-) -> None:
+def test_fsdp2_shares_adapters_gradients_once_per_step_and_others_after_each_pass(launcher) -> None:
     """Whole gradients of a whole model would wait on each rank for the last pass."""
     exchanges = {}
     for method, words in (("lora", []), ("full", ["lora=null", "train.learning_rate=1e-3"])):

@@ -32,9 +32,7 @@ def test_what_accelerate_starts_otherwise_than_it_was_asked_is_refused(launcher)
 
 
 @pytest.mark.slow
-def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_step(
-    launcher, tmp_path
-) -> None:
+def test_a_precision_that_the_recipe_does_not_have_is_refused(launcher, tmp_path) -> None:
     """accelerate's word wins over `train.bf16: false`."""
     config = tmp_path / "foreign.yaml"
     config.write_text(

@@ -22,38 +22,27 @@ def verb(launcher, *words: str) -> list[str]:
     return [sys.executable, "-m", "recipes_lib.cli", "train", str(launcher.recipe), *words]
 
 
-def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(launcher) -> None:
-    words = ["lora=null", "train.adam_epsilon=0", "train.lr_scheduler_type=constant"]
-    words += ["--accelerate", "ddp_cpu", "run.name=explodes"]
-    code, said = launcher.wait(launcher.start_really(verb(launcher, *words)))
-    assert code == 3 and said.count("gradient norm is nan") == 1, said
-    assert "Traceback" not in said and "ChildFailedError" not in said, said
-    assert launcher.state("explodes")["exit_code"] == 3
+EXPLODES = ["lora=null", "train.adam_epsilon=0", "train.lr_scheduler_type=constant"]
+FAILURES = {
+    "every-rank": (None, EXPLODES, 3, "gradient norm is nan"),
+    "in-step-3": ("fail_on_rank_1", [], 5, "out of memory"),
+    "before-step-1": ("fail_early_on_rank_1", [], 4, "lacks a file"),
+}
 
 
-ALONE = (("fail_on_rank_1", 5, "out of memory"), ("fail_early_on_rank_1", 4, "lacks a file"))
-
-
-@pytest.mark.parametrize(("patch", "code", "message"), ALONE, ids=["step 3", "before step 1"])
-def test_an_error_of_rank_1_alone_is_said_once_and_ends_rank_0(
-    patch, code, message, launcher, monkeypatch, capfd
-) -> None:
-    """Rank 0 loses its connection or is ended, which is a consequence and no message."""
-    from recipes_lib.commands.train import supervise
-    from recipes_lib.config.launch import plan_launch
-    from recipes_lib.config.recipe import load_recipe
-
-    for name, value in (launcher.environment | {"PATCH": patch}).items():
-        monkeypatch.setenv(name, value)
-    recipe = load_recipe(launcher.recipe, [f"run.name={patch}"])
-    command = launcher.command(f"run.name={patch}", config="ddp_cpu")
-    start = command.index("-m")
-    command[start : start + 2] = [str(Path(__file__).with_name("patched.py"))]
-    assert supervise(command, recipe, plan_launch(recipe.launch, accelerate="ddp_cpu")) == code
-    said = "".join(capfd.readouterr())
+@pytest.mark.parametrize("name", FAILURES)
+def test_an_error_is_said_once_and_its_exit_code_is_left(name, launcher, tmp_path) -> None:
+    """Of rank 1 alone, too: rank 0 loses its connection or is ended, which is a consequence and no
+    message. `recipes train` reads the code in the file, which a launcher loses.
+    """
+    patch, words, code, message = FAILURES[name]
+    file, words = tmp_path / "code", [f"run.name={name}", *words]
+    report = {"RECIPES_EXIT_CODE_FILE": str(file)}
+    launched, said = launcher.start(*words, config="ddp_cpu", patch=patch, **report).wait()
+    assert (launched, file.read_text()) == (int(name != "every-rank"), str(code)), said[-5000:]
     assert said.count(message) == 1 and "internal error" not in said, said[-5000:]
-    assert "before the first step" not in said, said[-5000:]
-    state = launcher.state(patch)
+    assert "before the first step" not in said and "Traceback" not in said, said[-5000:]
+    state = launcher.state(name)
     assert (state["state"], state["exit_code"]) == ("failed", code) and message in state["error"]
 
 
@@ -64,9 +53,7 @@ CTRL_C, TERM = (signal.SIGINT, 130), (signal.SIGTERM, 75)
     ("config", "number", "code"),
     in_ci((("ddp_cpu", *CTRL_C), ("fsdp_cpu", *TERM)), ("ddp_cpu", *CTRL_C)),
 )
-def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(
-    launcher, config, number, code
-) -> None:
+def test_a_signal_ends_in_a_checkpoint(launcher, config, number, code) -> None:
     name = f"stopped-{config}-{code}"
     words = ["--accelerate", config, f"run.name={name}"]
     child = launcher.start_really(verb(launcher, *words, *LONG))
@@ -96,9 +83,7 @@ def test_ctrl_c_while_a_training_starts_is_one_line_and_130(launcher, start, sec
 
 
 @pytest.mark.parametrize(("number", "code"), [CTRL_C, TERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_signal_to_every_process_of_a_training_spares_its_data_workers_until_the_checkpoint(
-    launcher, number, code
-) -> None:
+def test_a_signal_to_every_process_spares_data_workers_until_the_checkpoint(launcher, number, code):
     """A terminal sends Ctrl-C, and Slurm SIGTERM, to data workers too: without them there is no
     last step.
     """
@@ -130,9 +115,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
     assert not [pid for pid in Path("/proc").glob("[0-9]*") if runs(pid, "run.name=impatient")]
 
 
-def test_a_second_training_is_told_who_holds_the_run_and_a_killed_one_is_said_to_be_so(
-    launcher,
-) -> None:
+def test_a_second_training_is_told_who_holds_the_run_and_a_killed_one_is_said_to_be_so(launcher):
     child = launcher.start_really(verb(launcher, "run.name=gone", *LONG))
     launcher.wait_for_step(child, "gone")
     code, said = launcher.train_here("run.name=gone", *LONG)

@@ -132,9 +132,7 @@ def validations(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 EACH_STEP = [*EPOCHS, "data.max_examples=28", "lora.lora_dropout=0.2", "train.eval_strategy=epoch"]
 
 
-def test_a_stop_at_any_step_of_an_epoch_that_is_evaluated_at_its_end_changes_nothing(
-    tiny_recipe, resumed
-) -> None:
+def test_a_stop_at_any_step_of_an_evaluated_epoch_changes_nothing(tiny_recipe, resumed) -> None:
     assert resumed(*EACH_STEP, step=1, name="step-1") == 0
     whole, metrics = written(tiny_recipe, "whole")
     last = metrics[-1]["step"]

@@ -69,9 +69,7 @@ def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(run, tmp_
     assert port != 20001 and not answers(port) and not (tmp_path / "oops").exists()
 
 
-def test_a_server_that_ends_or_is_another_one_ends_the_command_with_exit_5_and_its_last_words(
-    run, tmp_path: Path
-) -> None:
+def test_a_server_that_ends_or_is_another_one_ends_the_command_with_exit_5(run, tmp_path) -> None:
     """`usurped` serves the same model at the same port, under no name of this job."""
     cases = {
         "broken": ("no memory for the cache",),

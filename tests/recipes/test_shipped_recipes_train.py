@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,12 +212,7 @@ def case(path: Path) -> Any:
 
 
 @pytest.mark.parametrize("path", [case(path) for path in RECIPES])
-def test_the_recipe_trains_two_steps(
-    path: Path,
-    model_for: Callable[[Recipe], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_recipe_trains_two_steps(path, model_for, forks, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     recipe, config = load_recipe(path), twin(load_recipe(path).launch.accelerate)
     overrides = shrunk(recipe, model_for(recipe), tmp_path)
@@ -229,7 +221,8 @@ def test_the_recipe_trains_two_steps(
 
         assert main([str(path), *overrides]) == 0
     else:
-        launch_on_two_ranks(path, config, overrides)
+        code, said = forks.start([path, *overrides], config).wait(TIME_LIMIT_S)
+        assert code == 0, said[-4000:]
     run = tmp_path / "runs" / "shrunk"
     state = json.loads((run / "run.json").read_text())
     check_launch(state["launch"], config)
@@ -240,15 +233,6 @@ def test_the_recipe_trains_two_steps(
     assert [loss for loss in losses if loss is not None and math.isfinite(loss) and loss > 0]
     if recipe.quantization:
         assert state["summary"]["quantized_layers"] == 14
-
-
-def launch_on_two_ranks(path: Path, config: str, overrides: list[str]) -> None:
-    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
-    file = str(PROJECT / "accelerate_configs" / f"{config}.yaml")
-    command = [*launcher, file, "-m", "recipes_lib.train", str(path), *overrides]
-    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIME_LIMIT_S}
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:1000] + done.stderr[-2000:]
 
 
 def check_launch(line: str, config: str) -> None:
