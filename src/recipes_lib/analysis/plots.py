@@ -10,7 +10,7 @@ from recipes_lib.analysis.runs import CURVES, Arms
 from recipes_lib.analysis.text import difference_text, plain_number
 from recipes_lib.core.terminal import printable
 
-_WIDTH, _LEFT, _RIGHT, _LINE = 760, 330, 20, 26
+_WIDTH, _LEFT, _RIGHT, _LINE = 760, 350, 20, 26
 _MOST_ROWS = 40
 _PANEL_WIDTH, _PANEL_HEIGHT = 370, 200
 _COLORS = ("#2f6db3", "#c4552d", "#3b8a4c", "#8a5bb0", "#a07c1f", "#4a8f9c", "#b0486f", "#666666")
@@ -31,7 +31,7 @@ def forest(claims: Sequence[Claim]) -> str:
             row, y = claim.row, top + _LINE * number + _LINE / 2 + 4
             color = {"better": "#2c7a43", "worse": "#b03a1e"}.get(claim.verdict, "#555")
             label = f"{row.first} − {row.second}: {where_text(row)}"
-            label = label if len(label) <= 48 else f"{label[:47]}…"
+            label = label if len(label) <= 44 else f"{label[:43]}…"  # wide and bold it fits
             ends = row.interval or (0.0, 0.0)
             low, x, high = (
                 middle + value * half / reach for value in (ends[0], row.difference or 0.0, ends[1])
