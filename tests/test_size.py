@@ -24,7 +24,7 @@ LINES = {
     "plan": (745, 750),
     "evals": (4274, 4300),
     "analysis": (2723, 3000),
-    "study": (1127, 950),
+    "study": (997, 950),
     "slurm": (796, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 19_500, 20_000

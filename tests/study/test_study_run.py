@@ -37,11 +37,11 @@ STOPPED = "stopped; the same command continues"
 
 @pytest.fixture
 def study(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a study of two arms without evals."""
+    """The file of a study of two arms, of which nothing is evaluated."""
     monkeypatch.setattr(running, "RECIPES", COMMAND)
+    monkeypatch.setattr(running, "evaluations", lambda study: [])
     file = study_folder / "tiny.yaml"
-    text = file.read_text().partition("evals:")[0]
-    file.write_text(f"{text}include_base: false\n")
+    file.write_text(f"{file.read_text()}include_base: false\n")
     return file
 
 
@@ -127,8 +127,8 @@ def test_trainings_at_the_same_time_never_share_a_gpu(study, run, tmp_path, monk
     seen.mkdir()
     monkeypatch.setenv("SEEN", str(seen))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-b,7,8,9")
-    with pytest.raises(RecipeError, match="arm 'r8' needs 2 GPUs"):  # before anything starts
-        run(jobs=3)
+    with pytest.raises(RecipeError, match="only 5 GPUs"):  # before anything starts
+        run(jobs=6)
     assert not list(RunDirectory("tiny").root.glob("tiny--*"))
     assert run(jobs=2)[0] == 0
     notes = [json.loads(file.read_text()) for file in seen.glob("*.json")]
@@ -175,7 +175,7 @@ def test_a_second_runner_is_refused_and_a_training_of_another_process_is_waited_
 
 RUN = (
     "from recipes_lib.study import run; from tests.study.stand_in import COMMAND\n"
-    "run.RECIPES = COMMAND\n"
+    "run.RECIPES, run.evaluations = COMMAND, lambda study: []\n"
     "from recipes_lib.cli import main\nimport sys\n"
     "sys.exit(main(['study', 'run', sys.argv[1]]))"
 )
@@ -210,15 +210,10 @@ def test_on_a_full_disk_the_trainings_that_run_are_asked_to_stop_and_waited_for(
 def test_task_files_that_nobody_allowed_are_refused_before_the_first_training(study, run) -> None:
     text = "suite: {name: lm_eval, tasks: [arc_easy]}\ndata: {include_path: .}\n"
     study.with_name("own.yaml").write_text(f"{text}generation: {{trust_remote_code: true}}\n")
-    study.write_text(f"{study.read_text()}evals: [own.yaml]\n")
+    change(study, "lm_eval.yaml", "own.yaml")
     with pytest.raises(RecipesError, match="task files are code"):
         run()
     assert not trained(study)
-
-
-def test_a_study_without_evals_is_warned_of(study: Path, recipes) -> None:
-    """Issue: hours of training ended in an empty report."""
-    assert "names no evals" in recipes("study", "plan", study)[2]
 
 
 def test_a_job_that_only_evaluates_says_what_is_not_trained_as_the_study_is_now(study, run):
@@ -261,7 +256,6 @@ def test_each_arm_tries_its_grid_and_is_trained_anew_at_the_best_value(tuned, ru
     ]
     trained, said = run_tuned()
     assert trained == [*wanted, "tiny--r4 0.01", "tiny--r8 0.01"]
-    assert "r8: train.learning_rate 0.01" in said
     study = with_choices(load_study(tuned))
     assert {arm.recipe.train["learning_rate"] for arm in study.arms} == {0.01}
     assert {arm.tuning.losses for arm in study.arms if arm.tuning} == {tuple(RATES.values())}
@@ -287,7 +281,7 @@ def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
     tuned.write_text(tuned.read_text().replace("  r8: r8.yaml\n", ""))
     monkeypatch.setenv("LOSSES", json.dumps({"0.001": 2.0, "0.01": 2.0, "0.1": None}))
     trained, said = run_tuned()
-    assert trained[-1] == "tiny--r4 0.001" and "train.learning_rate 0.001" in said
+    assert trained[-1] == "tiny--r4 0.001"
     assert run_tuned()[0] == []
     shutil.rmtree(RunDirectory("tiny").root)
     monkeypatch.setenv("LOSSES", json.dumps(dict.fromkeys(RATES)))

@@ -305,8 +305,8 @@ def _check_study(path: Path, full: bool) -> Findings:
     from recipes_lib.study.config import load_study
     from recipes_lib.study.run import unmet
 
-    study = load_study(path)
-    errors, warnings = unmet(study, study.arms)
+    study, warnings = load_study(path), list[RecipeError]()
+    errors = [*unmet(study, study.arms)]
     for arm in study.arms if full else ():
         for variant in (arm, *arm.candidates):
             errors += check_upstream(variant.recipe, notes=warnings)

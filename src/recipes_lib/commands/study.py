@@ -96,4 +96,4 @@ def run_study_report(
 
 def _next(action: str, study: Study) -> int:
     """Name the next command, with the words of this one; return the code of what is done."""
-    return next_step("recipes", "study", action, shown_path(study.path), *study.words)
+    return next_step("recipes", "study", action, study.document.file, *study.words)

@@ -22,14 +22,14 @@ from recipes_lib.config.upstream import UPSTREAM_FILE
 from recipes_lib.core.project import project_root
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.slurm.profile import Profile
-from recipes_lib.study.config import study_schema
+from recipes_lib.study.config import StudyFile
 
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "str", type(None): "None", Any: "Any"}
 _MAY_BE_INHERITED = ("RecipeFile", "ModelSection", "DataSection", "EvalRecipe", "JudgeSection")
 SCHEMAS: dict[str, Callable[[], Any]] = {
     "recipe": lambda: _editable(RecipeFile.model_json_schema()),
     "eval": lambda: _editable(EvalRecipe.model_json_schema()),
-    "study": study_schema,
+    "study": StudyFile.model_json_schema,
     "profile": Profile.model_json_schema,
 }
 

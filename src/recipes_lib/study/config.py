@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
@@ -19,8 +19,6 @@ from recipes_lib.config.documents import (
     Document,
     KeyPath,
     did_you_mean,
-    dotted,
-    no_such_file,
     read,
     value_text,
 )
@@ -33,23 +31,16 @@ from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
 
 BASE_ARM = "base"
-# What a study sets for every training itself, and where.
-_SET_BY_STUDY = {
-    "train.seed": "the seeds of a study stand under its own key: seeds: [1, 2]",
-    "run.name": "a run of a study is named after the study, its arm and its seed",
-}
+_SET_BY_STUDY = {"train.seed", "run.name"}
 _SET_BY_LAUNCH = ("launch.distributed_type", "launch.mixed_precision", "launch.world_size")
 # Keys that decide which tokens a validation loss is a mean over, and how.
-_OF_THE_LOSS = (
-    *("train.max_length", "train.completion_only_loss", "train.assistant_only_loss"),
-    *("train.packing", "train.eval_packing", "train.truncation_mode"),
-    *("train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
+_OF_THE_LOSS = re.compile(
+    r"train\.(max_length|truncation_mode|\w+_only_loss|(eval_)?packing|(bf|fp)16(_full_eval)?)$"
 )
 # Added to the recipe's seed: a training that won by its validation loss is flattered, so no arm's.
 _TUNING_SEED = 1000
-_ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")
-Value = bool | int | float | str
-Grid = Annotated[list[Value], Field(min_length=2)]
+ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")]
+Grid = Annotated[list[bool | int | float | str], Field(min_length=2)]
 
 
 class LaunchKeys(Section):
@@ -77,10 +68,14 @@ class ArmSection(LaunchKeys):
     recipe: str
     """The arm's recipe, relative to the study file."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, value: Any) -> Any:
-        return {"recipe": value} if isinstance(value, str) else value
+
+def _as_section(value: Any) -> Any:
+    return {"recipe": value} if isinstance(value, str) else value
+
+
+ArmValue = Annotated[
+    ArmSection, BeforeValidator(_as_section, json_schema_input_type=str | ArmSection)
+]
 
 
 class StudyFile(LaunchKeys):
@@ -93,11 +88,11 @@ class StudyFile(LaunchKeys):
     factors: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
     """Factor -> the keys it may change (`lora.r`, `quantization`, ...). Every other difference
     between arms is a confound."""
-    arms: dict[str, ArmSection] = Field(min_length=1)
+    arms: dict[ArmName, ArmValue] = Field(min_length=1)
     """Name -> arm."""
     include_base: bool = True
     """Evaluate the arms' base model too, as the arm `base`; once, however many arms there are."""
-    evals: list[str] = []
+    evals: list[str] = Field(min_length=1)
     """Eval recipes, relative to the study file."""
     primary: str | None = None
     """The metric of the question, for example win_rate, alpaca_eval/win_rate or lm_eval/gsm8k. Its
@@ -112,14 +107,6 @@ class StudyFile(LaunchKeys):
     """Published numbers, arm -> metric -> value (a share is 0.41): shown, and never tested."""
 
 
-def study_schema() -> dict[str, Any]:
-    """Return the schema of a study file, where an arm is a path or a mapping."""
-    schema = StudyFile.model_json_schema()
-    arms = schema["properties"]["arms"]
-    arms["additionalProperties"] = {"anyOf": [{"type": "string"}, arms["additionalProperties"]]}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
 @dataclass(frozen=True)
 class Arm:
     """One variant; where it is tuned, `candidates` are an arm for each value of the grid."""
@@ -131,30 +118,13 @@ class Arm:
     tuning: TunedArm | None = None
     candidates: tuple[Arm, ...] = ()
 
-    def tuned(self, losses: Sequence[float | None]) -> Arm:
-        """Return the arm with the first value of the lowest loss; None cannot win."""
-        assert self.tuning is not None
-        tuning, recipe = replace(self.tuning, losses=tuple(losses)), self.recipe
-        if finite := [loss for loss in losses if loss is not None]:
-            best = losses.index(min(finite))
-            tuning = replace(tuning, chosen=tuning.values[best])
-            recipe = self.candidates[best].recipe
-        return replace(self, recipe=recipe, tuning=tuning)
-
-    @property
-    def own_seed(self) -> int:
-        """The seed that the recipe names."""
-        return int(self.recipe.train.get("seed", 42))
-
     def resolved(self) -> dict[str, Any]:
         """Return every resolved value by dotted key, without the run's name and notes."""
-        flat = flatten(self.recipe.to_dict())
-        values = {key: value for key, value in flat.items() if key not in OF_RUN}
+        values, launch = flatten(self.recipe.to_dict()), self.launch
         if self.tuning:
             values[f"tune.{self.tuning.key}"] = list(self.tuning.values)
-        launch = self.launch
         return {
-            **values,
+            **{key: value for key, value in values.items() if key not in OF_RUN},
             "train.seed": self.seeds[0] if len(self.seeds) == 1 else list(self.seeds),
             "launch.accelerate": launch.config.path.stem,
             "launch.gpus": launch.per_machine,
@@ -169,6 +139,7 @@ class Arm:
 class Study:
     """A study that passed its check; `words` are those of the command line."""
 
+    name: str  # the stem of its file, and its folder under runs/
     document: Document
     file: StudyFile
     arms: tuple[Arm, ...]
@@ -177,29 +148,23 @@ class Study:
     words: tuple[str, ...]
 
     @property
-    def path(self) -> Path:
-        """Its file."""
-        return self.document.path
-
-    @property
-    def name(self) -> str:
-        """The stem of its file, and its folder under runs/."""
-        return self.path.stem
-
-    @property
     def baseline(self) -> str:
         """The arm that the others are compared with."""
         first = BASE_ARM if self.file.include_base else self.arms[0].name
         return self.file.baseline or first
 
     @property
-    def undeclared(self) -> list[str]:
-        """The keys that differ between arms and that no factor declares."""
-        design = Design("", "", self.file.factors)
-        first, *others = [arm.resolved() for arm in self.arms]
-        keys = dict.fromkeys(key for values in (first, *others) for key in values)
-        differing = [key for key in keys if any(v.get(key) != first.get(key) for v in others)]
-        return [key for key in differing if not design.factor_of(key)]
+    def design(self) -> Design:
+        """What it declares, as far as conclusions depend on it."""
+        return Design(
+            name=self.name,
+            question=self.file.question,
+            factors=self.file.factors,
+            values={arm.name: arm.resolved() for arm in self.arms},
+            tuned={arm.name: arm.tuning for arm in self.arms if arm.tuning},
+            reference=self.file.reference,
+            command=" ".join(["recipes study run", self.document.file, *self.words]),
+        )
 
 
 # ---- Reading ----
@@ -232,7 +197,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     aims = reader.aims(evals)
     if reader.errors:
         raise RecipeErrors({str(error): error for error in reader.errors}.values())
-    return Study(document, file, tuple(filter(None, arms)), tuple(evals), aims, tuple(overrides))
+    known, name = tuple(filter(None, arms)), document.path.stem
+    return Study(name, document, file, known, tuple(evals), aims, tuple(overrides))
 
 
 def _key_of(word: str) -> str:
@@ -252,46 +218,42 @@ class _Reader:
 
     @contextmanager
     def reported(self, place: KeyPath, label: str = "") -> Iterator[None]:
-        """Collect errors. One about an override of the study is reported at a key of the study."""
+        """Collect errors; one without a line of its own is reported at a key of the study."""
         try:
             yield
         except RecipeError as error:
             for part in error.errors:
-                file, line, prefix = part.file, part.line, label
-                typed = any(_key_of(word) in part.what for word in self.words)
-                if file is None or (file == COMMAND_LINE and not typed):
-                    origin = self.document.origin(place)
-                    file, line, prefix = origin.file, origin.line, label or f"{dotted(place)}: "
-                error = RecipeError(f"{prefix}{part.what}", *part.hints, file=file, line=line)
-                self.errors.append(error)
-
-    def file(self, place: KeyPath, name: str) -> Path:
-        """Return the file that a key names."""
-        path = Path(self.document.absolute(place, name))
-        if not path.is_file():
-            missing = no_such_file(path)
-            raise self.document.error(place, f"{missing.what}: {missing.file}", *missing.hints)
-        return path
+                typed, shared = (
+                    any(_key_of(word) in part.what for word in words)
+                    for words in (self.words, self.keys.overrides)
+                )
+                if part.file == COMMAND_LINE and typed:
+                    self.errors.append(part)
+                elif part.file == COMMAND_LINE:  # the study's own override
+                    self.wrong(("overrides",) if shared else place, part.what, *part.hints)
+                elif part.line is None:
+                    of = f"{part.file}: " * bool(part.file)
+                    self.wrong(place, f"{label}{of}{part.what}", *part.hints)
+                else:
+                    words = (f"{label}{part.what}", *part.hints)
+                    self.errors.append(RecipeError(*words, file=part.file, line=part.line))
 
     def check_names(self) -> None:
-        """Check names of arms, and the arms and keys that other parts of the study name."""
+        """Check the arms and keys that other parts of the study name."""
         keys = self.keys
         arms = [*keys.arms, *([BASE_ARM] if keys.include_base else [])]
-        for name in keys.arms:
-            if name == BASE_ARM or not _ARM_NAME.match(name):
-                what = "use up to 60 letters, digits and ._- ('base' is the base model's)"
-                self.wrong(("arms", name), f"arm name {name!r}: {what}")
+        if BASE_ARM in keys.arms:
+            self.wrong(("arms", BASE_ARM), "'base' is the base model's: rename the arm")
         named: list[tuple[KeyPath, str]] = [(("reference", name), name) for name in keys.reference]
         for place, name in (*named, (("baseline",), keys.baseline or arms[0])):
             if name not in arms:
                 what, near = f"{place[0]}: there is no arm '{name}'", did_you_mean(name, arms)
                 self.wrong(place, what, *near, f"arms: {', '.join(arms)}")
-        for factor, known in keys.factors.items():
-            for number, key in enumerate(known):
-                if key not in recipe_keys() and key not in _SET_BY_LAUNCH:
-                    what = f"factor '{factor}': there is no key '{key}'"
-                    near = did_you_mean(key, recipe_keys())
-                    self.wrong(("factors", factor, number), what, *near)
+        known = recipe_keys().keys() | {*_SET_BY_LAUNCH}
+        for factor, own in keys.factors.items():
+            for key in [key for key in own if key not in known]:
+                what = f"factor '{factor}': there is no key '{key}'"
+                self.wrong(("factors", factor), what, *did_you_mean(key, known))
 
     def evals(self) -> list[EvalRecipe]:
         """Return the evals; two of one name would write the same files."""
@@ -299,61 +261,48 @@ class _Reader:
         for number, name in enumerate(self.keys.evals):
             place = ("evals", number)
             with self.reported(place):
-                recipe = load_eval(self.file(place, name))
+                recipe = load_eval(self.document.absolute(place, name))
                 if recipe.name in [other.name for other in evals]:
-                    raise self.document.error(place, f"evals: '{recipe.name}' is listed twice")
+                    raise RecipeError(f"evals: '{recipe.name}' is listed twice")
                 evals.append(recipe)
         return evals
 
     def arm(self, name: str, section: ArmSection) -> Arm | None:
         """Return an arm; None where its recipe or launch cannot be had."""
-        keys, place = self.keys, ("arms", name)
+        keys, place, arm = self.keys, ("arms", name), None
         words = [*keys.overrides, *section.overrides, *self.words]
-        shared = bool(keys.overrides and not section.overrides)
-        overrides = ("overrides",) if shared else place
-        for key in _SET_BY_STUDY.keys() & set(map(_key_of, words)):
-            self.wrong(overrides, f"{key} cannot be overridden in a study", _SET_BY_STUDY[key])
 
         def value(key: str) -> Any:  # the command line wins over the arm, the arm over the study
             own, shared = getattr(section, key), getattr(keys, key)
             typed = self.document.origin((key,)).file == COMMAND_LINE
             return shared if own is None or (typed and shared is not None) else own
 
-        arm = None
-        with self.reported(overrides):
-            recipe = load_recipe(self.file((*place, "recipe"), section.recipe), words)
-            with self.reported(place, f"arm '{name}': "):
-                launch = plan_launch(recipe.launch, *map(value, ("accelerate", "gpus", "nodes")))
-                accumulation_steps(recipe, launch.world_size)
-                seeds = value("seeds") or [recipe.train.get("seed", 42)]
-                arm = Arm(name, recipe, launch, tuple(seeds))
-                if len({*arm.seeds}) < len(arm.seeds):
-                    where: KeyPath = ("seeds",) if section.seeds is None else (*place, "seeds")
-                    self.wrong(where, f"a seed is listed twice: {', '.join(map(str, arm.seeds))}")
+        with self.reported(place, f"arm '{name}': "):
+            for key in _SET_BY_STUDY & set(map(_key_of, words)):
+                what = f"{key} cannot be overridden in a study: seeds: [1, 2] is a key of its own"
+                raise RecipeError(what, file=COMMAND_LINE)
+            recipe = load_recipe(self.document.absolute(place, section.recipe), words)
+            launch = plan_launch(recipe.launch, *map(value, ("accelerate", "gpus", "nodes")))
+            accumulation_steps(recipe, launch.world_size)
+            seeds = value("seeds") or [recipe.train.get("seed", 42)]
+            arm = Arm(name, recipe, launch, tuple(dict.fromkeys(seeds)))
         grid = keys.tune if section.tune is None else section.tune
-        if not arm or not grid:
-            return arm
-        return self.tuned(arm, grid, words, ("tune",) if section.tune is None else (*place, "tune"))
+        return self.tuned(arm, grid, words) if arm and grid else arm
 
-    def tuned(
-        self, arm: Arm, grid: Mapping[str, list[Value]], words: Sequence[str], place: KeyPath
-    ) -> Arm:
+    def tuned(self, arm: Arm, grid: Mapping[str, list[Any]], words: Sequence[str]) -> Arm:
         """Return an arm with a candidate for each value of its grid."""
         ((key, values),) = grid.items()
-        seed = arm.own_seed + _TUNING_SEED
+        seed, own = arm.recipe.train.get("seed", 42) + _TUNING_SEED, ("arms", arm.name, "tune")
+        place: KeyPath = own if own in self.document.origins else ("tune",)
         tunable = key.startswith(("train.", "lora.")) or key == "run.global_batch_size"
-        factor = Design("", "", self.keys.factors).factor_of(key)
-        wrong = {
-            "cannot be tuned: keys of train and lora can": key in _SET_BY_STUDY or not tunable,
-            "changes what the validation loss is a mean over": key in _OF_THE_LOSS,
-            f"is what the factor '{factor}' varies": factor is not None,
-            f"needs seed {seed}, which is one of arm '{arm.name}'": seed in arm.seeds,
-            "is chosen by the validation loss: set data.split.validation and train.eval_strategy": (
-                arm.recipe.train.get("eval_strategy", "no") == "no"
-            ),
-        }
-        if what := next((what for what, is_wrong in wrong.items() if is_wrong), ""):
+        if not tunable or key in _SET_BY_STUDY or _OF_THE_LOSS.match(key):
+            what = "cannot be tuned: it is not of train or lora, or decides what the loss is of"
             self.wrong(place, f"tune: {key} {what}")
+        if factor := Design("", "", self.keys.factors).factor_of(key):
+            self.wrong(place, f"tune: {key} is what the factor '{factor}' varies")
+        if arm.recipe.train.get("eval_strategy", "no") == "no" or seed in arm.seeds:
+            what = f"the validation loss chooses (set train.eval_strategy), and seed {seed} is its"
+            self.wrong(place, f"tune: {what}")
         candidates = []
         for value in values:
             with self.reported(place, f"arm '{arm.name}': "):
@@ -367,30 +316,23 @@ class _Reader:
     def aims(self, evals: Sequence[EvalRecipe]) -> Aims:
         """Return what is asked of the table."""
         keys, metrics = self.keys, [name for recipe in evals for name in known_metrics(recipe)]
-        hint = f"metrics: {', '.join(metrics) or 'none'}"
+        hint, margins = f"metrics: {', '.join(metrics)}", dict[str, Margin]()
 
         def named(word: str) -> list[str]:
             return [name for recipe in evals if (name := full_name(recipe, word))]
 
-        primary, margins = metrics[0] if metrics else None, {}
-        if keys.primary:
-            matches = named(keys.primary)
-            primary = matches[0] if matches else None
-            if len(matches) != 1:
-                why = "several evals measure" if matches else "no eval of this study measures"
-                self.wrong(("primary",), f"primary: {why} '{keys.primary}'", hint)
+        primary = named(keys.primary) if keys.primary else metrics[:1]
+        if keys.primary and len(primary) != 1:
+            why = "several evals measure" if primary else "no eval of this study measures"
+            self.wrong(("primary",), f"primary: {why} '{keys.primary}'", hint)
         for word, value in keys.margins.items():
-            matches, margin = named(word), Margin.read(value)
-            if margin is None:
-                why = f"must be a number above 0, or one like '2 points', got {value!r}"
-            elif not matches:
-                why = "no eval of this study measures it"
-            else:
+            faults = ["must be a number above 0, or one like '2 points'"]
+            if margin := Margin.read(value):
                 margins[word] = margin
-                why = next(filter(None, map(margin.fits, matches)), "")
-            if why:
+                faults = [*map(margin.fits, named(word))] or ["no eval of this study measures it"]
+            for why in [*filter(None, faults)][:1]:
                 self.wrong(("margins", word), f"margins: {word}: {why}", hint)
-        return Aims(primary, margins)
+        return Aims(next(iter(primary), None), margins)
 
 
 def known_metrics(recipe: EvalRecipe) -> list[str]:
@@ -404,11 +346,9 @@ def full_name(recipe: EvalRecipe, word: str) -> str | None:
 
     lm_eval's tasks are known and their metrics are not; a group's tasks begin as the group does.
     """
-    name = next((name for name in known_metrics(recipe) if is_named(word, name)), None)
-    if name or recipe.suite.name != "lm_eval":
+    if name := next((name for name in known_metrics(recipe) if is_named(word, name)), None):
         return name
-    tasks = [task.rstrip("*_") for task in recipe.suite.tasks or ()]
-    parts = metric_parts(word)
-    if any(part == task or part.startswith(f"{task}_") for part in parts for task in tasks):
+    tasks = [task.rstrip("*_") for task in recipe.suite.tasks or ()]  # none but of lm_eval
+    if any(f"{part}_".startswith(f"{task}_") for part in metric_parts(word) for task in tasks):
         return word if is_named(recipe.name, word) else f"{recipe.name}/{word}"
     return None

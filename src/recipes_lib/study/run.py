@@ -20,11 +20,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from queue import Queue
 
-from recipes_lib.analysis.text import difference_text, question_text, sentence_list
+from recipes_lib.analysis.differences import arm_differences
+from recipes_lib.analysis.runs import ArmRuns
+from recipes_lib.analysis.text import question_text, sentence_list
 from recipes_lib.config.launch import LaunchSection
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
@@ -37,10 +39,11 @@ from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.log import REFERENCE, is_current, log_file
 from recipes_lib.evals.models import evaluated_bases, model_key
 from recipes_lib.evals.questions import local_questions
-from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe, check_allowed
+from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.plan.cards import devices_here
 from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
 from recipes_lib.training.resume_guard import differences, recipe_differences
+from recipes_lib.training.stopping import handling
 from recipes_lib.weights.load import base_fingerprint
 from recipes_lib.weights.runs import finished_run
 
@@ -50,7 +53,7 @@ REPLACED = ".replaced"
 _QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package": 80}
 # Assumed of a metric: the variance of two arms' difference on one question, half of which is new in
 # each training, and the standard deviation of a training's mean over seeds.
-SPREADS = {"win_rate": (0.175, 0.01), "pass_rate": (0.25, 0.01), "grade": (1.44, 0.05)}
+SPREADS = {"win_rate": (0.175, 0.01), "pass_rate": (0.25, 0.01)}
 
 
 @dataclass(frozen=True)
@@ -64,30 +67,23 @@ class StudyRun:
     @property
     def run(self) -> str:
         """The name of its run; an added seed changes no other's, and so trains nothing again."""
-        own = self.seed == self.arm.own_seed
+        own = self.seed == self.arm.recipe.train.get("seed", 42)
         return f"{self.study}--{self.arm.name}" + ("" if own else f"--seed{self.seed}")
-
-    @property
-    def directory(self) -> RunDirectory:
-        """Its run."""
-        return RunDirectory(self.run)
 
     @property
     def state(self) -> Row:
         """What run.json says; empty where there is no run."""
-        return self.directory.read_state() if self.directory.exists() else {}
+        directory = RunDirectory(self.run)
+        return directory.read_state() if directory.exists() else {}
 
     @cached_property
     def recipe(self) -> Recipe:
         """What it is trained with: the arm's recipe with name, seed and launch."""
         recipe, launch = self.arm.recipe, self.arm.launch
         path = launch.config.path
-        shipped = path.parent == project_root() / "accelerate_configs"
-        section = LaunchSection(
-            accelerate=path.stem if shipped else str(path.resolve()),
-            gpus=launch.per_machine,
-            nodes=launch.machines,
-        )
+        is_shipped = path.parent == project_root() / "accelerate_configs"
+        name = path.stem if is_shipped else str(path.resolve())
+        section = LaunchSection(accelerate=name, gpus=launch.per_machine, nodes=launch.machines)
         run = recipe.run.model_copy(update={"name": self.run})
         train = {**recipe.train, "seed": self.seed}
         return replace(recipe, name=self.run, run=run, train=train, launch=section)
@@ -107,45 +103,45 @@ def study_trainings(study: Study) -> list[StudyRun]:
 
 
 def study_tunings(study: Study) -> list[StudyRun]:
-    """Return the trainings that choose the values of arms which have none yet."""
-    return [
-        StudyRun(study.name, value, value.seeds[0])
-        for arm in study.arms
-        for value in (arm.candidates if arm.tuning and arm.tuning.chosen is None else ())
-    ]
+    """Return the trainings of the grids that arms choose their values from."""
+    tried = [value for arm in study.arms for value in arm.candidates]
+    return [StudyRun(study.name, value, value.seeds[0]) for value in tried]
 
 
 def with_choices(study: Study) -> Study:
-    """Return the study with a value for each tuned arm whose grid is trained."""
+    """Return the study with the first value of the lowest validation loss for each arm whose grid
+    is trained; a value that diverged has no loss and cannot win.
+    """
     arms = list(study.arms)
     for place, arm in enumerate(arms):
         tried = [StudyRun(study.name, value, value.seeds[0]) for value in arm.candidates]
-        if tried and all(is_trained(run) or has_diverged(run) for run in tried):
-            losses = [validation_loss(run.directory) if is_trained(run) else None for run in tried]
-            arms[place] = arm.tuned(losses)
+        if arm.tuning and all(map(is_trained, tried)):
+            losses = [validation_loss(RunDirectory(training.run)) for training in tried]
+            tuning = replace(arm.tuning, losses=tuple(losses))
+            if finite := [loss for loss in losses if loss is not None]:
+                best = losses.index(min(finite))
+                tuning = replace(tuning, chosen=tuning.values[best])
+                arm = replace(arm, recipe=arm.candidates[best].recipe)
+            arms[place] = replace(arm, tuning=tuning)
     return replace(study, arms=tuple(arms))
 
 
 def validation_loss(run: RunDirectory) -> float | None:
     """Return the validation loss of the weights that were kept: of the best step, or the end."""
     summary = run.read_state().get("summary") or {}
-    loss, best = summary.get("last_validation_loss"), summary.get("best_step")
-    for row in read_rows(run.metrics) if best is not None else ():
-        if row.get("step") == best and "eval_loss" in row:
-            loss = row["eval_loss"]
+    losses = {row["step"]: row["eval_loss"] for row in read_rows(run.metrics) if "eval_loss" in row}
+    loss = losses.get(summary.get("best_step"), summary.get("last_validation_loss"))
     return float(loss) if loss is not None and math.isfinite(loss) else None
 
 
 def is_trained(training: StudyRun) -> bool:
-    """Whether a run is finished, with its weights, the study's settings and its data."""
-    return training.state.get("state") == "finished" and not what_changed(training)
-
-
-def has_diverged(training: StudyRun) -> bool:
-    """Whether a training of these settings ended because its loss was not finite."""
+    """Whether a run is finished, with its weights, the study's settings and its data; so is a value
+    of a grid whose loss was not finite.
+    """
     state = training.state
-    diverged = state.get("state") == "failed" and state.get("exit_code") == ExitCode.NUMERICS
-    return diverged and not what_changed(training)
+    diverged = (state.get("state"), state.get("exit_code")) == ("failed", ExitCode.NUMERICS)
+    ended = state.get("state") == "finished" or (diverged and "--tune-" in training.run)
+    return ended and not what_changed(training)
 
 
 def what_changed(training: StudyRun) -> list[str]:
@@ -162,7 +158,7 @@ def what_changed(training: StudyRun) -> list[str]:
         with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
             data_files = source_hashes(training.recipe.data)
             phrases += [f"{name} changed" for name in differences(before, data_files)]
-    weights = training.directory.weights(training.recipe.lora is None)
+    weights = RunDirectory(training.run).weights(training.recipe.lora is None)
     if state.get("state") == "finished" and not any(weights.glob("*.safetensors")):
         phrases.append("its weights are gone")
     return phrases
@@ -217,11 +213,9 @@ def evaluations(study: Study) -> list[Evaluation]:
         named = {None: "", REFERENCE: "", BASE_ARM: base}.get(opponent, opponent or "")
         needed = [(recipe, run, named) for arm in runs.values() for run in arm.values()]
         if recipe.suite.name == "alpaca_eval":
-            metrics = recipe.metrics.model_copy(update={"probe_pairs": 0})  # probed before
-            unprobed = recipe.model_copy(update={"metrics": metrics})
             baseline = runs[study.baseline]
             needed += [
-                (unprobed, run, other)
+                (recipe, run, other)
                 for arm in runs.values()
                 for (seed, other), (own, run) in product(baseline.items(), arm.items())
                 if seed == own or not baseline.keys() & arm.keys()
@@ -269,8 +263,8 @@ def missing_of(study: Study) -> list[str]:
 
 
 def _state_of(training: StudyRun) -> str:
-    state, folder = training.state, training.directory.path
-    if is_trained(training) or ("--tune-" in training.run and has_diverged(training)):
+    state, folder = training.state, RunDirectory(training.run).path
+    if is_trained(training):
         return "done"
     if is_held(folder):
         return f"running{describe_holder(folder)}"
@@ -287,21 +281,20 @@ def plan_lines(study: Study) -> Iterator[str]:
     # pairs in both orders, and grades; the judge's probes come on top
     judged = [result.recipe for result in results if result.recipe.suite.name == "alpaca_eval"] * 2
     judged += [each for each in asked if each.suite.name == "mt_bench" or each.metrics.absolute]
-    base = " and their base" * study.file.include_base
     yield question_text(study.file.question)
-    yield f"{count(len(study.arms), 'arm')}{base}, {count(len(study.evals), 'eval')}"
     yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
     yield f"answers: {sum(map(_answers, asked)):,}"
     yield f"judge requests: {sum(map(_answers, judged)):,}"
-    if undeclared := study.undeclared:
-        yield f"differences that no factor declares: {sentence_list(undeclared, 4)}"
+    pairs, design = combinations([ArmRuns(arm.name, ()) for arm in study.arms], 2), study.design
+    differing = [each for pair in pairs for each in arm_differences(*pair, design)]
+    if undeclared := dict.fromkeys(each.what for each in differing if each.level == "confound"):
+        yield f"differences that no factor declares: {sentence_list([*undeclared], 4)}"
     yield from _power_line(study)
 
 
 def _answers(recipe: EvalRecipe) -> int:
     """How many answers a model writes; each question of MT-Bench has two turns."""
-    turns = 2 if recipe.suite.name == "mt_bench" else 1
-    return turns * _questions(recipe)
+    return _questions(recipe) * (2 if recipe.suite.name == "mt_bench" else 1)
 
 
 def _questions(recipe: EvalRecipe) -> int:
@@ -317,26 +310,23 @@ def _questions(recipe: EvalRecipe) -> int:
 
 def _power_line(study: Study) -> Iterator[str]:
     """Yield the difference on the primary metric that 80% of such studies find, where known."""
-    primary = str(study.aims.primary)
-    kind, seeds = primary.rpartition("/")[2], min(len(arm.seeds) for arm in study.arms)
+    primary, seeds = str(study.aims.primary), min(len(arm.seeds) for arm in study.arms)
+    spreads = SPREADS.get(primary.rpartition("/")[2])
     questions = next((_questions(each) for each in study.evals if full_name(each, primary)), 0)
     pairs = math.comb(len(study.arms) + study.file.include_base, 2)
-    if kind in SPREADS and questions and pairs:
+    if spreads and questions and pairs:
         # the primary metric's comparisons have four fifths of the level
-        least = smallest(*SPREADS[kind], questions, seeds, pairs / 0.8)
-        effect = difference_text(least, "grade" if kind == "grade" else "share", signed=False)
-        effect = effect if kind == "grade" or least < 1 else "no difference"
+        least = smallest(*spreads, questions, seeds, pairs / 0.8)
+        effect = f"{100 * least:.1f} points" if least < 1 else "no difference"
         sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
         yield f"finds {effect} of {primary} ({sizes})"
 
 
-def smallest(
-    variance: float, spread: float, questions: int, seeds: int, comparisons: float = 1
-) -> float:
+def smallest(variance: float, spread: float, questions: int, seeds: int, pairs: float = 1) -> float:
     """Return the smallest true difference that 80% of studies with such `SPREADS` find."""
     from recipes_lib.stats import ALPHA, detectable  # scipy
 
-    errors = [detectable(max(1, n - 1), ALPHA / comparisons) ** 2 for n in (questions, seeds)]
+    errors = [detectable(max(1, n - 1), ALPHA / pairs) ** 2 for n in (questions, seeds)]
     own, new = variance / 2 / questions, variance / 2 / questions / seeds
     over_seeds = (2 * spread**2 / seeds + new) * (seeds > 1)
     return math.sqrt(max(errors[0] * own + errors[1] * over_seeds, errors[0] * (own + new)))
@@ -348,35 +338,25 @@ def smallest(
 def refuse_unmet(study: Study, fetch: bool = False) -> None:
     """Refuse a study whose evaluations would mean nothing later; only `fetch` asks the Hub."""
     trainings = (*study_tunings(study), *study_trainings(study))
-    arms = () if all(map(is_trained, trainings)) else study.arms
-    errors, warnings = unmet(study, arms, fetch)
-    for each in (*warnings, *errors[1:]):
+    errors = [*unmet(study, () if all(map(is_trained, trainings)) else study.arms, fetch)]
+    for each in errors[1:]:
         print_error(each)
     if errors:
         raise errors[0]
 
 
-def unmet(
-    study: Study, arms: Sequence[Arm], fetch: bool = False
-) -> tuple[list[RecipesError], list[RecipeError]]:
-    """Return errors and warnings: rows unreadable, with an eval's questions, or not held out."""
-    errors, warnings = list[RecipesError](), list[RecipeError]()
-    if not study.evals:
-        what = "warning: the study names no evals, so nothing will be compared"
-        warnings.append(study.document.error(("evals",), what))
+def unmet(study: Study, arms: Sequence[Arm], fetch: bool = False) -> Iterator[RecipesError]:
+    """Yield errors: rows unreadable, with an eval's questions, or not held out."""
     for number, recipe in enumerate(study.evals):
         split = str(recipe.data.questions)
-        without = [arm.name for arm in arms if not getattr(arm.recipe.data.split, split, True)]
-        if recipe.suite.name == "heldout_loss" and split in HELD_OUT and without:
+        if without := [arm.name for arm in arms if not getattr(arm.recipe.data.split, split, True)]:
             what = f"no {split} rows are held out in {', '.join(without)}: set data.split.{split}"
-            errors.append(study.document.error(("evals", number), f"{recipe.name}: {what}"))
-    searched = [recipe for recipe in study.evals if recipe.suite.name != "lm_eval"]
+            yield study.document.error(("evals", number), f"{recipe.name}: {what}")
     for trained in {str(arm.recipe.data): arm.recipe for arm in arms}.values():
-        errors += check_rows(trained)
-        for name, leaks in search_recipe(trained, searched, fetch).items():
-            if leaks.found:
-                (errors if leaks.is_error else warnings).append(leak_error(name, leaks, trained))
-    return errors, warnings
+        yield from check_rows(trained)
+        for name, leaks in search_recipe(trained, study.evals, fetch).items():
+            if leaks.is_error:
+                yield leak_error(name, leaks, trained)
 
 
 # ---- Doing it ----
@@ -401,15 +381,12 @@ class StudyRunner:
         check_allowed(self.study.evals, "--trust-remote-code" in self.flags)
         with run_lock(study_folder(self.study)):
             refuse_unmet(self.study, fetch=True)
-            before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
             try:
-                self._steps()
+                with handling(self._on_signal):
+                    self._steps()
             except KeyboardInterrupt:
                 say("stopped; the same command continues")
                 return [*self._stopped, ExitCode.INTERRUPTED][0]
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
         for name, (code, why) in self.failed.items():
             say(f"failed: {name} (exit code {code}): {why}")
         codes = {code for code, _ in self.failed.values()}
@@ -427,23 +404,17 @@ class StudyRunner:
 
     def _steps(self) -> None:
         """Tune arms, train every arm and seed, evaluate what is trained, write the report."""
-        tried = study_tunings(self.study)
-        self._train([training for training in tried if not has_diverged(training)])
-        for training in filter(has_diverged, tried):
-            self.failed.pop(training.run, None)  # its value cannot be chosen: no failure
+        self._train(study_tunings(self.study))
         self.study = with_choices(self.study)
         for arm in self.study.arms:
             if arm.tuning and arm.tuning.chosen is None:
-                diverged = "diverged at every value" if arm.tuning.losses else "is not tuned yet"
-                self._fail([arm.name], RecipesError(f"{arm.tuning.key} {diverged}"))
-            elif arm.tuning:
-                say(f"{arm.name}: {arm.tuning.key} {arm.tuning.chosen} is the best")
+                why = "diverged at every value" if arm.tuning.losses else "is not tuned yet"
+                self._fail([arm.name], RecipesError(f"{arm.tuning.key} {why}"))
         trainings = study_trainings(self.study)
         ready = [training for training in trainings if training.arm.name not in self.failed]
         self._train(ready)
         if trained := {training.run for training in ready if is_trained(training)}:
             self._evaluate(trained)
-            say("\nstatistics and report ...")
             try:
                 self.report(self.study)
             except RecipesError as error:
@@ -464,11 +435,8 @@ class StudyRunner:
             return
         devices = devices_here() if self.jobs > 1 else []
         share, shares = len(devices) // self.jobs, Queue[list[str]]()
-        for training in waiting if devices else ():
-            launch = training.arm.launch
-            if launch.per_machine > share and not launch.config.use_cpu:
-                what = f"arm '{training.arm.name}' needs {count(launch.per_machine, 'GPU')}"
-                raise RecipeError(what, f"--jobs {self.jobs} gives it {share} of {len(devices)}")
+        if devices and not share:
+            raise RecipeError(f"--jobs {self.jobs}: only {count(len(devices), 'GPU')} here")
         for job in range(self.jobs):
             shares.put(devices[job * share : (job + 1) * share])
         self._training = True
@@ -485,7 +453,7 @@ class StudyRunner:
 
     def _train_one(self, training: StudyRun, shares: Queue[list[str]]) -> None:
         """Train on a share of the GPUs; a run that another process trains is waited for."""
-        name, folder = training.run, training.directory.path
+        name, folder = training.run, RunDirectory(training.run).path
         if is_held(folder):
             say(f"{name} is being trained{describe_holder(folder)}: waiting for it")
         while is_held(folder) and not self._stopped:
@@ -521,9 +489,7 @@ class StudyRunner:
             self._train_one(training, shares)  # one that a killed runner had started was first
         elif code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
             self._stopped.append(ExitCode(code))
-        elif code == ExitCode.DONE and training.state.get("state") == "finished":
-            say(f"{name}: trained")
-        elif not self._stopped:
+        elif not self._stopped and not is_trained(training):
             why = training.state.get("error") or f"the training ended with exit code {code}"
             self.failed[name] = max(code, int(ExitCode.FAILED)), why.splitlines()[0]
             say(f"{name}: failed (exit code {code}); the other trainings go on")
@@ -552,7 +518,6 @@ class StudyRunner:
             EvalTask(group[0].recipe, tuple(result.run for result in group), against or None): group
             for (_, against), group in groups.items()
         }
-        say("\nevaluating ...")
 
         def on_error(task: EvalTask, run: str, error: Exception) -> None:
             results = [result for result in tasks[task] if run in ("", result.run)]
