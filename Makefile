@@ -65,4 +65,5 @@ style: setup  ## format the code
 	$(BIN)/ruff format .
 
 schema: setup  ## write schema/ from the installed versions
+	$(BIN)/python -m recipes_lib.config.schema  # upstream's fields, of which the schemas are made
 	$(BIN)/python -m recipes_lib.config.schema

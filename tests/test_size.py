@@ -16,7 +16,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1422, 1500),
     "core": (886, 800),
-    "config": (2127, 1900),
+    "config": (1995, 1900),
     "models": (517, 450),
     "data": (1719, 1650),
     "training": (1579, 1700),

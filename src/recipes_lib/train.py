@@ -77,7 +77,7 @@ def train(
             # so that the tokenizer beside the weights carries the template that renders prompts
             tokenizer.chat_template = chat_template(recipe.data, tokenizer)
         audited = (f"warning: {warning}" for warning in data.audit.warnings)
-        for line in (*map(str, recipe.warnings()), *data.audit.notes, *audited):
+        for line in (*data.audit.notes, *audited):
             say_once(line)
 
         # rows -> checkpoint. A resumed run must share every guarded value with its beginning.

@@ -106,4 +106,4 @@ def test_bad_input_is_one_message(plan: Run, tmp_path) -> None:
         found, _, err = plan(LORA, *words)
         assert found == code and said in err and "Traceback" not in err, (words, err)
     code, _, err = plan(ROOT / "recipes/studies/lora-rank.yaml")
-    assert code == 2 and "is a study, not a recipe" in err
+    assert code == 2 and "is of the kind study, not recipe" in err

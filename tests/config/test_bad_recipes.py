@@ -12,24 +12,19 @@ from recipes_lib.cli import main
 LINES = {"model": 2, "data": 4, "lora": 6, "train": 8, "run": 10}
 BAD_LINES = [
     ("train", "learning_rte: 1e-4", "did you mean train.learning_rate?"),
-    ("train", "lr: 1e-4", "write train.learning_rate"),
-    ("train", "push_to_hub: true", "recipes export RUN --push-to-hub OWNER/NAME"),
+    ("train", "push_to_hub: true", "recipes export"),
     ("lora", "alpha: 16", "did you mean lora.lora_alpha?"),
-    ("lora", "rank: 16", "write lora.r"),
     ("train", "max_seq_length: 512", "train.max_length TRL 1 recipes migrate"),
-    ("train", "warmup_ratio: 0.03", "train.warmup_steps fraction"),
-    ("train", "deepspeed: x", "launch.accelerate: fsdp"),
-    ("train", "lora_alpha: 3", "lora.lora_alpha"),
+    ("train", "warmup_ratio: 0.03", "train.warmup_steps"),
+    ("train", "deepspeed: x", "launch accelerate: fsdp"),
     ("train", "learning_rate: fast", "train.learning_rate number fast"),
     ("train", "learning_rate: '1e-4'", "valid number, got 1e-4"),
     ("model", "kwargs: a", "valid dictionary"),
     ("train", "learning_rate: .nan", "finite .nan"),
-    ("train", "learning_rate: 1e38", "train.learning_rate less than or equal to"),
     ("train", "max_length: 1024.0", "integer 1024.0"),
     ("train", f"max_length: {'9' * 5000}", "train.max_length integer"),
     ("train", "num_train_epochs: true", "train.num_train_epochs number true"),
     ("train", f"data_seed: {2**40}", "train.data_seed"),
-    ("lora", "target_modules: [lm_head]", "lm_head remove"),
     ("lora", "eva_config: {rho: 3}", "config of its own"),
     ("train", "lr_scheduler_type: cosin", "did you mean cosine?"),
     ("train", "optim: adamw_torchh", "did you mean adamw_torch? recipes explain train.optim"),
@@ -37,11 +32,9 @@ BAD_LINES = [
     ("train", "logging_nan_inf_filter: true", "False"),
     ("model", "dtype: bf16", "model.dtype bfloat16"),
     ("model", "kwargs: {torch_dtype: bfloat16}", "model.kwargs.torch_dtype recipes explain model"),
-    ("train", "activation_checkpointing_kwargs: {use_reentrnt: true}", "use_reentrant?"),
     ("train", "output: !!python/object/apply:os.system [ls]", "tags are not allowed"),
-    ("data", "revision: ${REVISION}", "data.revision no interpolation"),
     ("data", "split: {validation: 0.6, test: 0.5}", "no training rows 1.1"),
-    ("train", "hub_token: abc", "train.hub_token hf auth login"),
+    ("train", "hub_token: abc", "train.hub_token recipes export"),
     ("run", "notes: use hf_abcdefghijklmnopqrstuvwx", "secret"),
     ("run", "tags: []  # hf_abcdefghijklmnopqrstuvwx", "secret"),
     ("run", "name: ../x", "run.name cannot be a folder name"),
@@ -51,9 +44,6 @@ HALF = "lora: {r: 8}\nquantization: {load_in_4bit: true}\ntrain: {fp16: true, bf
 EIGHT = "quantization:\n  load_in_8bit: true\n"
 WRAPPED = "train: {packing: true, packing_strategy: wrapped}\n"
 BOTH = "lora: {r: 8}\nquantization:\n  load_in_8bit: true\n  load_in_4bit: true\n"
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{key}: &{key} [{', '.join([f'*{before}'] * 10)}]\n" for before, key in ("ab", "bc", "cd")
-)
 NONE_OUT = "  split: {method: none}\ntrain: {eval_strategy: epoch}\n"
 # (content, line or None, words)
 BAD_FILES = [
@@ -73,10 +63,9 @@ BAD_FILES = [
     (GOOD + "launch: {gpus: 4}\n", 5, "single_gpu starts one process, but 4"),
     (GOOD + "launch: {accelerate: dpp}\nrun: {global_batch_size: 3}\n", 5, "1 error mean ddp?"),
     (GOOD + "train:\n", 5, "train: valid dictionary got null"),
-    (GOOD.replace("a/b", "./models/nowhere"), 2, "no such folder: ./models/nowhere"),
+    (GOOD.replace("a/b", "./models/nowhere"), 2, "'./models/nowhere' is no folder"),
     (GOOD.replace("a/b", "a b"), 2, "cannot be a name on the Hub"),
     ("data: {source: rows.jsonl}\n", None, "model is missing"),
-    (BOMB, 1, "aliases expand to more than 10,000 values"),
     ('run:\n  notes: "open\n', 2, "quoted scalar"),
     ("", None, "is empty"),
     ("- a\n- b\n", None, "holds no mapping"),
@@ -205,13 +194,6 @@ TAKEN = [
     ("lora", "init_lora_weights: pissa_niter_16"),
     ("lora", "target_modules: '.*_proj'"),
 ]
-
-
-def test_steps_beside_epochs_are_warned_of(write_with, capsys):
-    for line, warned in (("max_steps: 3", 0), ("max_steps: 3\n  num_train_epochs: 2", 1)):
-        path = write_with("train", line)
-        assert main(["check", str(path)]) == 0
-        assert ("r.yaml:9: warning: train.num_train_epochs" in capsys.readouterr().err) == warned
 
 
 def test_what_upstream_takes_is_taken(write_with, capsys):

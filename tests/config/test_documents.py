@@ -42,7 +42,7 @@ def test_a_diamond_of_parents_is_read_once_each_and_every_value_has_its_place(wr
 
 
 KINDS = [
-    ({"lora": {}}, "sub/_b.yaml", "base"),
+    ({"lora": {}}, "sub/_b.yaml", "recipe"),
     ({"distributed_type": "NO"}, "ddp.yaml", "accelerate"),
     ({"model_name_or_path": "a"}, "old.yaml", "flat"),
     ({"model": {}, "learning_rate": 1}, "r.yaml", "recipe"),

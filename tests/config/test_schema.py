@@ -9,17 +9,15 @@ from recipes_lib.config import schema
 from recipes_lib.config.recipe import RecipeFile
 from recipes_lib.config.upstream import (
     TRAIN_DEFAULTS,
-    UPSTREAM_FILE,
     LoraSection,
     TrainSection,
-    upstream_default,
 )
 from recipes_lib.core.project import project_root
 
 
 def test_the_committed_files_are_those_of_the_installed_versions():
     """Else: make schema."""
-    texts = {UPSTREAM_FILE: schema.text_of(schema.upstream_sections()), **schema.schema_files()}
+    texts = schema.generated_files()
     assert not [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
 
 
@@ -37,9 +35,9 @@ def test_defaults_are_upstreams_and_project_defaults_differ_from_them():
 
     upstream = SFTConfig(output_dir="unused", use_cpu=True)
     for key in ("per_device_train_batch_size", "max_length", "save_steps", "learning_rate"):
-        assert upstream_default("train", key) == getattr(upstream, key)
+        assert TrainSection.model_fields[key].default == getattr(upstream, key)
     for key, value in TRAIN_DEFAULTS.items():
-        assert getattr(upstream, key) != value == upstream_default("train", key)
+        assert getattr(upstream, key) != value == TrainSection.model_fields[key].default
     found = json.loads((project_root() / "schema/recipe.schema.json").read_text())["$defs"]
     for section, key, value in (("Lora", "r", 8), ("Train", "max_length", 1024)):
         assert found[f"{section}Section"]["properties"][key]["default"] == value

@@ -250,7 +250,7 @@ def test_words_of_the_command_line_are_told_apart(tmp_path):
     for words, missing in (([path, "generation.seed=7"], "no model"), (["one"], "no eval recipe")):
         with pytest.raises(RecipeError, match=missing):
             split_words(words)
-    with pytest.raises(RecipeError, match="is a recipe, not an eval recipe"):
+    with pytest.raises(RecipeError, match="is a recipe, not eval"):
         split_words([path, str(PROJECT / "recipes/quickstart/lora-r8.yaml")])
 
 

@@ -56,7 +56,7 @@ def _recipe_line(file: Path, folder: Path) -> Row | None:
     except RecipesError:
         error = f"cannot be read: recipes check {shown_path(file)}"
         return {"name": name, "model": error, "method": "-", "launch": "-", "tags": []}
-    if document.kind != "recipe":
+    if document.kind != "recipe" or document.is_base:
         return None
     model, lora, quantization, run, launch = (
         value if isinstance(value := document.values.get(key), dict) else {}

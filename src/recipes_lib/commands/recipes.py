@@ -239,10 +239,10 @@ def run_check(
         return ExitCode.DATA if of_data else ExitCode.USAGE
     say(f"{num_files} ok")
     for file in files:
-        kind = read(file).kind
-        if kind == "recipe":
+        document = read(file)
+        if document.kind == "recipe" and not document.is_base:
             return next_step("recipes", "data", shown_path(file), "--show", "3")
-        if kind == "study":
+        if document.kind == "study":
             return next_step("recipes", "study", "plan", shown_path(file))
     return next_step("recipes ls")
 
@@ -252,8 +252,8 @@ def check_file(path: Path, full: bool) -> Findings:
     try:
         document = read(path)
         kind = document.kind
-        if kind in ("recipe", "base"):
-            return _check_recipe(document, full, kind == "base")
+        if kind == "recipe":
+            return _check_recipe(document, full)
         if kind == "study":
             return _check_study(path, full)
         if kind == "accelerate":
@@ -280,15 +280,15 @@ def check_file(path: Path, full: bool) -> Findings:
     return [], []
 
 
-def _check_recipe(document: Document, full: bool, is_base: bool) -> Findings:
+def _check_recipe(document: Document, full: bool) -> Findings:
     file, wrong = check_recipe(document)
-    if file is None or is_base:
+    if file is None or document.is_base:
         return [*wrong], []
     try:
         recipe = recipe_of(file, document)
     except RecipeError as error:  # a run's name
         return [*wrong, error], []
-    notes = [] if wrong else recipe.warnings()
+    notes: list[RecipeError] = []
     errors: list[RecipesError] = [*wrong]
     folder = Path(recipe.model.name_or_path)
     if not wrong and (full or folder.is_dir()):

@@ -22,7 +22,6 @@ KeyPath = tuple[str | int, ...]
 Values = dict[str, Any]  # of a YAML mapping
 COMMAND_LINE = "command line"
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
-_MAX_VALUES = 10_000  # with aliases expanded; a recipe has some hundred
 
 # YAML 1.2: `no`, `010` and `1:30` are text, `2e-5` is a number.
 _TAG = "tag:yaml.org,2002:"
@@ -37,25 +36,21 @@ for _name, _pattern in {
 }.items():
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), [None])
 
-# Kind of a file -> what it is called, and the top-level keys that give it away. The first with a
-# key of the file is its kind.
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "eval": ("an eval recipe", ("suite", "generation")),
-    "study": ("a study", ("question", "factors", "arms", "seeds", "tune")),
-    "profile": ("a site profile", ("sbatch", "stages", "setup", "srun", "max_requeues")),
-    "judge": ("a judge", ("judge", "thresholds")),
-    "lm_eval_task": ("a task of lm-eval", ("task", "output_type", "doc_to_text")),
-    "foreign": (
-        "a config of axolotl, LLaMA-Factory, oumi, DPO or GRPO, which nothing here reads",
-        ("base_model", "sequence_len", "finetuning_type", "cutoff_len", "peft", "beta"),
-    ),
-    "recipe": ("a recipe", SECTIONS),
-    "accelerate": ("an accelerate config", ("compute_environment", "distributed_type")),
-    "flat": (
-        "a flat TRL config, which recipes migrate turns into a recipe",
-        ("model_name_or_path", "dataset_name", "output_dir"),
-    ),
+# Kind of a file -> the top-level keys that give it away; the first with a key of the file is its
+# kind.
+KINDS: dict[str, tuple[str, ...]] = {
+    "eval": ("suite", "generation"),
+    "study": ("question", "factors", "arms", "seeds", "tune"),
+    "profile": ("sbatch", "stages", "setup", "srun", "max_requeues"),
+    "judge": ("judge", "thresholds"),
+    "lm_eval_task": ("task", "output_type", "doc_to_text"),
+    "foreign": ("base_model", "sequence_len", "finetuning_type", "cutoff_len", "peft", "beta"),
+    "recipe": SECTIONS,
+    "accelerate": ("compute_environment", "distributed_type"),
+    "flat": ("model_name_or_path", "dataset_name", "output_dir"),
 }
+_FOREIGN = "it is a config of axolotl, LLaMA-Factory, oumi, DPO or GRPO, which nothing here reads"
+_HINTS = {"foreign": _FOREIGN, "flat": "recipes migrate turns a flat TRL config into a recipe"}
 
 
 class MissingRows(RecipeError):
@@ -91,14 +86,17 @@ class Document:
         return shown_path(self.path)
 
     @property
+    def is_base(self) -> bool:
+        """Whether recipes extend it, and required keys may be missing: its name starts with `_`."""
+        return self.path.name.startswith("_")
+
+    @property
     def kind(self) -> str:
-        """The file's kind by its top-level keys; a recipe whose name starts with `_` is a base."""
+        """The file's kind by its top-level keys, empty for none."""
         if not isinstance(self.values, dict) or not self.values:
             what = "holds no mapping of keys" if self.values else "is empty"
             raise RecipeError(what, "rows are named in a recipe: data.source", file=self.file)
-        kinds = [kind for kind, (_, keys) in KINDS.items() if self.values.keys() & {*keys}]
-        is_base = kinds[:1] == ["recipe"] and self.path.name.startswith("_")
-        return "base" if is_base else next(iter(kinds), "")
+        return next((kind for kind, keys in KINDS.items() if self.values.keys() & {*keys}), "")
 
     def origin(self, key: str | KeyPath | int) -> Origin:
         """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest around; or
@@ -230,8 +228,6 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     """Return the value of a node; note the place of each key and item in it, and what is wrong."""
     line = node.start_mark.line + 1
     document.origins.setdefault(at, document.origin(line))
-    if len(document.origins) > _MAX_VALUES:
-        raise document.error(line, f"aliases expand to more than {_MAX_VALUES:,} values")
     if node.tag not in _TAGS:
         raise document.error(line, "tags are not allowed in recipes")
     if isinstance(node, yaml.SequenceNode):
@@ -247,9 +243,6 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
             document.origins[*at, key] = document.origin(line)
             values[key] = _build(document, value_node, (*at, key))
         return values
-    if "${" in node.value and "{%" not in node.value:
-        what = f"{dotted(at)}: no interpolation in recipes: {node.value!r} would be taken literally"
-        document.problems.append(document.error(line, what, "write the value itself"))
     return yaml.constructor.SafeConstructor().construct_object(node)
 
 
@@ -295,7 +288,6 @@ def no_such_file(path: Path) -> RecipeError:
 
 def wrong_kind(document: Document, expected: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
-    known = {"": "of an unknown kind", "base": "a base"}
-    kind = known.get(document.kind) or KINDS[document.kind][0]
-    what = f"is {kind}, not {KINDS[expected][0]}: its keys are {', '.join(document.values)}"
-    return RecipeError(what, file=document.file)
+    kind, keys = document.kind, ", ".join(document.values)
+    what = f"is of the kind {kind or 'unknown'}, not {expected}: its keys are {keys}"
+    return RecipeError(what, *filter(None, [_HINTS.get(kind)]), file=document.file)

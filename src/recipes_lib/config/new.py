@@ -13,8 +13,8 @@ import yaml
 
 from recipes_lib.config.documents import SECTIONS, Document, Values, read, value_text, wrong_kind
 from recipes_lib.config.recipe import QuantizationSection, Recipe
-from recipes_lib.config.upstream import INSTEAD, RENAMES, upstream_fields
-from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.config.upstream import NOT_OURS, RENAMES, LoraSection, TrainSection
+from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.core.terminal import is_secret_name
 
@@ -44,19 +44,10 @@ MOVES = {
     "chat_template": "data.chat_template",
     "chat_template_path": "data.chat_template",
     "system_prompt": "data.system_prompt",
-    "assistant_only_loss": "data.chat_loss",
     "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
-    "group_by_length": "train.train_sampling_strategy",
     "run_name": "run.name",
     "output_dir": "run.name",
     **{old: f"train.{new}" for old, new in RENAMES.items()},
-}
-LEFT_OUT = {
-    **{key: why for key, why in INSTEAD["train"].items() if key not in MOVES},
-    **dict.fromkeys(("remove_unused_columns", "ignore_bias_buffers"), "the trainer decides it"),
-    **dict.fromkeys(("use_peft", "lora_task_type"), "the lora section says it"),
-    **dict.fromkeys(("dataset_test_split", "dataset_streaming"), "data.split holds rows out"),
-    **dict.fromkeys(("accelerate_config", "num_processes"), "the launch section says it"),
 }
 # TRL's defaults where PEFT's are others. Source: trl.ModelConfig.
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
@@ -75,8 +66,8 @@ def new_recipe(
 
     Args:
         model: another base model: what the origin says for its own (template, layers) is undone.
-        rows: the user's own rows, and the prompt formats that can read them. Validations and
-            checkpoints become shares of the training: the origin's steps were for other rows.
+        rows: the user's own rows, and the prompt formats that can read them. Steps become shares
+            of the training: the origin's were for other rows.
         method: what is trained. Between adapter and full, the learning rate changes by ten.
     """
     values: Values = {"model": {}, "quantization": {}, "lora": {}, "data": {}, "train": {}}
@@ -93,13 +84,7 @@ def new_recipe(
             values["data"]["prompt_format"] = formats[0]
         if formats == ("raw",) and train.get("completion_only_loss"):
             values["train"]["completion_only_loss"] = None
-        values["train"] |= {"max_steps": -1} if train.get("max_steps", -1) > 0 else {}
-        # the best model is chosen among checkpoints
-        share = 0.2 if train.get("load_best_model_at_end") else 0.05
-        if train.get("eval_strategy") == "steps":
-            values["train"]["eval_steps"] = 0.2
-        if train.get("save_strategy", "steps") == "steps":
-            values["train"]["save_steps"] = share
+        values["train"] |= {"max_steps": -1, "eval_steps": 0.2, "save_steps": 0.2}
     if method is not None:
         if method == "full":
             values["lora"] = None
@@ -141,94 +126,79 @@ def migrate(path: Path, head: str) -> tuple[str, list[str]]:
     flat = read(path)
     if flat.kind != "flat":
         raise wrong_kind(flat, "flat")
-    for needed in (("model_name_or_path",), ("dataset_name", "dataset_mixture", "datasets")):
-        if not flat.values.keys() & {*needed}:
-            what = f"is not a flat TRL config: it has no {' or '.join(needed)}"
-            raise RecipeError(what, file=flat.file)
     if flat.problems:
         raise RecipeErrors(flat.problems)
     texts: dict[str, list[str]] = {}  # key of the recipe -> its lines, with comments
-    left, changes = [], []
+    left, changes = list[str](), list[str]()
     values: Values = {}
-    first = flat.origin((next(iter(flat.values)),)).line
-    above = [line for line in flat.text.split("\n")[:first] if line.startswith("#")]
+    lines = flat.text.split("\n")
+    first = min(flat.origin((key,)).line or 0 for key in flat.values)
+    above = [line for line in lines[: first - 1] if line.startswith("#")]
     for key, value in flat.values.items():
         own, following = _lines_of(flat, key)
-        dotted = home_of(key)
-        why = _why_left_out(key, dotted, flat.values)
-        why = why or ("another key of this file sets it already" if dotted in texts else "")
-        place = flat.origin((key,))
-        if why:
+        home, place = home_of(key), flat.origin((key,))
+        why = _why_left_out(key, home, flat.values)
+        if why or home in texts:
+            why = why or "another key of this file sets it already"
             shown = [f"{key}: (not copied)"] if is_secret_name(key) else own
             left += [*above, f"# {why}:", *(f"#   {line}" for line in shown)]
             changes.append(f"{place}: {key} left out; {why}")
         else:
-            values[dotted] = new = _todays(key, value)
-            name = dotted.partition(".")[2]
-            if new != value:
-                comments = [part for line in own for part in re.findall(r"\s(#.*)", line)]
-                texts[dotted] = [*above, *comments, f"{name}: {value_text(new)}"]
+            values[home] = new = _todays(key, value)
+            name = home.partition(".")[2]
+            if new == value and own[0].startswith(key):
+                texts[home] = [*above, f"{name}{own[0].removeprefix(key)}", *own[1:]]
             else:
-                texts[dotted] = [*above, f"{name}{own[0].removeprefix(key)}", *own[1:]]
-            changes.append(f"{place}: {key} -> {dotted}")
+                comments = [part for line in own for part in re.findall(r"\s(#.*)", line)]
+                texts[home] = [*above, *comments, f"{name}: {value_text(new)}"]
+            changes.append(f"{place}: {key} -> {home}")
         above = following
-    for dotted, (value, why) in _added(flat.values, values).items():
-        if dotted not in texts:
-            texts[dotted] = [f"# {why}", f"{dotted.partition('.')[2]}: {value_text(value)}"]
-            changes.append(f"added {dotted}: {value_text(value)}; {why}")
-    lines = [head]
+    for home, (value, why) in _added(flat.values, values).items():
+        if home not in texts:
+            texts[home] = [f"# {why}", f"{home.partition('.')[2]}: {value_text(value)}"]
+            changes.append(f"added {home}: {value_text(value)}; {why}")
+    text = [head]
     for section in SECTIONS:
         inner = [line for key in texts if key.startswith(f"{section}.") for line in texts[key]]
-        lines += ["", f"{section}:"] if inner else []
-        lines += [f"  {line}" if line else "" for line in inner]
-    lines += ["", "# Left out by `recipes migrate`:", *left] if left else []
-    return "\n".join([*lines, *above]) + "\n", changes
+        text += ["", f"{section}:"] if inner else []
+        text += [f"  {line}" if line else "" for line in inner]
+    text += ["", "# Left out by `recipes migrate`:", *left] if left else []
+    return "\n".join([*text, *above]) + "\n", changes
 
 
 def home_of(key: str) -> str:
     """Return the dotted key of a recipe that a flat key becomes; empty for none."""
     if key in MOVES:
         return MOVES[key]
-    fields = upstream_fields()
-    if key in fields["train"]:
+    if key in TrainSection.model_fields:
         return f"train.{key}"
     if key in QuantizationSection.model_fields:
         return f"quantization.{key}"
-    for name in (key, key.removeprefix("lora_")):
-        if name in fields["lora"] and key.startswith(("lora_", "use_")):
-            return f"lora.{name}"
-    return ""
+    names = (key, key.removeprefix("lora_")) if key.startswith(("lora_", "use_")) else ()
+    return next((f"lora.{name}" for name in names if name in LoraSection.model_fields), "")
 
 
 def _lines_of(flat: Document, key: str) -> tuple[list[str], list[str]]:
     """Return the lines of a key, and the comments between it and the next one."""
-    lines, place = flat.text.split("\n"), flat.origin((key,))
+    lines, start = flat.text.split("\n"), flat.origin((key,)).line or 0
     starts = [flat.origin((name,)).line or 0 for name in flat.values]
-    start = place.line or 0
     end = min((line for line in starts if line > start), default=len(lines) + 1)
     own = lines[start - 1 : end - 1]
-    if not own[0].startswith(key) or starts.count(start) > 1:
-        raise flat.error((key,), f"'{key}' does not begin a line of its own; write one key a line")
     size = next(n for n in range(len(own), 0, -1) if n == 1 or own[n - 1][:1] not in ("", "#"))
     return own[:size], [line for line in own[size:] if line]
 
 
-def _why_left_out(key: str, dotted: str, flat: Values) -> str:
+def _why_left_out(key: str, home: str, flat: Values) -> str:
     loads = flat.get("load_in_4bit") or flat.get("load_in_8bit")
-    ratio, steps = flat.get("warmup_ratio"), flat.get("warmup_steps")
-    reasons = {
-        "a secret does not belong in a recipe; use hf auth login": is_secret_name(key),
-        LEFT_OUT.get(key, ""): key in LEFT_OUT,
-        "no class behind a recipe section has this key": not dotted,
-        "it says nothing": flat[key] is None and dotted[:6] != "train.",
-        "it is off": key == "assistant_only_loss" and not flat[key],
-        "runs are in runs/<run.name>": key == "output_dir" and flat.get("run_name"),
-        "warmup_steps decides": key == "warmup_ratio" and (steps or not ratio),
-        "warmup_ratio decides": key == "warmup_steps" and ratio and not steps,
-        "TRL ignores it without use_peft": dotted[:5] == "lora." and not flat.get("use_peft"),
-        "nothing is quantized": dotted[:13] == "quantization." and not loads,
-    }
-    return next((why for why, holds in reasons.items() if holds), "")
+    if is_secret_name(key):
+        return "a secret does not belong in a recipe; use hf auth login"
+    if home.startswith("lora.") and not flat.get("use_peft"):
+        return "TRL ignores it without use_peft"
+    if home.startswith("quantization.") and not loads:
+        return "nothing is quantized"
+    return (
+        "" if home else NOT_OURS["train"].get(key, "no class behind a recipe section has this key")
+    )
 
 
 def _todays(key: str, value: Any) -> Any:
@@ -239,15 +209,8 @@ def _todays(key: str, value: Any) -> Any:
     if key in ("run_name", "output_dir"):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
     if key == "lora_target_modules":
-        names = re.split(r" *, *", value) if isinstance(value, str) else value
-        return "all-linear" if names == ["all-linear"] else names
-    forms: dict[str, Any] = {
-        "assistant_only_loss": "all",
-        "dataset_text_field": {"text": value},
-        "group_by_length": "group_by_length" if value else "random",
-        "packing_strategy": "bfd" if value == "ffd" else value,  # its name before TRL 0.20
-    }
-    return forms.get(key, value)
+        return "all-linear" if value == ["all-linear"] else value
+    return {"text": value} if key == "dataset_text_field" else value
 
 
 def _source(part: Values) -> Values:
@@ -261,11 +224,11 @@ def _source(part: Values) -> Values:
     return {name: value for name, value in keys.items() if value not in (None, 1)}
 
 
-def _added(flat: Values, values: Values) -> dict[str, tuple[Any, str]]:
+def _added(flat: Values, values: Values) -> dict[str, tuple[object, str]]:
     """Return what TRL fills in where the class behind a section fills in something else, and why:
     by key of the recipe.
     """
-    added: dict[str, tuple[Any, str]] = {}
+    added: dict[str, tuple[object, str]] = {}
     if flat.get("use_peft"):
         why = "TRL's default; PEFT's is another"
         added |= {f"lora.{key}": (value, why) for key, value in LORA_DEFAULTS.items()}

@@ -20,7 +20,6 @@ from recipes_lib.config.documents import (
 )
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
 
-Schema = dict[str, Any]  # a JSON Schema
 _MAX_NAMES = 20  # that a message lists
 
 
@@ -76,17 +75,14 @@ def parse(model: type[M], document: Document, *rules: Rule[M]) -> M:
 
 
 def judge(
-    model: type[M], document: Document, *rules: Rule[M], partial: bool = False
+    model: type[M], document: Document, *rules: Rule[M]
 ) -> tuple[M | None, list[RecipeError]]:
-    """Return what `parse` does, and everything that is wrong: rules judge what the model takes. In
-    a partial document, a base that recipes extend, required keys may be missing.
-    """
+    """Return what `parse` does, and everything that is wrong: rules judge what the model takes."""
     document.values = _absolute(model, document, document.values, ())
     value, refused = _validated(model, document.values)
     errors = [*document.problems]
     for path, details in refused.items():
-        if not (partial and details[0]["type"] == "missing"):
-            errors.append(document.error(path, *_sentence(model, path, details)))
+        errors.append(document.error(path, *_sentence(model, path, details)))
     if refused:
         value, _ = _validated(model, _without(document.values, refused))
     if value is not None:
@@ -172,9 +168,6 @@ def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
     for section in models:
         if remedy := getattr(section, "gone", {}).get(key):
             return [f"'{name}' cannot be set here", remedy]
-    for home, known in model.model_fields.items():
-        if any(key in section.model_fields for section in _models_in(known.annotation)):
-            return [f"unknown key '{name}'", f"it belongs to {home}: write {home}.{key}"]
     keys = [known for section in models for known in section.model_fields]
     listed = ", ".join(keys) if len(keys) < _MAX_NAMES else f"recipes explain {dotted(path[:-1])}"
     hints = did_you_mean(key, keys, dotted((*path[:-1], ""))) or [f"keys: {listed}"]

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config import upstream
-from recipes_lib.config.documents import Values, did_you_mean
-from recipes_lib.config.launch import STARTS_WITHOUT_WEIGHTS, AccelerateConfig, plan_launch
+from recipes_lib.config.launch import AccelerateConfig, plan_launch
 from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
@@ -72,18 +71,15 @@ def check_upstream(
 
 def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
     """FSDP2 shards tensors of one type, and gathers packed 4-bit values too in the compute type."""
-    quantization = recipe.quantization
+    section = recipe.quantization
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if quantization is None or not (asked or accelerate.distributed_type == "FSDP"):
+    if section is None or not (asked or accelerate.distributed_type == "FSDP"):
         return
     types = ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
-    if quantization.get("load_in_8bit") or recipe.train.get("fp16"):
-        key = "train.fp16" if recipe.train.get("fp16") else "quantization.load_in_8bit"
-        what = f"{key}: FSDP would gather quantized weights in another type and change them"
-        yield recipe.error(key, what, "use 4 bits and train.bf16: true, or launch with ddp")
-    elif {quantization.get(key) for key in types} != {"bfloat16"}:
-        what = f"QLoRA under FSDP: {' and '.join(types)} must both be bfloat16"
-        yield recipe.error("quantization", what, "set both, or launch with ddp")
+    is_packed = bool(section.get("load_in_4bit")) and not recipe.train.get("fp16")
+    if not is_packed or {section.get(key) for key in types} != {"bfloat16"}:
+        what = f"FSDP keeps only 4-bit weights as they are whose {' and '.join(types)} are bfloat16"
+        yield recipe.error("quantization", what, "set both and train.bf16, or launch with ddp")
 
 
 def local_folder(recipe: Recipe) -> Path | None:
@@ -138,14 +134,14 @@ def check_model_files(
     if "auto_map" in config and not (recipe.model.trust_remote_code and remote_code is not False):
         hint = "read it; then set model.trust_remote_code: true and pass --trust-remote-code"
         yield recipe.error(KEY, "the model needs Python code that ships with it", hint)
-    is_cached = not Path(recipe.model.name_or_path).is_dir()
-    for fault in weight_faults(folder, to_be_fetched=is_cached):
+    # of the Hub's files, which it checks, some may still be to come
+    for fault in weight_faults(folder) if Path(recipe.model.name_or_path).is_dir() else ():
         yield recipe.error(KEY, fault, "download the model again, with its *.safetensors")
 
 
-def weight_faults(folder: Path, *, to_be_fetched: bool = False) -> Iterator[str]:
-    """Yield what the headers of a model's weight files say is wrong: damaged, missing (unless the
-    Hub has them still to send), or of a format that is not read.
+def weight_faults(folder: Path) -> Iterator[str]:
+    """Yield what the headers of a model's weight files say is wrong: damaged, missing, or of a
+    format that is not read.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -157,9 +153,8 @@ def weight_faults(folder: Path, *, to_be_fetched: bool = False) -> Iterator[str]
             with safe_open(shard, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
-            if shard.is_file() or not to_be_fetched:
-                yield f"{shard} is {'damaged' if shard.is_file() else 'missing'}: {one_line(error)}"
-    if not shards and not to_be_fetched:
+            yield f"{shard} is damaged or missing: {one_line(error)}"
+    if not shards:
         yield f"{folder} has no weights (*.safetensors); *.bin is a pickle, which can run code"
 
 
@@ -192,8 +187,8 @@ def check_names(
         hint = f"its layer classes: {', '.join(sorted(model._no_split_modules or classes))}"
         yield recipe.error("launch.accelerate", what, hint)
     try:
-        yield from _adapter(recipe, recipe.lora, model) if recipe.lora is not None else ()
-    except (ValueError, TypeError, NotImplementedError) as error:  # of PEFT
+        yield from _adapter(recipe, model) if recipe.lora is not None else ()
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:  # of PEFT
         if "meta" not in str(error):  # else it is about tensors without values
             yield upstream.refused(recipe, "lora", error)
     try:
@@ -208,41 +203,30 @@ def check_names(
         yield recipe.error(KEY, what, hint)
 
 
-def _adapter(recipe: Recipe, lora: Values, model: Any) -> list[RecipeError]:
-    """Return names that the model does not have (PEFT takes a list if one of them matches), targets
-    that cannot work on it, and what PEFT says when it puts the adapters on it.
+def _adapter(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Put the adapters on a model as a training does, and yield what PEFT takes: a name of a list
+    that matches nothing (one that does is enough for it), and layers that no adapter can change.
     """
     import torch
     from peft import get_peft_model
 
-    modules = {name: module for name, module in families.language_modules(model) if name}
-    last = {name.rpartition(".")[2]: module for name, module in modules.items()}
-    linear = {name for name, module in last.items() if isinstance(module, torch.nn.Linear)}
-    layers = f"it has {', '.join(sorted(linear - {'lm_head'}))}"
-    needs, faults = families.needs_of(model.config), list[tuple[str, ...]]()
-    config = upstream.build_lora_config(recipe)
+    config, needs = upstream.build_lora_config(recipe), families.needs_of(model.config)
     assert config is not None
-    settled = families.settle_targets(config, model)
-    # PEFT finds former layers of experts, which are parameters now, by itself
-    known = families.converted(config, model)
-    for key in ("lora.target_modules", "lora.modules_to_save"):
-        names = getattr(known, key.removeprefix("lora."))
-        for name in () if names is None or isinstance(names, str) else names:
+    modules = dict(families.language_modules(model))
+    kinds = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    hint = f"its layers: {', '.join(sorted({name.rpartition('.')[2] for name in kinds}))}"
+    with torch.device("meta"):
+        adapted = get_peft_model(model, families.settle_targets(config, model))
+    for key in ("target_modules", "modules_to_save"):
+        # without former layers of experts, which are parameters now
+        names = getattr(adapted.peft_config["default"], key)
+        for name in names if isinstance(getattr(config, key), set | list) else ():
             if not any(f".{module}".endswith(f".{name}") for module in modules):
-                what = f"{key}: the model has no module '{name}'"
-                faults.append((key, what, *did_you_mean(name, last), layers))
-    key, given = "lora.target_modules", lora.get("target_modules")
-    for name in {*needs.left_out} & {*(given if isinstance(given, list) else ())} & {*last}:
-        faults.append((key, f"{key}: '{name}' takes no adapter: {needs.because}", "use all-linear"))
-    start, settled.init_lora_weights = settled.init_lora_weights, False  # may need the weights
-    if start not in STARTS_WITHOUT_WEIGHTS and families.converted(settled, model).target_parameters:
-        key = "lora.init_lora_weights"
-        what = f"{key}: {start} starts from weights of layers, and these are experts'"
-        faults.append((key, what, "leave the key out, or adapt the attention alone"))
-    if not faults:
-        with torch.device("meta"):
-            get_peft_model(model, settled)
-        if hasattr(model.get_output_embeddings(), "lora_A"):
-            what = f"{key}: the loss does not run through an adapter on the output layer"
-            faults.append((key, what, "leave the output layer out"))
-    return [recipe.error(*fault) for fault in faults]
+                what = f"lora.{key}: the model has no module '{name}'"
+                yield recipe.error(f"lora.{key}", what, hint)
+            elif name in needs.left_out and key == "target_modules":
+                what = f"lora.{key}: '{name}' takes no adapter: {needs.because}"
+                yield recipe.error(f"lora.{key}", what, "use all-linear")
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        what = "lora.target_modules: the loss does not run through an adapter on the output layer"
+        yield recipe.error("lora.target_modules", what, "leave it (lm_head) out")

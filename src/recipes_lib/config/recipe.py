@@ -17,11 +17,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, Field, model_validator
+from pydantic.json_schema import JsonSchemaValue as Schema
 
 from recipes_lib.config import upstream
-from recipes_lib.config.documents import COMMAND_LINE, Document, Origin, Values, dotted, read
+from recipes_lib.config.documents import Document, Origin, Values, dotted, read
 from recipes_lib.config.launch import LaunchSection, plan_launch, precision_conflict, solve_batch
-from recipes_lib.config.parsing import IsPath, Schema, Section, judge, parse
+from recipes_lib.config.parsing import IsPath, Section, judge, parse
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name
@@ -285,13 +286,6 @@ class Recipe:
         ours = key.removeprefix("train.") in upstream.TRAIN_DEFAULTS
         return places.get(key, PROJECT_DEFAULT if ours else UPSTREAM_DEFAULT)
 
-    def warnings(self) -> list[RecipeError]:
-        """Return what the recipe itself, not its base, says without effect."""
-        key, own = "train.num_train_epochs", (self.document.file, COMMAND_LINE)
-        if self.train.get("max_steps", -1) < 1 or self.origin_of(key).file not in own:
-            return []
-        return [self.error(key, f"warning: {key} has no effect, train.max_steps decides")]
-
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         """Return an error placed where `key` or else its section was written."""
         return self.document.error(key, what, *hints)
@@ -314,10 +308,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeError]]:
-    """Return what `recipes check` says; of a base, only what its own keys are."""
-    if document.path.name.startswith("_"):
-        return judge(RecipeFile, document, partial=True)
-    return judge(RecipeFile, document, recipe_rules, machine_rules)
+    """Return what `recipes check` says; of a base, which has not every key, of those it has."""
+    if not document.is_base:
+        return judge(RecipeFile, document, recipe_rules, machine_rules)
+    file, errors = judge(RecipeFile, document)
+    return file, [error for error in errors if not error.what.endswith(" is missing")]
 
 
 def recipe_of(file: RecipeFile, document: Document) -> Recipe:
@@ -351,16 +346,13 @@ def recipe_keys() -> dict[str, Schema]:
 
 # What must hold between keys where upstream would be silently wrong, or say so late.
 
-_NOT_IN_MODEL_KWARGS = {
-    *("dtype", "torch_dtype", "attn_implementation", "trust_remote_code", "revision", "token"),
-    *("quantization_config", "device_map"),
-}
+_NO_KWARGS = {*ModelSection.model_fields, "torch_dtype", "device_map", "quantization_config"}
 
 
 def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
     """Yield what a recipe cannot mean; values of a wrong type were left out."""
-    train, lora, quantization = map(_written, (recipe.train, recipe.lora, recipe.quantization))
-    for key in (f"model.kwargs.{name}" for name in {*recipe.model.kwargs} & _NOT_IN_MODEL_KWARGS):
+    train, quantization = map(_written, (recipe.train, recipe.quantization))
+    for key in (f"model.kwargs.{name}" for name in {*recipe.model.kwargs} & _NO_KWARGS):
         hint = "a key of model (recipes explain model), quantization or the launcher decides it"
         yield document.error(key, f"{key} cannot be set there", hint)
     key, varlen = "model.attn_implementation", recipe.model.attn_implementation == VARLEN
@@ -371,10 +363,6 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
     key = "train.gradient_accumulation_steps"
     if recipe.run.global_batch_size and "gradient_accumulation_steps" in train:
         yield document.error(key, f"{key}: run.global_batch_size decides it", "remove one of them")
-    key, targets = "lora.target_modules", lora.get("target_modules")
-    if "lm_head" in (targets if isinstance(targets, list) else [targets]):
-        what = f"{key} holds lm_head: the loss cannot run through an adapter on the output layer"
-        yield document.error(key, what, "remove lm_head")
     four, eight = (quantization.get(f"load_in_{bits}bit") is True for bits in (4, 8))
     if recipe.quantization is not None and four == eight:
         hint = "set load_in_4bit: true or load_in_8bit: true, or remove the section"
@@ -408,8 +396,8 @@ def machine_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeErro
     """Yield what is wrong on this machine with the recipe's model and default launch."""
     if wrong := no_model_at(recipe.model.name_or_path):
         yield document.error("model.name_or_path", *wrong)
-    key, whole = "per_device_train_batch_size", recipe.run.global_batch_size
-    per_device = _written(recipe.train).get(key, upstream.upstream_default("train", key))
+    whole = recipe.run.global_batch_size
+    per_device = recipe.train.model_dump()["per_device_train_batch_size"]
     try:
         processes = plan_launch(recipe.launch).world_size
     except RecipeError:  # `recipe_rules` says it
@@ -427,12 +415,7 @@ def _written(section: Section | None) -> Values:
 def no_model_at(name: str) -> tuple[str, ...] | None:
     """Return what is wrong with a model's name, and a hint; None for a folder and a Hub id."""
     path = Path(name)
-    if is_packaged(name) or path.is_dir():
+    may_be_on_hub = HUB_ID.fullmatch(name) and not (path.exists() or name.endswith(".gguf"))
+    if is_packaged(name) or path.is_dir() or may_be_on_hub:
         return None
-    if path.is_file() or name.endswith(".gguf"):
-        return f"'{name}' is a file", A_MODEL
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        return f"no such folder: {name}", "a relative path starts at the working directory"
-    if not HUB_ID.fullmatch(name):
-        return f"{name!r} is not a folder here, and cannot be a name on the Hub", A_MODEL
-    return None
+    return f"{name!r} is no folder here, and cannot be a name on the Hub", A_MODEL

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-import subprocess
 import sys
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.documents import Values
 from recipes_lib.config.recipe import RecipeFile
 from recipes_lib.config.upstream import UPSTREAM_FILE
 from recipes_lib.core.project import project_root
@@ -24,39 +23,33 @@ from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.slurm.profile import Profile
 from recipes_lib.study.config import StudyFile
 
-_SCALARS = {bool: "bool", int: "int", float: "float", str: "str", type(None): "None", Any: "Any"}
+_SCALARS = {bool: "bool", int: "int", float: "float", str: "str", type(None): "None", Any: "object"}
 _MAY_BE_INHERITED = ("RecipeFile", "ModelSection", "DataSection", "EvalRecipe", "JudgeSection")
-SCHEMAS: dict[str, Callable[[], Any]] = {
-    "recipe": lambda: _editable(RecipeFile.model_json_schema()),
-    "eval": lambda: _editable(EvalRecipe.model_json_schema()),
-    "study": StudyFile.model_json_schema,
-    "profile": Profile.model_json_schema,
-}
 
 
 def main() -> int:
-    """Write the files, with one process for the fields of upstream and one for the schemas."""
-    before = UPSTREAM_FILE.read_text(encoding="utf-8")
-    UPSTREAM_FILE.write_text(text_of(upstream_sections()), encoding="utf-8")
-    if UPSTREAM_FILE.read_text(encoding="utf-8") != before:  # the models are of the old fields
-        return subprocess.call([sys.executable, "-m", "recipes_lib.config.schema"])
-    for path, text in schema_files().items():
+    """Write the files. A second call writes the schemas of fields that upstream has changed."""
+    for path, text in generated_files().items():
         path.write_text(text, encoding="utf-8")
     return 0
 
 
-def schema_files() -> dict[Path, str]:
-    """Return the path and text of each schema."""
+def generated_files() -> dict[Path, str]:
+    """Return the path and text of each file."""
+    contents = {
+        "recipe": _editable(RecipeFile.model_json_schema()),
+        "eval": _editable(EvalRecipe.model_json_schema()),
+        "study": StudyFile.model_json_schema(),
+        "profile": Profile.model_json_schema(),
+    }
     folder = project_root() / "schema"
-    return {folder / f"{name}.schema.json": text_of(make()) for name, make in SCHEMAS.items()}
+    files = {folder / f"{name}.schema.json": content for name, content in contents.items()}
+    files[UPSTREAM_FILE] = upstream_sections()
+    options: Values = {"indent": 1, "ensure_ascii": False}
+    return {path: json.dumps(content, **options) + "\n" for path, content in files.items()}
 
 
-def text_of(content: object) -> str:
-    """Return a generated file's text."""
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _editable(schema: dict[str, Any]) -> dict[str, Any]:
+def _editable(schema: Values) -> Values:
     """Return the schema of a file that may extend another, which then has the required keys."""
     for part in (schema, *schema["$defs"].values()):
         if part["title"] in _MAY_BE_INHERITED:
@@ -66,7 +59,7 @@ def _editable(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def upstream_sections() -> dict[str, Any]:
+def upstream_sections() -> Values:
     """Return key -> type as Python writes it, text and default, of the two upstream sections."""
     from peft import LoraConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -78,9 +71,9 @@ def upstream_sections() -> dict[str, Any]:
     return {"train": train, "lora": _fields(LoraConfig)}
 
 
-def _fields(cls: Any) -> dict[str, Any]:
+def _fields(cls: Any) -> Values:
     hints = typing.get_type_hints(cls)
-    fields: dict[str, Any] = {}
+    fields: Values = {}
     for field in dataclasses.fields(cls):
         choices, text = field.metadata.get("choices"), field.metadata.get("help", "")
         kind = f"Literal{[*choices]}" if choices else _type_text(hints[field.name])
@@ -100,14 +93,14 @@ def _type_text(hint: Any) -> str:
         return f"Literal{list(arguments) or [member.value for member in hint]}"
     if origin in (typing.Union, types.UnionType):
         kinds = {_type_text(member) for member in arguments}
-        if any(kind.startswith(("Literal", "dict")) for kind in kinds):
+        if any(kind.startswith(("Literal", "Values")) for kind in kinds):
             kinds -= {"str"}  # text beside an enum or a mapping is for upstream's command line
         return " | ".join(sorted(kinds))  # typing's caches decide the order
     if origin is list:
         return f"list[{_type_text(arguments[0])}]"
     if list in (origin, hint) or tuple in (origin, hint):
-        return "list[Any]"
-    return _SCALARS.get(hint, "dict[str, Any]")
+        return "list[object]"
+    return _SCALARS.get(hint, "Values")
 
 
 if __name__ == "__main__":

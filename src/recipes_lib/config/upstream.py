@@ -12,9 +12,8 @@ import json
 import os
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from pydantic import Field, create_model
 
@@ -53,70 +52,48 @@ RENAMES = {
     "no_cuda": "use_cpu",
 }
 _RENAMED = "it is train.{} since TRL 1 / transformers 5; for a whole old file: recipes migrate"
-_DECIDED = "the run (run.name), the launcher (launch.accelerate: fsdp) or the trainer decides it"
-_HUB = "log in with 'hf auth login'; recipes export RUN --to FOLDER --push-to-hub OWNER/NAME"
-# What no recipe says, of today's classes and of earlier ones -> what to write or know instead.
-INSTEAD: dict[str, dict[str, str]] = {
-    "train": {
-        **{old: _RENAMED.format(new) for old, new in RENAMES.items()},
-        "warmup_ratio": "write train.warmup_steps; a number below 1 is a fraction",
-        "model_init_kwargs": "write model.kwargs",
-        "trust_remote_code": "write model.trust_remote_code, and pass --trust-remote-code",
-        "chat_template_path": "write data.chat_template",
-        "dataset_text_field": "write data.columns: {text: NAME}",
-        "lr": "write train.learning_rate",
-        "epochs": "write train.num_train_epochs",
-        "batch_size": "write train.per_device_train_batch_size, or run.global_batch_size",
-        "push_to_hub": _HUB,
-        **{f"hub_{key}": _HUB for key in ("model_id", "strategy", "always_push", "private_repo")},
-        **{f"hub_{key}": _HUB for key in ("revision", "token")},
-        **{f"do_{key}": _DECIDED for key in ("train", "eval", "predict")},
-        **dict.fromkeys(("output_dir", "overwrite_output_dir", "run_name"), _DECIDED),
-        **dict.fromkeys(("logging_dir", "resume_from_checkpoint", "local_rank"), _DECIDED),
-        **dict.fromkeys(("fsdp", "fsdp_config", "parallelism_config", "deepspeed"), _DECIDED),
-        **dict.fromkeys(("enable_jit_checkpoint", "save_only_model"), _DECIDED),
-        **dict.fromkeys(("accelerator_config", "ignore_data_skip"), _DECIDED),
-        **dict.fromkeys(("auto_find_batch_size", "dataset_kwargs"), _DECIDED),
-    },
-    "lora": {"rank": "write lora.r"}
-    | dict.fromkeys(
+# What no recipe sets -> what does, or what to write instead.
+NOT_OURS: dict[str, dict[str, str]] = {
+    "train": dict.fromkeys(
         (
-            *("base_model_name_or_path", "peft_type", "inference_mode", "auto_mapping"),
-            *("peft_version", "revision", "eva_config", "corda_config", "loftq_config"),
-            *("lora_ga_config", "velora_config", "monteclora_config", "arrow_config"),
-            *("kasa_config", "runtime_config", "use_bdlora", "megatron_config", "megatron_core"),
+            *("output_dir", "run_name", "resume_from_checkpoint", "local_rank", "save_only_model"),
+            *("do_train", "do_eval", "do_predict", "ignore_data_skip", "auto_find_batch_size"),
+            *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config"),
+            *("model_init_kwargs", "trust_remote_code", "chat_template_path", "dataset_kwargs"),
+            *("dataset_text_field", "enable_jit_checkpoint", "push_to_hub", "hub_model_id"),
+            *("hub_strategy", "hub_always_push", "hub_private_repo", "hub_revision", "hub_token"),
+        ),
+        "the sections model, data, run and launch (accelerate: fsdp) or recipes export decide it",
+    )
+    | {old: _RENAMED.format(new) for old, new in RENAMES.items()},
+    "lora": dict.fromkeys(
+        (
+            *("base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "revision"),
+            *("inference_mode", "use_bdlora", "megatron_core", "megatron_config", "arrow_config"),
+            *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "velora_config"),
+            *("monteclora_config", "runtime_config", "kasa_config"),
         ),
         "PEFT writes it by itself, or it is of a kind of LoRA with a config of its own",
     ),
 }
 
-# What torch's and TRL's activation checkpointing take.
-_Checkpointing = Literal[
-    "use_reentrant", "preserve_rng_state", "early_stop", "every_n_layers", "offload"
-]
 _AtLeast1 = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
-_NotNegative = Annotated[float, Field(ge=0)]
-_Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
 _SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
+_STARTS = "^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+)$"
 # Types that are narrower than upstream's annotation: what it accepts and cannot work with.
 _NARROWER: dict[str, dict[str, object]] = {
     "train": {
         **dict.fromkeys((*_SIZES, "gradient_accumulation_steps"), _AtLeast1),
         **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
-        **dict.fromkeys(("num_train_epochs", "save_steps"), _Positive),
-        # a step of Adam divides it by 1 - beta1, in float32
-        "learning_rate": Annotated[float, Field(gt=0, le=1e30)],
-        "max_steps": Literal[-1] | _AtLeast1,
-        "eval_steps": _Positive | None,
-        **dict.fromkeys(("max_grad_norm", "weight_decay"), _NotNegative),
-        **dict.fromkeys(("adam_beta1", "adam_beta2"), _Fraction),
+        **dict.fromkeys(("num_train_epochs", "save_steps", "learning_rate"), _Positive),
+        # a negative one turns gradients round, or lets weights grow
+        **dict.fromkeys(("max_grad_norm", "weight_decay"), Annotated[float, Field(ge=0)]),
         # "best" leaves a killed run without a checkpoint to go on from
         "save_strategy": Literal["no", "steps", "epoch"],
         "seed": _Seed,
         "data_seed": _Seed | None,
-        "activation_checkpointing_kwargs": dict[_Checkpointing, bool | int | None] | None,
         # a validation measures the loss alone
         "metric_for_best_model": Literal["loss", "eval_loss"] | None,
         # batch_rebalance deals out the rows of a step by the number of processes
@@ -126,44 +103,28 @@ _NARROWER: dict[str, dict[str, object]] = {
     },
     "lora": {
         "task_type": Literal["CAUSAL_LM"],
-        "r": Annotated[int, Field(ge=1, le=2**16)],  # wider than any layer
-        "lora_alpha": _AtLeast1,
-        "lora_dropout": _Fraction,
+        "r": _AtLeast1,
         # eva, corda, loftq and others need a config and rows of their own
-        "init_lora_weights": bool
-        | Literal["gaussian", "orthogonal", "olora", "pissa"]
-        | Annotated[str, Field(pattern="^pissa_niter_[0-9]+$")],
+        "init_lora_weights": bool | Annotated[str, Field(pattern=_STARTS)],
     },
 }
 
 
-@lru_cache(maxsize=1)
-def upstream_fields() -> dict[str, dict[str, Values]]:
-    """Return the keys of the two sections, each with its type, text and default."""
-    fields: dict[str, dict[str, Values]] = json.loads(UPSTREAM_FILE.read_text(encoding="utf-8"))
-    return fields
-
-
-def upstream_default(section: str, key: str) -> Any:
-    """Return the value that a key has where a recipe does not say it."""
-    ours = TRAIN_DEFAULTS if section == "train" else {}
-    return ours.get(key, upstream_fields()[section][key].get("default"))
-
-
-def _section(name: str) -> type[Section]:
+def _section(name: str, fields: dict[str, Values]) -> type[Section]:
     """Return the model of a section; its types are text, which pydantic reads."""
-    fields = {
+    ours = TRAIN_DEFAULTS if name == "train" else {}
+    keys = {
         key: (
             _NARROWER[name].get(key, field["type"]),
-            Field(upstream_default(name, key), description=field["description"]),
+            Field(ours.get(key, field.get("default")), description=field["description"]),
         )
-        for key, field in upstream_fields()[name].items()
-        if key not in INSTEAD[name]
+        for key, field in fields.items()
+        if key not in NOT_OURS[name]
     }
     title = f"{name.capitalize()}Section"
-    model = create_model(title, __base__=Section, __module__=__name__, **fields)  # type: ignore[call-overload]
+    model = create_model(title, __base__=Section, __module__=__name__, **keys)  # type: ignore[call-overload]
     model.__doc__ = f"`{CLASSES[name]}`, key by key."
-    model.gone = INSTEAD[name]
+    model.gone = NOT_OURS[name]
     return model
 
 
@@ -171,7 +132,8 @@ if TYPE_CHECKING:
     TrainSection = Section
     LoraSection = Section
 else:
-    TrainSection, LoraSection = map(_section, CLASSES)
+    _FIELDS = json.loads(UPSTREAM_FILE.read_text(encoding="utf-8"))
+    TrainSection, LoraSection = (_section(name, _FIELDS[name]) for name in CLASSES)
 
 
 def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
@@ -252,17 +214,15 @@ def _built(recipe: Recipe, section: str, build: Callable[[], _Built]) -> _Built:
 
 def check_packages(recipe: Recipe) -> None:
     """Refuse a package that is not installed and that upstream misses once the model is loaded."""
-    from transformers.integrations import integration_utils  # torch
-
     named = recipe.train.get("report_to") or []
-    missing = {*([named] if isinstance(named, str) else named)} - {"none", "flyte"}
-    missing -= {*integration_utils.get_available_reporting_integrations()}
-    key = "train.report_to"
-    if recipe.train.get("use_liger_kernel") and not importlib.util.find_spec("liger_kernel"):
-        missing, key = {"liger-kernel"}, "train.use_liger_kernel"
-    for package in missing:
-        what = f"{key}: {package} is not installed"
-        raise recipe.fault(key, what, f"pip install {package}, or remove the key")
+    trackers = {*([named] if isinstance(named, str) else named)} - {"none", "azure_ml", "flyte"}
+    packages = dict.fromkeys(trackers, "train.report_to")
+    if recipe.train.get("use_liger_kernel"):
+        packages["liger_kernel"] = "train.use_liger_kernel"
+    for package, key in packages.items():
+        if not importlib.util.find_spec(package):
+            what = f"{key}: {package} is not installed"
+            raise recipe.fault(key, what, f"pip install {package}, or remove the key")
 
 
 def has_accelerator() -> bool:
