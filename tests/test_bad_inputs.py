@@ -127,7 +127,7 @@ DATA = {
     "unknown columns": ('{"ask": "a", "tell": "b"}\n', "", 4, "ask, tell data.columns"),
     "an empty file": ("", "", 4, "rows.jsonl 0 rows"),
     "prompts longer than max_length": (
-        rows(), "train.max_length=4", 4, "20/20 rows max_length=4 p95 prompt is"),
+        rows(), "train.max_length=4", 4, "20/20 rows max_length=4 longest prompt has"),
     "too many prompts longer than max_length": (
         rows(*LONG), "", 4, "3/20 rows data.filters.max_tokens max_length=192"),
     "null as response": (rows({}, {"response": None}), "", 4, "rows.jsonl:2: 'response' None"),
@@ -174,7 +174,7 @@ def test_a_folder_whose_files_differ_in_columns_is_refused(tiny_recipe, tmp_path
 def test_a_defect_is_one_message_and_a_kept_traceback(tiny_recipe, tmp_path, monkeypatch, capsys):
     from recipes_lib.training import build
 
-    def break_it(*args: object) -> None:
+    def break_it(*args: object, **words: object) -> None:
         raise ZeroDivisionError("nobody expected this")
 
     monkeypatch.setattr(build, "load_model", break_it)
@@ -190,7 +190,7 @@ NO_FOLDER = ("../../etc", "/abs", "", "x" * 300, "dot.", "a\nb", "--foo", "$(tou
 # words of a command line after `recipes`; exit code; words of the answer
 LINES: list[tuple[list[str], int, str]] = [
     (["train", "tiny.yaml", "run.global_batch_size=9"], 2, "9 / (4 per device x 1 8 or 12"),
-    (["train", "tiny.yaml", "data.source=nobody/nothing"], 4, "offline data.source"),
+    (["train", "tiny.yaml", "data.source=nobody/nothing"], 4, "Hub nobody/nothing/train.jsonl"),
     (["train", "tiny.yaml", "model.name_or_path=nobody/nothing"],
      5, "offline nobody/nothing hf download"),
     (["train", "tiny.yaml", "model.name_or_path=./nowhere"], 2, "./nowhere"),

@@ -144,7 +144,8 @@ def half_cut(two: Folders, result: str = RESULT) -> None:
 
 
 TURNS = Check(check="swap consistency", value=0.3, n=9, needs="at least 0.6", result="fail")
-LEAKS = Leaks.of([Leak("train", "row 1", "q1", "question", 1.0)] * 30, 1000, 100)
+LEAK = Leak("train", "row 1", "q1", "question", 1.0)
+LEAKS = Leaks(rows=1000, questions=100, leaked_rows=1, leaked_questions=1, found=[LEAK])
 STOPS: list[tuple[str, Callable[[Folders], Any]]] = [
     ("texts-differ", other_items("input")),
     ("texts-differ", other_items("opponent")),

@@ -32,7 +32,7 @@ def replace(path, old, new):
 
 def test_it_prints_counts_lengths_marked_rows_and_the_next_command(recipe_file, said):
     out = said("data", "try.yaml", "data.max_examples=20", "--show", "1")
-    assert "30 rows read, 20 used" in out and "p50" in out and "with loss" in out
+    assert "30 rows read, 20 used" in out and "median" in out and "with loss" in out
     assert "### Response:\n[[It is " in out and "</s>]]" in out and out.count("-- ") == 1
     assert "\x1b" not in out and "\\x1b[31m" in out
     assert out.rstrip().endswith("next: recipes train try.yaml data.max_examples=20")

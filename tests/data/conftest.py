@@ -53,13 +53,11 @@ def write_jsonl(tmp_path: Path):
 
 def task_rows(count: int) -> list[dict[str, str]]:
     """Different rows in Dolly's schema; one in three has a context."""
-    categories = ("open_qa", "closed_qa", "summarization")
     return [
         {
             "instruction": f"What is {i} plus {i}?",
             "context": f"Adding {i} to itself doubles it." if i % 3 == 1 else "",
             "response": f"It is {2 * i}.\nThat is twice {i}.",
-            "category": categories[i % 3],
         }
         for i in range(count)
     ]

@@ -74,7 +74,7 @@ def test_a_short_question_is_found_as_a_whole_text_alone() -> None:
 def test_a_few_short_questions_of_many_are_a_warning_and_any_long_one_an_error() -> None:
     many = asked("Why is the sky blue?", LONG, *(f"What is {n}?" for n in range(300)))
     few = found(many, "Why is the sky blue?", "Why is the sky blue?", "What is 7?")
-    assert few.accidental and not few.is_error and few.leaked_questions == 2
+    assert few.found and not few.is_error and few.leaked_questions == 2
     assert found(many, LONG).is_error
     assert found(many, *(f"What is {n}?" for n in range(4))).is_error
     assert found(many[:20], "Why is the sky blue?").is_error  # one in twenty

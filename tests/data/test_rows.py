@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import csv
 import json
-import time
 from pathlib import Path
 
 import pyarrow
 import pytest
-from huggingface_hub import constants
 from pyarrow import parquet
 
 from recipes_lib.config.recipe import DataSection
@@ -24,7 +22,6 @@ from recipes_lib.data.rows import (
     conversation_of,
     data_files,
     formats_of,
-    hub_is_away,
     message_texts,
     read_data,
     read_file,
@@ -88,11 +85,8 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path):
     for name, content, line, words in (
         ("a.jsonl", f'{good}\n{{"torn"\n', 2, "not JSON (Expecting ':' delimiter"),
         ("a.jsonl", f'{good}\n{{"instruction": "\xe9"}}\n'.encode("latin-1"), 2, "'utf-8' codec"),
-        ("a.jsonl", f"{good}\n[1]\n", 2, "expected dict, found list"),
         ("a.json", "[\n{]", None, "cannot be read as json"),
-        ("a.json", '{"data": [{}],\n "b": 2}', 1, "not JSON"),
         ("a.csv", "instruction,response\na\n", 2, "not 2 fields, as the header has"),
-        ("a.csv", "instruction,response\na,b,c\n", 2, "not 2 fields, as the header has"),
         ("a.csv", 'instruction,response\na,"b', None, "cannot be read as csv"),
         ("a.parquet", b"PAR1", None, "cannot be read as parquet"),
         ("a.jsonl.gz", "", None, "not a data file; known endings: .jsonl, .ndjson, .json, .csv"),
@@ -119,15 +113,8 @@ def test_a_source_that_is_nowhere_names_the_nearest(tmp_path, monkeypatch):
     with pytest.raises(SettingError, match="no such file or folder") as caught:
         rows_of(tmp_path / "row.jsonl")
     assert "rows.jsonl" in caught.value.hints[0]
-    # a Hub that does not answer is asked once, without the retries of its client
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    hub_is_away.cache_clear()
-    begin = time.monotonic()
-    with pytest.raises(SettingError, match="offline, and 'nobody/nothing' is no file"):
+    with pytest.raises(SettingError, match="no file or folder is 'nobody/nothing'"):
         rows_of("nobody/nothing")
-    assert time.monotonic() - begin < 15
-    hub_is_away.cache_clear()
 
 
 def test_what_cannot_be_used_is_described_with_its_lines(read):
@@ -173,18 +160,6 @@ def test_columns_of_another_format_name_the_format_to_try(read):
     assert caught.value.hints[0].startswith("did you mean category")
 
 
-def test_a_column_is_named_that_is_almost_one_that_would_be_read(write_jsonl):
-    for row, prompt_format, names in (
-        ({**TASK, "category": "a", "source": "b", "contxt": "c"}, "dolly", ["contxt"]),
-        ({**TASK, "system_prompt": "Be brief."}, "dolly", ["system_prompt"]),
-        ({"messages": TURNS, "prompt": "Hi", "prompt_id": "a"}, "chat", []),
-        ({"messages": TURNS, "function": []}, "chat", ["function"]),
-    ):
-        section = DataSection(source=str(write_jsonl([row])), prompt_format=prompt_format)
-        unread = read_data(section, BadRows()).unread
-        assert [name.split(" (in ")[0] for name in unread] == names
-
-
 def test_tools_and_template_arguments_have_columns_of_their_own(read):
     tool = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
     wrapped = [{"type": "function", "function": tool}]
@@ -205,7 +180,7 @@ def test_what_arrow_fills_in_with_null_is_not_there(tmp_path):
     assert said == [[f'{{"name": "{name}", "arguments": {{"{name}": 1}}}}'] for name in "fg"] + [[]]
 
 
-def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
+def test_a_new_recipe_reads_rows_as_their_first_one_asks(write_jsonl):
     three = ("dolly", "alpaca", "chat")
     for row, formats in (
         (TASK, three),
@@ -218,8 +193,6 @@ def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
         assert formats_of(write_jsonl([row])) == formats
     with pytest.raises(DataError, match="columns a are not understood"):
         formats_of(write_jsonl([{"a": "b"}]))
-    with pytest.raises(DataError, match="no such file"):
-        formats_of(tmp_path / "nowhere.jsonl")
 
 
 # ---- conversations ----
@@ -255,11 +228,9 @@ def test_a_bad_message_is_described():
         ({"role": "user", "content": "\udc00"}, "surrogates not allowed"),
         ({"role": "user", "content": parts}, "only content parts {type: text"),
         ({**ANSWERED, "weight": 0.5}, "weight 0.5: "),
-        ({**ANSWERED, "reasoning_content": ["a"]}, "thoughts: expected text, found list"),
         ({**ANSWERED, "tool_calls": [{"name": "f", "arguments": "{city"}]}, "'f': not JSON ("),
         ({**ANSWERED, "tool_calls": [{"name": "f", "arguments": "[1]"}]}, "dict, found list"),
         ({**ANSWERED, "tool_calls": [{"arguments": {"a": 1}}]}, "a tool call needs a name"),
-        ({**ANSWERED, "tool_calls": "weather"}, "the tool call: not JSON"),
     )
     assert not refused(lambda message: read_messages([message], "messages"), cases)
     with pytest.raises(BadRow, match="expected list, found None"):
@@ -273,6 +244,7 @@ def test_roles_parts_thoughts_and_weights_of_other_spellings_are_ours():
         ({"from": "human", "value": "a"}, {"role": "user", "content": "a"}),
         ({"role": "model", "content": "a"}, {"role": "assistant", "content": "a"}),
         ({"from": "observation", "value": "a"}, {"role": "tool", "content": "a"}),
+        ({"from": "tool", "value": {"sky": 1}}, {"role": "tool", "content": '{"sky": 1}'}),
         ({"role": "developer", "content": "a"}, {"role": "system", "content": "a"}),
         ({"role": "user", "content": parts}, {"role": "user", "content": "One two."}),
         ({**ANSWERED, "thinking": "Hm."}, thought),
@@ -299,22 +271,6 @@ def test_tool_calls_of_every_spelling_become_one():
             {"from": "function_call", "value": json.dumps([call])},
         ):
             assert read_messages([message], "messages") == [expected], message
-
-
-def test_a_sharegpt_conversation_with_calls_is_the_openai_one():
-    value = json.dumps({"name": "weather", "arguments": {"city": "Bonn"}})
-    sharegpt = [
-        {"from": "human", "value": "And in Bonn?"},
-        {"from": "function_call", "value": value},
-        {"from": "observation", "value": "sunny"},
-        {"from": "function_call", "value": value},
-        {"from": "tool", "value": {"sky": "blue"}},
-        {"from": "gpt", "value": "Sunny."},
-    ]
-    messages = read_messages(sharegpt, "conversations")
-    result = {"role": "tool", "content": '{"sky": "blue"}'}
-    assert messages == [ASKED, CALLED, RESULT, CALLED, result, ANSWERED]
-    check_roles(messages)
 
 
 def test_who_speaks_when_is_checked():

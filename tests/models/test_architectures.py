@@ -16,7 +16,6 @@ from tests.families import FAMILIES, family_config
 
 from recipes_lib.models.families import (
     adds_router_loss,
-    auto_class,
     describe_targets,
     needs_of,
     not_quantized,
@@ -24,9 +23,7 @@ from recipes_lib.models.families import (
     ready_to_answer,
     settle_targets,
     short_name,
-    training_settings,
     why_rows_apart,
-    with_settings,
 )
 
 
@@ -36,7 +33,7 @@ def without_weights(family: str) -> Any:
 
     config = family_config(family)
     with torch.device("meta"):
-        return getattr(transformers, auto_class(config.model_type)).from_config(config)
+        return getattr(transformers, needs_of(config.model_type).auto_class).from_config(config)
 
 
 def adapted(family: str, **lora: Any) -> Any:
@@ -53,7 +50,7 @@ def adapted(family: str, **lora: Any) -> Any:
 def left_out(model: Any) -> list[str]:
     """The layers of a model with adapters that have none."""
     adapters = describe_targets(model).removeprefix("adapters on ").split(", ")
-    base, needs = model.get_base_model(), needs_of(model.config)
+    base, needs = model.get_base_model(), needs_of(model.config.model_type)
     embeddings = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
     passed_by = {id(layer.weight) for layer in (*embeddings, base.get_output_embeddings())}
     parts = {"lora_A", "lora_B", *needs.images}
@@ -114,13 +111,9 @@ def test_the_table_of_models_says_what_the_code_does() -> None:
     }
 
 
-def test_what_a_trainer_sets_for_itself_is_the_bases_again_while_it_saves() -> None:
+def test_a_model_that_answers_is_without_the_routers_loss() -> None:
     model = copy.deepcopy(without_weights("mixtral"))
-    base = training_settings(model)
     model.config.output_router_logits = True
-    with with_settings(model, base):
-        assert model.config.output_router_logits is False
-    assert model.config.output_router_logits is True
     assert not ready_to_answer(model).config.output_router_logits
 
 
@@ -198,16 +191,14 @@ def test_text_trains_the_language_model_alone_of_a_model_that_reads_images() -> 
     assert not wrong
 
 
-def test_the_routers_loss_is_added_where_it_is_asked_for_or_trains_a_router() -> None:
+def test_the_routers_loss_is_added_where_the_config_asks_or_routers_are_trained() -> None:
     """TRL adds it wherever the config has a coefficient: 0.9 for gpt-oss, whose routers LoRA
     freezes.
     """
-    frozen = adapted("gpt_oss")
-    base = training_settings(frozen)
-    assert base["router_aux_loss_coef"] and not adds_router_loss(frozen, None, base)
-    assert adds_router_loss(frozen, 0.01, base)
-    assert adds_router_loss(frozen, None, {**base, "output_router_logits": True})
-    assert adds_router_loss(without_weights("gpt_oss"), None, base)
+    model = copy.deepcopy(without_weights("gpt_oss"))
+    assert not adds_router_loss(model, lora={"r": 8}) and adds_router_loss(model, lora=None)
+    model.config.output_router_logits = True
+    assert adds_router_loss(model, lora={"r": 8})
 
 
 def test_what_a_kernel_reads_or_reads_images_stays_out_of_quantization() -> None:

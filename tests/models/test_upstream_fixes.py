@@ -6,14 +6,11 @@ empty parameters by tests/invariants.
 
 from __future__ import annotations
 
-import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from tests.families import build_family
 from transformers import AutoModelForCausalLM
 
-from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.models import upstream_fixes
 
 
@@ -37,21 +34,13 @@ def test_an_adapter_that_peft_loads_as_float32_gets_its_precision_back(
     }
 
 
-def test_all_weights_of_a_model_with_experts_are_loaded_and_missing_ones_are_an_error(
-    tiny_model_dir, tmp_path
-) -> None:
+def test_all_weights_of_a_model_with_experts_are_loaded(tiny_model_dir, tmp_path) -> None:
     folder = build_family("qwen3_moe", tmp_path / "moe", tiny_model_dir)
     saved = AutoModelForCausalLM.from_pretrained(folder)
     other = AutoModelForCausalLM.from_config(saved.config)
     upstream_fixes.load_whole(other, folder)
     for name, tensor in saved.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
-    file = next(folder.glob("*.safetensors"))
-    tensors = load_file(file)
-    del tensors[next(name for name in tensors if "q_proj" in name)]
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(EnvironmentFault, match="lacks 1 weights"):
-        upstream_fixes.load_whole(other, folder)
 
 
 def test_parameters_without_memory_have_addresses_of_their_own() -> None:

@@ -11,7 +11,6 @@ from tests.families import DEEPSEEK, EXPERTS, FAMILIES, LINEAR_ATTENTION, family
 from tests.plan.kept import bytes_of, counting_what_is_kept
 
 from recipes_lib.models import families
-from recipes_lib.models.families import known_config
 from recipes_lib.plan.plan import NF4
 from recipes_lib.plan.trace import trace, trace_now
 
@@ -35,19 +34,12 @@ MORE: dict[str, dict[str, Any]] = {
 WITHOUT_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
 IN_CI = ("llama", "qwen3", "gemma3_text", "qwen3_moe", "gpt_oss", "deepseek_v3")
 LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-PUBLISHED = {  # numbers of the models' cards (safetensors metadata)
-    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
-    "meta-llama/Llama-3.1-8B": 8_030_261_248,
-    "Qwen/Qwen3-8B": 8_190_735_360,
-    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
-}
 
 
 def really_kept(config: Any, lora: peft.LoraConfig | None, tokens: int) -> int:
     """Run a real forward pass on the CPU and return the bytes that autograd keeps of it."""
-    model = families.on_meta(config, torch.bfloat16, lora, attention="traced").to_empty(
-        device="cpu"
-    )
+    model = families.on_meta(config, torch.bfloat16, lora, attention="traced")
+    model = model.to_empty(device="cpu")
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
@@ -86,17 +78,6 @@ def test_six_families_keep_what_is_traced():
 @pytest.mark.timeout(900)
 def test_every_family_keeps_what_is_traced():
     assert not differences([*FAMILIES, *MORE])
-
-
-@pytest.mark.slow
-def test_models_have_the_parameters_of_their_cards():
-    found = {}
-    for name in PUBLISHED:
-        values = known_config(name)
-        assert values is not None, name
-        model = families.on_meta(families.configuration(values), torch.bfloat16)
-        found[name] = sum(parameter.numel() for parameter in model.parameters())
-    assert found == PUBLISHED
 
 
 def test_options_of_lora_are_counted_as_peft_makes_them():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from types import SimpleNamespace
 
 import psutil
@@ -12,12 +11,7 @@ import pytest
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.training.launch_check import (
-    check_launch,
-    check_request,
-    leave_gpus_out,
-    what_runs,
-)
+from recipes_lib.training.launch_check import check_launch, check_request, leave_gpus_out, what_runs
 
 ALONE = Active(1, "one process", "cpu")
 
@@ -46,21 +40,6 @@ def test_a_launch_for_the_cpu_sees_no_gpu(monkeypatch) -> None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
         leave_gpus_out()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
-
-
-def test_recipes_train_tells_its_one_process_that_the_launch_is_for_the_cpu(
-    tiny_recipe, monkeypatch
-) -> None:
-    """One process is started without accelerate launch, which says it to several."""
-    from recipes_lib.commands.train import supervise
-    from recipes_lib.config.launch import plan_launch
-
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    recipe = load_recipe(tiny_recipe)
-    code = "import os, sys; sys.exit(3 if os.environ.get('ACCELERATE_USE_CPU') == 'true' else 4)"
-    for config, expected in (("cpu", 3), ("single_gpu", 4)):
-        launch = plan_launch(recipe.launch, accelerate=config)
-        assert supervise([sys.executable, "-c", code], recipe, launch) == expected
 
 
 def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(

@@ -52,22 +52,15 @@ def test_loss_gradients_and_counts_are_those_of_trls_head(tiny_model_dir, traine
     assert total[0] == pytest.approx(total[1], rel=2e-6 if exact else 2e-5)
     assert our_grads.keys() == their_grads.keys()
     reference = gradients_in_float64(tiny_model_dir, dtype)
-    our_errors, their_errors = (
-        [
+    largest = [
+        max(
             float((gradient.double() - reference[name]).norm() / reference[name].norm())
             for name, gradient in grads.items()
-        ]
+        )
         for grads in (our_grads, their_grads)
-    )
-    if exact:
-        assert max(our_errors) < 1e-5
-        return
-    # a rounding more than TRL, because the scale of the loss comes after the products (measured:
-    # 1.05 times its errors together, 0.99 the largest, 1.42 that of one norm's weight)
-    pairs = zip(our_errors, their_errors, strict=True)
-    assert max(ours / theirs for ours, theirs in pairs) < 1.5
-    assert max(our_errors) < 1.1 * max(their_errors)
-    assert sum(our_errors) < 1.1 * sum(their_errors)
+    ]
+    # a rounding more than TRL, because the scale of the loss comes after the products
+    assert largest[0] < (1e-5 if exact else 1.1 * largest[1])
 
 
 def gradients_in_float64(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

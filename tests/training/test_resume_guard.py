@@ -11,10 +11,7 @@ from recipes_lib.config.upstream import TrainSection
 from recipes_lib.training import resume_guard as checkpoints
 from recipes_lib.training.resume_guard import FREE_KEYS, guarded_values
 
-FILES = (
-    *("adapter_model.safetensors", "optimizer.pt", "scheduler.pt"),
-    *("rng_state.pth", "trainer_state.json"),
-)
+FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
 
 
 def make_checkpoint(folder: Path, step: int, complete: bool = True, without: str = "") -> Path:

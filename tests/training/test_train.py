@@ -5,7 +5,6 @@ refuses, how it stops.
 from __future__ import annotations
 
 import datetime
-import errno
 import hashlib
 import json
 import os
@@ -301,21 +300,6 @@ def test_a_4bit_base_whose_own_precision_is_not_autocasts_is_refused(
     words = [NF4, "train.bf16=true", "model.dtype=auto", f"model.name_or_path={half}"]
     assert main([str(tiny_recipe), *words]) == ExitCode.USAGE
     assert "the checkpoint is float16 and autocast bfloat16" in capsys.readouterr().err
-
-
-def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code(
-    tiny_recipe, monkeypatch, capsys
-) -> None:
-    from recipes_lib.core.run_directory import RunDirectory
-    from recipes_lib.training.metrics import MetricsCallback
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        monkeypatch.setattr(RunDirectory, "write_state", full)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(MetricsCallback, "on_log", full)
-    assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    assert "disk full: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 def test_no_planted_secret_is_in_any_written_file(tiny_recipe, monkeypatch) -> None:

@@ -11,14 +11,11 @@ from pathlib import Path
 import pytest
 from tests.conftest import NF4
 
+HALF = ("model.dtype=bfloat16", "train.bf16=true")
 KINDS = {
     "lora": [],
     "lora.chat": ["data.prompt_format=chat", "lora.r=2"],
-    "qlora": [
-        NF4.replace("}", ", bnb_4bit_use_double_quant: true}"),
-        "model.dtype=bfloat16",
-        "train.bf16=true",
-    ],
+    "qlora": [NF4.replace("}", ", bnb_4bit_use_double_quant: true}"), *HALF],
     "full": ["lora=null", "train.learning_rate=1e-3"],
 }
 STEPS = [f"train.{key}_steps=6" for key in ("max", "eval", "save")] + ["train.learning_rate=3e-2"]

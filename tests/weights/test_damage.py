@@ -20,9 +20,8 @@ ADAPTER = "adapter/adapter_model.safetensors"
 
 def flip(file: Path) -> None:
     """Change one bit of a file."""
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def edit(file: Path, **values: object) -> None:

@@ -88,7 +88,7 @@ def _say_audit(audit: DataAudit, split: str = "") -> None:
     say(f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}")
     form = f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}"
     say("\n".join([form, *audit.notes]))
-    keys = ("total", "p5", "p50", "p95", "max")
+    keys = ("total", "median", "max")
     cells = [[title, *(f"{of[key]:,}" for key in keys)] for title, of in audit.tokens.items()]
     say("\n".join(["", *aligned([("tokens", *keys), *cells])]))
     for note in audit.warnings:

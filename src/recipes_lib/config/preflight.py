@@ -19,7 +19,7 @@ from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
 from recipes_lib.models import families
-from recipes_lib.models.packaged import is_packaged, packaged_folder
+from recipes_lib.models.packaged import MODEL, packaged_folder
 
 KEY = "model.name_or_path"
 DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
@@ -87,7 +87,7 @@ def local_folder(recipe: Recipe) -> Path | None:
     Hub's cache; None when it is not on this machine.
     """
     name = recipe.model.name_or_path
-    if is_packaged(name):
+    if name == MODEL:
         return packaged_folder()
     if wrong := no_model_at(name):
         raise recipe.error(KEY, *wrong)
@@ -121,9 +121,9 @@ def check_model_files(
         yield recipe.error(KEY, f"{folder} has no readable config.json", A_MODEL)
         return
     names = [str(name) for name in config.get("architectures") or ()]
-    kind = families.ARCHITECTURES.get(str(config.get("model_type")))
+    needs = families.needs_of(str(config.get("model_type")))
     is_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    if names and not is_causal and not (kind and kind.images):
+    if names and not is_causal and not needs.images:
         what = f"{', '.join(names)} is not a causal language model (...ForCausalLM)"
         yield recipe.error(KEY, what, "choose a model that generates text")
     packed = config.get("quantization_config") or {}
@@ -167,7 +167,7 @@ def check_names(
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        auto = getattr(transformers, families.auto_class(config.model_type))
+        auto = getattr(transformers, families.needs_of(config.model_type).auto_class)
         with torch.device("meta"):
             model = auto.from_config(config)
     except Exception as error:
@@ -210,7 +210,7 @@ def _adapter(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     import torch
     from peft import get_peft_model
 
-    config, needs = upstream.build_lora_config(recipe), families.needs_of(model.config)
+    config, needs = upstream.build_lora_config(recipe), families.needs_of(model.config.model_type)
     assert config is not None
     modules = dict(families.language_modules(model))
     kinds = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}

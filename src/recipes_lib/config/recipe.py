@@ -26,7 +26,7 @@ from recipes_lib.config.parsing import IsPath, Section, judge, parse
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name
-from recipes_lib.models.packaged import is_packaged
+from recipes_lib.models.packaged import MODEL
 
 RECIPE_FILE = "resolved.yaml"
 PROJECT_DEFAULT = Origin("project default")
@@ -416,6 +416,6 @@ def no_model_at(name: str) -> tuple[str, ...] | None:
     """Return what is wrong with a model's name, and a hint; None for a folder and a Hub id."""
     path = Path(name)
     may_be_on_hub = HUB_ID.fullmatch(name) and not (path.exists() or name.endswith(".gguf"))
-    if is_packaged(name) or path.is_dir() or may_be_on_hub:
+    if name == MODEL or path.is_dir() or may_be_on_hub:
         return None
     return f"{name!r} is no folder here, and cannot be a name on the Hub", A_MODEL

@@ -24,12 +24,9 @@ GRAM = 13
 SHARE = 0.5
 # An answer of fewer words ("Paris.") is no sign that its question was seen.
 FEWEST_WORDS = {"question": 1, "answer": 8}
-# One person in a hundred asks "What is the meaning of life?" too: short texts alone are no leak as
-# long as they are of fewer questions than this.
-ACCIDENTAL = 0.01
+ACCIDENTAL = 0.01  # of the questions: "What is the meaning of life?" is asked everywhere
 NUM_KEPT = 100
-# Chinese, Japanese, Thai, Lao, Burmese and Khmer put no spaces between words: each character counts
-# as one.
+# Chinese, Japanese, Thai, Lao, Burmese and Khmer: each character counts as a word
 _UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0edf\u1000-\u1049\u1050-\u109f\u1780-\u17d3"
     "\u17e0-\u17e9\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
@@ -74,28 +71,16 @@ class Leaks:
     questions: int = 0
     leaked_rows: int = 0
     leaked_questions: int = 0
-    accidental: bool = False  # only short texts of a few questions, as two people may write them
     found: list[Leak] = field(default_factory=list)  # the first `NUM_KEPT`
     why: str = ""  # nothing was searched
 
-    @classmethod
-    def of(cls, leaks: Sequence[Leak], rows: int, questions: int) -> Leaks:
-        """Count leaks."""
-        leaked = {leak.question for leak in leaks}
-        few = len(leaked) < ACCIDENTAL * questions
-        return cls(
-            rows=rows,
-            questions=questions,
-            leaked_rows=len({leak.row for leak in leaks}),
-            leaked_questions=len(leaked),
-            accidental=few and bool(leaks) and all(leak.short for leak in leaks),
-            found=list(leaks[:NUM_KEPT]),
-        )
-
     @property
     def is_error(self) -> bool:
-        """Whether an evaluation of a model that was trained on these rows says nothing."""
-        return bool(self.found) and not self.accidental
+        """Whether an evaluation of a model that was trained on these rows says nothing: short texts
+        of a few questions are written by two people without one of them having read the other.
+        """
+        is_rare = self.leaked_questions < ACCIDENTAL * self.questions
+        return bool(self.found) and not (is_rare and all(leak.short for leak in self.found))
 
     def summary(self, name: str) -> str:
         """Return one sentence about the evaluation `name`."""
@@ -145,28 +130,24 @@ def find_leaks(
             share = number / num_grams[name, text]
             if share >= SHARE:
                 begins = shorten(text.text, 60, placeholder="...")
-                is_short = len(words_of(text.text)) < GRAM
+                is_short = len(_WORD.findall(text.text.casefold())) < GRAM
                 leak = Leak(row.place, row.id, text.question, text.part, share, is_short, begins)
                 leaks[name].append(leak)
-    return {
-        name: Leaks.of(leaks[name], num_rows, len({text.question for text in texts}))
-        for name, texts in evals.items()
-    }
+    result = {}
+    for name, of_eval in leaks.items():
+        result[name] = Leaks(
+            rows=num_rows,
+            questions=len({text.question for text in evals[name]}),
+            leaked_rows=len({leak.row for leak in of_eval}),
+            leaked_questions=len({leak.question for leak in of_eval}),
+            found=of_eval[:NUM_KEPT],
+        )
+    return result
 
 
 def _grams(text: str, fewest: int = 1) -> set[tuple[str, ...]]:
     """Return the 13-grams of a text, or a shorter one as a whole; none for less than `fewest`."""
-    words = words_of(text)
+    words = _WORD.findall(text.casefold())
     if len(words) < GRAM:
         return {tuple(words)} if len(words) >= fewest else set()
     return {*zip(*(words[start:] for start in range(GRAM)), strict=False)}
-
-
-def words_of(text: str) -> list[str]:
-    """Return a text's words without case and marks; characters where a script has no spaces.
-
-    Example:
-        >>> words_of("Say Hi, GPT4!"), words_of("GPT4是什么？")
-        (['say', 'hi', 'gpt4'], ['gpt4', '是', '什', '么'])
-    """
-    return _WORD.findall(text.casefold())

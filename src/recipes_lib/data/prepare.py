@@ -140,7 +140,7 @@ class DataAudit:
     prompt_format: str
     loss_on: str
     rows: dict[str, Any] = field(default_factory=dict)  # read, bad, too_long, used; of each split
-    tokens: dict[str, dict[str, int]] = field(default_factory=dict)  # total, p5, ... of a row
+    tokens: dict[str, dict[str, int]] = field(default_factory=dict)  # total, median, max of a row
     places: dict[str, list[str]] = field(default_factory=dict)  # of rows of which something is true
     end_tokens: dict[str, int] = field(default_factory=dict)  # how many rows end with each
     bad_rows: list[str] = field(default_factory=list)  # that were left out, and why
@@ -255,9 +255,6 @@ def _prepare(
         raise bad.error(read.num_read)
     limit = section.filters.max_tokens or math.inf
     rows = [row for row in rows if row.id in encoded and encoded[row.id].tokens_before <= limit]
-    if not rows:
-        what = f"0 rows: all {len(encoded)} rows are longer than {limit} tokens"
-        raise SettingError("data.filters.max_tokens", what)
 
     # tokens -> splits -> data sets
     parts = split_rows(rows, section.split)
@@ -274,7 +271,7 @@ def _prepare(
     counts = {"read": read.num_read, "bad": len(bad), "too_long": len(encoded) - len(rows)}
     audit.rows = counts | {"used": len(rows)} | {name: len(part) for name, part in parts.items()}
     audit.bad_rows = bad.lines()
-    _judge(audit, settings, read.unread, recipe.train.get("eval_strategy", "no") != "no")
+    _judge(audit, settings, recipe.train.get("eval_strategy", "no") != "no")
     splits: dict[str, Any] = {"method": section.split.method}
     for name, part in parts.items():
         splits[name] = {"count": len(part), "ids": [row.id for row in part]}
@@ -351,8 +348,7 @@ def _audit(
         ("row, as trained", [len(item.ids) for item in items]),
         ("with loss", [item.supervised for item in items]),
     ):
-        p5, p50, p95 = map(int, np.percentile(lengths, (5, 50, 95), method="nearest"))
-        counts = {"total": sum(lengths), "p5": p5, "p50": p50, "p95": p95, "max": max(lengths)}
+        counts = {"total": sum(lengths), "median": int(np.median(lengths)), "max": max(lengths)}
         audit.tokens[title] = counts
     if date := settings.section.template_date:
         what = f"prints the date, {date} in every resume, chat and evaluation of this run"
@@ -360,19 +356,18 @@ def _audit(
     return audit
 
 
-def _judge(audit: DataAudit, settings: Supervision, unread: Sequence[str], evaluates: bool) -> None:
+def _judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
     """Write the warnings, and refuse data that cannot teach what the recipe asks for."""
     used, places, warnings = audit.rows["used"], audit.places, audit.warnings
     if bad := audit.rows["bad"]:
         what = f"{bad} of {audit.rows['read']} rows cannot be used and are left out"
         warnings += [f"{what} (on_bad_row: skip):", *audit.bad_rows[:NUM_LISTED]]
-    warnings += [f"columns that are not used: {listed(unread)}"] if unread else []
     limit, lost = f"max_length={settings.max_length}", len(places["lost_end"])
+    longest = audit.tokens["prompt"]["max"]
     acting = "ACTING as such" if audit.prompt_format == "chat" else "read as text"
-    p95 = audit.tokens["prompt"]["p95"]
     facts = {
         "truncated": f"cut at {limit}, {lost} of them lose their end",
-        "no_supervised_tokens": f"no supervised token at {limit}; p95 prompt is {p95}",
+        "no_supervised_tokens": f"no supervised token at {limit}; the longest prompt has {longest}",
         "empty_completions": "an empty completion, which teaches the end token alone",
         "without_end_token": "no supervised end token, so the model would not learn to stop",
         "changed_by_template": "the chat template changes or drops text",

@@ -8,7 +8,6 @@ completion (or text) as they are; `chat` leaves the form to a chat template.
 from __future__ import annotations
 
 import datetime
-import functools
 import hashlib
 import json
 import re
@@ -96,28 +95,14 @@ def render_chat(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     marked = bool(GENERATION.search(template))
-    render = functools.partial(
-        render_jinja_template,
+    texts, spans = render_jinja_template(
+        [list(messages)],
         chat_template=template,
         add_generation_prompt=prompt,
         return_assistant_tokens_mask=marked,
         **{**tokenizer.special_tokens_map, **(values or {})},
     )
-    try:
-        texts, spans = render([list(messages)])
-    except TypeError:
-        # DeepSeek's templates join the arguments of a call to text; all others read an object
-        texts, spans = render([[with_arguments_as_text(message) for message in messages]])
     return texts[0], spans[0] if marked else []
-
-
-def with_arguments_as_text(message: Message) -> Message:
-    """Return the message with the arguments of its calls as JSON text, as OpenAI writes them."""
-    calls = []
-    for call in message.get("tool_calls", ()):
-        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": text}})
-    return {**message, "tool_calls": calls} if calls else message
 
 
 def chat_template(section: DataSection, tokenizer: Any) -> str:

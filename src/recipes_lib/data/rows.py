@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
-import functools
 import hashlib
 import json
 import math
@@ -72,7 +70,6 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
 }
 OF_CHAT = ("system", "tools", "chat_template_kwargs")
-OPTIONAL = ("context", *OF_CHAT)
 # The names that files use for our fields.
 COLUMNS = {
     **{name: (name,) for name in ("id", "prompt", "completion", "text", "chat_template_kwargs")},
@@ -360,10 +357,9 @@ def fields_by_format(
 
 def map_columns(
     rows: Sequence[DataRow], section: DataSection, columns: Mapping[Any, str], bad: BadRows
-) -> tuple[list[DataRow], list[str]]:
+) -> list[DataRow]:
     """Give the rows of one source our fields in place of its columns (`columns`: our name -> the
-    file's). Return the usable rows, and the columns that nothing reads and that are named almost as
-    one that need not be there.
+    file's), and return the usable rows.
     """
     prompt_format = section.prompt_format
     present = [*dict.fromkeys(name for row in rows for name in row.fields)]
@@ -382,8 +378,6 @@ def map_columns(
     read = {*fields[prompt_format], "id", *(OF_CHAT if prompt_format == "chat" else ())}
     read |= {"context"} if "instruction" in read else set()
     names = {name: names[name] for name in names if name in read}
-    absent = [each for name in OPTIONAL if name not in names for each in COLUMNS[name]]
-    unread = [name for name in present if difflib.get_close_matches(name, absent, 1, cutoff=0.8)]
     usable = []
     for row in rows:
         values, row.fields = row.fields, {}
@@ -392,7 +386,7 @@ def map_columns(
             usable.append(row)
         except BadRow as reason:
             bad.add(row, reason)
-    return usable, [name for name in unread if name not in names.values()]
+    return usable
 
 
 def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_chat: bool) -> None:
@@ -492,35 +486,16 @@ def data_files(folder: Path, split: str) -> list[Path]:
     return by_split[split]
 
 
-@functools.cache
-def hub_is_away() -> bool:
-    """Return whether this process is offline; it goes offline where the Hub does not answer, as the
-    Hub's client would try again for half a minute for each file.
-    """
-    from huggingface_hub import constants, get_session
-
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=5)
-        except Exception:  # of many types
-            constants.HF_HUB_OFFLINE = True
-    return constants.HF_HUB_OFFLINE
-
-
 def hub_data_set(source: SourcePart) -> Dataset:
     """Return a Hub data set as `datasets` loads it, from its cache where it is offline."""
     import datasets
 
-    datasets.config.HF_HUB_OFFLINE |= hub_is_away()
     name, keys = source.source, {"split": source.source_split, "revision": source.revision}
     try:
         return datasets.load_dataset(name, source.subset, **keys)
     except Exception as error:  # the Hub's client raises many types; each becomes one line
-        what = f"cannot load '{name}' from the Hub: {one_line(error)}"
-        hint = "check the name; for a private or gated data set: hf auth login"
-        if hub_is_away():
-            what = f"offline, and '{name}' is no file or folder, and not in the Hub's cache"
-            hint = f"put a file at {name}/train.jsonl, or set data.source to a path"
+        what = f"no file or folder is '{name}', and the Hub gives none: {one_line(error)}"
+        hint = f"check the name (private: hf auth login), or put a file at {name}/train.jsonl"
         raise SettingError("data.source", what, hint) from error
 
 
@@ -611,23 +586,18 @@ class Rows:
     rows: list[DataRow]  # their ids are unique
     sources: list[SourcePart]
     num_read: int  # rows in the files, those that cannot be used included
-    unread: list[str]  # columns whose name is almost one that is read
 
 
-def read_data(section: DataSection, bad: BadRows, *, only_local: bool = False) -> Rows:
+def read_data(section: DataSection, bad: BadRows) -> Rows:
     """Read, check and name the rows of all sources; those that cannot be used go to `bad`."""
-    rows, unread, num_read = list[DataRow](), list[str](), 0
-    sources = listed_sources(section)
+    rows, num_read, sources = list[DataRow](), 0, listed_sources(section)
     for number, source in enumerate(sources):
-        if only_local and is_on_hub(source):
-            continue
         num_bad = len(bad)
         read = load_rows(source, bad)
         num_read += len(read) + len(bad) - num_bad
         if not read:
             raise bad.error() if bad else SettingError("data.source", f"0 rows in {source.source}")
-        usable, names = map_columns(read, section, source.columns or {}, bad)
-        unread += [f"{name} (in {shown_path(Path(source.source))})" for name in names]
+        usable = map_columns(read, section, source.columns or {}, bad)
         for row in usable:
             row.source, row.content = number, content_hash(row.fields)
         taken = round(min(len(usable), source.max_examples or len(usable)) * min(source.weight, 1))
@@ -637,7 +607,7 @@ def read_data(section: DataSection, bad: BadRows, *, only_local: bool = False) -
         row.id = row.id or row.content[:8].hex()
         times[row.id] += 1
         row.id += f"#{times[row.id]}" if times[row.id] > 1 else ""
-    return Rows(rows, sources, num_read, unread)
+    return Rows(rows, sources, num_read)
 
 
 def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list[DataRow]]:
@@ -669,8 +639,8 @@ def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list
     for row, side in zip(rows, sides, strict=True):
         divided[side].append(row)
     if not divided[TRAIN]:
-        what = f"the split leaves 0 of {len(rows)} rows for training"
-        hint = "lower data.split.validation and test, or use data.split.method none"
+        what = f"0 rows are left for training ({len(rows)} before the split)"
+        hint = "raise data.filters.max_tokens, or lower data.split.validation and test"
         raise SettingError("data.split", what, hint)
     return divided
 
@@ -687,11 +657,11 @@ def train_rows(section: DataSection, files: object = None) -> list[DataRow]:
 
 
 def check_rows(recipe: Recipe) -> list[DataError]:
-    """Return what is wrong with the rows of local files, without a tokenizer."""
+    """Return what is wrong with rows that are all in local files, without a tokenizer."""
     bad = BadRows()
     try:
-        read = read_data(recipe.data, bad, only_local=True)
-        if bad and (recipe.data.on_bad_row == "error" or not read.rows):
+        read = None if needs_hub(recipe.data) else read_data(recipe.data, bad)
+        if read and bad and (recipe.data.on_bad_row == "error" or not read.rows):
             raise bad.error(read.num_read)
     except DataError as error:
         return [place(recipe, error)]

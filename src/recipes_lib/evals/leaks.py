@@ -51,11 +51,11 @@ def leak_error(
     name: str, leaks: Leaks, recipe: Recipe, owner: str = "", limit: int = 10
 ) -> RecipeError:
     """Return the error about an eval whose questions are in training rows, or a warning."""
-    remedy = "take these rows out of the data, or these questions out of the eval"
-    if leaks.accidental:
-        share = leaks.leaked_questions / leaks.questions
+    remedy, kind = "take these rows out of the data, or these questions out of the eval", ""
+    if not leaks.is_error:
+        share, kind = leaks.leaked_questions / leaks.questions, "warning"
         remedy = f"few questions, and all are short: at most {share:.1%} of the result is theirs"
-    what = ": ".join(filter(None, ["warning" * leaks.accidental, owner, leaks.summary(name)]))
+    what = ": ".join(filter(None, [kind, owner, leaks.summary(name)]))
     return RecipeError(what, *leaks.lines(limit), remedy, file=shown_path(recipe.path))
 
 

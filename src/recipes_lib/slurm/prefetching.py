@@ -19,7 +19,7 @@ from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
 from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
 from recipes_lib.evals.recipe import EvalRecipe, load_eval
-from recipes_lib.models.packaged import is_packaged, materialise
+from recipes_lib.models.packaged import MODEL, materialise
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.weights.load import explain_load_failure
 
@@ -110,7 +110,7 @@ def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
 def fetch_model(section: ModelSection) -> str:
     """Fetch a model's files into the cache, and return what they are."""
     name, folder = section.name_or_path, local_folder(bare_recipe(section))
-    if is_packaged(name):
+    if name == MODEL:
         materialise()
     elif folder is None or not Path(name).is_dir():
         from huggingface_hub import is_offline_mode, snapshot_download

@@ -81,9 +81,7 @@ class Attempt:
         """
         run, resumed = self.run, [*self.earlier.get("resumed", [])]
         newest, broken = resume_guard.find_newest(run.checkpoints)
-        begun = self.earlier.get("guard") or {}
-        if newest is not None:
-            begun = begun or resume_guard.read_marker(newest)["guard"]
+        begun = self.earlier.get("guard") or (newest and resume_guard.read_marker(newest)["guard"])
         changed = differences(begun, guard) if begun else {}
         if newest is not None:
             if changed and ("launch.world_size" in changed or not resume_anyway):

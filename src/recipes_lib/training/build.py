@@ -22,7 +22,7 @@ from recipes_lib.config import launch
 from recipes_lib.config.preflight import attention_refused
 from recipes_lib.config.recipe import VARLEN, Recipe
 from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config, build_quantization_config
-from recipes_lib.core.ranks import meet, on_main_rank, rank, say_once
+from recipes_lib.core.ranks import meet, say_once
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import count
 from recipes_lib.data.prepare import PreparedData
@@ -41,48 +41,21 @@ def read_model(
 ) -> PreTrainedModel:
     """Return the base model; every rank has to call, and waits until all have theirs.
 
-    Under FSDP2 rank 0 reads alone, and accelerate hands each other rank its share; until then their
-    models are on torch's meta device. Where that cannot be, each rank reads.
+    Under FSDP2 one rank of a machine reads, and accelerate hands the others their shares; until
+    then their models are on torch's meta device. Where that cannot be, each rank reads.
     """
-    sharded = active.distributed_type == "FSDP"
     asked = os.environ.get(launch.READS_ONCE_VARIABLE, "false").lower() in ("1", "true", "yes")
-    reads_once = sharded and asked and launch.one_rank_can_read(recipe)
-    if sharded:
-        # what accelerate and transformers go by; transformers would fill what is empty
-        os.environ[launch.READS_ONCE_VARIABLE] = "false"
-    if reads_once:
-        model = _read_by_rank_0(recipe, tokenizer)
-        own = dict(model.named_non_persistent_buffers())
+    reads_once = asked and active.distributed_type == "FSDP" and launch.one_rank_can_read(recipe)
+    os.environ[launch.READS_ONCE_VARIABLE] = str(reads_once)  # accelerate and transformers ask it
+    empty = reads_once and os.environ["LOCAL_RANK"] != "0"
+    model = load_model(recipe, tokenizer, build_quantization_config(recipe), empty=empty)
+    buffers = {*dict(model.named_buffers())} - {*dict(model.named_non_persistent_buffers())}
+    if reads_once and buffers:
         # accelerate 1.15 takes every entry of the state dict, buffers too, for a parameter
-        reads_once = not {*dict(model.named_buffers())} - {*own}
-    if reads_once:
-        # neither a file nor the state dict has RoPE's frequencies, which rank 0 computed
-        for name, value in on_main_rank(lambda: own).items():
-            parent, _, local = name.rpartition(".")
-            if rank() != 0:
-                model.get_submodule(parent).register_buffer(local, value, persistent=False)
-        os.environ[launch.READS_ONCE_VARIABLE] = "true"
-    else:
-        model = load_model(recipe, tokenizer, build_quantization_config(recipe))
+        os.environ[launch.READS_ONCE_VARIABLE] = "false"
+        model = load_model(recipe, tokenizer)
     meet()
     return model
-
-
-def _read_by_rank_0(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the model, empty on all other ranks; all call `load_model`, where they meet."""
-    loaded: Any = None
-    try:
-        loaded = load_model(recipe, tokenizer, empty=rank() != 0)
-    except Exception as error:
-        loaded = error
-
-    def check() -> None:
-        if isinstance(loaded, Exception):
-            raise loaded
-
-    on_main_rank(check)  # the others would wait for what rank 0 does not send
-    check()
-    return loaded
 
 
 def build_trainer(
@@ -104,6 +77,8 @@ def build_trainer(
     joins_rows = choose_attention(recipe, args, model)
     families.prepare_for_training(model)
     lora = build_lora_config(recipe)
+    if args.router_aux_loss_coef is None and not families.adds_router_loss(model, recipe.lora):
+        args.router_aux_loss_coef = 0.0
     train = data.train.shuffle(seed=args.seed) if args.shuffle_dataset else data.train
     columns, validation = ["input_ids", "labels"], data.validation
     if args.eval_strategy == "no":

@@ -152,7 +152,7 @@ class RecipeTrainer(SFTTrainer):
         self.base_settings = families.training_settings(kwargs["model"])
         super().__init__(*args, **kwargs)
         self.stop, self.row_ids, self.keep, self.guard = stop, row_ids, keep, guard
-        self._choose_loss()
+        self._choose_head()
         if self.is_fsdp_enabled:
             upstream_fixes.reduce_in_float32(self.accelerator)
         how, self.lengths = self.args, row_lengths(self.train_dataset)
@@ -170,15 +170,9 @@ class RecipeTrainer(SFTTrainer):
         self.precision: dict[str, torch.dtype] = {}  # of what is trained
         self.add_callback(RunCallback(self))
 
-    def _choose_loss(self) -> None:
-        """Take the router loss only where it belongs to the training, and on a CPU our own head."""
+    def _choose_head(self) -> None:
+        """Take our own head on a CPU, where the logits are its products and nothing is added."""
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        asked = self.args.router_aux_loss_coef
-        routed = families.adds_router_loss(self.model, asked, self.base_settings)
-        if self.aux_loss_enabled and not routed:
-            self.router_aux_loss_coef, self.aux_loss_enabled = 0.0, False
-            off = {"router_aux_loss_coef": 0.0, "output_router_logits": False}
-            base.config.get_text_config().update(off)
         upstream_fixes.prepare_head(base, sharded=self.is_fsdp_enabled)
         is_plain = families.has_plain_head(base) and base.get_output_embeddings().bias is None
         is_nll = self.args.loss_type == "nll" and not self.aux_loss_enabled
@@ -271,8 +265,10 @@ class RecipeTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save with the base's own settings, and without the arguments, which hold tokens."""
-        with families.with_settings(self.model, self.base_settings):
-            super().save_model(output_dir, _internal_call)
+        config, now = self.model.config.get_text_config(), families.training_settings(self.model)
+        config.update(self.base_settings)
+        super().save_model(output_dir, _internal_call)
+        config.update(now)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
         meet()  # however long rank 0 writes

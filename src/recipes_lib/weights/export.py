@@ -21,7 +21,7 @@ from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import say
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.data.rows import Message, listed_sources
-from recipes_lib.models.families import auto_class
+from recipes_lib.models.families import needs_of
 from recipes_lib.models.packaged import SOURCE
 from recipes_lib.weights.load import (
     ADAPTER_WEIGHTS,
@@ -246,7 +246,7 @@ def write_card(
         merged=merged,
         numbers=numbers,
         is_adapter=is_adapter,
-        auto_class=auto_class(str(base_file(recipe, "config.json").get("model_type"))),
+        auto_class=needs_of(str(base_file(recipe, "config.json").get("model_type"))).auto_class,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

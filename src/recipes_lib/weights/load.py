@@ -15,9 +15,8 @@ from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import folder_fingerprint
 from recipes_lib.core.ranks import on_main_rank, say_once
-from recipes_lib.data.rows import hub_is_away
-from recipes_lib.models.families import auto_class, not_quantized
-from recipes_lib.models.packaged import MODEL, is_packaged, materialise
+from recipes_lib.models.families import needs_of, not_quantized
+from recipes_lib.models.packaged import MODEL, materialise
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +29,7 @@ _WEIGHTS = "*.safetensors"
 
 def model_path(section: ModelSection) -> str:
     """Return what `from_pretrained` takes: a Hub id or a folder."""
-    if is_packaged(section.name_or_path):
+    if section.name_or_path == MODEL:
         return str(on_main_rank(materialise))
     return section.name_or_path
 
@@ -48,8 +47,6 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     path = model_path(recipe.model)
-    if not Path(path).is_dir():
-        hub_is_away()  # then this process is offline
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(recipe.model))
     except OSError as error:
@@ -96,7 +93,7 @@ def load_model(
         options["attn_implementation"] = "sdpa" if attention == VARLEN else attention
     try:
         config = transformers.AutoConfig.from_pretrained(path, **_source(section))
-        loader = getattr(transformers, auto_class(config.model_type))
+        loader = getattr(transformers, needs_of(config.model_type).auto_class)
         packed = getattr(config, "quantization_config", None) or {}
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
