@@ -16,12 +16,15 @@ from collections.abc import Sequence
 
 from recipes_lib.config.launch import add_train_flags
 from recipes_lib.config.recipe import Recipe, load_recipe
-from recipes_lib.core.environment import importing, quiet_libraries
+from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.ranks import on_main_rank, world_size
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training import stopping
 from recipes_lib.training.launch_check import leave_gpus_out
+
+# gloo's group waits for ever where a rank frees its model before the others
+_KEPT: list[object] = []
 
 
 def train(
@@ -35,20 +38,19 @@ def train(
     quiet_libraries()
     # Here and not on top: a process for the CPU has hidden the GPUs before torch looks for them,
     # and `--help` needs none of this.
-    with importing():
-        import torch
+    import torch
 
-        from recipes_lib.config.upstream import build_sft_config, check_packages
-        from recipes_lib.core.environment import library_versions
-        from recipes_lib.core.ranks import keep_alive, say_once
-        from recipes_lib.data.prepare import prepare_data
-        from recipes_lib.data.prompts import chat_template, template_date
-        from recipes_lib.training import launch_check
-        from recipes_lib.training.attempt import begin_attempt, save_and_check, summarise_training
-        from recipes_lib.training.build import build_trainer, read_model, start_up_lines
-        from recipes_lib.training.resume_guard import guarded_values
-        from recipes_lib.weights.load import load_checked_tokenizer
-        from recipes_lib.weights.runs import check_base_run
+    from recipes_lib.config.upstream import build_sft_config, check_packages
+    from recipes_lib.core.environment import library_versions
+    from recipes_lib.core.ranks import say_once
+    from recipes_lib.data.prepare import prepare_data
+    from recipes_lib.data.prompts import chat_template, template_date
+    from recipes_lib.training import launch_check
+    from recipes_lib.training.attempt import begin_attempt, save_and_check, summarise_training
+    from recipes_lib.training.build import build_trainer, read_model, start_up_lines
+    from recipes_lib.training.resume_guard import guarded_values
+    from recipes_lib.weights.load import load_checked_tokenizer
+    from recipes_lib.weights.runs import check_base_run
 
     # recipe -> arguments. The processes meet here; what is refused now leaves no run behind.
     launch_check.check_request(recipe, torch.cuda.device_count())
@@ -97,7 +99,8 @@ def train(
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
         model = read_model(recipe, tokenizer, active)
         trainer = build_trainer(recipe, args, model, tokenizer, data, run, stop, guard)
-        keep_alive(trainer)
+        if world_size() > 1:
+            _KEPT.append(trainer)
         # what was promised before the model was loaded
         launch_check.check_launch(launch_check.what_runs(trainer.accelerator))
         for line in (f"run {run.path}", *start_up_lines(trainer, launch_line)):

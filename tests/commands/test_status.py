@@ -38,7 +38,7 @@ def test_the_table_and_one_run_and_the_next_command(tmp_path, monkeypatch, capsy
     status(capsys, "torn", code=5)
     torn.write_text('{"state": "running", "updated": null}')
     assert any(line.split()[:2] == ["torn", "died"] for line in status(capsys))
-    note = {"pid": 7, "host": "gpu3", "since": "2026-11-24"}  # of a process that was killed
+    note = {"holder": "process 7 on host gpu3"}  # of a process that was killed
     (tmp_path / "a-new" / LOCK_NOTE).write_text(json.dumps(note))
     shown = status(capsys, "a-new")
     assert shown[0] == "a-new: finished"

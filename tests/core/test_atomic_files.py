@@ -112,13 +112,10 @@ def test_the_model_of_a_power_cut_finds_a_rename_without_a_flush(tmp_path, disk)
     assert "weights was not flushed before the checkpoint was marked complete" in disk.lost
 
 
-def test_publishing_replaces_a_folder_whole_or_refuses(tmp_path: Path) -> None:
+def test_publishing_replaces_a_folder_whole(tmp_path: Path) -> None:
     place = folder_with(tmp_path / "final", old="o")
     folder_with(tmp_path / ".final.replaced", older="o")
-    with pytest.raises(OSError):
-        publish(folder_with(tmp_path / "new", new="n"), place, replace=False)
-    assert [file.name for file in place.iterdir()] == ["old"]
-    publish(tmp_path / "new", place)
+    publish(folder_with(tmp_path / "new", new="n"), place)
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
     assert names == ["final", "final/new"]
 

@@ -20,18 +20,14 @@ def raised_from(cause: Exception) -> Exception:
 
 
 FAULTS = {
-    "disk full": (
+    "cannot read, write or allocate": (
         *(OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT)),
         Exception("No space left on device (os error 28)"),  # tokenizers
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 32"),
         RuntimeError('I/O error: Os { code: 27, message: "File too large" }'),  # safetensors
         raised_from(OSError(errno.ENOSPC, "No space left on device")),
-    ),
-    "does not read or write": (Exception("Read-only file system (os error 30)"),),
-    "cannot read or write: [Errno 13] Permission denied: '/a/file'": (
+        Exception("Read-only file system (os error 30)"),
         PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/a/file"),
-    ),
-    "out of memory": (
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         MemoryError(),

@@ -60,9 +60,9 @@ def test_a_fingerprint_is_of_weights_and_settings_and_not_of_their_place(tmp_pat
         settings = {"base_model_name_or_path": name, "target_modules": modules, "r": 8}
         write_json(tmp_path / name / "adapter_config.json", settings)
         (tmp_path / name / "adapter_model.safetensors").write_bytes(b"weights")
-    same = files.folder_fingerprint(tmp_path / "a")
-    assert files.folder_fingerprint(tmp_path / "b") == same
+    same = files.model_fingerprint(tmp_path / "a")
+    assert files.model_fingerprint(tmp_path / "b") == same
     (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"others")
-    assert files.folder_fingerprint(tmp_path / "b") != same
+    assert files.model_fingerprint(tmp_path / "b") != same
     write_json(tmp_path / "a" / "adapter_config.json", {"target_modules": ["q", "v"], "r": 16})
-    assert files.folder_fingerprint(tmp_path / "a") != same
+    assert files.model_fingerprint(tmp_path / "a") != same

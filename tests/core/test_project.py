@@ -56,10 +56,6 @@ def test_an_installed_package_brings_its_recipes(monkeypatch, tmp_path):
         assert (shipped / name).is_file(), name
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(project, "PACKAGE", package)
-    project_root.cache_clear()
-    try:
-        assert project_root() == shipped
-        assert recipe_path("quickstart/lora-r8") == shipped / "recipes/quickstart/lora-r8.yaml"
-        assert cache_root() == Path.home() / ".cache/recipes"
-    finally:
-        project_root.cache_clear()
+    assert project_root() == shipped
+    assert recipe_path("quickstart/lora-r8") == shipped / "recipes/quickstart/lora-r8.yaml"
+    assert cache_root() == Path.home() / ".cache/recipes"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from recipes_lib.core.errors import Stopped
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.training.stopping import INTERRUPT, NOTHING, StopRequest, handling
 
 
@@ -50,5 +50,5 @@ def test_a_stop_file_is_seen_before_the_first_step(tmp_path) -> None:
     stop = StopRequest(tmp_path / "STOP")
     with handling(stop.on_signal):
         (tmp_path / "STOP").write_text("INT")
-        with pytest.raises(Stopped, match="before the first step"):
+        with pytest.raises(RecipesError, match="before the first step"):
             stop.wait_for_step()

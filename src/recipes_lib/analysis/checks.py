@@ -19,7 +19,7 @@ from recipes_lib.analysis.differences import arm_differences, base_weights, code
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, run_place
 from recipes_lib.analysis.table import TableRow
 from recipes_lib.analysis.text import sentence_list, setting_text
-from recipes_lib.core.files import folder_fingerprint, read_object
+from recipes_lib.core.files import model_fingerprint, read_object
 from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.leaks import is_searched
 from recipes_lib.evals.log import CUT, EvalLog, answer_faults
@@ -154,7 +154,7 @@ def _identities(arms: Arms) -> Iterator[tuple[str, str, str, str, str]]:
                 folders[size].append((arm.name, run.name, folder))
     for size, of_size in folders.items():
         for name, run_name, folder in of_size if size and len(of_size) > 1 else ():
-            yield name, _ONE_MODEL[1], folder_fingerprint(folder), run_name, run_place(folder)
+            yield name, _ONE_MODEL[1], model_fingerprint(folder), run_name, run_place(folder)
 
 
 def _same_answers(first: ArmRuns, second: ArmRuns) -> Iterator[Finding]:
@@ -293,7 +293,7 @@ def _kinship(log: EvalLog, run: Run) -> str:
     if model.lower() in {str(name).rstrip("/").lower() for name in names if name}:
         return "itself" if run.is_base else "its base"
     for folder in (run.folder / "merged", run.folder / "model") if judge.weights else ():
-        if folder.is_dir() and folder_fingerprint(folder) == judge.weights:
+        if folder.is_dir() and model_fingerprint(folder) == judge.weights:
             return "its own weights"
     if judge.weights and base_weights(run) == judge.weights[:12]:  # a copy in another folder
         return "itself" if run.is_base else "its base"

@@ -1,16 +1,13 @@
-"""How a run came to be: code, library versions, devices. And how large libraries are imported."""
+"""How a run came to be: code, library versions, devices. And how libraries are kept quiet."""
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import os
 import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from recipes_lib.core.project import project_root
 from recipes_lib.core.terminal import mask_secrets
@@ -19,15 +16,11 @@ PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate"),
     *("bitsandbytes", "datasets", "tokenizers", "safetensors"),
 )
-# PEFT doubles the rank for the experts' two fused matrices, and then looks for the pattern among
-# modules, where no parameter is.
-_EXPERTS = r"The following (rank|alpha)_pattern keys did not match .*: \['\.\*.*\.gate_up_proj'\]"
 
 
 def environment() -> dict[str, object]:
     """Return what environment.json holds."""
-    libraries, git = library_versions(), git_state()
-    return {"libraries": libraries, "git": git, "devices": describe_devices()}
+    return {"libraries": library_versions(), "git": git_state(), "devices": describe_devices()}
 
 
 def command_line() -> str:
@@ -69,25 +62,15 @@ def describe_devices() -> list[str]:
     return [f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
 
 
-@contextmanager
-def importing() -> Iterator[None]:
-    """Import without collecting garbage, which takes a quarter of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def quiet_libraries() -> None:
     """Let libraries report only errors. Call it before torch is imported."""
     # not by its functions: an evaluation whose answers are stored does without its 0.6 s
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    with importing():
-        import transformers
+    import transformers
 
     warnings.filterwarnings("ignore", "", FutureWarning, r"(transformers|trl|peft|torch)\.")
-    warnings.filterwarnings("ignore", _EXPERTS)
+    # PEFT looks for the pattern of experts' fused matrices, which are parameters, among modules
+    warnings.filterwarnings("ignore", r".*_pattern keys did not match .*\.gate_up_proj'\]")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

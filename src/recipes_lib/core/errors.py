@@ -88,14 +88,6 @@ class EnvironmentFault(RecipesError):
     exit_code = ExitCode.ENVIRONMENT
 
 
-class Stopped(RecipesError):
-    """A training that was asked to stop before there was a checkpoint."""
-
-    def __init__(self, what: str, code: ExitCode = ExitCode.PREEMPTED) -> None:
-        super().__init__(what)
-        self.exit_code = code
-
-
 def one_line(error: BaseException) -> str:
     """Return another library's error on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -107,16 +99,13 @@ def print_error(error: BaseException | str) -> None:
     print(printable(str(error)), file=sys.stderr, flush=True)
 
 
-# what Python, torch, tokenizers, safetensors and datasets say
-_FAULTS = {
-    "disk full": "No space left on device|Disk quota exceeded|File too large|StorageFull"
-    "|unexpected pos|PytorchStreamWriter",
-    "out of memory": "(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc"
-    "|MemoryError|failed to map segment|can't start new thread",
-    "the disk does not read or write": r"\(os error |Os \{ code: |Read-only file system"
-    "|Input/output error",
-}
-_REMEDY = "free some, raise the limit (quota, ulimit, the job's memory), or use another place"
+# what Python, torch, tokenizers, safetensors and datasets say of a disk or of memory
+_FAULT = re.compile(
+    "No space left on device|Disk quota exceeded|File too large|StorageFull|unexpected pos"
+    r"|PytorchStreamWriter|Read-only file system|Input/output error|\(os error |Os \{ code: "
+    "|(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc|MemoryError"
+    "|failed to map segment|can't start new thread"
+)
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
@@ -125,14 +114,10 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
     while cause is not None and not isinstance(cause, RecipesError):  # those say it themselves
         text = one_line(cause)
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
-            remedy = "halve train.per_device_train_batch_size (the examples per step stay)"
-            other = "or set train.activation_checkpointing: true, or use a QLoRA recipe"
-            return EnvironmentFault(f"out of GPU memory: {text}", remedy, other)
-        for what, words in _FAULTS.items():
-            if re.search(words, text):
-                return EnvironmentFault(f"{what}: {text}", f"{_REMEDY}; then the same command")
+            remedy = "halve train.per_device_train_batch_size; train.activation_checkpointing: true"
+            return EnvironmentFault(f"out of GPU memory: {text}", remedy)
+        if _FAULT.search(text) or (cause is error and isinstance(error, OSError) and error.errno):
+            remedy = "make room (disk, quota, the job's memory) or the file accessible, then go on"
+            return EnvironmentFault(f"cannot read, write or allocate: {text}", remedy)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    if isinstance(error, OSError) and error.strerror:
-        remedy = "make the file or disk accessible, then run the command again"
-        return EnvironmentFault(f"cannot read or write: {one_line(error)}", remedy)
     return None

@@ -30,9 +30,6 @@ class DamagedFile(DataError):
     """A file of ours that is not what was written to it."""
 
 
-# ---- Writing ----
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: on an error, which names the file, the old one is untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,15 +58,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def publish(scratch: Path, final: Path, replace: bool = True) -> None:
-    """Give a finished folder its final name, once everything in it is on the disk.
-
-    A crash leaves the old folder, the new one, or neither. Without `replace`, only an empty folder
-    is replaced.
-    """
+def publish(scratch: Path, final: Path) -> None:
+    """Name a folder that is on the disk with all in it; a crash leaves the old, the new or none."""
     sync_tree(scratch)
     old = final.with_name(f".{final.name}.replaced")
-    if replace and final.exists():
+    if final.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(final, old)
     os.replace(scratch, final)
@@ -98,21 +91,17 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-# ---- Reading ----
-
-
 def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
     """Return a JSON object, empty for an absent file; a `DamagedFile` error says the remedy."""
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_bytes())
-        reason = f"it holds {type(value).__name__}"
-    except (ValueError, RecursionError) as error:
-        value, reason = None, str(error)
+    except (ValueError, RecursionError):
+        value = None
     if isinstance(value, dict):
         return value
-    raise DamagedFile(f"is damaged, not a JSON object: {reason}", remedy, file=path)
+    raise DamagedFile("is damaged: not a JSON object", remedy, file=path)
 
 
 def object_or_none(path: Path) -> Row | None:
@@ -137,8 +126,8 @@ def read_rows(path: Path) -> Iterator[Row]:
             if row is not None:
                 yield row
             elif line.strip() and lines.peek(1):
-                what, remedy = "this line is damaged: not a JSON object", "restore or delete it"
-                raise DamagedFile(what, remedy, file=path, line=number)
+                what = "this line is damaged, not a JSON object: restore or delete it"
+                raise DamagedFile(what, file=path, line=number)
             elif line.strip():
                 _print_once(f"warning: {path}:{number}: this line is damaged and left out")
 
@@ -146,11 +135,11 @@ def read_rows(path: Path) -> Iterator[Row]:
 def parsed_line(line: bytes) -> Row | None:
     """Return the JSON object of a line, None for anything else."""
     try:
-        value = json.loads(line.decode("utf-8", "surrogatepass"))
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if isinstance(value, dict) and (b"\\u" in line or b"\xed" in line):
-        return valid_texts(value)  # an escape, or the first byte of a surrogate
+    if b"\\u" in line or b"\xed" in line:  # an escape, or the first byte of a surrogate
+        value = valid_texts(value)
     return value if isinstance(value, dict) else None
 
 
@@ -161,9 +150,6 @@ def valid_texts(value: Any) -> Any:
     if isinstance(value, list):
         return [valid_texts(item) for item in value]
     return _NOT_TEXT.sub("\ufffd", value) if isinstance(value, str) else value
-
-
-# ---- Hashes ----
 
 
 def hash_of(*parts: Any) -> str:
@@ -188,26 +174,24 @@ def remembered_hash(path: Path) -> str:
     return memory.read_text(encoding="utf-8")
 
 
-def folder_fingerprint(folder: Path) -> str:
-    """Return a hash of a model's weights and settings, wherever it and its base lie."""
+def model_fingerprint(model: str | Path, revision: str | None = None) -> str:
+    """Return a hash of a folder's weights and settings, wherever it and its base lie; of a model on
+    the Hub, of its name and commit.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(str(model), "config.json", revision=revision or "main")
+        return hash_of(model, Path(cached).parent.name if isinstance(cached, str) else revision)
     files = sorted(folder.glob("*.safetensors"))  # no other weights are read
-    parts: list[Any] = [[path.name, remembered_hash(path)] for path in files]
+    parts: list[object] = [[path.name, remembered_hash(path)] for path in files]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         settings = read_object(folder / name)
-        for key in ("base_model_name_or_path", "_name_or_path"):
-            settings.pop(key, None)
         for key in ("target_modules", "exclude_modules"):
             if isinstance(settings.get(key), list):
                 settings[key].sort()  # PEFT writes a set, in another order each time
+        for key in ("base_model_name_or_path", "_name_or_path"):
+            settings.pop(key, None)
         parts.append([name, settings])
     return hash_of(parts)
-
-
-def model_fingerprint(path: str, revision: str | None) -> str:
-    """Return a hash of a base model: of its files if they are local, else of name and commit."""
-    if Path(path).is_dir():
-        return folder_fingerprint(Path(path))
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(path, "config.json", revision=revision or "main")
-    return hash_of(path, Path(cached).parent.name if isinstance(cached, str) else revision)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from functools import lru_cache
 from pathlib import Path
 
 from recipes_lib.core.errors import RecipeError
@@ -12,7 +11,6 @@ from recipes_lib.core.errors import RecipeError
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
-@lru_cache(maxsize=1)
 def project_root() -> Path:
     """Return the folder of recipes/, evals/ and so on: the checkout, or the installed package's."""
     checkout = PACKAGE.parents[1]

@@ -39,14 +39,15 @@ class RunDirectory:
 
     def __init__(self, name: str, root: Path | None = None) -> None:
         check_run_name(name)
-        self.name = name
-        self.root = (root or runs_root()).resolve()
+        self.name, self.root = name, (root or runs_root()).resolve()
         self.path = self.root / name
         self.state_file = self.path / "run.json"
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.stop_file = self.path / "STOP"  # asks a running training to checkpoint and stop
-        self.check_inside()
+        if not self.path.resolve().is_relative_to(self.root):
+            what = f"{self.path} is a symbolic link that leads out of {self.root}"
+            raise RecipeError(what, "remove it, or link the whole runs root to another disk")
 
     def weights(self, full_finetuning: bool) -> Path:
         """Folder of the final weights: `model/` for full fine-tuning, `adapter/` otherwise."""
@@ -68,19 +69,9 @@ class RunDirectory:
         state = object_or_none(self.state_file) or {}
         if state.get("state") in get_args(State):
             return state
-        raise EnvironmentFault(
-            "cannot be read, is damaged, or not a run.json of this version",
-            f"move it away: mv {self.state_file} {self.state_file}.damaged",
-            f"then the newest whole checkpoint goes on: {self.train_command()}",
-            file=self.state_file,
-        )
-
-    def check_inside(self) -> None:
-        """Refuse a run, or a part of one, that a symbolic link puts outside the runs root."""
-        for path in (self.path, *(self.path.iterdir() if self.path.is_dir() else ())):
-            if path.is_symlink() and not path.resolve().is_relative_to(self.root):
-                what = f"{path} is a symbolic link that leads out of {self.root}"
-                raise RecipeError(what, "remove it, or link the whole runs root to another disk")
+        what = "cannot be read, is damaged, or not a run.json of this version"
+        remedy = f"move it away, then the newest whole checkpoint goes on: {self.train_command()}"
+        raise EnvironmentFault(what, remedy, file=self.state_file)
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
@@ -106,9 +97,6 @@ def all_runs(root: Path | None = None) -> list[RunDirectory]:
     return [RunDirectory(file.parent.name, root) for file in files]
 
 
-# ---- The lock ----
-
-
 @contextmanager
 def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold `folder` for this process; a folder that another process holds is an EnvironmentFault.
@@ -116,16 +104,16 @@ def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     With `wait` it is waited for, so that nothing is made twice. A Slurm job that was queued again
     asks its earlier try to stop, and waits up to ten minutes for its end.
     """
-    lock, note, wait_s = FileLock(folder / ".lock"), folder / LOCK_NOTE, _PROBE_S
+    lock, note = FileLock(folder / ".lock"), folder / LOCK_NOTE
     job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         holder = object_or_none(note) or {}
         is_earlier_try = job and holder.get("job") == job and holder.get("restarts", 0) < restarts
+        wait_s = -1 if wait else REQUEUE_WAIT_S if is_earlier_try else _PROBE_S  # -1: for ever
         if (wait or is_earlier_try) and is_held(folder):
-            wait_s = -1 if wait else REQUEUE_WAIT_S  # -1: for ever
             say(f"{folder} is still in use{describe_holder(folder)}: waiting for it")
-            if is_earlier_try and not wait:
+            if not wait:
                 (folder / "STOP").touch()
         lock.acquire(timeout=wait_s, poll_interval=0.2)
     except Timeout:
@@ -135,8 +123,9 @@ def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
             f"only if that process or its machine is gone for good: rm {folder / '.lock'} {note}",
         ) from None
     try:
-        ours = {"host": socket.gethostname(), "pid": os.getpid(), "since": utc_now()}
-        write_json(note, {**ours, "job": job, "restarts": restarts})
+        process = f"process {os.getpid()} on host {socket.gethostname()}"
+        ours = f"{process}{f' (Slurm job {job})' if job else ''} since {utc_now()}"
+        write_json(note, {"holder": ours, "job": job, "restarts": restarts})
         yield
     finally:
         with suppress(OSError):  # a disk that refuses: what went wrong before must not be hidden
@@ -157,8 +146,5 @@ def is_held(folder: Path) -> bool:
 
 def describe_holder(folder: Path) -> str:
     """Return ` by process 4711 on host gpu3 since ...`, or an empty string if there is no note."""
-    holder = object_or_none(folder / LOCK_NOTE) or {}
-    if not {"pid", "host", "since"} <= holder.keys():
-        return ""
-    job = f" (Slurm job {holder['job']})" if holder.get("job") else ""
-    return f" by process {holder['pid']} on host {holder['host']}{job} since {holder['since']}"
+    holder = (object_or_none(folder / LOCK_NOTE) or {}).get("holder")
+    return f" by {holder}" if holder else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-MASK = "***"
 _SHORTEST_SECRET = 8  # a shorter value may be a word of any sentence
 _SECRET_NAME = re.compile(
     "(^|_)(TOKEN|KEY|SECRET|PASSWORD)$|^(hub_|hf_)?token$|(api_key|secret|password)$"
@@ -37,8 +37,8 @@ def mask_secrets(text: str) -> str:
     values = {value for name, value in os.environ.items() if is_secret_name(name)}
     for value in sorted(values, key=len, reverse=True):  # so that none hides a part of another
         if len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, MASK)
-    return _SECRETS.sub(MASK, text)
+            text = text.replace(value, "***")
+    return _SECRETS.sub("***", text)
 
 
 def printable(text: str) -> str:
@@ -53,11 +53,8 @@ def count(n: int, noun: str, plural: str | None = None) -> str:
 
 
 def shown_duration(seconds: float) -> str:
-    """Return a time in seconds, minutes, or hours and minutes."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours > 1 else f"{60 * hours + minutes} min"
+    """Return a time as hours, minutes and seconds: 0:48:10; above a day: 1 day, 2:00:00."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -29,7 +29,6 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import (
     Row,
     file_hash,
-    folder_fingerprint,
     hash_of,
     model_fingerprint,
     object_or_none,
@@ -246,9 +245,9 @@ def model_key(recipe: Recipe, weights: Path | None) -> str:
     """Return the hash of what answers: a base, or the weights of a run of it. Needs no torch."""
     precision = [recipe.model.dtype, recipe.quantization]
     if weights is not None and recipe.lora is None:
-        return hash_of(folder_fingerprint(weights), precision)
+        return hash_of(model_fingerprint(weights), precision)
     base = model_fingerprint(model_path(recipe.model), recipe.model.revision)
-    return hash_of(base, precision, folder_fingerprint(weights) if weights else None)
+    return hash_of(base, precision, model_fingerprint(weights) if weights else None)
 
 
 def _trained(word: str, trained: TrainedRun) -> Model:

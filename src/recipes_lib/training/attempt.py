@@ -54,7 +54,6 @@ class Attempt:
         """
         run = self.run
         stack.enter_context(run_lock(run.path))
-        run.check_inside()
         self.earlier = run.read_state() if run.exists() else {}
         if self.earlier.get("state") == "finished":
             files = self.earlier.get("data_files", {}), source_hashes(self.recipe.data)

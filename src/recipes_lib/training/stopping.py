@@ -22,7 +22,7 @@ from types import FrameType
 from typing import NoReturn
 
 from recipes_lib.core import errors
-from recipes_lib.core.errors import ExitCode, RecipesError, Stopped
+from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.ranks import agree_on_largest, rank, shared_store, world_size
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
@@ -92,10 +92,12 @@ class StopRequest:
         return NOTHING if written is None else INTERRUPT if written == b"INT" else PREEMPT
 
 
-def _before_first_step(request: int) -> Stopped:
+def _before_first_step(request: int) -> RecipesError:
     what = "interrupted" if request == INTERRUPT else "stopped"
     text = f"{what} before the first step: nothing is lost, the same command starts it again"
-    return Stopped(text, EXIT_CODES[request])
+    error = RecipesError(text)
+    error.exit_code = EXIT_CODES[request]
+    return error
 
 
 def end_with_launcher() -> None:

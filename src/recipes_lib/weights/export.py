@@ -195,7 +195,7 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
             text = json.dumps(values, indent=2, ensure_ascii=False)
             file.write_text(_PATH.sub(r'"\1"', text) + "\n", encoding="utf-8")
         write_card(scratch, recipe, summary, record)
-        publish(scratch, target, replace=False)
+        publish(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return sorted(path for path in target.rglob("*") if path.is_file())

@@ -13,7 +13,7 @@ from recipes_lib.config.preflight import DEQUANTIZED, check_upstream, local_fold
 from recipes_lib.config.recipe import VARLEN, ModelSection, Recipe
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
-from recipes_lib.core.files import folder_fingerprint
+from recipes_lib.core.files import model_fingerprint
 from recipes_lib.core.ranks import on_main_rank, say_once
 from recipes_lib.models.families import needs_of, not_quantized
 from recipes_lib.models.packaged import MODEL, materialise
@@ -35,11 +35,11 @@ def model_path(section: ModelSection) -> str:
 
 
 def base_fingerprint(recipe: Recipe) -> str | None:
-    """Return `folder_fingerprint` of the base; None where its weights are not on this machine."""
+    """Return `model_fingerprint` of the base; None where its weights are not on this machine."""
     folder = local_folder(recipe)
     if folder is None or not any(folder.glob(_WEIGHTS)):
         return None
-    return folder_fingerprint(folder)
+    return model_fingerprint(folder)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
