@@ -27,7 +27,6 @@ from recipes_lib.commands import declare, parameters
 from recipes_lib.core.errors import (
     ExitCode,
     RecipeError,
-    RecipeErrors,
     RecipesError,
     explain_fault,
     one_line,
@@ -72,25 +71,15 @@ _EPILOG = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ours: all wrong values and unknown words at once."""
+    """An argument parser whose errors are ours."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(allow_abbrev=False, **options)
-        self.mistakes: list[str] = []
-
-    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
-        try:
-            return super()._get_values(action, words)
-        except argparse.ArgumentError as error:
-            if action.nargs == argparse.PARSER:  # without its action no other word is understood
-                raise
-            self.mistakes.append(str(error))
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, epilog=_EPILOG, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raise what was wrong before, and this, which ends the parsing."""
-        *others, last = (f"{self.prog}: {mistake}" for mistake in (*self.mistakes, message))
+        """Raise what is wrong, with the usage."""
         usage = (self.format_usage().strip(), f"more: {self.prog} --help")
-        raise RecipeErrors([*map(RecipeError, others), RecipeError(last, *usage)])
+        raise RecipeError(f"{self.prog}: {message}", *usage)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,34 +132,26 @@ def _run(words: Sequence[str], debug: bool) -> int:
     return int(function(**arguments))
 
 
-def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], dict[str, Any]]:
+def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], dict[str, object]]:
     """Return the function of a verb, and its arguments as the words say them."""
     name, text = VERBS[verb]
     module = importlib.import_module(f"recipes_lib.commands.{name}")
-    description = f"{text[0].upper()}{text[1:]}."
-    parser = _Parser(prog=f"recipes {verb}", description=description, epilog=_EPILOG)
+    parser = _Parser(f"recipes {verb}", description=f"{text[0].upper()}{text[1:]}.")
     if verb in ACTIONS:
-        choice = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+        choice = parser.add_subparsers(required=True, metavar="ACTION")
         for action in ACTIONS[verb]:
             function = getattr(module, f"run_{verb}_{action}")
-            part = choice.add_parser(
-                action, help=(function.__doc__ or "").partition(".")[0], epilog=_EPILOG
-            )
-            part.mistakes = parser.mistakes
-            declare(part, function)
+            summary = (function.__doc__ or "").partition(".")[0]
+            declare(choice.add_parser(action, help=summary), function)
     else:
         declare(parser, getattr(module, f"run_{verb}"))
     known, unknown = parser.parse_known_args(words)
     arguments = vars(known)
-    action = f"_{arguments.pop('action')}" if verb in ACTIONS else ""
-    function = getattr(module, f"run_{verb}{action}")
+    function = arguments.pop("function")
     if "overrides" in parameters(function):
         arguments["overrides"] = unknown
-    for word in unknown if "overrides" not in arguments else ():
-        kind = "option" if word.startswith("-") else "argument"
-        parser.mistakes.append(f"unknown {kind} '{word.partition('=')[0]}'")
-    if parser.mistakes:
-        parser.error(parser.mistakes.pop())
+    elif unknown:
+        parser.error(f"unknown: {' '.join(unknown)}")
     return function, arguments
 
 

@@ -1,9 +1,8 @@
-"""`recipes compare`: the table of any runs, `base` as a word, and what cannot be compared."""
+"""`recipes compare`: the table of any runs, and what cannot be compared."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from tests.analysis import made_up
@@ -28,18 +27,6 @@ def runs(tmp_path, monkeypatch):
     return root
 
 
-def make_base(root: Path, **changes) -> None:
-    """The record of a base model as an evaluation leaves it."""
-    base = made_up.write_run(root, "base--model--12345678")
-    model = {"name_or_path": "some/model", "revision": None, "dtype": "bfloat16"} | changes
-    stand_in = {"model": model, "quantization": None}
-    state = {"name": base.name, "state": "finished", "kind": "base", "stand_in": stand_in}
-    state |= {"prompt_format_hash": "p" * 64, "updated": "x"}
-    made_up.write_json(base / "run.json", state)
-    (base / "metrics.jsonl").unlink()
-    made_up.write_values(base, [float(n % 4 == 0) for n in range(90)])
-
-
 ALL = {"alpaca_eval/win_rate", "mt_bench/grade", "checks/pass_rate"}
 
 
@@ -60,7 +47,7 @@ def test_the_table_names_arms_effect_p_and_verdict_and_is_one_object_or_file(
     value = json.loads(compare(capsys, "r8", "r32", "--json"))
     assert {row["metric"] for row in value["rows"]} == ALL
     shown = compare(capsys, "r8")
-    assert "value [95%]" in shown and shown.endswith("next: recipes compare r8 base\n")
+    assert "value [95%]" in shown
     compare(capsys, "r8", "r32", "--html", "out.html")
     assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "runs"]
@@ -72,9 +59,7 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
         (["bare"], "none of these has an evaluation with a result"),
         (["r8", "r8"], "'r8' is named twice"),
         (["r9"], "no run named"),
-        (["base"], "base of what"),
-        (["runs/"], "is a folder without a run"),
-        (["r8", "base"], "never evaluated"),
+        (["runs/"], "no run named 'runs'"),
         (["r8", "r32", "--margin", "rouge=0.1"], "--margin rouge: these have no such metric"),
         (["r8", "r32", "--margin", "mt_bench"], "--margin mt_bench: not METRIC=NUMBER"),
         (["r8", "r32", "--margin", "mt_bench=little"], "--margin mt_bench=little: not METRIC"),
@@ -82,28 +67,13 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
         assert said in compare(capsys, *words, code=2), words
 
 
-def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(runs, capsys):
+def test_a_damaged_evaluation_is_refused_by_its_line(runs, capsys):
     file = runs / "r8" / "evals" / "mt_bench" / "items.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([lines[0], b"\xff" + lines[1], *lines[2:]]))
-    assert main(["compare", "r8", "r32", "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert {row["metric"] for row in json.loads(out)["rows"]} == ALL - {"mt_bench/grade"}
-    assert f"an evaluation is damaged and left out: {file}:2: this line is damaged" in err
-    samples = runs / "r8" / "evals" / "alpaca_eval" / "items.jsonl"
-    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:-3]))
-    said = compare(capsys, "r8", "r32", code=4)
-    assert "the result is of 60 samples, 57 are stored" in said
-    for other in ("alpaca_eval", "checks"):
-        (runs / "r8" / "evals" / other / "result.json").write_text("")
-    compare(capsys, "r8", code=4)
-
-
-def test_base_is_the_base_of_the_others_and_not_another_models(runs, capsys):
-    make_base(runs, name_or_path="other/model")
-    compare(capsys, "r8", "base", code=2)
-    make_base(runs)
-    assert "r8 against base" in compare(capsys, "r8", "base")
+    assert f"{file}:2: this line is damaged" in compare(capsys, "r8", "r32", code=4)
+    file.write_bytes(b"".join(lines[:-3]))
+    assert "the result is of 80 samples, 77 are stored" in compare(capsys, "r8", "r32", code=4)
 
 
 def test_results_of_other_programs_are_compared_and_nothing_is_written(tmp_path, capsys):
@@ -112,7 +82,6 @@ def test_results_of_other_programs_are_compared_and_nothing_is_written(tmp_path,
     before = sorted(tmp_path.rglob("*"))
     shown = compare(capsys, str(first), str(second))
     assert "b is better than a" in shown or "a is worse than b" in shown
-    assert " base\n" not in compare(capsys, str(first))  # other programs' files know no base
     files = [str(annotations(tmp_path / f"{n}.json", n, [2.0, 1.0] * 40)) for n in ("x", "y")]
     assert json.loads(compare(capsys, *files, "--json"))["rows"][0]["n"] == 80
     assert len(sorted(tmp_path.rglob("*"))) == len(before) + 2

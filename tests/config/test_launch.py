@@ -128,4 +128,5 @@ def test_a_config_of_another_precision_than_the_recipe_is_refused(
         # one process is started without accelerate launch, and refuses what that would tell it
         recipe.write_text(text)
         assert main(["train", str(recipe), "--accelerate", str(foreign), "--dry-run"]) == 0
-        assert f"env ACCELERATE_MIXED_PRECISION={precision} " in capsys.readouterr().out
+        said = f"env ACCELERATE_MIXED_PRECISION={precision} ACCELERATE_USE_CPU=true "
+        assert said in capsys.readouterr().out

@@ -25,7 +25,7 @@ def test_a_signal_before_the_first_step_ends_the_process_with_one_line_and_a_rec
                 os.kill(os.getpid(), signal.SIGINT)
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(training, 0)[1]) == 130
-    said = "interrupted before the first step: nothing is lost"
+    said = "interrupted before the first step: the same command"
     assert said in capfd.readouterr().err and said in (tmp_path / "run").read_text()
 
 

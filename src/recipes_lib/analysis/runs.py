@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
 from recipes_lib.config.documents import read
 from recipes_lib.core.errors import DataError, RecipeError
-from recipes_lib.core.files import DamagedFile, hash_of, read_object, read_rows
+from recipes_lib.core.files import hash_of, read_object, read_rows
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.evals.log import (
     REFERENCE,
@@ -163,11 +163,11 @@ def load_arms(folders: Mapping[str, Sequence[Path]]) -> Arms:
     return Arms({name: ArmRuns(name, tuple(loaded)) for name, loaded in runs.items()})
 
 
-def load_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) -> Run:
-    """Return what one run's folder holds; a damaged evaluation is reported, or its error raised."""
+def load_run(folder: Path) -> Run:
+    """Return what one run's folder holds."""
     file = folder / "resolved.yaml"  # a base has none
     resolved = read(file).values or {} if file.is_file() else {}
-    evals, unfinished = read_eval_logs(folder, report)
+    evals, unfinished = read_eval_logs(folder)
     seed = (resolved.get("train") or {}).get("seed")
     return Run(
         name=folder.name,

@@ -23,6 +23,7 @@ def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> No
     """Declare a function's parameters: arguments, and flags after the `*`; each is
     `Annotated[type, help]`, a whole number `Annotated[int, help, least]` (1 by default).
     """
+    parser.set_defaults(function=function)
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in parameters(function).items():
         if name in GIVEN:

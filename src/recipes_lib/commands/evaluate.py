@@ -5,23 +5,17 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
-from recipes_lib.config.documents import read
 from recipes_lib.core.environment import quiet_libraries
-from recipes_lib.core.errors import ExitCode, RecipeError, print_error
-from recipes_lib.core.files import DamagedFile, write_text
+from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.files import write_text
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.run_directory import RunDirectory, open_run
+from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, print_json, say
-
-if TYPE_CHECKING:
-    from recipes_lib.analysis.runs import Arms
-
-_BASE = "base"
 
 
 def run_eval(
@@ -70,7 +64,7 @@ def run_judge_audit(
 
 
 def run_compare(
-    runs: Annotated[list[str], "evaluated runs, base, lm-eval folders, alpaca_eval annotations"],
+    runs: Annotated[list[str], "evaluated runs, lm-eval folders, alpaca_eval annotations"],
     *,
     margin: Annotated[list[str], "what does not matter: win_rate='2 points' loss=0.005"] = [],  # noqa: B006 (it is not changed)
     html: Annotated[Path | None, "write the report, one file that needs nothing else"] = None,
@@ -80,16 +74,12 @@ def run_compare(
     # numpy, which `recipes compare --help` does without
     from recipes_lib.analysis.claims import conclude, conclusion_lines
     from recipes_lib.analysis.report import report_html
+    from recipes_lib.analysis.runs import arms_of, load_run, read_foreign
 
-    damaged: list[DamagedFile] = []
-    arms = load_words(runs, damaged)
-    for error in damaged:
-        print_error(f"warning: an evaluation is damaged and left out: {error}")
+    arms = arms_of([read_foreign(Path(word)) or load_run(open_run(word).path) for word in runs])
     aims = Aims(margins=dict(map(_margin, margin)))
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:
-        if damaged:
-            raise damaged[0]
         what = "none of these has an evaluation with a result"
         raise RecipeError(what, f"evaluate first: recipes eval EVAL {' '.join(runs)}")
     known = dict.fromkeys(row.metric for row in conclusion.table.rows)
@@ -105,8 +95,6 @@ def run_compare(
     if html:
         say(f"\nreport: {shown_path(html)}")
         return ExitCode.DONE
-    if [run.foreign for arm in arms for run in arm.runs] == [False] and _BASE not in runs:
-        return next_step("recipes", "compare", *runs, _BASE)
     return next_step("recipes", "compare", *runs, "--html", "report.html")
 
 
@@ -118,46 +106,3 @@ def _margin(word: str) -> tuple[str, Margin]:
         hint = "for example --margin win_rate='2 points' loss=0.005"
         raise RecipeError(f"--margin {word}: {what}", hint)
     return metric, margin
-
-
-def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
-    """Return what words on the command line name, base models first."""
-    from recipes_lib.analysis.runs import FOLDERS, arms_of, load_run, read_foreign
-
-    folders, runs = [], []
-    for word in words:
-        path = Path(word)
-        if word == _BASE:
-            continue
-        if path.exists() and not (path / "run.json").is_file():
-            foreign = read_foreign(path)
-            if foreign is not None:
-                runs.append(foreign)
-                continue
-            if path.is_dir() and not RunDirectory(path.resolve().name).exists():
-                what = f"{word} is a folder without a run, results of lm-eval or annotations"
-                raise RecipeError(what, FOLDERS)
-        folders.append(open_run(word))
-        runs.append(load_run(folders[-1].path, damaged.append))
-    if _BASE in words:
-        bases = [load_run(path, damaged.append) for path in _bases_of(folders)]
-        if len(bases) == 1:
-            bases = [replace(bases[0], name=_BASE, state={**bases[0].state, "kind": "base"})]
-        runs = [*bases, *runs]
-    return arms_of(runs)
-
-
-def _bases_of(runs: Sequence[RunDirectory]) -> Sequence[Path]:
-    """Return the folders of the evaluated base models of runs."""
-    from recipes_lib.evals.models import evaluated_bases
-
-    if not runs:
-        raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
-    paths: dict[Path, None] = {}
-    for run in runs:
-        known = evaluated_bases(read(run.path / "resolved.yaml").values, run.root, None)
-        paths |= dict.fromkeys(base.path for base in known)
-    if not paths:
-        what = "the base of these runs was never evaluated"
-        raise RecipeError(what, f"recipes eval EVAL {runs[0].name} --against base evaluates it too")
-    return list(paths)

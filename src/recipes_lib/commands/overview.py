@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -24,27 +23,15 @@ _START = "start-here"
 
 
 def run_ls(*, json: Json = False) -> int:
-    """Print one line per recipe under its model; nothing is checked or planned."""
+    """Print one line per recipe; nothing is checked or planned."""
     folders = {folder.resolve(): folder for folder in (project_root() / "recipes", Path("recipes"))}
     files = [(file, folder) for folder in folders.values() for file in folder.rglob("[!_]*.yaml")]
     recipes = [row for file, folder in files if (row := _recipe_line(file, folder))]
-    starts = {row["model"] for row in recipes if _START in row["tags"]}
-    recipes.sort(
-        key=lambda row: (
-            row["model"] not in starts,
-            row["model"],
-            _START not in row["tags"],
-            row["name"],
-        )
-    )
+    recipes.sort(key=lambda row: (_START not in row["tags"], row["name"]))
     if json:
         return print_json(recipes)
-    cells = [[row["name"], row["method"], row["launch"], ", ".join(row["tags"])] for row in recipes]
-    head, *lines = aligned([("recipe", "method", "launch", "tags"), *cells])
-    say(f"  {head}")
-    titled = zip((row["model"] for row in recipes), lines, strict=True)
-    for model, group in groupby(titled, key=lambda pair: pair[0]):
-        say("\n".join([model, *(f"  {line}" for _, line in group)]))
+    titles = ("name", "method", "launch", "model")
+    say("\n".join(aligned([titles, *([row[title] for title in titles] for row in recipes)])))
     return next_step("recipes", "new", "my-first", "--from", recipes[0]["name"])
 
 

@@ -238,12 +238,11 @@ def run_check(
         of_data = all(error.exit_code == ExitCode.DATA for error in by_place)
         return ExitCode.DATA if of_data else ExitCode.USAGE
     say(f"{num_files} ok")
+    verbs = {"recipe": ("data",), "study": ("study", "plan")}
     for file in files:
         document = read(file)
-        if document.kind == "recipe" and not document.is_base:
-            return next_step("recipes", "data", shown_path(file), "--show", "3")
-        if document.kind == "study":
-            return next_step("recipes", "study", "plan", shown_path(file))
+        if document.kind in verbs and not document.is_base:
+            return next_step("recipes", *verbs[document.kind], shown_path(file))
     return next_step("recipes ls")
 
 

@@ -37,7 +37,7 @@ from recipes_lib.data.rows import Message
 from recipes_lib.evals.engine import HFEngine, Request, Sampling
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import load_eval
-from recipes_lib.plan.cards import card_named, devices_here
+from recipes_lib.plan.cards import card_named
 from recipes_lib.training.stopping import EXIT_CODE_FILE, STOPPING, handling
 from recipes_lib.weights.load import load_tokenizer
 from recipes_lib.weights.runs import BASE, TRUST, Family, families, finished_run
@@ -176,9 +176,6 @@ def run_train(
         resume_anyway=resume_anyway, trust_remote_code=trust_remote_code, debug=debug
     )
     command = launch.command(["-m", "recipes_lib.train", recipe, *overrides, *flags])
-    if launch.config.use_cpu and launch.world_size == 1 and devices_here():
-        # `python -m` alone would take the GPU
-        command = ["env", "ACCELERATE_USE_CPU=true", *command]
     say(f"$ {shlex.join(command)}")
     if dry_run:
         return next_step(this_command)
@@ -202,16 +199,12 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
     earlier = _steps_began(run)
     signals: list[int] = []
     answered, killed = 0, ""
-    environment = {**os.environ}
-    if launch.config.use_cpu:
-        # one process is started without accelerate launch, which would say it
-        environment["ACCELERATE_USE_CPU"] = "true"
     with (
         tempfile.TemporaryDirectory() as folder,
         handling(lambda number, frame: signals.append(number)),
     ):
         report = Path(folder) / "exit_code"
-        environment[EXIT_CODE_FILE] = str(report)
+        environment = {**os.environ, EXIT_CODE_FILE: str(report)}
         launcher = subprocess.Popen(command, env=environment, start_new_session=True)
         while launcher.poll() is None:
             for number in signals[answered:]:

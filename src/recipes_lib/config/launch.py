@@ -159,8 +159,8 @@ class Launch:
         if self.world_size == 1:
             # what accelerate launch would set: the training refuses another than the recipe's
             asked = f"ACCELERATE_MIXED_PRECISION={self.config.mixed_precision}"
-            given = ["env", asked] if self.config.mixed_precision != "no" else []
-            return [*given, sys.executable, *script]
+            words = ["env", asked, f"ACCELERATE_USE_CPU={str(self.config.use_cpu).lower()}"]
+            return [*words, sys.executable, *script]
         accelerate = str(Path(sys.executable).with_name("accelerate"))
         return [accelerate, "launch", *self.launcher_words(), *script]
 

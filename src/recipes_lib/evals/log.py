@@ -279,12 +279,8 @@ def is_current(file: Path, settings: str, *fingerprints: str | None) -> bool:
     )
 
 
-def read_eval_logs(
-    run: Path, report: Callable[[DamagedFile], None] | None = None
-) -> tuple[tuple[EvalLog, ...], tuple[str, ...]]:
-    """Return a run's finished evaluations, and the names of those that have no whole result; a
-    damaged one is reported, or its error raised.
-    """
+def read_eval_logs(run: Path) -> tuple[tuple[EvalLog, ...], tuple[str, ...]]:
+    """Return a run's finished evaluations, and the names of those that have no result."""
     logs: list[EvalLog] = []
     unfinished: list[str] = []
     for folder in sorted((run / "evals").glob("*/")):
@@ -293,14 +289,7 @@ def read_eval_logs(
             unfinished.append(folder.name)
         grades: set[tuple[str, str, str]] = set()
         for file in files:
-            try:
-                log = read_eval_log(file)
-            except DamagedFile as error:
-                if report is None:
-                    raise
-                report(error)
-                unfinished.append(folder.name)
-                continue
+            log = read_eval_log(file)
             # a grade has no opponent, and stands in the result against each of them
             metrics = [each for each in log.metrics if each.opponent or each.key not in grades]
             grades |= {each.key for each in metrics if not each.opponent}

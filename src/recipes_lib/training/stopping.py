@@ -94,8 +94,7 @@ class StopRequest:
 
 def _before_first_step(request: int) -> RecipesError:
     what = "interrupted" if request == INTERRUPT else "stopped"
-    text = f"{what} before the first step: nothing is lost, the same command starts it again"
-    error = RecipesError(text)
+    error = RecipesError(f"{what} before the first step: the same command starts it again")
     error.exit_code = EXIT_CODES[request]
     return error
 
