@@ -141,7 +141,8 @@ def runs_of_recipes() -> set[str]:
     kinds = {path: read(path).kind for path in Path("recipes").rglob("*.yaml")}
     studies = [load_study(path) for path, kind in kinds.items() if kind == "study"]
     trained = {training.run for study in studies for training in study_trainings(study)}
-    return trained | {load_recipe(path).name for path, kind in kinds.items() if kind == "recipe"}
+    recipes = (path for path, kind in kinds.items() if kind == "recipe" and path.name[0] != "_")
+    return trained | {load_recipe(path).name for path in recipes}
 
 
 def test_every_link_and_every_file_that_a_page_names_leads_somewhere() -> None:
