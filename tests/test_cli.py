@@ -21,7 +21,7 @@ LIGHT = [
     *(["explain", "train"], ["show", RECIPE], ["show", RECIPE, "--diff", RECIPE]),
     *([verb, "--help"] for verb in cli.VERBS),
     *([verb, "nonsense"] for verb in ("plan", "train", "chat", "merge")),
-    ["plan", RECIPE, "--gpu", "nonsense"],
+    *(["plan", RECIPE, "--gpu", "nonsense"], ["study", "status", "quickstart"]),
 ]
 
 

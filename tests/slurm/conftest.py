@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
 SANDBOX = PROJECT / "launch" / "sandbox.sh"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
-
-
 PROFILE = {
     "sbatch": {"partition": "gpu", "time": "08:00:00", "gres": "gpu:h100:{gpus}"},
     "stages": {"eval": {"partition": "gpu-long"}, "report": {"partition": "cpu"}},
@@ -157,10 +156,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     environment = {**os.environ, "SANDBOX_PORT": str(free_ports())}
 
     def sandbox(action: str, timeout: float) -> None:
-        words = [SANDBOX, action, folder / "slurm"]
-        done = subprocess.run(
-            words, env=environment, capture_output=True, text=True, timeout=timeout
-        )
+        how: dict[str, Any] = {"env": environment, "capture_output": True, "text": True}
+        done = subprocess.run([SANDBOX, action, folder / "slurm"], timeout=timeout, **how)
         assert done.returncode == 0, done.stderr
 
     sandbox("start", 60)
@@ -174,27 +171,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def free_ports() -> int:
     """Return a port with room for a controller and four nodes, below those where ranks meet."""
-
-    def is_free(port: int) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", port)) != 0
-
+    used = {each.laddr.port for each in psutil.net_connections() if each.laddr}
     ports = range(10_000, 11_800, 7)
-    return next(p for p in ports if all(is_free(p + more) for more in (0, 101, 102, 103, 104)))
+    return next(port for port in ports if not used & {port, *range(port + 101, port + 105)})
 
 
 def processes_of(folder: Path) -> list[str]:
     """Return the commands of processes that belong to a cluster: its daemons, its jobs."""
     time.sleep(0.5)
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            variables, words = (entry / "environ").read_bytes(), (entry / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if str(folder).encode() in variables + words and int(entry.name) != os.getpid() and words:
-            found.append(words.replace(b"\0", b" ").decode(errors="replace"))
-    return found
+    left = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            is_its = str(folder) in " ".join([*words, *process.environ().values()])
+            left += [" ".join(words)] if is_its and words and process.pid != os.getpid() else []
+    return left
 
 
 @pytest.fixture(scope="module")

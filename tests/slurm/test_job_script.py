@@ -43,11 +43,9 @@ def job(tmp_path: Path, profile_file, monkeypatch: pytest.MonkeyPatch):
     """Runs the script of a stage of one command."""
     monkeypatch.chdir(tmp_path)
 
-    def run(
-        stage: str, *words: str, processes: int = 1, setup: str = "true", **environment: str
-    ) -> tuple[int, str]:
+    def run(stage: str, *words: str, setup: str = "true", **environment: str) -> tuple[int, str]:
         profile = load_profile(str(profile_file(setup=[setup])))
-        single = Job(stage, stage, (Task((), words),), uses_gpus=False, processes=processes)
+        single = Job(stage, stage, (Task((), words),), uses_gpus=False)
         script = tmp_path / f"{stage}.sbatch"
         script.write_text(script_of(single, tmp_path, profile))
         plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -83,22 +81,26 @@ def test_slurm_reads_a_directive_as_it_was_meant(profile_file) -> None:
     assert ["--output=/a b/it's #1/report.log"] in words
 
 
-def test_ranks_meet_at_a_port_that_linux_gives_to_nobody_else(job, in_slurm) -> None:
+def test_ranks_meet_at_a_port_of_nobody_else_on_as_many_nodes_as_the_script_is_written_for(
+    job, in_slurm, tmp_path: Path
+) -> None:
     """Issue: ports up to 39,999 reached into the range from 32,768 that Linux hands out."""
     for number in ("1", "19999", "4294967"):
         code, said = job("eval", "printenv", "PORT", **{**in_slurm(), "SLURM_JOB_ID": number})
         port = int(next(line for line in said.splitlines() if line.isdigit()))
         assert code == 0 and 10_000 <= port < 32_768, port
+    code, said = job("train", "touch", "ran", **{**in_slurm(), "SLURM_NNODES": "2"})
+    assert code == 2 and "written for 1 node(s) and Slurm gave 2" in said
+    assert not (tmp_path / "ran").exists()
 
 
-def test_a_command_is_an_argument_list_not_a_line_of_shell(job, tmp_path: Path) -> None:
+def test_a_command_is_no_line_of_shell_and_the_sites_environment_reaches_it_or_is_exit_5(
+    job, tmp_path: Path
+) -> None:
     odd = ("$(touch oops)", "a  b", "'; touch oops", "--foo", "*", "a\nb\\n", "$HEAD")
     code, said = job("eval", "printf", "%s|", *odd)
     assert code == 0 and "|".join(odd) in said and not (tmp_path / "oops").exists()
     assert (tmp_path / "eval.exit_code").read_text() == "0\n"
-
-
-def test_the_sites_environment_reaches_the_command_and_a_failing_one_is_exit_5(job, tmp_path):
     assert "yes" in job("eval", "printenv", "FROM_SITE", setup="export FROM_SITE=yes")[1]
     code, said = job("eval", "touch", "ran", setup="module load nothing")
     script = (tmp_path / "eval.sbatch").read_text()
@@ -170,24 +172,3 @@ def test_a_task_of_an_array_asks_slurm_about_itself_alone(job, in_slurm, tmp_pat
     code, said = job("eval", "true", **in_slurm(answers, **array))
     assert code == 0 and "taken over" not in said, said
     assert (tmp_path / "eval.1.exit_code").read_text() == "0\n"
-
-
-def test_each_process_takes_its_share_of_the_tasks_cores(job, in_slurm, monkeypatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    cases = [
-        (8, {"SLURM_CPUS_PER_TASK": "64"}, "8"),
-        (2, {"SLURM_CPUS_PER_TASK": "1"}, "1"),
-        (2, {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "3"}, "3"),
-        (1, {}, "1"),
-    ]
-    words = ("eval", "printenv", "OMP_NUM_THREADS")
-    for processes, given, threads in cases:
-        code, said = job(*words, processes=processes, **in_slurm(), **given)
-        assert code == 0 and f"\n{threads}\n" in said, (processes, given, said)
-    assert job(*words)[0] == 1  # not touched without Slurm
-
-
-def test_a_script_refuses_another_number_of_nodes_than_it_is_written_for(job, in_slurm, tmp_path):
-    code, said = job("train", "touch", "ran", **{**in_slurm(), "SLURM_NNODES": "2"})
-    assert code == 2 and "written for 1 node(s) and Slurm gave 2" in said
-    assert not (tmp_path / "ran").exists()

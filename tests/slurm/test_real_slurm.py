@@ -15,14 +15,9 @@ from tests.study.study_files import write_tiny_study
 
 PROJECT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
-# 400 steps take some 15 seconds: long enough for Slurm to preempt the job before it is done, whose
-# scheduler looks every few seconds.
-STEPS = (
-    "train.max_steps=400",
-    "train.save_steps=100",
-    "train.eval_steps=100",
-    "lora.lora_dropout=0.3",
-)
+# Some 15 seconds: long enough to be preempted by a scheduler that looks every few seconds.
+STEPS = [f"train.{key}" for key in ("max_steps=400", "save_steps=100", "eval_steps=100")]
+STEPS += ["lora.lora_dropout=0.3"]
 ENDLESS = ("train.max_steps=100000", "train.eval_strategy='no'", "train.save_steps=100000")
 
 
@@ -141,9 +136,8 @@ def test_two_nodes_of_two_processes_train_the_adapter_of_one_process(cluster, ti
     plain = ("train.max_steps=6", "train.per_device_train_batch_size=2")
     launch = ("tiny.yaml", "--profile", profile, "--stages", "train", *plain)
     cluster.launch(*launch, "run.name=alone")
-    cluster.launch(
-        *launch, "--accelerate", "ddp_cpu", "--nodes", "2", "--gpus", "2", "run.name=four"
-    )
+    size = ("--accelerate", "ddp_cpu", "--nodes", "2", "--gpus", "2")
+    cluster.launch(*launch, *size, "run.name=four")
     for name in ("alone", "four"):
         assert cluster.ended(name)["train"]["state"] == "done", cluster.log(name)
     log = cluster.log("four")

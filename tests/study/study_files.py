@@ -103,8 +103,6 @@ def leak_questions(folder: Path) -> None:
         row = {"instruction": question["instruction"], "context": "", "response": "So."}
         rows[line] = json.dumps(row | {"category": "leaked"})
     (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
-    for name in ("r4", "r8"):
-        text = (folder / f"{name}.yaml").read_text()
-        text = text.replace("split: {validation: 0.1}, max_examples: 60", "split: {method: none}")
-        text = text.replace("eval_strategy: steps", "eval_strategy: 'no'")
-        (folder / f"{name}.yaml").write_text(text)
+    every = "data.split.method=none, data.max_examples=null, train.eval_strategy='no'"
+    with (folder / "tiny.yaml").open("a") as study:
+        study.write(f"overrides: [{every}]\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from recipes_lib.analysis.aims import Aims, Margin
 from recipes_lib.analysis.runs import Arms, load_arms
 from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import report as reporting
 from recipes_lib.study.config import Study, load_study
 from recipes_lib.study.report import gate, report_study
@@ -21,20 +21,15 @@ from recipes_lib.study.run import study_folder as folder_of
 
 
 @pytest.fixture
-def measured(tmp_path: Path) -> Arms:
-    """Arm r8 is better than r4, two seeds each."""
+def file(study_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a study whose arms are measured: r8 is better than r4, two seeds each."""
     folders: dict[str, list[Path]] = {"r4": [], "r8": []}
     for name, rank, right in (("r4", 4, 0.4), ("r8", 8, 0.8)):
         for seed in (42, 43):
             folder = made_up.write_run(tmp_path / "made", f"{name}{seed}", seed=seed, rank=rank)
             made_up.write_values(folder, [float((n + seed) % 10 < 10 * right) for n in range(90)])
             folders[name].append(folder)
-    return load_arms(folders)
-
-
-@pytest.fixture
-def file(study_folder: Path, measured: Arms, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The file of a study whose arms are those; `MISSING` says what is not there."""
+    measured = load_arms(folders)
     monkeypatch.setattr(reporting, "measured_arms", lambda study: measured)
     monkeypatch.setattr(reporting.runs, "missing_of", lambda study: [])
     return study_folder / "tiny.yaml"
@@ -44,8 +39,16 @@ def locked(study: Study) -> Path:
     return folder_of(study) / "design.json"
 
 
-def test_the_first_verdicts_lock_the_design(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_verdicts_lock_the_design_and_an_interim_look_has_none(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     study = load_study(file, ["seeds=[42, 43]"])
+    with monkeypatch.context() as early:
+        early.setattr(reporting.runs, "missing_of", lambda study: ["training tiny--r8"])
+        report, missing = report_study(study)
+    assert missing and report.answer[0].startswith("Interim") and not locked(study).exists()
+    written = json.loads((folder_of(study) / "comparison.json").read_text())
+    assert "recipes study run" in written["cannot_say"][0]
     first, _ = report_study(study)
     assert not first.descriptive and locked(study).is_file()
     assert "r8 is better than r4" in first.answer[0]
@@ -78,19 +81,6 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path) -> None:
     assert not wrong
 
 
-def test_an_interim_look_has_no_verdict_and_locks_nothing(file, monkeypatch):
-    monkeypatch.setattr(reporting.runs, "missing_of", lambda study: ["training tiny--r8"])
-    study = load_study(file, ["seeds=[42, 43]"])
-    report, missing = report_study(study)
-    assert missing and report.answer[0].startswith("Interim")
-    assert not locked(study).exists()
-    written = json.loads((folder_of(study) / "comparison.json").read_text())
-    assert "recipes study run" in written["cannot_say"][0]
-
-
-# ---- The gate ----
-
-
 def gated(file: Path, baseline: str) -> Study:
     text = file.read_text().partition("include_base")[0]
     file.write_text(f"{text}include_base: false\nbaseline: {baseline}\n")
@@ -100,33 +90,35 @@ def gated(file: Path, baseline: str) -> Study:
 def test_the_gate_fails_for_a_worse_arm_and_passes_for_a_better_one(file, monkeypatch):
     code, lines = gate(gated(file, "r4"))
     assert code == ExitCode.DONE and lines == ["passed: no arm is shown to be worse than r4"]
+    for metric, passes in (("pass_rate", True), ("win_rate", False)):  # it holds to its margin
+        aims = Aims(margins={metric: Margin(0.1)})
+        held = dataclasses.replace(gated(file, "r4"), aims=aims)
+        assert (gate(held)[0] == ExitCode.DONE) is passes
     study = gated(file, "r8")
     code, lines = gate(study)
     assert code == ExitCode.FAILED and "r4" in lines[0]
     monkeypatch.setattr(reporting.runs, "missing_of", lambda study: ["training tiny--r8"])
     code, lines = gate(study)
     assert code == ExitCode.EVALUATION_INCOMPLETE and "next: recipes study run" in lines[-1]
-
-
-def test_the_gate_names_no_command_that_would_do_nothing(file, monkeypatch) -> None:
-    """Everything is measured, and nothing of it can be compared."""
+    monkeypatch.setattr(reporting.runs, "missing_of", lambda study: [])
+    for arm in reporting.measured_arms(study):  # also where a finding stops the sentence
+        for log in arm.logs:
+            log.answers.__dict__["fingerprint"] = "the same"
+    assert reporting.conclude_study(study)[2].claims[0].verdict == "no verdict"
+    assert gate(study)[0] == ExitCode.FAILED
+    # everything is measured and nothing can be compared: no command would help
     monkeypatch.setattr(reporting, "measured_arms", lambda study: Arms({}))
-    code, lines = gate(gated(file, "r8"))
+    code, lines = gate(study)
     assert code == ExitCode.EVALUATION_INCOMPLETE and "r4 with r8 can be tested" in lines[0]
     assert not any("study run" in line for line in lines)
 
 
-def test_the_gate_holds_an_arm_to_its_margin(file: Path) -> None:
-    study = gated(file, "r4")
-    for metric, passes in (("pass_rate", True), ("win_rate", False)):
-        aims = Aims(margins={metric: Margin(0.1)})
-        assert (gate(dataclasses.replace(study, aims=aims))[0] == ExitCode.DONE) is passes
-
-
-def test_an_arm_that_is_worse_fails_also_where_a_finding_stops_the_sentence(file, measured):
-    for arm in measured:
-        for log in arm.logs:
-            log.answers.__dict__["fingerprint"] = "the same"
-    study = gated(file, "r8")
-    assert reporting.conclude_study(study)[2].claims[0].verdict == "no verdict"
-    assert gate(study)[0] == ExitCode.FAILED
+def test_a_training_that_was_dropped_after_a_look_is_named(file: Path) -> None:
+    """Its numbers were seen, and without it there may be a verdict."""
+    study, folder = load_study(file), folder_of(load_study(file)) / "recipes"
+    folder.mkdir(parents=True)
+    for name in ("tiny--r4", "tiny--r4--seed7", "tiny--r8--tune-0.1--seed1042"):
+        (folder / f"{name}.yaml").touch()
+        RunDirectory(name).write_state("finished")
+    (finding,) = (f for f in report_study(study)[0].findings if f.code == "dropped-training")
+    assert finding.evidence == ("tiny--r4--seed7",)

@@ -14,34 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.evals.conftest import loads, runs_folder  # noqa: F401
-from tests.evals.conftest import make_run as make_bare_run  # noqa: F401
 from tests.study.study_files import PROJECT, TOO_LONG, write_tiny_study
 
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.files import read_object, write_json
+from recipes_lib.core.files import read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.config import load_study
 from recipes_lib.study.report import report_study
 from recipes_lib.study.run import StudyRunner, missing_of
 from recipes_lib.train import main as train
-from recipes_lib.weights.runs import recorded_hashes
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def make_run(make_bare_run: Callable[..., Path]) -> Callable[..., Path]:  # noqa: F811
-    """Makes a finished run whose weights have their hashes, as after a training."""
-
-    def make(*words: object) -> Path:
-        folder = make_bare_run(*words)
-        state = read_object(folder / "run.json")
-        hashes = recorded_hashes(folder / "adapter")
-        write_json(folder / "run.json", {**state, "weights_check": {"sha256": hashes}})
-        return folder
-
-    return make
 
 
 @pytest.fixture
@@ -66,9 +49,8 @@ def rows_of(kind: str) -> dict[str, int]:
     }
 
 
-def test_one_base_serves_both_adapters_and_all_evals_and_one_judge_judges_everything(
-    trained: Path,
-    loads: list[str],  # noqa: F811
+def test_one_base_serves_both_adapters_and_a_damaged_arm_takes_no_other_along(
+    trained: Path, loads: list[str]
 ) -> None:
     loads.clear()
     run(trained)
@@ -77,15 +59,10 @@ def test_one_base_serves_both_adapters_and_all_evals_and_one_judge_judges_everyt
     asked = rows_of("generations"), rows_of("judgments")
     run(trained)
     assert len(loads) == 2 and (rows_of("generations"), rows_of("judgments")) == asked
-
-
-def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) -> None:
     file = RunDirectory("tiny--r4").path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    failed = run(trained, ExitCode.FAILED)
-    assert failed and all("tiny--r4" in name for name in failed), failed
-    missing = missing_of(load_study(trained))
-    assert missing and all("tiny--r4" in title for title in missing), missing
+    for names in (run(trained, ExitCode.FAILED), missing_of(load_study(trained))):
+        assert names and all("tiny--r4" in name for name in names), names
     assert (RunDirectory("tiny").path / "report" / "report.html").is_file()
 
 
@@ -124,8 +101,6 @@ def test_a_result_says_what_the_training_rows_hold_and_no_claim_is_made_about_th
     assert "error: dirty: 1 of 8 questions of" in out and "No verdict about dirty" in out, out
     assert "warning: Rows of clean were not searched" in out
 
-
-# ---- Killed at ten moments, a study ends as one that was left alone ----
 
 KILLS = 10
 

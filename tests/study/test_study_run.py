@@ -16,7 +16,7 @@ from tests.study.stand_in import COMMAND
 
 from recipes_lib.cli import main
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import run as running
 from recipes_lib.study.config import load_study
@@ -31,7 +31,6 @@ from recipes_lib.study.run import (
 
 Run = Callable[..., tuple[int, list[str]]]
 RATES = {"0.001": 2.5, "0.01": 2.0, "0.1": 2.2}
-GRID = "tune: {train.learning_rate: [0.001, 0.01, 0.1]}"
 STOPPED = "stopped; the same command continues"
 
 
@@ -113,6 +112,11 @@ def test_a_run_of_other_settings_or_other_data_is_moved_away_and_trained_again(s
     assert not wrong
     names = sorted(path.name.rpartition("--")[0] for path in kept.iterdir())
     assert names == 3 * ["tiny--r4"] + ["tiny--r8"]
+    change(study.with_name("r4.yaml"), "2.0e-2", "1.0e-2")  # a job that only evaluates says so
+    code, said = run(train=False)
+    assert code == ExitCode.FAILED and commands(said) == []
+    assert "failed: tiny--r4 (exit code 1): is not trained" in "".join(said)
+    change(study.with_name("r4.yaml"), "1.0e-2", "2.0e-2")
     shutil.rmtree(adapter)
     assert trained(study) == ["tiny--r8"]
     assert (run()[0], trained(study)) == (0, ["tiny--r4", "tiny--r8"])
@@ -207,23 +211,6 @@ def test_on_a_full_disk_the_trainings_that_run_are_asked_to_stop_and_waited_for(
     assert (folder / "tiny--r4.yaml").is_file() and str(folder).encode() not in b"".join(commands)
 
 
-def test_task_files_that_nobody_allowed_are_refused_before_the_first_training(study, run) -> None:
-    text = "suite: {name: lm_eval, tasks: [arc_easy]}\ndata: {include_path: .}\n"
-    study.with_name("own.yaml").write_text(f"{text}generation: {{trust_remote_code: true}}\n")
-    change(study, "lm_eval.yaml", "own.yaml")
-    with pytest.raises(RecipesError, match="task files are code"):
-        run()
-    assert not trained(study)
-
-
-def test_a_job_that_only_evaluates_says_what_is_not_trained_as_the_study_is_now(study, run):
-    run()
-    change(study.with_name("r4.yaml"), "1.0e-2", "2.0e-2")
-    code, said = run(train=False)
-    assert code == ExitCode.FAILED and commands(said) == []
-    assert "failed: tiny--r4 (exit code 1): is not trained" in "".join(said)
-
-
 # ---- Tuning: each arm tries its grid, and its seeds are trained anew at the best value ----
 
 
@@ -231,7 +218,7 @@ def test_a_job_that_only_evaluates_says_what_is_not_trained_as_the_study_is_now(
 def tuned(study: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of that study, whose arms try three learning rates; `LOSSES` decides."""
     monkeypatch.setenv("LOSSES", json.dumps(RATES))
-    study.write_text(f"{study.read_text()}{GRID}\n")
+    change(study, "seeds: [42]", "seeds: [42]\ntune: {train.learning_rate: [0.001, 0.01, 0.1]}")
     return study
 
 
@@ -250,38 +237,31 @@ def run_tuned(tuned: Path, run: Run) -> Callable[..., tuple[list[str], str]]:
     return ran
 
 
-def test_each_arm_tries_its_grid_and_is_trained_anew_at_the_best_value(tuned, run_tuned):
-    wanted = [
-        f"tiny--{arm}--tune-{rate}--seed1042 {rate}" for arm in ("r4", "r8") for rate in RATES
-    ]
-    trained, said = run_tuned()
-    assert trained == [*wanted, "tiny--r4 0.01", "tiny--r8 0.01"]
+def test_each_arm_tries_its_grid_and_is_trained_anew_at_the_best_value(
+    tuned, run_tuned, monkeypatch
+):
+    def tries(*rates: str) -> list[str]:
+        tried = [(arm, rate) for arm in ("r4", "r8") for rate in rates]
+        return [f"tiny--{arm}--tune-{rate}--seed1042 {rate}" for arm, rate in tried]
+
+    assert run_tuned()[0] == [*tries(*RATES), "tiny--r4 0.01", "tiny--r8 0.01"]
     study = with_choices(load_study(tuned))
     assert {arm.recipe.train["learning_rate"] for arm in study.arms} == {0.01}
     assert {arm.tuning.losses for arm in study.arms if arm.tuning} == {tuple(RATES.values())}
     assert run_tuned()[0] == []
-
-
-def test_a_wider_grid_tries_what_is_new_and_an_arm_of_another_value_is_trained_again(
-    tuned, run_tuned, monkeypatch
-):
-    text = tuned.read_text().replace("  r8: r8.yaml\n", "")
-    tuned.write_text(text)
-    run_tuned()
     monkeypatch.setenv("LOSSES", json.dumps({"2.0": 1.0}))
-    tuned.write_text(text.replace("0.1]", "0.1, 2.0]"))
+    change(tuned, "0.1]", "0.1, 2.0]")  # a wider grid tries what is new
     trained, said = run_tuned()
-    assert trained == ["tiny--r4--tune-2.0--seed1042 2.0", "tiny--r4 2.0"]
+    assert trained == [*tries("2.0"), "tiny--r4 2.0", "tiny--r8 2.0"]
     assert "train.learning_rate 0.01 -> 2.0): moved to" in said
 
 
 def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
     tuned, run_tuned, monkeypatch
 ):
-    tuned.write_text(tuned.read_text().replace("  r8: r8.yaml\n", ""))
+    change(tuned, "  r8: r8.yaml\n", "")
     monkeypatch.setenv("LOSSES", json.dumps({"0.001": 2.0, "0.01": 2.0, "0.1": None}))
-    trained, said = run_tuned()
-    assert trained[-1] == "tiny--r4 0.001"
+    assert run_tuned()[0][-1] == "tiny--r4 0.001"
     assert run_tuned()[0] == []
     shutil.rmtree(RunDirectory("tiny").root)
     monkeypatch.setenv("LOSSES", json.dumps(dict.fromkeys(RATES)))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,25 +24,13 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_plan_and_status_touch_nothing_and_status_imports_nothing_heavy(study_folder, tmp_path):
-    before = tree(tmp_path)
-    program = (
-        "import sys; from recipes_lib.cli import main\n"
-        "main(['study', 'status', sys.argv[1]])\n"
-        "heavy = [name for name in ('torch', 'transformers', 'scipy') if name in sys.modules]\n"
-        "main(['study', 'plan', sys.argv[1]])\n"
-        "print(heavy)"
-    )
-    command = [sys.executable, "-c", program, str(study_folder / "tiny.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
-    assert tree(tmp_path) == before
-
-
 def test_the_plan_counts_trainings_answers_and_judge_requests_in_fifteen_lines(
     study_folder: Path, recipes: Recipes
 ) -> None:
+    before = tree(study_folder.parent)
     code, out, err = recipes("study", "plan", study_folder / "tiny.yaml")
+    assert recipes("study", "status", study_folder / "tiny.yaml")[0] == ExitCode.DONE
+    assert tree(study_folder.parent) == before  # nothing is touched
     assert code == ExitCode.DONE and len(out.splitlines()) <= 15, out + err
     # 3 models; 8 alpaca questions and 4 of mt_bench with two turns each
     assert "trainings: 2 of 2 to do" in out and f"answers: {3 * (8 + 8)}\n" in out
@@ -53,16 +39,17 @@ def test_the_plan_counts_trainings_answers_and_judge_requests_in_fifteen_lines(
     # the base meets every seed head to head, 0 too
     out = recipes("study", "plan", study_folder / "tiny.yaml", "seeds=[0, 1]")[1]
     assert f"judge requests: {5 * 16 + 4 * 16 + 5 * 8}\n" in out
-
-
-def test_a_plan_counts_the_questions_of_known_sets_before_they_are_fetched(
-    tmp_path: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))
+    # questions of known sets before they are fetched: two arms of three seeds, and the base
     out = recipes("study", "plan", "lora-rank")[1]
-    assert f"answers: {7 * (805 + 160):,}\n" in out  # two arms of three seeds, and the base
-    # against the reference, with the base, and MT-Bench's grades
+    assert f"answers: {7 * (805 + 160):,}\n" in out
     assert f"judge requests: {7 * 805 * 2 + 6 * 805 * 2 + 7 * 160:,}\n" in out
+    assert "finds 13.0 points of alpaca_eval/win_rate" in out
+    # no difference above 100 points is promised
+    (study_folder / "q.jsonl").write_text('{"prompt": "Hi", "check": "exact", "expected": "a"}\n')
+    (study_folder / "q.yaml").write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
+    file = study_folder / "tiny.yaml"
+    file.write_text(file.read_text().replace("evals: [", "primary: q/pass_rate\nevals: [q.yaml, "))
+    assert "no difference of study--q/pass_rate" in recipes("study", "plan", file)[1]
 
 
 def test_the_status_shows_what_is_not_done_and_why(study_folder: Path, recipes: Recipes) -> None:
@@ -94,17 +81,6 @@ def test_a_base_is_known_by_its_weights_precision_and_format(study_folder: Path)
         base.write_state("finished", stand_in=stand_in)
         found[section, key, value] = base_run(study)
     assert found == cases
-
-
-def test_a_plan_promises_no_difference_above_100_points(study_folder, recipes) -> None:
-    (study_folder / "q.jsonl").write_text('{"prompt": "Hi", "check": "exact", "expected": "a"}\n')
-    (study_folder / "q.yaml").write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
-    file = study_folder / "tiny.yaml"
-    file.write_text(file.read_text().replace("evals: [", "primary: q/pass_rate\nevals: [q.yaml, "))
-    assert "no difference of study--q/pass_rate" in recipes("study", "plan", file)[1]
-
-
-# ---- What is refused before the first training ----
 
 
 def test_no_verb_of_a_study_accepts_rows_that_hold_its_questions(study_folder, recipes, tmp_path):
@@ -139,6 +115,10 @@ def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
             if code != expected or not re.search(words, out + err):
                 wrong.append((verb, new, code, out, err))
         file.write_text(text)
+    text = "suite: {name: lm_eval, tasks: [arc_easy]}\ndata: {include_path: .}\n"
+    own = f"{text}generation: {{trust_remote_code: true}}\n"  # and nobody allowed it
+    (study_folder / "lm_eval.yaml").write_text(own)
+    assert "task files are code" in recipes("study", "run", study_folder / "tiny.yaml")[2]
     assert not wrong and not list((tmp_path / "runs").glob("tiny--*"))
 
 

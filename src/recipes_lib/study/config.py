@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,7 @@ from pydantic import BeforeValidator, Field
 
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
-from recipes_lib.config.documents import (
-    COMMAND_LINE,
-    SECTIONS,
-    Document,
-    KeyPath,
-    did_you_mean,
-    read,
-    value_text,
-)
+from recipes_lib.config.documents import COMMAND_LINE, Document, KeyPath, did_you_mean, read
 from recipes_lib.config.launch import Launch, accumulation_steps, plan_launch
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.recipe import Recipe, load_recipe, recipe_keys
@@ -69,13 +62,11 @@ class ArmSection(LaunchKeys):
     """The arm's recipe, relative to the study file."""
 
 
-def _as_section(value: Any) -> Any:
+def _as_arm(value: Any) -> Any:
     return {"recipe": value} if isinstance(value, str) else value
 
 
-ArmValue = Annotated[
-    ArmSection, BeforeValidator(_as_section, json_schema_input_type=str | ArmSection)
-]
+AnyArm = Annotated[ArmSection, BeforeValidator(_as_arm, json_schema_input_type=str | ArmSection)]
 
 
 class StudyFile(LaunchKeys):
@@ -88,7 +79,7 @@ class StudyFile(LaunchKeys):
     factors: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
     """Factor -> the keys it may change (`lora.r`, `quantization`, ...). Every other difference
     between arms is a confound."""
-    arms: dict[ArmName, ArmValue] = Field(min_length=1)
+    arms: dict[ArmName, AnyArm] = Field(min_length=1)
     """Name -> arm."""
     include_base: bool = True
     """Evaluate the arms' base model too, as the arm `base`; once, however many arms there are."""
@@ -180,10 +171,9 @@ def study_file(word: str) -> Path | None:
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Load and check a study, its recipes and its evals; all that is wrong is reported at once.
-
     `overrides` are `section.key=value` words for every recipe, and `key=value` for own keys.
     """
-    words = [word for word in overrides if _key_of(word).partition(".")[0] in SECTIONS]
+    words = [word for word in overrides if "." in _key_of(word)]
     document = read(study_file(str(path)) or path, [w for w in overrides if w not in words])
     file = parse(StudyFile, document)
     reader = _Reader(document, file, words)
@@ -259,9 +249,8 @@ class _Reader:
         """Return the evals; two of one name would write the same files."""
         evals: list[EvalRecipe] = []
         for number, name in enumerate(self.keys.evals):
-            place = ("evals", number)
-            with self.reported(place):
-                recipe = load_eval(self.document.absolute(place, name))
+            with self.reported(("evals", number)):
+                recipe = load_eval(self.document.absolute(("evals", number), name))
                 if recipe.name in [other.name for other in evals]:
                     raise RecipeError(f"evals: '{recipe.name}' is listed twice")
                 evals.append(recipe)
@@ -306,7 +295,7 @@ class _Reader:
         candidates = []
         for value in values:
             with self.reported(place, f"arm '{arm.name}': "):
-                recipe = load_recipe(arm.recipe.path, [*words, f"{key}={value_text(value)}"])
+                recipe = load_recipe(arm.recipe.path, [*words, f"{key}={json.dumps(value)}"])
                 accumulation_steps(recipe, arm.launch.world_size)
                 label = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-.")
                 candidates.append(Arm(f"{arm.name}--tune-{label}", recipe, arm.launch, (seed,)))
@@ -343,7 +332,6 @@ def known_metrics(recipe: EvalRecipe) -> list[str]:
 
 def full_name(recipe: EvalRecipe, word: str) -> str | None:
     """Return what a word means in an eval; None where it measures no such thing.
-
     lm_eval's tasks are known and their metrics are not; a group's tasks begin as the group does.
     """
     if name := next((name for name in known_metrics(recipe) if is_named(word, name)), None):

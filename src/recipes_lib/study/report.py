@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from recipes_lib.analysis.aims import Design, is_named
+from recipes_lib.analysis.checks import Finding
 from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.report import write_report
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
@@ -33,7 +34,15 @@ def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     missing = tuple(runs.missing_of(study))
     design = replace(study.design, missing=missing, changed=changes(study))
     arms = measured_arms(study)
-    return arms, design, conclude(arms, study.aims, design)
+    conclusion = conclude(arms, study.aims, design)
+    names = {file.stem for file in runs.study_folder(study).glob("*/*.yaml")}
+    names -= {training.run for training in runs.study_trainings(study)}
+    dropped = [n for n in sorted(names) if "--tune-" not in n and RunDirectory(n).exists()]
+    if dropped:
+        title = "Trained for this study and not part of it now: the choice may follow the results"
+        finding = Finding("dropped-training", "warning", title, tuple(dropped))
+        conclusion = replace(conclusion, findings=(*conclusion.findings, finding))
+    return arms, design, conclusion
 
 
 def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
@@ -54,8 +63,7 @@ def measured_arms(study: Study) -> Arms:
     folders = {BASE_ARM: [runs_root() / base]} if is_there else {}
     for training in filter(runs.is_trained, runs.study_trainings(study)):
         folders.setdefault(training.arm.name, []).append(RunDirectory(training.run).path)
-    evaluated = filter(runs.is_evaluated, runs.evaluations(study))
-    files = {result.file.resolve() for result in evaluated}
+    files = {each.file.resolve() for each in runs.evaluations(study) if runs.is_evaluated(each)}
 
     def own(run: Run) -> Run:
         logs = tuple(log for log in run.evals if log.file.resolve() in files)
@@ -83,10 +91,8 @@ def design_values(study: Study) -> dict[str, Any]:
 
 def changes(study: Study) -> tuple[str, ...]:
     """Return what differs from the design of the first report with verdicts."""
-    locked = object_or_none(runs.study_folder(study) / _LOCK)
-    if not locked:
-        return ()
-    now, since = design_values(study), str(locked.get("written"))[:10]
+    locked = object_or_none(runs.study_folder(study) / _LOCK) or {}
+    now, since = design_values(study) if locked else {}, str(locked.get("written"))[:10]
     changed = differences(flatten({key: locked.get(key) for key in now}), flatten(now))
     return tuple(f"{key} changed since {since}" for key in changed)
 
@@ -106,9 +112,9 @@ def gate(study: Study) -> tuple[ExitCode, list[str]]:
         failed += [claim.sentence for claim in claims if claim.worse_than(baseline)]
         for word in study.aims.margins:
             held = [c for c in claims if c.row.margin is not None and is_named(word, c.row.metric)]
-            if not held or not all(claim.not_worse_than(baseline) for claim in held):
-                shown = [claim.sentence for claim in held] or [f"no comparison of {arm} on {word}"]
-                failed += [f"not shown: {what}" for what in shown]
+            unsure = [c for c in held if not (c.worse_than(baseline) or c.not_worse_than(baseline))]
+            failed += [f"not shown: {claim.sentence}" for claim in unsure]
+            failed += [] if held else [f"not shown: no comparison of {arm} on {word}"]
     lines = [*missing, *failed] or [f"passed: no arm is shown to be worse than {baseline}"]
     lines += [f"next: {design.command}"] if design.missing else []
     code = ExitCode.EVALUATION_INCOMPLETE if missing else ExitCode(bool(failed))

@@ -37,7 +37,7 @@ from recipes_lib.core.terminal import count, say
 from recipes_lib.data.rows import check_rows, source_hashes
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.log import REFERENCE, is_current, log_file
-from recipes_lib.evals.models import evaluated_bases, model_key
+from recipes_lib.evals.models import common_base, evaluated_bases, model_key
 from recipes_lib.evals.questions import local_questions
 from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.plan.cards import devices_here
@@ -109,9 +109,7 @@ def study_tunings(study: Study) -> list[StudyRun]:
 
 
 def with_choices(study: Study) -> Study:
-    """Return the study with the first value of the lowest validation loss for each arm whose grid
-    is trained; a value that diverged has no loss and cannot win.
-    """
+    """Return the study, each arm whose grid is trained at the first value of the lowest loss."""
     arms = list(study.arms)
     for place, arm in enumerate(arms):
         tried = [StudyRun(study.name, value, value.seeds[0]) for value in arm.candidates]
@@ -135,9 +133,7 @@ def validation_loss(run: RunDirectory) -> float | None:
 
 
 def is_trained(training: StudyRun) -> bool:
-    """Whether a run is finished, with its weights, the study's settings and its data; so is a value
-    of a grid whose loss was not finite.
-    """
+    """Whether a run is finished, or diverged as a value of a grid, as the study has it now."""
     state = training.state
     diverged = (state.get("state"), state.get("exit_code")) == ("failed", ExitCode.NUMERICS)
     ended = state.get("state") == "finished" or (diverged and "--tune-" in training.run)
@@ -200,9 +196,7 @@ def base_run(study: Study) -> str:
 
 
 def evaluations(study: Study) -> list[Evaluation]:
-    """Return every result that the study asks for. In AlpacaEval each arm meets the baseline head
-    to head too, by seed where both have it.
-    """
+    """Return every result asked for; in AlpacaEval each arm meets the baseline too, by seed."""
     base = base_run(study)
     runs: dict[str, dict[int, str]] = {BASE_ARM: {-1: base}} if study.file.include_base else {}
     for training in study_trainings(study):
@@ -311,10 +305,9 @@ def _questions(recipe: EvalRecipe) -> int:
 def _power_line(study: Study) -> Iterator[str]:
     """Yield the difference on the primary metric that 80% of such studies find, where known."""
     primary, seeds = str(study.aims.primary), min(len(arm.seeds) for arm in study.arms)
-    spreads = SPREADS.get(primary.rpartition("/")[2])
     questions = next((_questions(each) for each in study.evals if full_name(each, primary)), 0)
     pairs = math.comb(len(study.arms) + study.file.include_base, 2)
-    if spreads and questions and pairs:
+    if (spreads := SPREADS.get(primary.rpartition("/")[2])) and questions and pairs:
         # the primary metric's comparisons have four fifths of the level
         least = smallest(*spreads, questions, seeds, pairs / 0.8)
         effect = f"{100 * least:.1f} points" if least < 1 else "no difference"
@@ -430,8 +423,7 @@ class StudyRunner:
         """Train what is not trained; a KeyboardInterrupt follows where somebody asked to stop."""
         waiting = [training for training in trainings if not is_trained(training)]
         if not self.train:
-            error = RecipesError("is not trained with the settings that the study has now")
-            self._fail([training.run for training in waiting], error)
+            self._fail([t.run for t in waiting], RecipesError("is not trained as the study is now"))
             return
         devices = devices_here() if self.jobs > 1 else []
         share, shares = len(devices) // self.jobs, Queue[list[str]]()
@@ -492,14 +484,11 @@ class StudyRunner:
         elif not self._stopped and not is_trained(training):
             why = training.state.get("error") or f"the training ended with exit code {code}"
             self.failed[name] = max(code, int(ExitCode.FAILED)), why.splitlines()[0]
-            say(f"{name}: failed (exit code {code}); the other trainings go on")
 
     def _evaluate(self, trained: set[str]) -> None:
         """Evaluate what is trained and has no result; each base and judge is loaded once."""
         study, needed = self.study, evaluations(self.study)
         if any(BASE_ARM in (result.run, result.against) for result in needed):
-            from recipes_lib.evals.models import common_base  # torch
-
             try:
                 common_base([base_recipe(study)]).record()
                 needed = evaluations(study)
@@ -523,5 +512,5 @@ class StudyRunner:
             results = [result for result in tasks[task] if run in ("", result.run)]
             self._fail([each.title for each in results if not is_evaluated(each)], error)
 
-        remote_code = "--trust-remote-code" in self.flags
-        evaluate_tasks(list(tasks), remote_code=remote_code, on_error=on_error)
+        allowed = "--trust-remote-code" in self.flags
+        evaluate_tasks(list(tasks), remote_code=allowed, on_error=on_error)
