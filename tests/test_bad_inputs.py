@@ -73,7 +73,7 @@ MODELS = {
     "targets that are all excluded": (
         as_it_is, "lora.exclude_modules=[q_proj,v_proj]", 2, "exclude_modules"),
     "a target module that the model has not": (
-        as_it_is, "lora.target_modules=[q_prj]", 2, "q_prj q_proj"),
+        as_it_is, "lora.target_modules=[q_prj]", 2, "q_prj"),
 }  # fmt: skip
 
 
@@ -200,11 +200,11 @@ LINES: list[tuple[list[str], int, str]] = [
     (["train", "tiny.yaml", "launch.accelerate=wrap.yaml"], 2, "LlamaLayer LlamaDecoderLayer"),
     (["train", "tiny.yaml", "--accelerate", "sharded.yaml"],
      2, "sharded.yaml:12: FULL_STATE_DICT"),
-    (["train", "tiny.yaml", "--learning_rate=1e-4"], 2, "train.learning_rate"),
+    (["train", "tiny.yaml", "--learning_rate=1e-4"], 2, "unknown key 'learning_rate'"),
     (["check", "--ful", "tiny.yaml"], 2, "--full"),
     (["train", "tiny.yaml", "--accelerate", "dpp_cpu"], 2, "ddp_cpu"),
     (["status", "nothing"], 2, "no run named 'nothing'"),
-    (["compare", "."], 2, "is a folder without a run"),
+    (["compare", "."], 2, "no run named"),
     (["chat", "nothing", "--prompt", "x"], 2, "no run named 'nothing'"),
     (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
     (["data", "tiny.yaml", "data.source=pipe.jsonl"], 4, "pipe.jsonl: no data file"),
@@ -216,6 +216,9 @@ LINES: list[tuple[list[str], int, str]] = [
 
 @pytest.mark.parametrize("first", range(0, len(LINES), 4))
 def test_a_bad_command_line_gets_one_answer(first, tiny_recipe, capfd, monkeypatch):
+    """The training that `recipes train` starts runs in this process."""
+    here = lambda command, *_: train(command[command.index("recipes_lib.train") + 1 :])  # noqa: E731
+    monkeypatch.setattr("recipes_lib.commands.train.supervise", here)
     monkeypatch.chdir(tiny_recipe.parent)
     fsdp = (CONFIGS / "fsdp_cpu.yaml").read_text().replace("num_processes: 2", "num_processes: 1")
     Path("wrap.yaml").write_text(f"{fsdp}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n")

@@ -70,7 +70,7 @@ WRONG = [
     (["show", RECIPE, "--learning_rate", "3"], ["section.key=value"]),
     (["show", RECIPE, "foo.bar=1"], ["command line: unknown key 'foo'"]),
     (["show", RECIPE, "--origins"], ["command line: '--origins' is not section.key=value"]),
-    (["show", RECIPE, "--learning_rate=3"], ["write train.learning_rate"]),
+    (["show", RECIPE, "--learning_rate=3"], ["unknown key 'learning_rate'"]),
     (["show", RECIPE, "train.sed=3"], ["command line: unknown key", "did you mean train.seed?"]),
     (["export", "my-first"], ["required: --to", "usage:"]),
     (["new"], ["required: NAME, --from"]),

@@ -110,9 +110,6 @@ def valued(root: Path, first: Sequence[float], second: Sequence[float], **facts:
     return folders
 
 
-# ---- What stops the sentences of an evaluation ----
-
-
 def other(result: str = RESULT, **facts: Any) -> Callable[[Folders], None]:
     """Other facts of one arm."""
     return lambda two: rewrite({"two": two["two"]}, result, **facts)
@@ -216,9 +213,6 @@ def test_what_is_said_beside_a_sentence_stops_none(two: Folders) -> None:
     assert claim_of(compared(two), "pass_rate").verdict == "higher"
 
 
-# ---- Names ----
-
-
 def test_a_run_or_arm_of_an_opponents_name_is_not_that_opponent(two: Folders) -> None:
     folder = two["one"][0].rename(two["one"][0].with_name("reference"))
     row = claim_of(compared({"reference": [folder], "two": two["two"]})).row
@@ -229,9 +223,6 @@ def test_a_run_or_arm_of_an_opponents_name_is_not_that_opponent(two: Folders) ->
     conclusion = compared({"r8": [r8], "r32": [r32]})
     assert not conclusion.claims
     assert "another run, r8" in {score.opponent for score in conclusion.table.scores}
-
-
-# ---- One thing under two names ----
 
 
 def give_weights(folders: Sequence[Path], weights: bytes) -> None:
@@ -306,9 +297,6 @@ def test_verdicts_against_a_run_that_was_trained_again_are_about_no_run_that_is_
         assert others and all(each.verdict == "higher" for each in others)
 
 
-# ---- Questions and samples ----
-
-
 def test_a_question_that_is_asked_again_under_another_id_is_no_new_evidence(tmp_path) -> None:
     values = [[float((n % 5 == 0) == right) for n in range(40)] * 3 for right in (False, True)]
     texts = [f"{('What', 'what')[n > 50]} is{' ' * (1 + n // 40)}{n % 40}?" for n in range(120)]
@@ -344,9 +332,6 @@ def test_a_task_of_a_group_is_tested_where_it_is_asked_for(tmp_path: Path) -> No
         assert {each.row.metric.split("/")[1] for each in claims if each.row.is_tested} == tested
         asides = [each.sentence for each in claims if each.verdict == "not tested"]
         assert all("a part of mmlu" in sentence for sentence in asides) and len(claims) == 3
-
-
-# ---- Judges ----
 
 
 def test_another_judge_of_a_third_arm_stops_nothing_between_the_others(two, tmp_path) -> None:
@@ -389,9 +374,6 @@ def test_a_judge_that_nobody_audited_is_named_in_the_sentence(two: Folders) -> N
         assert ("judge was not audited" in claim_of(conclusion).sentence) is named, measured
 
 
-# ---- Answers ----
-
-
 @pytest.mark.parametrize("suite", ["alpaca_eval", "checks"])
 @pytest.mark.parametrize("number", ["", " {n}"])
 def test_a_null_model_wins_nothing(suite: str, number: str, tmp_path: Path) -> None:
@@ -414,9 +396,6 @@ def test_a_null_model_wins_nothing(suite: str, number: str, tmp_path: Path) -> N
     assert "degenerate-answers" not in codes(compared(folders))
 
 
-# ---- Protocol and trainings ----
-
-
 def test_seeds_are_paired_and_asked_in_the_same_way(ranks: Folders) -> None:
     """Seeds 42 and 43 against 43 and 44 are one pair, and one pair is about two models."""
     claim = claim_of(compared({"r8": ranks["r8"][:2], "r32": ranks["r32"][1:]}))
@@ -437,15 +416,13 @@ def test_a_base_measured_under_another_protocol_is_not_beaten(two: Folders) -> N
     assert stopped(folders, "protocol-differs")
 
 
-# ---- Seeds, causes, A/A ----
-
-
 def test_one_training_each_is_about_these_two_models(two: Folders) -> None:
     for design in (None, RANK):
         claim = claim_of(compared(two, design=design))
         assert claim.verdict == "higher" and not claim.cause
         assert "better than" in claim.sentence and "is better" not in claim.sentence
         assert "One training each" in claim.sentence
+    assert silent(compared(two, design=replace(RANK, missing=("another seed",))))
 
 
 def test_a_cause_needs_declared_keys_alone(ranks: Folders) -> None:
@@ -567,9 +544,6 @@ def test_a_pair_without_a_verdict_is_no_tie(tmp_path: Path) -> None:
     assert claim.verdict == "not shown" and "40 without a verdict" in claim.sentence
 
 
-# ---- What a study may say, and when ----
-
-
 def test_a_floor_is_no_equivalence(tmp_path: Path) -> None:
     for value, unit in ((0.0, "share"), (1.0, "share"), (1.0, "grade"), (5.0, "grade")):
         folders = valued(tmp_path, [value] * 400, [value] * 400, unit=unit)
@@ -607,6 +581,7 @@ def test_no_difference_is_not_said_beside_a_small_p(tmp_path: Path) -> None:
     (claim,) = (each for each in compared(folders).claims if each.row.eval == "first")
     assert claim.row.test and claim.row.test.p < 0.05 < (claim.row.p or 0)
     assert "No difference" not in claim.sentence and "Alone it has" in claim.sentence
+    assert claim.row.mde and claim.row.mde > claim.row.test.mde()  # of nine tests
 
 
 def test_rows_of_few_questions_have_no_verdict_among_many(tmp_path: Path) -> None:

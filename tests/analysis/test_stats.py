@@ -74,6 +74,13 @@ def test_nothing_that_varies_is_no_evidence() -> None:
         assert compare(np.ones((1, n)), np.zeros((1, n)), range(n)).p >= 0.999 * 2.0 ** (1 - n)
 
 
+def test_skewed_losses_have_a_wider_interval() -> None:
+    samples = np.linspace(-1, 1, 80), np.random.default_rng(4).gamma(1, 1, 80)
+    tables = ((each - each.mean())[None] / each.std() for each in samples)
+    even, skewed = (estimate(table, range(80)).half_width() for table in tables)
+    assert skewed > 1.1 * even
+
+
 def test_few_losses_alone_do_not_show_a_margin() -> None:
     """Where every pair that differs is a loss, as at a true margin, 2.5% are promised."""
     rng = np.random.default_rng(3)
@@ -84,8 +91,6 @@ def test_few_losses_alone_do_not_show_a_margin() -> None:
             shown += compare(first, np.ones(n), np.arange(n)).p_within(margin)[0] <= 0.05
         assert shown / 300 <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 300), (n, losses)
 
-
-# ---- Studies that differ by question: exactly, over all counts ----
 
 # the chances of a question that differs one way and the other, by the true difference
 Chances = Callable[[float], tuple[float, float]]
@@ -140,9 +145,6 @@ def test_false_claims_coverage_and_power_by_question(n, chances, size, power) ->
     if power:
         found, coverage, _ = averages(n, chances, size, stated)
         assert power[0] <= found <= power[1] and coverage >= 0.945
-
-
-# ---- Simulated studies ----
 
 
 def seeded(seeds: int, deviation: float) -> Draw:

@@ -125,24 +125,19 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_a_failed_run(tiny_recipe: 
 
 @pytest.mark.slow
 def test_a_bare_launch_of_two_ranks_trains_and_says_once_what_is_wrong_with_a_recipe(
-    tiny_recipe, tmp_path
+    tiny_recipe, tmp_path, forks
 ):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     config = project_root() / "accelerate_configs" / "ddp_cpu.yaml"
     command = [*launcher, str(config), "-m", "recipes_lib.train", str(tiny_recipe)]
     report = tmp_path / "code"
-    for variables in ({}, {"RECIPES_EXIT_CODE_FILE": str(report)}):
-        done = subprocess.run(
-            [*command, "train.learnig_rate=1"],
-            env={**os.environ, **variables},
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        said = done.stdout + done.stderr
+    variables = {**os.environ, "RECIPES_EXIT_CODE_FILE": str(report)}
+    how = {"env": variables, "capture_output": True, "text": True, "timeout": 500}
+    done = subprocess.run([*command, "train.learnig_rate=1"], **how)
+    _, without_file = forks.start([tiny_recipe, "train.learnig_rate=1"], "ddp_cpu").wait()
+    for said in (done.stdout + done.stderr, without_file):
         assert said.count("unknown key 'train.learnig_rate'") == 1, said
-        assert ("Traceback" in said) is (not variables)  # torch's launcher has its own
-        assert not RunDirectory("tiny").exists()
+        assert "Traceback" not in said and not RunDirectory("tiny").exists(), said
     assert report.read_text() == "2"
     done = subprocess.run([*command, "train.max_steps=1"], capture_output=True, text=True)
     assert done.returncode == 0 and "DDP, world size 2" in done.stdout, done.stderr

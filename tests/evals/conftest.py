@@ -89,19 +89,3 @@ def judge_file(long_tiny_model_dir, tmp_path):
         return load_judge_file(path).judge
 
     return make
-
-
-@pytest.fixture
-def loads(monkeypatch):
-    """A list that grows with each model that is loaded from disk."""
-    from transformers import AutoModelForCausalLM
-
-    found: list[str] = []
-    real = AutoModelForCausalLM.from_pretrained
-
-    def counting(path, *args, **kwargs):
-        found.append(Path(path).name)
-        return real(path, *args, **kwargs)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
-    return found

@@ -30,6 +30,7 @@ ITEMS = [
     Item(str(n), "Name a planet.", f"Mars is the fourth planet, number {n}.", f"A stone {n}.")
     for n in range(20)
 ]
+ITEMS.append(Item("same", "Name a planet.", "Mars.", "Mars."))  # decided by a rule
 
 
 def card_of(answer, path: Path, labels=None) -> Scorecard:
@@ -49,7 +50,7 @@ def test_a_sound_judge_passes_and_what_was_not_measured_is_one_note(tmp_path: Pa
     german = lambda request: says(sound(request).text[-1], "Vollständiger. [RESULT] {}")  # noqa: E731
     for name, judge in (("english", sound), ("german", german)):
         card = card_of(judge, tmp_path / name)
-        assert not card.failed and audit_banner(card) is None
+        assert not card.failed and audit_banner(card) is None and card.asked == 40
         passed = [check.check for check in card.checks if check.result == "pass"]
         assert passed == [SWAP, UNPARSED, *PROBES.values()]
         assert audit_note(card) == f"not measured of this judge: {HUMAN}"
@@ -79,13 +80,14 @@ def test_agreement_with_people_is_a_check_where_pairs_are_labelled(tmp_path: Pat
 
 
 def test_outcomes_of_both_orders() -> None:
-    cases = {"win": ("A", "B"), "loss": ("B", "A"), "tie": ("A", "A"), "unresolved": ("A", None)}
-    for outcome, verdicts in cases.items():
+    cases = [("win", 1.0, "AB"), ("loss", 0.0, "BA"), ("tie", 0.5, "AA"), ("tie", 0.5, "BB")]
+    for outcome, value, verdicts in [*cases, ("unresolved", None, ("A", None))]:
         rows = {
             order: {"status": "ok" if verdict else "empty", "value": verdict, "source": "judge"}
             for order, verdict in zip(("AB", "BA"), verdicts, strict=True)
         }
-        assert sample_of("q", rows, ("AB", "BA")).outcome == outcome
+        sample = sample_of("q", rows, ("AB", "BA"))
+        assert (sample.outcome, sample.value) == (outcome, value)
     rate = metric_of("win_rate", "", [sample_of("q", rows, ("AB", "BA"))])
     assert (rate.value, rate.n, bounds_of(rate.samples)) == (None, 0, (0.0, 1.0))
     turns = [Sample(str(n // 2), value=n // 2 % 2, turn=n % 2 + 1) for n in range(40)]

@@ -45,9 +45,6 @@ def pairs(number: int) -> list[Item]:
     return [Item(str(n), f"Question {n}", long * (n % 3 + 1), "short") for n in range(number)]
 
 
-# ---- the loop ----
-
-
 def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
     judge, store = FakeJudge(sound), Store(tmp_path / "j.jsonl")
     rows = ask(pairs(10), judge, store)
@@ -134,9 +131,6 @@ def test_what_failed_is_missing_and_the_same_command_asks_it(tmp_path: Path) -> 
         assert len(rest.asked) == 16 - num_stored
 
 
-# ---- judges made of models ----
-
-
 def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_file, tmp_path):
     import torch
 
@@ -208,9 +202,6 @@ def test_verdicts_are_told_apart_by_one_token_or_refused():
         verdict_tokens(SimpleNamespace(encode=letters), "[R]", ("4", "45", "5"))
 
 
-# ---- behind an address ----
-
-
 def served(judge_file, url: str, **keys):
     usual = {"engine": "openai", "model": MODEL, "base_url": url, "mode": "generate"}
     return judge_file(**usual | keys)
@@ -246,8 +237,6 @@ def test_only_a_judge_here_takes_the_address_of_one_started_for_it(
         with opened(served(judge_file, "http://localhost:1/v1")) as judge:
             assert len(ask(PAIRS, judge, store)) == 6
 
-
-# ---- faults and deaths ----
 
 MANY = [Item(str(n), f"Question {n}?", f"First {n}.", f"Second {n}.") for n in range(150)]
 

@@ -94,8 +94,6 @@ def test_a_broken_prompt_or_rubric_says_what_is_wrong_and_where(tmp_path: Path) 
         build_prompt(unsafe, RUBRIC, "x", ["a", "b"], code="c0de")
 
 
-# ---- the authors' wording ----
-
 # the package's shape with other words
 POINTS = "1. One.\n2. Two.\n3. Three [RESULT] four\n4. Four.\n\n"
 PAIR = "{instruction}\n\n###Response A:\n{response_A}\n\n###Response B:\n{response_B}\n\n"

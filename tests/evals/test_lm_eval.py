@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.families import BOTH_TASKS, CHOICE_TASK
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeError
@@ -20,19 +21,7 @@ from recipes_lib.evals.run import evaluate
 from recipes_lib.evals.suites.lm_eval import load_tasks
 
 PROJECT = Path(__file__).resolve().parents[2]
-TASK = """\
-task: tiny_choice
-dataset_path: json
-dataset_kwargs: {data_files: {test: rows.jsonl}}
-output_type: multiple_choice
-test_split: test
-num_fewshot: 0
-doc_to_text: "{{question}}:"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{answer}}"
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-metadata: {version: 1.0}
-"""
+TASK = CHOICE_TASK + BOTH_TASKS
 
 
 @pytest.fixture
@@ -178,9 +167,6 @@ def test_task_files_of_somebody_else_need_permission_twice(small_task, make_run,
     for option in ("confirm_run_unsafe_code: true", "gen_kwargs: {custom_generate: ./x}"):
         with pytest.raises(RecipeError, match="lets lm-eval run code"):
             load_eval(shipped, [f"suite.options={{{option}}}"])
-
-
-# ---- the printed command ----
 
 
 def command_words(line: str) -> tuple[str, list[str]]:

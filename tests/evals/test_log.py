@@ -96,9 +96,6 @@ def test_an_opponent_is_no_evaluation_that_was_begun(tmp_path):
     assert read_eval_logs(tmp_path / "begun") == ((), ("support",))
 
 
-# ---- answers and judgments as they arrive ----
-
-
 def row(index: int, raw: str = "Fine.") -> dict:
     return {"key": text_hash(str(index)), "question_id": index, "raw": raw}
 

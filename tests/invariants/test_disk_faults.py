@@ -128,9 +128,6 @@ def test_a_limit_of_the_system_ends_in_one_line_and_loses_nothing(launcher, whol
     assert_same(launcher.run(name), whole)
 
 
-# ---- ext4 on a loop device ----
-
-
 class Ext4:
     """A file system in a file. A copy of the file is what a power cut would leave: what was not
     written to the disk is not in it.

@@ -51,9 +51,6 @@ def differing(left: str, right: str) -> set[str]:
     return keys - {"run.name", "run.tags", "run.notes"}
 
 
-# Every file
-
-
 def test_every_yaml_passes_the_check_through_the_real_entry(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     wrong = []
@@ -114,9 +111,6 @@ def test_each_folder_has_a_readme_with_every_variant_results_and_files_that_exis
             assert (ROOT / name).is_file(), name
 
 
-# Controlled variants
-
-
 @pytest.mark.parametrize(
     ("left", "right", "keys"),
     [
@@ -170,9 +164,6 @@ def test_an_original_recipe_takes_the_steps_of_its_report(name, processes, held_
     assert per_epoch * train["num_train_epochs"] == steps
     if name.startswith("fsdp"):
         assert "Deviation: FSDP2 instead of FSDP1" in text_of(STUDIED / f"{name}.yaml")
-
-
-# Accelerate configs
 
 
 def test_an_accelerate_config_is_short_commented_and_leaves_the_precision_to_the_recipe():
