@@ -241,7 +241,7 @@ def test_prefetch_checks_without_a_network_and_names_what_is_missing_or_not_whol
     weights = (tiny_model_dir / "model.safetensors").read_bytes()
     cases = {
         "model.safetensors": ("model.safetensors", weights[:-100]),
-        "model-00002.safetensors is missing": ("model.safetensors.index.json", index),
+        "model-00002.safetensors is damaged or missing": ("model.safetensors.index.json", index),
         "no tokenizer files": ("tokenizer*", None),
         "is not on this machine": ("config.json", None),
     }
