@@ -95,13 +95,15 @@ def folder_with(path: Path, **files: str) -> Path:
     return path
 
 
-def test_a_published_folder_is_on_the_disk_with_all_its_files_before_it_gets_its_name(
-    tmp_path, disk
-):
+def test_a_published_folder_is_on_the_disk_whole_before_it_gets_its_name(tmp_path, disk):
+    place = folder_with(tmp_path / "final", old="o")
+    folder_with(tmp_path / ".final.replaced", older="o")
     folder_with(tmp_path / "new", weights="w")
     folder_with(tmp_path / "new" / "deep", inner="i")
-    publish(tmp_path / "new", tmp_path / "final")
+    publish(tmp_path / "new", place)
     assert disk.published == ["final"] and not disk.lost and not disk.renamed_in
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert names == ["final", "final/deep", "final/deep/inner", "final/weights"]
 
 
 def test_the_model_of_a_power_cut_finds_a_rename_without_a_flush(tmp_path, disk):
@@ -110,14 +112,6 @@ def test_the_model_of_a_power_cut_finds_a_rename_without_a_flush(tmp_path, disk)
     (tmp_path / "final" / "weights").write_text("more")
     write_json(tmp_path / "final" / "COMPLETE.json", {})
     assert "weights was not flushed before the checkpoint was marked complete" in disk.lost
-
-
-def test_publishing_replaces_a_folder_whole(tmp_path: Path) -> None:
-    place = folder_with(tmp_path / "final", old="o")
-    folder_with(tmp_path / ".final.replaced", older="o")
-    publish(folder_with(tmp_path / "new", new="n"), place)
-    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
-    assert names == ["final", "final/new"]
 
 
 def test_nothing_else_renames_what_others_read() -> None:
