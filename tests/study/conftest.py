@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.evals.conftest import loads, make_run, runs_folder  # noqa: F401
+from tests.evals.conftest import make_run, runs_folder  # noqa: F401
 from tests.study.study_files import write_tiny_study
 
 
