@@ -46,13 +46,13 @@ quickstart: setup  ## train two small adapters on this machine and compare them
 	@echo "next: . $(BIN)/activate && recipes chat quickstart--r8 quickstart--r32"
 
 test: setup  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not nightly and not slurm and not browser and not gpu" -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not slow and not nightly" -n $(WORKERS) --dist worksteal
 
 test-slow: setup  ## the tests that take minutes or start several processes
-	$(BIN)/python -m pytest -m "(slow or slurm or browser) and not nightly" -n $(SLOW_WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "slow and not nightly" -n $(SLOW_WORKERS) --dist worksteal
 
 test-commit: setup  ## fast and slow tests in one go, as CI runs them
-	$(BIN)/python -m pytest -m "not nightly and not gpu" -n $(SLOW_WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not nightly" -n $(SLOW_WORKERS) --dist worksteal
 
 test-nightly: setup  ## grids of model families, kill moments, disks and simulations; not in CI
 	$(BIN)/python -m pytest -m nightly -n $(SLOW_WORKERS) --dist worksteal

@@ -46,7 +46,7 @@ def test_alpaca_evals_win_rate_of_our_annotations_is_ours(judge_file, runs_folde
     path = tmp_path / "support.yaml"
     path.write_text(
         f"extends: judge.yaml\nsuite: {{name: alpaca_eval}}\ndata: {{questions: {QUESTIONS}}}\n"
-        "metrics: {probe_pairs: 0}\n"
+        "metrics: {probe_pairs: 0}\njudge: {concurrency: 1}\n"
     )
     with UndecidedServer() as server:
         judge_file(model=MODEL, engine="openai", base_url=server.url, mode="generate")

@@ -117,12 +117,14 @@ def test_a_command_is_no_line_of_shell_and_the_sites_environment_reaches_it_or_i
 def test_the_code_of_a_training_is_the_one_it_left_and_none_is_a_failure(job) -> None:
     """Where it ended well and left no word, a save may have been cut."""
     leave = 'echo {} > "$RECIPES_EXIT_CODE_FILE"; exit {}'
+    node_1 = 'echo 3 > "${RECIPES_EXIT_CODE_FILE%0}1"; '
     cases = [
         (leave.format(3, 0), 3, "exit code 3"),
         (leave.format(0, 0), 0, "exit code 0"),
         ("true", 1, "exit code 1"),
         ("kill -9 $$", 137, "exit code 137"),
         (leave.format(75, 0), 75, "launch it again to continue"),
+        (node_1 + leave.format(75, 0), 3, "exit code 3"),
     ]
     wrong = []
     for script, expected, words in cases:

@@ -27,11 +27,15 @@ def profile(cluster) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(cluster, tiny, profile) -> str:
-    """A run of one process that nothing disturbs."""
-    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=whole", *STEPS)
-    assert cluster.ended("whole")["train"]["state"] == "done", cluster.log("whole")
+def whole(cluster, tiny, forks) -> str:
+    """A run of one process that nothing disturbs, without Slurm."""
+    train_without_slurm(cluster, tiny, forks, "run.name=whole", *STEPS)
     return "whole"
+
+
+def train_without_slurm(cluster, tiny, forks, *words: str) -> None:
+    code, said = forks.start([tiny, *words], RECIPES_RUNS_ROOT=str(cluster.runs)).wait()
+    assert code == 0, said
 
 
 def test_a_recipe_is_trained_judged_by_a_server_of_the_job_and_reported(
@@ -75,10 +79,7 @@ def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_adapter(
     assert cluster.adapter("preempted") == cluster.adapter(whole)
 
 
-def test_at_the_time_limit_a_job_saves_and_goes_back_into_the_queue_as_often_as_it_may(
-    cluster, tiny, profile, whole
-) -> None:
-    """USR2 is what Slurm sends before the limit; with no requeue left the code is 75."""
+def test_a_job_that_gets_usr2_saves_and_goes_back_into_the_queue(cluster, tiny, profile, whole):
     words = ("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=asked", *STEPS)
     cluster.launch(*words)
     cluster.wait_for(lambda: cluster.steps("asked") >= 4, "the fourth step")
@@ -87,6 +88,11 @@ def test_at_the_time_limit_a_job_saves_and_goes_back_into_the_queue_as_often_as_
     log = cluster.log("asked")
     assert states["train"]["state"] == "done" and "back into the queue" in log, log
     assert cluster.adapter("asked") == cluster.adapter(whole)
+
+
+@pytest.mark.nightly
+def test_before_the_time_limit_slurm_sends_usr2_and_without_a_requeue_the_code_is_75(cluster, tiny):
+    """In two minutes; what the script does then is tested with every commit (test_job_script)."""
     short = cluster.profile("short", sbatch={"time": "00:02:00"}, signal_lead_s=30, max_requeues=0)
     words = ("tiny.yaml", "--profile", str(short), "--stages", "train", "run.name=limited")
     cluster.launch(*words, *ENDLESS)
@@ -130,16 +136,15 @@ def test_an_array_with_a_failing_arm_evaluates_and_reports_the_others(cluster, t
     assert "tiny--r16" in status and "tiny--r8" not in status
 
 
-def test_two_nodes_of_two_processes_train_the_adapter_of_one_process(cluster, tiny, profile):
+def test_two_nodes_of_two_processes_train_as_one_process(cluster, tiny, profile, forks):
     from safetensors.torch import load
 
     plain = ("train.max_steps=6", "train.per_device_train_batch_size=2")
     launch = ("tiny.yaml", "--profile", profile, "--stages", "train", *plain)
-    cluster.launch(*launch, "run.name=alone")
     size = ("--accelerate", "ddp_cpu", "--nodes", "2", "--gpus", "2")
     cluster.launch(*launch, *size, "run.name=four")
-    for name in ("alone", "four"):
-        assert cluster.ended(name)["train"]["state"] == "done", cluster.log(name)
+    train_without_slurm(cluster, tiny, forks, *plain, "run.name=alone")
+    assert cluster.ended("four")["train"]["state"] == "done", cluster.log("four")
     log = cluster.log("four")
     assert "2 node(s) x 2 process(es)" in log and "DDP, world size 4" in log
     alone, four = load(cluster.adapter("alone")), load(cluster.adapter("four"))
