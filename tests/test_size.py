@@ -16,10 +16,10 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1347, 1500),
     "core": (800, 800),
-    "config": (1995, 1900),
+    "config": (1868, 1900),
     "models": (459, 450),
     "data": (1650, 1650),
-    "training": (1548, 1700),
+    "training": (1547, 1700),
     "weights": (894, 900),
     "plan": (744, 750),
     "evals": (4262, 4300),

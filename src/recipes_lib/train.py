@@ -14,7 +14,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 
-from recipes_lib.config.launch import add_train_flags
+from recipes_lib.config.launch import TRAIN_FLAGS
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode
@@ -146,7 +146,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     )
     words = "a recipe YAML; any `section.key=value` after it overrides a value"
     parser.add_argument("recipe", help=words)
-    add_train_flags(parser)
+    for name, text in TRAIN_FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_known_args(argv)
 

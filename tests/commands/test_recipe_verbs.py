@@ -50,15 +50,18 @@ def test_new_writes_a_recipe_of_what_differs_that_passes_the_check(said, tmp_pat
 
 
 def test_new_reads_the_rows_it_is_given_and_leaves_no_recipe_where_it_cannot(said, tmp_path):
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    rows = []
+    for question in "abc":
+        turns = [("user", question), ("assistant", "b")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        rows.append(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "chat.jsonl").write_text("".join(rows))
     out = said("new", "c", "--from", QUICKSTART, "--data", "chat.jsonl")
     assert "one text" not in out and "completion_only_loss" not in out
     assert load_recipe("c.yaml").data.prompt_format == "chat"
     row = {"instruction": "a", "response": "b"}
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"instruction": "a"}))
-    rows = ("--data", "bad.jsonl")
-    assert "bad.jsonl:2" in said("new", "y", "--from", QUICKSTART, *rows, code=4)
+    assert "bad.jsonl:2" in said("new", "y", "--from", QUICKSTART, "--data", "bad.jsonl", code=4)
     assert not (tmp_path / "y.yaml").exists()
 
 

@@ -89,7 +89,6 @@ BECOMES = [
     ("eval_strategy: no", "train.eval_strategy", "no"),
     ("completion_only_loss: true", "train.completion_only_loss", True),
     ("torch_dtype: bfloat16", "model.dtype", "bfloat16"),
-    ("model_init_kwargs: {max_memory: 1}", "model.kwargs", {"max_memory": 1}),
     ("max_seq_length: 99", "train.max_length", 99),
     ("warmup_ratio: 0.1", "train.warmup_steps", 0.1),
     ("warmup_steps: 5\nwarmup_ratio: 0.1", "train.warmup_steps", 5),

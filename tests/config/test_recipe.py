@@ -6,7 +6,12 @@ import os
 from pathlib import Path
 
 from recipes_lib.cli import main
-from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, load_recipe
+from recipes_lib.config.recipe import (
+    PROJECT_DEFAULT,
+    UPSTREAM_DEFAULT,
+    SourcePart,
+    load_recipe,
+)
 
 
 def test_values_have_their_origin_down_to_the_line(write):
@@ -39,7 +44,7 @@ def test_paths_are_meant_from_the_file_that_wrote_them(write):
     data = load_recipe("r.yaml", ["data.source=other.jsonl"]).data
     assert data.source == str(here / "other.jsonl")
     mixture = load_recipe("r.yaml", ["data.source=[{source: rows.jsonl, weight: 2}, org/rows]"])
-    rows = {"source": str(here / "rows.jsonl"), "weight": 2}
+    rows = SourcePart(source=str(here / "rows.jsonl"), weight=2)
     assert mixture.data.source == [rows, "org/rows"]
     for template in ("{{ messages }}", "trl:gemma3"):  # these and a Hub id are no paths
         recipe = load_recipe("r.yaml", [f"data.chat_template='{template}'"])

@@ -111,7 +111,7 @@ def test_the_published_split_repeats_two_calls_of_train_test_split():
     for name, part in parts.items():
         assert {row.line for row in found[name]} == {*part["i"]}
     assert [len(part) for part in published(15_011, 0.1, 0.2).values()] == [10_507, 1_501, 3_003]
-    with pytest.raises(SettingError, match="published needs validation and test"):
+    with pytest.raises(SettingError, match="published needs validation"):
         published(100, 0.1, 0)
 
 

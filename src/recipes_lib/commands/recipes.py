@@ -65,7 +65,7 @@ def run_new(
     text = new_recipe(name, target, load_recipe(from_), model=model, rows=rows, method=method)
     write_text(target, text)
     try:
-        recipe = load_recipe(target)
+        recipe = load_recipe(target, ["run.global_batch_size=null"])  # it can be lowered
         for error in check_rows(recipe) if rows else ():
             raise error
     except RecipesError:

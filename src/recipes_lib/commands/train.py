@@ -170,8 +170,8 @@ def run_train(
     """Launch, wait, and return the training's own exit code."""
     loaded = load_recipe(recipe, overrides)
     launch = plan_launch(loaded.launch, accelerate, gpus, nodes)
+    launch = place_machine(launch, machine_rank, main_process_ip, main_process_port)
     this_command = shlex.join(["recipes", *(word for word in typed if word != "--dry-run")])
-    launch = place_machine(launch, machine_rank, main_process_ip, main_process_port, this_command)
     flags = flag_words(
         resume_anyway=resume_anyway, trust_remote_code=trust_remote_code, debug=debug
     )

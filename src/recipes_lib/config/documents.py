@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,8 +36,7 @@ for _name, _pattern in {
 }.items():
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), [None])
 
-# Kind of a file -> the top-level keys that give it away; the first with a key of the file is its
-# kind.
+# Kind of a file -> the top-level keys that give it away. The first with a key of the file is it.
 KINDS: dict[str, tuple[str, ...]] = {
     "eval": ("suite", "generation"),
     "study": ("question", "factors", "arms", "seeds", "tune"),
@@ -262,28 +261,22 @@ def value_text(value: Any, longest: int = 10**9) -> str:
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
-def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]:
-    """Return the hint `did you mean X?` as a list of one line, or of none.
-
-    Example:
-        >>> did_you_mean("learning-rte", ["learning_rate", "seed"], "train.")
-        ['did you mean train.learning_rate?']
-    """
+def did_you_mean(word: str, names: Iterable[str], show: Callable[[str], object] = str) -> list[str]:
+    """Return the hint `did you mean X?` as a list, of none if no name is near; `show` makes X."""
     near = difflib.get_close_matches(word, [*names], 1, cutoff=0.65)
-    return [f"did you mean {prefix}{name}?" for name in near]
+    return [f"did you mean {show(name)}?" for name in near]
 
 
 def near_file(path: Path) -> list[str]:
     """Return the hint `did you mean X?` for a file that does not exist."""
-    stems = {file.stem: file for file in sorted(path.parent.glob("*"))}
-    near = difflib.get_close_matches(path.stem, stems, 1, cutoff=0.65)
-    return [f"did you mean {shown_path(stems[stem])}?" for stem in near]
+    stems = {file.stem: shown_path(file) for file in sorted(path.parent.glob("*"))}
+    return did_you_mean(path.stem, stems, stems.get)
 
 
 def no_such_file(path: Path) -> RecipeError:
     """Return the error for a file that does not exist, with one of a similar name."""
-    hints = (*near_file(path), "all recipes: recipes ls")
-    return RecipeError("no such file or recipe", *hints, file=shown_path(path))
+    hint = "all recipes: recipes ls"
+    return RecipeError("no such file or recipe", *near_file(path), hint, file=shown_path(path))
 
 
 def wrong_kind(document: Document, expected: str) -> RecipeError:

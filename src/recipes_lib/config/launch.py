@@ -4,7 +4,6 @@ Needs no torch.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -93,7 +92,7 @@ def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[R
             hint = "use distributed_type: FSDP (accelerate_configs/fsdp.yaml)"
             yield document.error(key, f"{key} cannot be used here", hint)
     for key in config.fsdp_config.keys() - _FSDP_KEYS:
-        near = did_you_mean(key, _FSDP_KEYS, "fsdp_config.")
+        near = did_you_mean(key, _FSDP_KEYS, "fsdp_config.{}".format)
         yield document.error(f"fsdp_config.{key}", f"unknown key 'fsdp_config.{key}'", *near)
     fixed = {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}
     for key, value in fixed.items() if config.distributed_type == "FSDP" else ():
@@ -111,12 +110,6 @@ def precision_conflict(train: Values, asked: str, asked_by: str) -> list[str]:
         return []
     what = f"{asked_by} asks for mixed_precision {asked}, but the recipe for {half} (train.bf16)"
     return [what, "leave it to the recipe: mixed_precision: 'no', and no flag or variable for it"]
-
-
-def add_train_flags(parser: argparse.ArgumentParser) -> None:
-    """Declare the flags of every training."""
-    for name, help in TRAIN_FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help)
 
 
 @dataclass(frozen=True)
@@ -208,24 +201,18 @@ def plan_launch(
     return launch
 
 
-def place_machine(
-    launch: Launch, rank: int | None, address: str | None, port: int | None, typed: str
-) -> Launch:
-    """Return the launch with this machine's place in it; errors quote the `typed` command."""
-    if launch.machines == 1 and (rank is not None or address):
+def place_machine(launch: Launch, rank: int | None, host: str | None, port: int | None) -> Launch:
+    """Return the launch with this machine's place in it."""
+    if launch.machines == 1 and (rank is not None or host):
         raise RecipeError("--machine-rank and --main-process-ip are for several: set --nodes")
     if launch.machines == 1:
         return replace(launch, port=port)
     port = port or launch.config.main_process_port or DEFAULT_PORT
-    if rank is None or address is None or not 0 <= rank < launch.machines:
-        flags = f"--machine-rank 0 --main-process-ip HOST_OF_RANK_0 --main-process-port {port}"
+    if rank is None or host is None or not 0 <= rank < launch.machines:
+        flags = f"--machine-rank N --main-process-ip HOST_OF_RANK_0 --main-process-port {port}"
         what = f"this starts one of {launch.machines} machines, on one shared runs folder"
-        hint = f"on each, with its own rank (0 to {launch.machines - 1}): {typed} {flags}"
-        raise RecipeError(what, hint)
-    return replace(launch, rank=rank, address=address, port=port)
-
-
-# The examples of a step: per device x accumulation x processes
+        raise RecipeError(what, f"on each, with its own N (0 to {launch.machines - 1}): {flags}")
+    return replace(launch, rank=rank, address=host, port=port)
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
@@ -252,11 +239,9 @@ def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int
     accumulation, rest = divmod(global_batch_size, micro_batch)
     if rest == 0 and accumulation > 0:
         return accumulation
-    below = global_batch_size - rest
-    legal = " or ".join(str(size) for size in (below, below + micro_batch) if size)
-    parts = f"{per_device} per device x {world_size} processes = {micro_batch}"
-    what = f"run.global_batch_size does not divide: {global_batch_size} / ({parts})"
-    raise RecipeError(f"{what} = {global_batch_size / micro_batch:g}", f"set it to {legal}")
+    batch = f"{per_device} per device x {world_size} processes = {micro_batch}"
+    what = f"run.global_batch_size {global_batch_size} is no multiple of {batch}"
+    raise RecipeError(what, f"set it to {(accumulation + 1) * micro_batch}")
 
 
 def planned_steps(rows: int, batch: int, epochs: float, max_steps: int = -1) -> tuple[int, int]:

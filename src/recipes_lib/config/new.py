@@ -13,9 +13,9 @@ import yaml
 
 from recipes_lib.config.documents import SECTIONS, Document, Values, read, value_text, wrong_kind
 from recipes_lib.config.recipe import QuantizationSection, Recipe
-from recipes_lib.config.upstream import NOT_OURS, RENAMES, LoraSection, TrainSection
+from recipes_lib.config.upstream import RENAMES, LoraSection, TrainSection
 from recipes_lib.core.errors import RecipeErrors
-from recipes_lib.core.project import project_root, shown_path
+from recipes_lib.core.project import project_root
 from recipes_lib.core.terminal import is_secret_name
 
 Method = Literal["lora", "qlora", "full"]
@@ -34,10 +34,8 @@ MOVES = {
     "torch_dtype": "model.dtype",
     "attn_implementation": "model.attn_implementation",
     "trust_remote_code": "model.trust_remote_code",
-    "model_init_kwargs": "model.kwargs",
     "dataset_name": "data.source",
     "dataset_mixture": "data.source",
-    "datasets": "data.source",
     "dataset_config": "data.subset",
     "dataset_train_split": "data.source_split",
     "dataset_text_field": "data.columns",
@@ -97,9 +95,8 @@ def new_recipe(
     values["run"] = {"name": name, "tags": []}
     written = {key: value for key, value in values.items() if value is None or value}
     extends = _relative(target, origin.path)
-    about = f"# {name}: starts from {extends}. All values: recipes show {shown_path(target)}"
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
-    return f"{schema_line(target)}\n{about}\nextends: {extends}\n{text}"
+    return f"{schema_line(target)}\nextends: {extends}\n{text}"
 
 
 def schema_line(target: Path) -> str:
@@ -197,15 +194,14 @@ def _why_left_out(key: str, home: str, flat: Values) -> str:
     if home.startswith("quantization.") and not loads:
         return "nothing is quantized"
     return (
-        "" if home else NOT_OURS["train"].get(key, "no class behind a recipe section has this key")
+        "" if home else TrainSection.gone.get(key, "no class behind a recipe section has this key")
     )
 
 
 def _todays(key: str, value: Any) -> Any:
     """Return a value in the form that is read today."""
-    if key in ("dataset_mixture", "datasets"):
-        parts = value.get("datasets") if isinstance(value, dict) else value
-        return [_source(part) for part in parts or []]
+    if key == "dataset_mixture":
+        return [_source(part) for part in value["datasets"]]
     if key in ("run_name", "output_dir"):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
     if key == "lora_target_modules":
@@ -214,14 +210,9 @@ def _todays(key: str, value: Any) -> Any:
 
 
 def _source(part: Values) -> Values:
-    """Return a part of a mixture of TRL or the alignment handbook as one of ours."""
-    keys = {
-        "source": part.get("id") or part.get("path"),
-        "subset": part.get("config", part.get("name")),
-        "source_split": part.get("split"),
-        "weight": part.get("weight"),
-    }
-    return {name: value for name, value in keys.items() if value not in (None, 1)}
+    """Return a part of a mixture of the alignment handbook as one of ours."""
+    names = {"id": "source", "config": "subset", "split": "source_split", "weight": "weight"}
+    return {ours: part[name] for name, ours in names.items() if part.get(name) not in (None, 1)}
 
 
 def _added(flat: Values, values: Values) -> dict[str, tuple[object, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -151,11 +150,9 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         return _unknown(model, path)
     what = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
     what = what.replace("or Input should be", "or").replace("Value error, ", "")
-    choices = re.findall(r"'(\w*)'", what)
-    if len(choices) > _MAX_NAMES:
+    if what.count("'") > 2 * _MAX_NAMES:
         what = f"is not among the choices of recipes explain {name}"
-    hints = did_you_mean(value, choices) if isinstance(value, str) else []
-    return [f"{name}: {what}, got {value_text(value, 60)}", *hints]
+    return [f"{name}: {what}, got {value_text(value, 60)}"]
 
 
 def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
@@ -164,14 +161,17 @@ def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
     for step in path[:-1]:  # an item of a list is of the models around it
         fields = [known.model_fields[step] for known in models if step in known.model_fields]
         models = [inner for known in fields for inner in _models_in(known.annotation)] or models
-    key, name = str(path[-1]).replace("-", "_"), dotted(path)
-    for section in models:
-        if remedy := getattr(section, "gone", {}).get(key):
-            return [f"'{name}' cannot be set here", remedy]
-    keys = [known for section in models for known in section.model_fields]
-    listed = ", ".join(keys) if len(keys) < _MAX_NAMES else f"recipes explain {dotted(path[:-1])}"
-    hints = did_you_mean(key, keys, dotted((*path[:-1], ""))) or [f"keys: {listed}"]
-    return [f"unknown key '{name}'", *hints]
+    key, name, section = str(path[-1]).replace("-", "_"), dotted(path), dotted(path[:-1])
+    gone = {old: remedy for known in models for old, remedy in getattr(known, "gone", {}).items()}
+    if key in gone:
+        return [f"'{name}' cannot be set here", gone[key]]
+    for home, field in model.model_fields.items():
+        if any(key in known.model_fields for known in _models_in(field.annotation)):
+            return [f"unknown key '{name}'", f"it belongs to {home}: write {home}.{key}"]
+    keys = [name for known in models for name in known.model_fields]
+    listed = ", ".join(keys) if len(keys) < _MAX_NAMES else f"recipes explain {section}"
+    near = did_you_mean(key, keys, lambda key: dotted((*path[:-1], key)))
+    return [f"unknown key '{name}'", *(near or [f"keys: {listed}"])]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

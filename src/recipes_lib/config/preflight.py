@@ -54,7 +54,9 @@ def check_upstream(
             build()
         except (RecipeError, EnvironmentFault) as error:
             errors += getattr(error, "errors", [error])
-    errors += _sharded_quantization(recipe, launch.config)
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked or launch.config.distributed_type == "FSDP":
+        errors += _changed_by_shards(recipe)
     wrong = list(check_model_files(recipe, folder, remote_code=remote_code)) if folder else []
     absent = folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES)
     absent &= not Path(recipe.model.name_or_path).is_dir()
@@ -69,23 +71,17 @@ def check_upstream(
         return list(check_names(recipe, folder, launch.config))
 
 
-def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
+def _changed_by_shards(recipe: Recipe) -> Iterator[RecipeError]:
     """FSDP2 shards tensors of one type, and gathers packed 4-bit values too in the compute type."""
-    section = recipe.quantization
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if section is None or not (asked or accelerate.distributed_type == "FSDP"):
-        return
-    types = ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
-    is_packed = bool(section.get("load_in_4bit")) and not recipe.train.get("fp16")
-    if not is_packed or {section.get(key) for key in types} != {"bfloat16"}:
+    section, types = recipe.quantization, ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
+    is_packed = section and section.get("load_in_4bit") and not recipe.train.get("fp16")
+    if section and not (is_packed and {section.get(key) for key in types} == {"bfloat16"}):
         what = f"FSDP keeps only 4-bit weights as they are whose {' and '.join(types)} are bfloat16"
         yield recipe.error("quantization", what, "set both and train.bf16, or launch with ddp")
 
 
 def local_folder(recipe: Recipe) -> Path | None:
-    """Return the folder with the model's files: the recipe's, a packaged model's or one in the
-    Hub's cache; None when it is not on this machine.
-    """
+    """Return the folder of the model's files, in the Hub's cache too; None: not on this machine."""
     name = recipe.model.name_or_path
     if name == MODEL:
         return packaged_folder()
@@ -105,13 +101,6 @@ def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
     return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)
 
 
-def attention_refused(recipe: Recipe, why: str) -> RecipeError:
-    """Return the refusal of `model.attn_implementation`: a sentence that ends in `why`."""
-    key = "model.attn_implementation"
-    what = f"{key}: {recipe.model.attn_implementation} {why}"
-    return recipe.error(key, what, "leave the key out: the fastest that the model has is taken")
-
-
 def check_model_files(
     recipe: Recipe, folder: Path, *, remote_code: bool | None = None
 ) -> Iterator[RecipeError]:
@@ -122,8 +111,8 @@ def check_model_files(
         return
     names = [str(name) for name in config.get("architectures") or ()]
     needs = families.needs_of(str(config.get("model_type")))
-    is_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    if names and not is_causal and not needs.images:
+    heads = [name for name in names if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    if names and not (heads or needs.images):
         what = f"{', '.join(names)} is not a causal language model (...ForCausalLM)"
         yield recipe.error(KEY, what, "choose a model that generates text")
     packed = config.get("quantization_config") or {}
@@ -140,22 +129,17 @@ def check_model_files(
 
 
 def weight_faults(folder: Path) -> Iterator[str]:
-    """Yield what the headers of a model's weight files say is wrong: damaged, missing, or of a
-    format that is not read.
-    """
+    """Yield which of a model's weight files are missing or cut off, by their headers."""
     from safetensors import SafetensorError, safe_open
 
     index = object_or_none(folder / "model.safetensors.index.json") or {}
-    named = {folder / str(name) for name in dict(index.get("weight_map") or {}).values()}
-    shards = named or {*folder.glob("*.safetensors")}
-    for shard in sorted(shards):
+    named = {*dict(index.get("weight_map") or {}).values()} or {"model.safetensors"}
+    for shard in sorted(folder / str(name) for name in named):
         try:
             with safe_open(shard, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
             yield f"{shard} is damaged or missing: {one_line(error)}"
-    if not shards:
-        yield f"{folder} has no weights (*.safetensors); *.bin is a pickle, which can run code"
 
 
 def check_names(
@@ -203,30 +187,34 @@ def check_names(
         yield recipe.error(KEY, what, hint)
 
 
-def _adapter(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
-    """Put the adapters on a model as a training does, and yield what PEFT takes: a name of a list
-    that matches nothing (one that does is enough for it), and layers that no adapter can change.
+def _adapter(recipe: Recipe, model: Any) -> list[RecipeError]:
+    """Return what PEFT takes: a name of a list that matches nothing (one that does is enough for
+    it) and layers that no adapter can change; else what it says when it puts the adapters on.
     """
     import torch
     from peft import get_peft_model
 
     config, needs = upstream.build_lora_config(recipe), families.needs_of(model.config.model_type)
     assert config is not None
-    modules = dict(families.language_modules(model))
+    modules, faults = dict(families.language_modules(model)), list[tuple[str, ...]]()
     kinds = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
     hint = f"its layers: {', '.join(sorted({name.rpartition('.')[2] for name in kinds}))}"
-    with torch.device("meta"):
-        adapted = get_peft_model(model, families.settle_targets(config, model))
+    # former layers of experts, which are parameters now, PEFT finds by itself
+    known = families.converted(config, model)
     for key in ("target_modules", "modules_to_save"):
-        # without former layers of experts, which are parameters now
-        names = getattr(adapted.peft_config["default"], key)
-        for name in names if isinstance(getattr(config, key), set | list) else ():
+        names = getattr(known, key)
+        for name in names if isinstance(names, set | list) else ():
             if not any(f".{module}".endswith(f".{name}") for module in modules):
-                what = f"lora.{key}: the model has no module '{name}'"
-                yield recipe.error(f"lora.{key}", what, hint)
-            elif name in needs.left_out and key == "target_modules":
+                faults.append(
+                    (f"lora.{key}", f"lora.{key}: the model has no module '{name}'", hint)
+                )
+            elif name in needs.left_out:
                 what = f"lora.{key}: '{name}' takes no adapter: {needs.because}"
-                yield recipe.error(f"lora.{key}", what, "use all-linear")
-    if hasattr(model.get_output_embeddings(), "lora_A"):
-        what = "lora.target_modules: the loss does not run through an adapter on the output layer"
-        yield recipe.error("lora.target_modules", what, "leave it (lm_head) out")
+                faults.append((f"lora.{key}", what, "use all-linear"))
+    if not faults:
+        with torch.device("meta"):
+            get_peft_model(model, families.settle_targets(config, model))
+        if hasattr(model.get_output_embeddings(), "lora_A"):
+            what = "the loss does not run through an adapter on the output layer"
+            faults.append(("lora.target_modules", what, "leave it (lm_head) out"))
+    return [recipe.error(*fault) for fault in faults]

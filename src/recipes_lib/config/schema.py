@@ -1,7 +1,5 @@
-"""`make schema`: writes what the installed TRL, PEFT and transformers say into the repository.
-
-`config/upstream.json` holds the keys of the two upstream sections; schema/*.schema.json, from
-which editors complete and check, are made of the pydantic models.
+"""`make schema`: writes what the installed TRL and PEFT say (config/upstream.json), and of the
+pydantic models schema/*.schema.json, from which editors complete and check.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from recipes_lib.slurm.profile import Profile
 from recipes_lib.study.config import StudyFile
 
 _SCALARS = {bool: "bool", int: "int", float: "float", str: "str", type(None): "None", Any: "object"}
-_MAY_BE_INHERITED = ("RecipeFile", "ModelSection", "DataSection", "EvalRecipe", "JudgeSection")
 
 
 def main() -> int:
@@ -45,15 +42,14 @@ def generated_files() -> dict[Path, str]:
     folder = project_root() / "schema"
     files = {folder / f"{name}.schema.json": content for name, content in contents.items()}
     files[UPSTREAM_FILE] = upstream_sections()
-    options: Values = {"indent": 1, "ensure_ascii": False}
-    return {path: json.dumps(content, **options) + "\n" for path, content in files.items()}
+    texts = {path: json.dumps(files[path], indent=1, ensure_ascii=False) for path in files}
+    return {path: f"{text}\n" for path, text in texts.items()}
 
 
 def _editable(schema: Values) -> Values:
     """Return the schema of a file that may extend another, which then has the required keys."""
     for part in (schema, *schema["$defs"].values()):
-        if part["title"] in _MAY_BE_INHERITED:
-            part.pop("required", None)
+        part.pop("required", None)
     one_or_more = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     schema["properties"]["extends"] = one_or_more
     return schema
@@ -79,8 +75,6 @@ def _fields(cls: Any) -> Values:
         kind = f"Literal{[*choices]}" if choices else _type_text(hints[field.name])
         fields[field.name] = {"type": kind, "description": " ".join(text.split())}
         default = field.default
-        if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
         default = default.value if isinstance(default, enum.Enum) else default
         if default is None or isinstance(default, bool | int | float | str | list):
             fields[field.name]["default"] = default

@@ -1,8 +1,6 @@
-"""The sections `train` and `lora`: TRL's and PEFT's own classes.
-
-Their keys, types, defaults and texts are in `upstream.json`, which `make schema` writes from the
-installed versions, so that a recipe is checked without torch. The functions at the end build the
-real objects: upstream has the last word.
+"""The sections `train` and `lora`: TRL's and PEFT's own classes, as `make schema` wrote them into
+`upstream.json`, so that a recipe is checked without torch. The functions at the end build the real
+objects: upstream has the last word.
 """
 
 from __future__ import annotations
@@ -49,30 +47,18 @@ RENAMES = {
     "evaluation_strategy": "eval_strategy",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-    "no_cuda": "use_cpu",
 }
 _RENAMED = "it is train.{} since TRL 1 / transformers 5; for a whole old file: recipes migrate"
-# What no recipe sets -> what does, or what to write instead.
-NOT_OURS: dict[str, dict[str, str]] = {
-    "train": dict.fromkeys(
-        (
-            *("output_dir", "run_name", "resume_from_checkpoint", "local_rank", "save_only_model"),
-            *("do_train", "do_eval", "do_predict", "ignore_data_skip", "auto_find_batch_size"),
-            *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config"),
-            *("model_init_kwargs", "trust_remote_code", "chat_template_path", "dataset_kwargs"),
-            *("dataset_text_field", "enable_jit_checkpoint", "push_to_hub", "hub_model_id"),
-            *("hub_strategy", "hub_always_push", "hub_private_repo", "hub_revision", "hub_token"),
-        ),
+# What no recipe sets, by the beginning of its name, and why.
+_NOT_OURS = {
+    "train": (
+        "(output_dir|run_name|resume_|local_rank|save_only|do_|ignore_data|auto_find|fsdp|deepspeed"
+        "|parallelism|accelerator_|model_init|trust_|chat_template|dataset_(text|kwargs)|enable_jit"
+        "|push_to_hub|hub_)",
         "the sections model, data, run and launch (accelerate: fsdp) or recipes export decide it",
-    )
-    | {old: _RENAMED.format(new) for old, new in RENAMES.items()},
-    "lora": dict.fromkeys(
-        (
-            *("base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "revision"),
-            *("inference_mode", "use_bdlora", "megatron_core", "megatron_config", "arrow_config"),
-            *("eva_config", "corda_config", "loftq_config", "lora_ga_config", "velora_config"),
-            *("monteclora_config", "runtime_config", "kasa_config"),
-        ),
+    ),
+    "lora": (
+        r"(base_model|peft_|auto_mapping|revision|inference_|use_bdlora|megatron_|\w+_config$)",
         "PEFT writes it by itself, or it is of a kind of LoRA with a config of its own",
     ),
 }
@@ -112,19 +98,22 @@ _NARROWER: dict[str, dict[str, object]] = {
 
 def _section(name: str, fields: dict[str, Values]) -> type[Section]:
     """Return the model of a section; its types are text, which pydantic reads."""
-    ours = TRAIN_DEFAULTS if name == "train" else {}
+    ours, renames = (TRAIN_DEFAULTS, RENAMES) if name == "train" else ({}, {})
+    pattern, why = _NOT_OURS[name]
+    gone = {key: why for key in fields if re.match(pattern, key)}
+    gone |= {old: _RENAMED.format(new) for old, new in renames.items()}
     keys = {
         key: (
             _NARROWER[name].get(key, field["type"]),
             Field(ours.get(key, field.get("default")), description=field["description"]),
         )
         for key, field in fields.items()
-        if key not in NOT_OURS[name]
+        if key not in gone
     }
     title = f"{name.capitalize()}Section"
     model = create_model(title, __base__=Section, __module__=__name__, **keys)  # type: ignore[call-overload]
     model.__doc__ = f"`{CLASSES[name]}`, key by key."
-    model.gone = NOT_OURS[name]
+    model.gone = gone
     return model
 
 
@@ -174,14 +163,10 @@ def _check_optimizer(recipe: Recipe, config: SFTConfig) -> None:
     from transformers import Trainer, get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
-    key = "train.optim"
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(config)
-        key = "train.lr_scheduler_kwargs"
-        get_scheduler(config.lr_scheduler_type, optimizer, 1, 10**6, config.lr_scheduler_kwargs)
-    except (ImportError, ValueError, TypeError) as error:
-        if "need to pass a" not in str(error):  # some ask for the model, which comes later
-            raise recipe.error(key, f"{key}: {one_line(error)}") from None
+    schedule = config.lr_scheduler_type, optimizer, 1, 10**6, config.lr_scheduler_kwargs
+    if not config.optim_target_modules and "lomo" not in config.optim:  # these ask for the model
+        _built(recipe, "train.optim", lambda: Trainer.get_optimizer_cls_and_kwargs(config))
+    _built(recipe, "train.lr_scheduler_kwargs", lambda: get_scheduler(*schedule))
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig | None:
@@ -204,12 +189,12 @@ def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
     return _built(recipe, "quantization", lambda: BitsAndBytesConfig(**values))
 
 
-def _built(recipe: Recipe, section: str, build: Callable[[], _Built]) -> _Built:
-    """Return upstream's object, or raise its refusal at the key of the section."""
+def _built(recipe: Recipe, key: str, build: Callable[[], _Built]) -> _Built:
+    """Return upstream's object, or raise its refusal at the key or section."""
     try:
         return build()
     except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
-        raise refused(recipe, section, error) from None
+        raise refused(recipe, key, error) from None
 
 
 def check_packages(recipe: Recipe) -> None:
@@ -233,11 +218,11 @@ def has_accelerator() -> bool:
     return not asked_for_cpu and bool(torch.accelerator.is_available())
 
 
-def refused(recipe: Recipe, section: str, error: Exception, *hints: str) -> RecipeError:
-    """Return upstream's refusal at the key it speaks about."""
+def refused(recipe: Recipe, key: str, error: Exception) -> RecipeError:
+    """Return upstream's refusal, of a section at the key it speaks about."""
     message = one_line(error)
-    values = getattr(recipe, section) or {}
+    values = getattr(recipe, key, None) or {}
     words = message.replace(" ", "_").lower()  # Target modules {'x'} not found
-    named = [key for key in values if re.search(rf"(?<![^\W_]){re.escape(key)}(?![^\W_])", words)]
-    key = f"{section}.{max(named, key=len)}" if named else section
-    return recipe.error(key, f"{section}: {message}", *hints)
+    named = [name for name in values if re.search(rf"(?<![^\W_]){name}(?![^\W_])", words)]
+    place = f"{key}.{max(named, key=len)}" if named else key
+    return recipe.error(place, f"{key}: {message}")

@@ -233,8 +233,7 @@ def _prepare(
 
     # files -> rows
     read = read_data(section, bad)
-    rows = first_in_hash_order(read.rows, section.max_examples, section.split.seed)
-    is_text = any("text" in row.fields for row in rows)
+    is_text = any("text" in row.fields for row in read.rows)
     if is_text and recipe.train.get("completion_only_loss") is True:
         what = "train.completion_only_loss: true needs prompt and completion, not texts"
         raise SettingError("train.completion_only_loss", what, "remove it: all of a text has loss")
@@ -246,15 +245,15 @@ def _prepare(
         if reason := unread_argument(section.chat_template_kwargs, template):
             raise SettingError("data.chat_template_kwargs", f"data.{reason.what}", *reason.hints)
     encoded: dict[str, Encoded] = {}
-    for row in rows:
+    for row in read.rows:
         try:
             encoded[row.id] = encode(row, settings, tokenizer, template)
         except BadRow as reason:
             bad.add(row, reason)
     if len(bad) and (section.on_bad_row == "error" or not encoded):
         raise bad.error(read.num_read)
-    limit = section.filters.max_tokens or math.inf
-    rows = [row for row in rows if row.id in encoded and encoded[row.id].tokens_before <= limit]
+    most = section.filters.max_tokens or math.inf
+    rows = [row for row in read.rows if row.id in encoded and encoded[row.id].tokens_before <= most]
 
     # tokens -> splits -> data sets
     parts = split_rows(rows, section.split)

@@ -422,18 +422,17 @@ def listed_sources(section: DataSection) -> list[SourcePart]:
             raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
     shared = section.model_dump(include={"subset", "source_split", "revision"})
     sources = []
-    for entry in [section.source] if isinstance(section.source, str) else section.source:
-        keys: Any = {"source": entry} if isinstance(entry, str) else entry
-        columns = {**section.columns, **(keys.get("columns") or {})}
-        sources.append(SourcePart.model_construct(**{**shared, **keys, "columns": columns}))
+    for part in [section.source] if isinstance(section.source, str) else section.source:
+        own = {"source": part} if isinstance(part, str) else part.model_dump(exclude_none=True)
+        columns = section.columns | (getattr(part, "columns", None) or {})
+        sources.append(SourcePart.model_construct(**{**shared, **own, "columns": columns}))
     return sources
 
 
 def is_on_hub(source: SourcePart) -> bool:
     """Return whether no file or folder has a source's name, and it is not named like a file."""
     path = Path(source.source).expanduser()
-    is_local = path.exists() or data_format(path)
-    return not is_local and bool(HUB_ID.fullmatch(source.source))
+    return not (path.exists() or data_format(path)) and bool(HUB_ID.fullmatch(source.source))
 
 
 def needs_hub(section: DataSection) -> bool:
@@ -607,18 +606,20 @@ def read_data(section: DataSection, bad: BadRows) -> Rows:
         row.id = row.id or row.content[:8].hex()
         times[row.id] += 1
         row.id += f"#{times[row.id]}" if times[row.id] > 1 else ""
-    return Rows(rows, sources, num_read)
+    used = first_in_hash_order(rows, section.max_examples, section.split.seed)
+    return Rows(used, sources, num_read)
 
 
-def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list[DataRow]]:
-    """Return the rows of each split, in file order."""
-    sides = [TRAIN] * len(rows)
+def split_rows(
+    rows: Sequence[DataRow], section: SplitSection, least: int = 1
+) -> dict[str, list[DataRow]]:
+    """Return the rows of each split, in file order; `least` of them have to train."""
+    sides, both = [TRAIN] * len(rows), round(section.validation + section.test, 6)
     if section.method == "published":  # two calls, as the original study's script
         from datasets import Dataset
 
-        if not (section.validation and section.test):
-            raise SettingError("data.split", "published needs validation and test above 0")
-        both = round(section.validation + section.test, 6)
+        if not (section.validation and section.test and both < 1):
+            raise SettingError("data.split", "published needs validation, test and training rows")
         first = Dataset.from_dict({"row": range(len(rows))}).train_test_split(
             both, seed=section.seed
         )
@@ -638,9 +639,9 @@ def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list
     divided: dict[str, list[DataRow]] = {name: [] for name in SPLITS}
     for row, side in zip(rows, sides, strict=True):
         divided[side].append(row)
-    if not divided[TRAIN]:
-        what = f"0 rows are left for training ({len(rows)} before the split)"
-        hint = "raise data.filters.max_tokens, or lower data.split.validation and test"
+    if (left := len(divided[TRAIN])) < least:
+        what = f"{left} rows are left for training, of {len(rows)}; a step needs {least}"
+        hint = "lower run.global_batch_size or data.split.validation; raise data.filters.max_tokens"
         raise SettingError("data.split", what, hint)
     return divided
 
@@ -651,18 +652,18 @@ def train_rows(section: DataSection, files: object = None) -> list[DataRow]:
     """
     if files is not None and source_hashes(section) != files:
         raise DataError("the data is not what it was when the run was trained")
-    rows = read_data(section, BadRows()).rows
-    rows = first_in_hash_order(rows, section.max_examples, section.split.seed)
-    return split_rows(rows, section.split)[TRAIN]
+    return split_rows(read_data(section, BadRows()).rows, section.split)[TRAIN]
 
 
 def check_rows(recipe: Recipe) -> list[DataError]:
     """Return what is wrong with rows that are all in local files, without a tokenizer."""
-    bad = BadRows()
+    bad, section = BadRows(), recipe.data
     try:
-        read = None if needs_hub(recipe.data) else read_data(recipe.data, bad)
-        if read and bad and (recipe.data.on_bad_row == "error" or not read.rows):
+        read = None if needs_hub(section) else read_data(section, bad)
+        if read and bad and (section.on_bad_row == "error" or not read.rows):
             raise bad.error(read.num_read)
+        if read and len(read.sources) == 1:  # of a mixture, rows may repeat
+            split_rows(read.rows, section.split, recipe.run.global_batch_size or 1)
     except DataError as error:
         return [place(recipe, error)]
     return []

@@ -19,7 +19,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, pack_dataset
 
 from recipes_lib.config import launch
-from recipes_lib.config.preflight import attention_refused
 from recipes_lib.config.recipe import VARLEN, Recipe
 from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config, build_quantization_config
 from recipes_lib.core.ranks import meet, say_once
@@ -134,7 +133,7 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
     """
     varlen, on_cpu = recipe.model.attn_implementation == VARLEN, args.device.type == "cpu"
     if varlen and (why := families.why_not_varlen(model)):
-        raise attention_refused(recipe, why)
+        raise recipe.error("model.attn_implementation", f"varlen {why}", "leave the key out")
     wrapped = args.packing and args.packing_strategy == "wrapped"
     if wrapped or recipe.train.get("padding_free") is False:
         return False

@@ -88,7 +88,7 @@ def load_model(
         say_once(f"fetching {path} from the Hub ...")
     # else transformers 5.24 takes a bot's conversion of pickles, from another revision
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    options: dict[str, Any] = {**section.kwargs, **_source(section), "dtype": section.dtype}
+    options: dict[str, Any] = {**_source(section), "dtype": section.dtype}
     if attention:  # a training switches to varlen; answers are sdpa's
         options["attn_implementation"] = "sdpa" if attention == VARLEN else attention
     try:
