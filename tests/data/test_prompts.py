@@ -61,7 +61,6 @@ def test_a_template_is_the_tokenizer_s_inline_a_file_or_one_of_trl(tiny_tokenize
     for given, words, hint in (
         ("other.jinja", r"other\.jinja cannot be read: .*No such file", ".jinja file"),
         ("trl:lama3", "trl:lama3 cannot be read", "did you mean trl:llama3?"),
-        ("trl:chatml", "trl:chatml cannot be read", "trl:qwen2_5"),
     ):
         with pytest.raises(SettingError, match=words) as caught:
             chat_template(section("chat", chat_template=given), tiny_tokenizer)

@@ -74,6 +74,9 @@ def test_each_family_goes_the_whole_way(
     assert main([str(recipe), "run.name=run"]) == 0
     assert weights_of(run) and weights_of(run) == weights_of(run.with_name("whole"))
 
+    if (family, method) == ("gpt2", "qlora"):  # refused: its layers are transposed
+        assert recipes("merge", "run")[0] == ExitCode.USAGE
+        return
     given = [tmp_path / "given"]
     if method != "full":
         given.append(tmp_path / "given-merged")

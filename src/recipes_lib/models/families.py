@@ -111,11 +111,8 @@ def why_not_varlen(model: Any) -> str | None:
     layers = {*(getattr(config, "layer_types", None) or ())}
     if why := why_rows_apart(model):
         return f"is of no use to {name}, which {why}"
-    if (
-        not model._supports_flash_attn
-        or layers - ATTENTION_LAYERS
-        or any(getattr(config, key, None) for key in _NO_VARLEN)
-    ):
+    is_unlike = any(getattr(config, key, None) for key in _NO_VARLEN)
+    if is_unlike or layers - ATTENTION_LAYERS or not model._supports_flash_attn:
         return f"knows full and sliding attention in heads of one size, which {name} does not have"
     return None
 
@@ -130,27 +127,21 @@ def has_plain_head(model: Any) -> bool:
 # ---- adapters ----
 
 
-def converted(config: LoraConfig, model: Any) -> LoraConfig:
-    """Return a LoRA config as PEFT reads it for this model: expert layers become parameters."""
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    result = copy.deepcopy(config)
-    convert_peft_config_for_transformers(result, model, None)
-    return result
-
-
 def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
     """Return a LoRA config without what reads images, routers and what takes no adapter."""
-    settled, images = copy.deepcopy(config), needs_of(model.config.model_type).images
-    left_out: tuple[str, ...] = ()
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    settled, needs = copy.deepcopy(config), needs_of(model.config.model_type)
+    left_out = [rf"{part}\..*" for part in needs.images]
     if config.target_modules == "all-linear":
-        settled, left_out = converted(config, model), needs_of(model.config.model_type).left_out
+        convert_peft_config_for_transformers(settled, model, None)  # experts become parameters
+        left_out += needs.left_out
         kept = {*(settled.target_parameters or ())} - {ROUTER}
         settled.target_parameters = sorted(kept | {*(config.target_parameters or ())}) or None
-    if left_out or images:  # as one regular expression over whole names
+    if left_out:  # as one regular expression over whole names
         excluded = settled.exclude_modules
         named = [] if isinstance(excluded, str) else map(re.escape, excluded or ())
-        ends = "|".join([*named, *left_out, *(rf"{part}\..*" for part in images)])
+        ends = "|".join([*named, *left_out])
         pattern = rf"(?:{excluded})|" if isinstance(excluded, str) else ""
         settled.exclude_modules = rf"{pattern}(?:.*\.)?(?:{ends})"
     return settled
