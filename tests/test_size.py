@@ -24,7 +24,7 @@ LINES = {
     "plan": (744, 750),
     "evals": (4262, 4300),
     "analysis": (2723, 3000),
-    "study": (980, 950),
+    "study": (977, 950),
     "slurm": (796, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 19_500, 20_000

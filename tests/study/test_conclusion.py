@@ -35,22 +35,19 @@ def file(study_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return study_folder / "tiny.yaml"
 
 
-def locked(study: Study) -> Path:
-    return folder_of(study) / "design.json"
-
-
 def test_the_first_verdicts_lock_the_design_and_an_interim_look_has_none(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = load_study(file, ["seeds=[42, 43]"])
+    lock = folder_of(study) / "design.json"
     with monkeypatch.context() as early:
         early.setattr(reporting.runs, "missing_of", lambda study: ["training tiny--r8"])
         report, missing = report_study(study)
-    assert missing and report.answer[0].startswith("Interim") and not locked(study).exists()
+    assert missing and report.answer[0].startswith("Interim") and not lock.exists()
     written = json.loads((folder_of(study) / "comparison.json").read_text())
     assert "recipes study run" in written["cannot_say"][0]
     first, _ = report_study(study)
-    assert not first.descriptive and locked(study).is_file()
+    assert not first.descriptive and lock.is_file()
     assert "r8 is better than r4" in first.answer[0]
     assert main(["study", "report", str(file), "seeds=[43, 42]"]) == ExitCode.DONE
     assert first.answer[0] in (said := capsys.readouterr().out)

@@ -293,11 +293,8 @@ def _answers(recipe: EvalRecipe) -> int:
 
 def _questions(recipe: EvalRecipe) -> int:
     """How many questions an eval has, where that is known; 0 where it asks none itself."""
-    if recipe.suite.name in ("lm_eval", "heldout_loss"):
-        return 0
-    with suppress(RecipesError):  # files that cannot be used are the evaluation's error
-        if chosen := local_questions(recipe):
-            return len(chosen.questions)
+    if chosen := local_questions(recipe):
+        return len(chosen.questions)
     known = _QUESTION_SETS.get(str(recipe.data.questions).partition(":")[0], 0)
     return min(known, recipe.data.max_questions or known)
 
