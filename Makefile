@@ -20,7 +20,7 @@ COUNT = awk -v live=$$([ -t 1 ] && echo 1 || echo 0) '/^Collecting/ { count++; i
     /^Successfully installed/ { done = 1 } \
     END { if (live && count) print ""; if (done) print "  " (count ? count " packages were missing and are installed" : "all packages are there") }'
 
-.PHONY: help setup quickstart test test-slow test-commit test-nightly check style schema
+.PHONY: help setup quickstart test test-slow test-nightly check style schema
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,9 +50,6 @@ test: setup  ## the fast tests
 
 test-slow: setup  ## the tests that take minutes or start several processes
 	$(BIN)/python -m pytest -m "slow and not nightly" -n $(SLOW_WORKERS) --dist worksteal
-
-test-commit: setup  ## fast and slow tests in one go, as CI runs them
-	$(BIN)/python -m pytest -m "not nightly" -n $(SLOW_WORKERS) --dist worksteal
 
 test-nightly: setup  ## grids of model families, kill moments, disks and simulations; not in CI
 	$(BIN)/python -m pytest -m nightly -n $(SLOW_WORKERS) --dist worksteal

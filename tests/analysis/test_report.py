@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import re
+import shutil
+import subprocess
 import time
 import tracemalloc
 from dataclasses import replace
@@ -79,6 +82,36 @@ def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(folders) -> Non
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "default-src 'none'" in page and "\x1b" not in page and "49" not in page[:500]
     assert not any(name.startswith("on") for _, attrs in tags for name in attrs)
+
+
+# Loads the report at the width of a phone, goes to the next sample, and writes what is there.
+READER = """<iframe src="report/report.html" width="390" height="800"></iframe><pre></pre><script>
+onload = () => setTimeout(() => {
+  const page = document.querySelector("iframe").contentDocument;
+  const place = () => page.getElementById("place").textContent;
+  const seen = [place(), page.documentElement.scrollWidth <= 390, page.images.length];
+  page.getElementById("next").click();
+  document.querySelector("pre").textContent = [...seen, place()].join(", ");
+}, 500);</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_in_a_browser_samples_can_be_paged_and_a_phone_shows_all_of_it(folders, tmp_path) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.fail("no chromium") if os.environ.get("CI") else pytest.skip("no chromium")
+    for (folder,) in folders.values():
+        change_lines(
+            folder / "evals/alpaca_eval/items.jsonl", lambda row: row | {"raws": [HOSTILE]}
+        )
+    arms = load_arms(folders)
+    write_report(tmp_path / "report", conclude(arms), arms)
+    (tmp_path / "reader.html").write_text(READER)
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command = [browser, *flags, "--virtual-time-budget=5000", "--dump-dom", "reader.html"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert "<pre>1 of 60, true, 0, 2 of 60</pre>" in done.stdout, done.stdout
 
 
 def test_every_number_has_its_n_and_its_file(folders, tmp_path) -> None:
