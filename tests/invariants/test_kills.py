@@ -4,6 +4,7 @@ byte for byte.
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
@@ -64,3 +65,14 @@ def test_a_killed_qlora_ends_with_the_bytes_of_an_uninterrupted_one(launcher) ->
     said = launcher.train("run.name=killed-qlora", *words)
     assert "resuming checkpoint-6" in said
     assert launcher.adapter("killed-qlora") == launcher.adapter("whole-qlora")
+
+
+def test_a_killed_rank_is_named_and_the_same_command_goes_on(launcher) -> None:
+    child = launcher.start("run.name=gone", "train.max_steps=400", *OVERRIDES, config="ddp_cpu")
+    launcher.wait_for_step(child, "gone")
+    os.kill(child.ranks()[1], signal.SIGKILL)
+    code, said = child.wait()
+    assert code and "rank 1 was killed" in said and "internal error" not in said, said[-3000:]
+    state = launcher.state("gone")
+    assert (state["state"], state["exit_code"]) == ("failed", 5)
+    assert "rank 1 was killed" in state["error"] and "recipes train resumes" in state["error"]

@@ -18,7 +18,7 @@ from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.runs import ArmRuns, Run
 from recipes_lib.analysis.text import setting_text
 from recipes_lib.config.recipe import recipe_keys
-from recipes_lib.core.files import DamagedFile, hash_of, read_object
+from recipes_lib.core.files import DataError, hash_of, read_object
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
 
 Level = Literal["cause", "tuned", "confound", "note"]
@@ -166,7 +166,7 @@ def base_weights(run: Run) -> str:
     known = run.state.get("base_fingerprint")
     known = known or (run.state.get("weights_check") or {}).get("base_fingerprint")
     for name in ("adapter", "model"):
-        with suppress(DamagedFile):
+        with suppress(DataError):
             record = read_object(run.folder / name / "weights_check.json")
             known = known or record.get("base_fingerprint")
     return str(known or "")[:12]

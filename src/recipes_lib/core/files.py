@@ -8,7 +8,6 @@ gets it here, from `write_bytes` or `publish`.
 from __future__ import annotations
 
 import datetime
-import functools
 import hashlib
 import json
 import os
@@ -18,16 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.errors import DataError, RecipesError, print_error
+from recipes_lib.core.errors import DataError, RecipesError
 from recipes_lib.core.project import cache_root
 
 Row = dict[str, Any]
 _NOT_TEXT = re.compile("[\ud800-\udfff\x00]")
-_print_once = functools.cache(print_error)  # a file is often read several times by one command
-
-
-class DamagedFile(DataError):
-    """A file of ours that is not what was written to it."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -92,7 +86,7 @@ def utc_now() -> str:
 
 
 def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
-    """Return a JSON object, empty for an absent file; a `DamagedFile` error says the remedy."""
+    """Return a JSON object, empty for an absent file; of a damaged one the error has the remedy."""
     if not path.is_file():
         return {}
     try:
@@ -101,7 +95,7 @@ def read_object(path: Path, remedy: str = "restore it, or run the step again tha
         value = None
     if isinstance(value, dict):
         return value
-    raise DamagedFile("is damaged: not a JSON object", remedy, file=path)
+    raise DataError("is damaged: not a JSON object", remedy, file=path)
 
 
 def object_or_none(path: Path) -> Row | None:
@@ -115,8 +109,7 @@ def object_or_none(path: Path) -> Row | None:
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield the objects of a JSON-lines file; an absent file has none.
 
-    A crash may have cut the last line: it is left out, with a warning. A damaged line before it is
-    a `DamagedFile`.
+    A crash may have cut the last line: it is left out. A damaged line before it is an error.
     """
     if not path.is_file():
         return
@@ -126,10 +119,7 @@ def read_rows(path: Path) -> Iterator[Row]:
             if row is not None:
                 yield row
             elif line.strip() and lines.peek(1):
-                what = "this line is damaged, not a JSON object: restore or delete it"
-                raise DamagedFile(what, file=path, line=number)
-            elif line.strip():
-                _print_once(f"warning: {path}:{number}: this line is damaged and left out")
+                raise DataError("this line is damaged; restore or drop it", file=path, line=number)
 
 
 def parsed_line(line: bytes) -> Row | None:
@@ -188,9 +178,6 @@ def model_fingerprint(model: str | Path, revision: str | None = None) -> str:
     parts: list[object] = [[path.name, remembered_hash(path)] for path in files]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         settings = read_object(folder / name)
-        for key in ("target_modules", "exclude_modules"):
-            if isinstance(settings.get(key), list):
-                settings[key].sort()  # PEFT writes a set, in another order each time
         for key in ("base_model_name_or_path", "_name_or_path"):
             settings.pop(key, None)
         parts.append([name, settings])

@@ -12,9 +12,10 @@ import os
 import pickle
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.core.terminal import say
 
 T = TypeVar("T")
@@ -108,7 +109,22 @@ def shared_store() -> Any:
 def _rendezvous() -> Any:
     from torch.distributed.rendezvous import rendezvous
 
-    return next(rendezvous("env://"))[0]
+    store = next(rendezvous("env://"))[0]
+    store.set(f"recipes/pid/{rank()}", str(os.getpid()))
+    return store
+
+
+def killed_rank() -> EnvironmentFault | None:
+    """Return an error that names a rank of this machine whose process is gone, if there is one."""
+    import psutil
+
+    with suppress(Exception):  # one process, all are there, or the store has ended with rank 0
+        first, local = rank() - int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        pids = {n: int(shared_store().get(f"recipes/pid/{n}")) for n in range(first, first + local)}
+        time.sleep(1)  # until the launcher has seen its end
+        gone = next(n for n, pid in pids.items() if not psutil.pid_exists(pid))
+        return EnvironmentFault(f"rank {gone} was killed (out of memory?); recipes train resumes")
+    return None
 
 
 def _wait(arrived: Callable[[], bool]) -> None:

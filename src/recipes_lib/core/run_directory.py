@@ -1,9 +1,5 @@
-"""One run, one folder: where each file lies, the state in run.json, and the lock on the folder.
-
-    runs/<name>/
-      recipe.yaml  resolved.yaml  command.txt  environment.json  splits.json
-      supervision.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/ or model/
-      merged/  evals/  run.json
+"""One run, one folder (recipe.yaml, resolved.yaml, metrics.jsonl, checkpoints/, adapter/ or model/,
+merged/, evals/): where each file lies, the state in run.json, and the lock on the folder.
 
 run.json is the only truth about how a run ended: exit codes do not survive `accelerate launch`. The
 lock ends with its process; a note says who holds it.

@@ -28,7 +28,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from recipes_lib.core.errors import DataError, EnvironmentFault
 from recipes_lib.core.files import (
-    DamagedFile,
     Row,
     object_or_none,
     parsed_line,
@@ -301,7 +300,7 @@ def read_eval_log(file: Path) -> EvalLog:
     """Return the log of a result file with its samples; a DataError where these do not agree."""
     row = read_object(file)
     if row.pop("format_version", None) != RESULT_VERSION:
-        raise DamagedFile("is of another version of this project", _AGAIN, file=file)
+        raise DataError("is of another version of this project", _AGAIN, file=file)
     name, items = file.parent.name, items_file(file)
     log: EvalLog = _validated(EvalLog, {**row, "eval": name, "file": file}, file)
     samples: dict[tuple[str, str], list[Sample]] = defaultdict(list)
@@ -322,7 +321,7 @@ def _validated(kind: Any, row: Row, file: Path, line: int | None = None) -> Any:
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
         what = f"is damaged: {'.'.join(map(str, details['loc']))}: {details['msg']}"
-        raise DamagedFile(what, _AGAIN, file=file, line=line) from None
+        raise DataError(what, _AGAIN, file=file, line=line) from None
 
 
 def _check_samples(metric: Metric) -> None:

@@ -17,7 +17,7 @@ from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, explain_fault
 from recipes_lib.core.files import Row, publish, sync, utc_now, write_json, write_text
-from recipes_lib.core.ranks import meet, on_main_rank, rank
+from recipes_lib.core.ranks import killed_rank, meet, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, State, run_lock
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.prepare import PreparedData
@@ -157,12 +157,12 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
     stop.stop_file, stop.record = run.stop_file, attempt.record_failure
     with ExitStack() as stack:
         try:
-            began = on_main_rank(lambda: attempt.begin(stack))
-            attempt.finished, attempt.owns_records = began
+            attempt.finished, attempt.owns_records = on_main_rank(lambda: attempt.begin(stack))
             yield attempt
             meet()
         except Exception as error:
             fault = error if isinstance(error, RecipesError) else explain_fault(error)
+            fault = fault or killed_rank()
             code = int(fault.exit_code if fault else ExitCode.FAILED)
             if rank() == 0 or not getattr(error, "on_every_rank", False):
                 attempt.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from recipes_lib.config.recipe import RECIPE_FILE, DataSection, Recipe, load_recipe
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError, RecipesError
-from recipes_lib.core.files import DamagedFile, file_hash, hash_of, read_object
+from recipes_lib.core.files import file_hash, hash_of, read_object
 from recipes_lib.core.ranks import on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.models.families import ready_to_answer
@@ -109,7 +109,7 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         return f"run.json has no hashes of {folder.name}/"
     try:
         changed = changed_files(folder, recorded)
-    except (DamagedFile, OSError) as error:
+    except (DataError, OSError) as error:
         return str(error).splitlines()[0]
     return f"{folder.name}/{changed[0]} was changed, or is gone" if changed else None
 
