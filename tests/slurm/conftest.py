@@ -107,18 +107,23 @@ class Cluster:
         found = json.loads(self.recipes("launch", "status", name, "--json").stdout)
         return {state["label"]: state for state in found[name]}
 
+    def waiting(self, name: str) -> list[str]:
+        """Return the jobs of a launch that have not ended; those that were queued again start at
+        once, not after two minutes.
+        """
+        ask = ("squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(self.jobs(name).values()))
+        lines = self.call(*ask).stdout.splitlines()
+        for job in (line.split("|")[0] for line in lines if line.endswith("BeginTime")):
+            time.sleep(2)
+            self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return lines
+
     def ended(self, name: str, seconds: float = 300) -> dict[str, dict[str, Any]]:
-        """Wait for the end of a launch; requeued jobs start at once, not after two minutes."""
-        deadline, ids = time.monotonic() + seconds, list(self.jobs(name).values())
-        ask = ("squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids))
-        while waiting := self.call(*ask).stdout.splitlines():
-            for line in waiting:
-                job, _, reason = line.split("|")
-                if reason == "BeginTime":
-                    time.sleep(2)
-                    self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Wait for the end of a launch."""
+        deadline = time.monotonic() + seconds
+        while waiting := self.waiting(name):
             if time.monotonic() > deadline:
-                self.call("scancel", *ids)
+                self.call("scancel", *self.jobs(name).values())
                 pytest.fail(f"still there after {seconds} s: {waiting}\n{self.log(name)}")
             time.sleep(0.3)
         return self.states(name)

@@ -64,30 +64,33 @@ def test_a_recipe_is_trained_judged_by_a_server_of_the_job_and_reported(
     assert (cluster.runs / "judged" / "report.html").is_file()
 
 
-def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_adapter(
+def test_a_job_that_was_asked_to_save_and_one_preempted_end_with_the_same_adapter(
     cluster, tiny, profile, whole
 ) -> None:
-    words = ("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=preempted", *STEPS)
+    """One job: after USR2, which Slurm sends before the time limit, its script queues it again;
+    then Slurm does.
+    """
+
+    def wait_for_step(step: int, try_number: int) -> None:
+        def is_there() -> bool:
+            waiting, log = cluster.waiting("disturbed"), cluster.log("disturbed")
+            assert waiting, log
+            return f"try={try_number}" in log and cluster.steps("disturbed") >= step
+
+        cluster.wait_for(is_there, f"step {step} of try {try_number}")
+
+    words = ("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=disturbed", *STEPS)
     cluster.launch(*words)
-    cluster.wait_for(lambda: cluster.steps("preempted") >= 4, "the fourth step")
+    wait_for_step(4, 0)
+    cluster.call("scancel", "--batch", "--signal=USR2", cluster.jobs("disturbed")["train"])
+    wait_for_step(cluster.steps("disturbed") + 30, 1)
     cluster.call("sbatch", "-p", "urgent", "-N4", "--exclusive", "--wrap", "sleep 1")
-    states = cluster.ended("preempted")
-    log = cluster.log("preempted")
-    assert states["train"]["state"] == "done", log
-    assert re.search(r"stopped at step \d+/400", log) and "resuming checkpoint-" in log, log
-    assert "try=0" in log and "try=1" in log  # one log, appended
-    assert cluster.adapter("preempted") == cluster.adapter(whole)
-
-
-def test_a_job_that_gets_usr2_saves_and_goes_back_into_the_queue(cluster, tiny, profile, whole):
-    words = ("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=asked", *STEPS)
-    cluster.launch(*words)
-    cluster.wait_for(lambda: cluster.steps("asked") >= 4, "the fourth step")
-    cluster.call("scancel", "--batch", "--signal=USR2", cluster.jobs("asked")["train"])
-    states = cluster.ended("asked")
-    log = cluster.log("asked")
+    states = cluster.ended("disturbed")
+    log = cluster.log("disturbed")
     assert states["train"]["state"] == "done" and "back into the queue" in log, log
-    assert cluster.adapter("asked") == cluster.adapter(whole)
+    assert len(re.findall(r"stopped at step \d+/400", log)) == 2, log
+    assert log.count("resuming checkpoint-") == 2 and "try=2" in log, log  # one log, appended
+    assert cluster.adapter("disturbed") == cluster.adapter(whole)
 
 
 @pytest.mark.nightly
