@@ -16,10 +16,10 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1347, 1500),
     "core": (799, 800),
-    "config": (1868, 1900),
+    "config": (1867, 1900),
     "models": (450, 450),
     "data": (1650, 1650),
-    "training": (1547, 1700),
+    "training": (1545, 1700),
     "weights": (894, 900),
     "plan": (744, 750),
     "evals": (4261, 4300),

@@ -144,8 +144,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     parser = argparse.ArgumentParser(
         prog="recipes_lib.train", description="Fine-tune a model from a recipe.", allow_abbrev=False
     )
-    words = "a recipe YAML; any `section.key=value` after it overrides a value"
-    parser.add_argument("recipe", help=words)
+    parser.add_argument("recipe", help="a recipe YAML; section.key=value after it overrides values")
     for name, text in TRAIN_FLAGS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

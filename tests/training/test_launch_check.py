@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import psutil
@@ -11,7 +10,7 @@ import pytest
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.training.launch_check import check_launch, check_request, leave_gpus_out, what_runs
+from recipes_lib.training.launch_check import check_launch, check_request, what_runs
 
 ALONE = Active(1, "one process", "cpu")
 
@@ -32,14 +31,6 @@ def test_what_is_not_what_was_asked_for_is_refused(monkeypatch) -> None:
     for upstream, ours in {"MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP"}.items():
         state = SimpleNamespace(distributed_type=upstream, num_processes=2, device="cpu")
         assert what_runs(state).distributed_type == ours
-
-
-def test_a_launch_for_the_cpu_sees_no_gpu(monkeypatch) -> None:
-    for word, seen in (("true", ""), ("1", ""), ("false", "0,1")):
-        monkeypatch.setenv("ACCELERATE_USE_CPU", word)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        leave_gpus_out()
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
 def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(

@@ -188,26 +188,25 @@ def check_names(
 
 
 def _adapter(recipe: Recipe, model: Any) -> list[RecipeError]:
-    """Return what PEFT takes: a name of a list that matches nothing (one that does is enough for
-    it) and layers that no adapter can change; else what it says when it puts the adapters on.
-    """
+    """Return names that match nothing, layers that take no adapter, and what PEFT refuses."""
     import torch
     from peft import get_peft_model
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+    known = upstream.build_lora_config(recipe)
     config, needs = upstream.build_lora_config(recipe), families.needs_of(model.config.model_type)
-    assert config is not None
+    assert config and known
     modules, faults = dict(families.language_modules(model)), list[tuple[str, ...]]()
     kinds = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
     hint = f"its layers: {', '.join(sorted({name.rpartition('.')[2] for name in kinds}))}"
     # former layers of experts, which are parameters now, PEFT finds by itself
-    known = families.converted(config, model)
+    convert_peft_config_for_transformers(known, model, None)
     for key in ("target_modules", "modules_to_save"):
         names = getattr(known, key)
         for name in names if isinstance(names, set | list) else ():
             if not any(f".{module}".endswith(f".{name}") for module in modules):
-                faults.append(
-                    (f"lora.{key}", f"lora.{key}: the model has no module '{name}'", hint)
-                )
+                what = f"lora.{key}: the model has no module '{name}'"
+                faults.append((f"lora.{key}", what, hint))
             elif name in needs.left_out:
                 what = f"lora.{key}: '{name}' takes no adapter: {needs.because}"
                 faults.append((f"lora.{key}", what, "use all-linear"))

@@ -143,8 +143,7 @@ class Attempt:
         if run.metrics.is_file():
             sync(run.metrics)
         run.stop_file.unlink(missing_ok=True)
-        proof = {"summary": summary, "weights_check": check}
-        run.write_state("finished", exit_code=0, error=None, **proof)
+        run.write_state("finished", exit_code=0, error=None, summary=summary, weights_check=check)
         equal = f"{check['tensors']} trained tensors equal the files, byte for byte"
         say(f"finished: {self.weights} ({equal})")
         next_step(f"recipes chat {run.name}")

@@ -41,8 +41,7 @@ class MetricsCallback(TrainerCallback):
     """On rank 0, writes a line of metrics.jsonl and says one for each log."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.first_step, self.last_tokens = path, 0, 0
-        self.began = self.last_log = time.monotonic()
+        self.path = path
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start the clock."""
