@@ -19,13 +19,13 @@ LINES = {
     "config": (1867, 1900),
     "models": (450, 450),
     "data": (1650, 1650),
-    "training": (1545, 1700),
+    "training": (1542, 1700),
     "weights": (894, 900),
     "plan": (744, 750),
     "evals": (4261, 4300),
     "analysis": (2723, 3000),
     "study": (977, 950),
-    "slurm": (796, 800),
+    "slurm": (795, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 19_500, 20_000
 LARGEST_TESTS, GOAL_TESTS = 15_800, 16_000

@@ -64,17 +64,19 @@ MORE = {
 }
 VERBS = {**START_HERE, **MORE}
 ACTIONS = {"study": ("plan", "run", "status", "report"), "judge": ("audit",)}
-_EPILOG = (
-    "section.key=value words override values of a recipe, for example train.learning_rate=1e-4."
-    " --debug shows tracebacks."
-)
 
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ours."""
 
     def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog, epilog=_EPILOG, allow_abbrev=False, **options)
+        super().__init__(prog, epilog="--debug shows tracebacks.", allow_abbrev=False, **options)
+
+    def format_help(self) -> str:
+        """Return the help, with the words of recipes where the verb takes some."""
+        if "overrides" in parameters(self.get_default("function") or self.error):
+            self.epilog = f"section.key=value words override values of the YAML. {self.epilog}"
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong, with the usage."""

@@ -42,7 +42,7 @@ def test_every_shipped_recipe_has_a_sensible_plan(plan: Run) -> None:
         assert made["peak_gib"] < made["needed_gib"] < (8 if on_cpu else 80), path
         if not on_cpu:  # of a CPU nobody knows the speed before a first run
             assert 20 < made["seconds"] < 4 * 3600, path
-        assert made["steps"] > 30, path
+        assert made["steps"] >= 12, path
 
 
 def test_a_plan_has_at_most_fifteen_lines_and_the_numbers_of_its_json(plan: Run) -> None:
@@ -106,4 +106,4 @@ def test_bad_input_is_one_message(plan: Run, tmp_path) -> None:
         found, _, err = plan(LORA, *words)
         assert found == code and said in err and "Traceback" not in err, (words, err)
     code, _, err = plan(ROOT / "recipes/studies/lora-rank.yaml")
-    assert code == 2 and "is of the kind study, not recipe" in err
+    assert code == 2 and "of kind recipe, found study" in err

@@ -73,7 +73,7 @@ def test_a_first_signal_asks_for_a_checkpoint_and_the_reported_code_is_returned(
     child = supervised(tiny_recipe, "stepping")
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=60)
-    assert child.returncode == 130 and "stopping in a checkpoint" in said
+    assert child.returncode == 130 and "a checkpoint is written" in said
     assert RunDirectory("tiny").stop_file.read_text() == "INT"
     assert is_gone(tiny_recipe.parent)  # none outlives its launcher
 
@@ -90,7 +90,7 @@ def test_before_the_first_step_a_signal_ends_everything_at_once(tiny_recipe, num
     assert child.returncode == code and "before the first step" in said
     assert "the same command" in said
     state = RunDirectory("tiny").read_state()
-    assert (state["state"], state["exit_code"]) == ("preempted", code)
+    assert (state["state"], state["exit_code"]) == ("stopped", code)
     assert is_gone(tiny_recipe.parent) and is_gone(tiny_recipe.parent, "helper")
 
 

@@ -44,7 +44,7 @@ BOTH = "lora: {r: 8}\nquantization:\n  load_in_8bit: true\n  load_in_4bit: true\
 NONE_OUT = "  split: {method: none}\ntrain: {eval_strategy: epoch}\n"
 # (content, line or None, words)
 BAD_FILES = [
-    (GOOD + "lora:\n\tr: 8\n", 6, "cannot start any token"),
+    (GOOD + "lora:\n\tr: 8\n", 6, "spaces tabs"),
     (GOOD + f"train: {{seed: {2**32}}}\n", 5, "train.seed less than 4294967296"),
     (GOOD + EIGHT, 5, "adapter lora"),
     (GOOD + BOTH, 6, "one of load_in_4bit load_in_8bit"),

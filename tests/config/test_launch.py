@@ -29,7 +29,7 @@ BAD_CONFIGS = [
     ("distributed_type: FSDP\nfsdp_config: 2\n", "dictionary"),
     ("distributed_type: 'NO'\nmixed_precision: fp8\n", "mixed_precision: Input should be"),
     ("distributed_type: 'NO'\ndeepspeed_config: {zero_stage: 3}\n", "cannot be used here"),
-    ("model: {name_or_path: a}\n", "is of the kind recipe, not accelerate"),
+    ("model: {name_or_path: a}\n", "of kind accelerate, found recipe"),
 ]
 
 

@@ -126,8 +126,8 @@ REFUSED = [
     (SHORT + "hub_token: hf_abcdefghijklmnopqrstuvwx\n", "flat.yaml:3: this looks like a secret"),
     (SHORT + "beta: 0.1\n", "DPO"),
     ("base_model: a\nsequence_len: 3\n", "axolotl"),
-    ("model: {name_or_path: a}\n", "is of the kind recipe, not flat"),
-    ("learning_rate: 1\n", "kind unknown"),
+    ("model: {name_or_path: a}\n", "of kind flat, found recipe"),
+    ("learning_rate: 1\n", "found unknown"),
     ("- a\n", "holds no mapping"),
 ]
 

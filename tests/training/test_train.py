@@ -168,7 +168,7 @@ def test_a_request_during_a_step_ends_in_a_checkpoint_that_resumes_to_the_same_b
             patch.setattr(RecipeTrainer, "training_step", interrupted)
             assert main([*words, f"run.name={request}"]) == code
         state = run_json(tiny_recipe, request)
-        assert (state["state"], state["exit_code"]) == ("preempted", code)
+        assert (state["state"], state["exit_code"]) == ("stopped", code)
         assert (stop.parent / "checkpoints/checkpoint-3/COMPLETE.json").is_file()
         assert not stop.exists() and not (stop.parent / "adapter").exists()
         assert main([*words, f"run.name={request}"]) == 0

@@ -544,7 +544,7 @@ def check_presence(arms: Arms) -> Iterator[Finding]:
     for arm in arms:
         for run in arm.runs:
             place, touched, state = (run_place(run.folder),), (arm.name,), run.state.get("state")
-            if state in ("failed", "preempted", "running", "created") and run.evals:
+            if state in ("failed", "stopped", "running", "created") and run.evals:
                 title = f"{run.name} is {state}, not finished, and was evaluated"
                 remedy = "finish it, and evaluate again"
                 yield Finding("not-finished", "error", title, place, remedy, touched)

@@ -260,8 +260,8 @@ def _not_shown(claim: Claim, numbers: str) -> str:
     power = ""
     if row.mde is not None:
         size = difference_text(row.mde, row.unit, signed=False)
-        what = "win rate that far from 50%" if row.head_to_head else "true difference that large"
-        power = f" It finds {size} in 80% of studies (a {what})."
+        what = f"win rate {size} from 50%" if row.head_to_head else f"true difference of {size}"
+        power = f" 80% of such studies find a {what}."
     return f"No difference shown between {first} and {second} on {where}: {numbers}.{power}"
 
 
@@ -371,7 +371,7 @@ def pair_lines(claims: list[Claim]) -> list[str]:
                 p,
                 f"{row.n:,}{unresolved}" if row.test else NONE,
                 claim.says,
-                ", ".join(row.flags),
+                ", ".join(filter(None, [*row.flags, row.why_not])),
             )
         )
     return [f"  {line}".rstrip() for line in aligned(table)]

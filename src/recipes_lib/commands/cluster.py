@@ -102,7 +102,7 @@ def run_prefetch(
     words: Annotated[list[str], "recipes, studies and evals for nodes without a network"],
     overrides: Sequence[str],
     *,
-    profile: Annotated[str | None, "the site: its directories hub and cache are filled"] = None,
+    profile: Annotated[str | None, "the site, for the folders of its env, such as HF_HOME"] = None,
     check: Annotated[bool, "fetch nothing; check that everything is here (exit 5 if not)"] = False,
     trust_remote_code: Annotated[bool, "allow code of lm-eval tasks, if the recipe asks"] = False,
 ) -> int:

@@ -92,7 +92,7 @@ def _run_line(run: RunDirectory) -> Row:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:,.4f}" if value < 100 else f"{value:,.0f}"
+        return f"{value:,.4f}" if value < 10 else f"{value:,.0f}"
     return "-" if value is None else str(value)
 
 

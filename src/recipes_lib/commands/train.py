@@ -248,7 +248,7 @@ def _record_end(run: RunDirectory, killed: str, code: int) -> None:
         time.sleep(_POLL_S)
     what = killed or "the training ended without saying why"
     if run.exists() and run.read_state()["state"] == "running" and not is_held(run.path):
-        run.write_state("preempted" if killed else "failed", exit_code=code, error=what)
+        run.write_state("stopped" if killed else "failed", exit_code=code, error=what)
     elif not killed:
         return
     say(f"{what} (exit {code}); the same command goes on, from a checkpoint if there is one")

@@ -218,7 +218,8 @@ def _compose(document: Document, at: KeyPath) -> None:
     except yaml.YAMLError as error:
         mark = getattr(error, "context_mark", None) or getattr(error, "problem_mark", None)
         what = f"YAML: {getattr(error, 'context', '') or ''} {getattr(error, 'problem', error)}"
-        raise document.error(mark.line + 1 if mark else 1, " ".join(what.split())) from None
+        hints = ["indent with spaces; YAML takes no tabs"] if "\t" in document.text else []
+        raise document.error(mark.line + 1 if mark else 1, " ".join(what.split()), *hints) from None
     if node is not None:
         document.values = _build(document, node, at)
 
@@ -282,5 +283,5 @@ def no_such_file(path: Path) -> RecipeError:
 def wrong_kind(document: Document, expected: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
     kind, keys = document.kind, ", ".join(document.values)
-    what = f"is of the kind {kind or 'unknown'}, not {expected}: its keys are {keys}"
+    what = f"expected a YAML of kind {expected}, found {kind or 'unknown'}: its keys are {keys}"
     return RecipeError(what, *filter(None, [_HINTS.get(kind)]), file=document.file)

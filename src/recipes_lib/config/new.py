@@ -193,9 +193,8 @@ def _why_left_out(key: str, home: str, flat: Values) -> str:
         return "TRL ignores it without use_peft"
     if home.startswith("quantization.") and not loads:
         return "nothing is quantized"
-    return (
-        "" if home else TrainSection.gone.get(key, "no class behind a recipe section has this key")
-    )
+    known = {"use_peft": "the section lora says it", **TrainSection.gone}
+    return "" if home else known.get(key, "a recipe has no such key")
 
 
 def _todays(key: str, value: Any) -> Any:

@@ -22,7 +22,7 @@ from recipes_lib.core.files import Row, object_or_none, utc_now, write_json
 from recipes_lib.core.project import check_run_name, runs_root, shown_path
 from recipes_lib.core.terminal import say
 
-State = Literal["created", "running", "preempted", "failed", "finished"]
+State = Literal["created", "running", "stopped", "failed", "finished"]
 LOCK_NOTE = "lock.json"
 _PROBE_S = 0.5  # `is_held` of another process has a free lock for a moment
 # An earlier try of a Slurm job is asked to save and stop; a step and a save of a large model take
@@ -61,7 +61,7 @@ class RunDirectory:
         """Return run.json, where only `state` is sure; a damaged one is an EnvironmentFault."""
         if not self.exists():
             what = f"no run named '{self.name}' in {self.root}"
-            raise RecipeError(what, "all runs: recipes status")
+            raise RecipeError(what, "train it first; all runs: recipes status")
         state = object_or_none(self.state_file) or {}
         if state.get("state") in get_args(State):
             return state

@@ -717,7 +717,7 @@ def formats_of(data: Path) -> tuple[str, ...]:
     names = [name for row in read_file(file)[:1] for name in row.fields]
     formats = tuple(fields_by_format({}, names)[1])
     if not formats:
-        what = f"columns {', '.join(names)} are not understood" if names else "0 rows"
-        hint = "start without --data and set data.source and data.columns yourself"
+        what = f"columns {', '.join(names)} are not understood" if names else "0 rows or columns"
+        hint = "docs/data.md says which are; or start without --data and set data.columns yourself"
         raise DataError(what, hint, file=shown_path(file), line=1)
     return formats

@@ -432,7 +432,7 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[tuple[str, str, dict[s
     room, source = f"the card has {card.memory_gib:.1f} GiB", plan.speed_source
     if card.name == "cpu":
         room = f"{card.memory_gib:.1f} GiB of this machine's memory are free for each process"
-    time = "not estimated: the peak of this card is not known"
+    time = "not estimated: not measured by a run here, and this device's peak is unknown"
     if plan.seconds is not None:
         time = f"about {shown_duration(plan.seconds)}; {plan.speed:,.0f} tokens/s, {source}"
     speed = {"tokens_per_second": plan.speed, "speed": source, "seconds": plan.seconds}

@@ -23,7 +23,6 @@ from recipes_lib.models.packaged import MODEL, materialise
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.weights.load import explain_load_failure
 
-_FETCH_IT = "where there is a network: recipes prefetch"
 _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 
 
@@ -70,7 +69,7 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
 
     def refuse_absent(package: str, is_here: bool) -> None:  # to look for its files would fetch it
         if not is_here:
-            raise EnvironmentFault(f"{package} is not on this machine", _FETCH_IT)
+            raise EnvironmentFault("not on this machine")
 
     def prompts(fetch: bool) -> str:
         refuse_absent(PROMETHEUS_PACKAGE, fetch or prometheus_is_here())
@@ -128,7 +127,7 @@ def check_model(section: ModelSection) -> str:
     """Return what a model's files on this machine are; raise where they are missing or cut."""
     name, folder = section.name_or_path, local_folder(bare_recipe(section))
     if folder is None or object_or_none(folder / "config.json") is None:
-        raise EnvironmentFault(f"'{name}' is not on this machine", _FETCH_IT)
+        raise EnvironmentFault("not on this machine")
     faults = list(weight_faults(folder))
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         faults.append(f"no tokenizer files in {folder}")

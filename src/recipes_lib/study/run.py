@@ -307,9 +307,9 @@ def _power_line(study: Study) -> Iterator[str]:
     if (spreads := SPREADS.get(primary.rpartition("/")[2])) and questions and pairs:
         # the primary metric's comparisons have four fifths of the level
         least = smallest(*spreads, questions, seeds, pairs / 0.8)
-        effect = f"{100 * least:.1f} points" if least < 1 else "no difference"
+        effect = f"{100 * least:.1f} points" if least < 1 else "no difference, however large,"
         sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
-        yield f"finds {effect} of {primary} ({sizes})"
+        yield f"80% of such studies find {effect} of {primary} ({sizes})"
 
 
 def smallest(variance: float, spread: float, questions: int, seeds: int, pairs: float = 1) -> float:

@@ -126,14 +126,14 @@ class Attempt:
             return
         with suppress(OSError, RecipesError):
             if self.run.exists() and self.run.read_state()["state"] == "running":
-                state: State = "preempted" if code in EXIT_CODES.values() else "failed"
+                state: State = "stopped" if code in EXIT_CODES.values() else "failed"
                 self.run.write_state(state, exit_code=code, error=error)
 
     def record_stop(self, state: TrainerState) -> ExitCode:
         """Rank 0: record a stop whose checkpoint is written, and return the exit code."""
         code, step, last = EXIT_CODES[self.stop.agreed], state.global_step, state.max_steps
         self.run.stop_file.unlink(missing_ok=True)
-        self.run.write_state("preempted", exit_code=int(code), step=step, error=None)
+        self.run.write_state("stopped", exit_code=int(code), step=step, error=None)
         say(f"stopped at step {step}/{last}: checkpoint-{step} is complete (exit code {int(code)})")
         return code
 
