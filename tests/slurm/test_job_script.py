@@ -79,6 +79,7 @@ def test_slurm_reads_a_directive_as_it_was_meant(profile_file) -> None:
     words = [shlex.split(line.removeprefix("#SBATCH ").replace("\\\\", "\\")) for line in lines]
     assert ["--comment=back\\slash"] in words and ["--constraint=$(touch oops)&b"] in words
     assert ["--output=/a b/it's #1/report.log"] in words
+    assert ["--signal=B:USR2@300"] in words and ["--requeue"] in words
 
 
 def test_ranks_meet_at_a_port_of_nobody_else_on_as_many_nodes_as_the_script_is_written_for(
