@@ -50,6 +50,8 @@ KINDS = [
     ({"suite": {}, "judge": {}}, "e.yaml", "eval"),
     ({"model_name_or_path": "a", "finetuning_type": "lora"}, "r.yaml", "foreign"),
     ({"model_name_or_path": "a", "beta": 0.1}, "r.yaml", "foreign"),
+    ({"model_name_or_path": "a", "reward_funcs": ["accuracy"]}, "r.yaml", "foreign"),
+    ({"model": {"_component_": "a"}, "checkpointer": {}}, "r.yaml", "foreign"),
 ]
 
 

@@ -67,7 +67,7 @@ def test_handbook_style_lands_in_the_sections(migrated):
     for section, expected in {
         "model": {"attn_implementation": "flash_attention_2"},
         "lora": {"target_modules": ["q_proj", "v_proj"]},
-        "train": {"max_length": 2048, "warmup_steps": 0.1},
+        "train": {"max_length": 2048, "warmup_steps": 0.1, "packing_strategy": "bfd"},
         "data": {"chat_template": flat["chat_template"], "source": sources},
     }.items():
         assert {key: values[section][key] for key in expected} == expected

@@ -43,12 +43,12 @@ KINDS: dict[str, tuple[str, ...]] = {
     "profile": ("sbatch", "stages", "setup", "srun", "max_requeues"),
     "judge": ("judge", "thresholds"),
     "lm_eval_task": ("task", "output_type", "doc_to_text"),
-    "foreign": ("base_model", "sequence_len", "finetuning_type", "cutoff_len", "peft", "beta"),
+    "foreign": ("base_model", "finetuning_type", "checkpointer", "peft", "beta", "reward_funcs"),
     "recipe": SECTIONS,
     "accelerate": ("compute_environment", "distributed_type"),
     "flat": ("model_name_or_path", "dataset_name", "output_dir"),
 }
-_FOREIGN = "it is a config of axolotl, LLaMA-Factory, oumi, DPO or GRPO, which nothing here reads"
+_FOREIGN = "a config of axolotl, LLaMA-Factory, oumi, torchtune, DPO or GRPO: nothing here reads it"
 _HINTS = {"foreign": _FOREIGN, "flat": "recipes migrate turns a flat TRL config into a recipe"}
 
 
@@ -120,6 +120,8 @@ class Document:
         """
         beside = Path(self.origin(key).file).parent  # that of the command line is `.`
         places = [folder / Path(name).expanduser() for folder in (beside, Path(), project_root())]
+        if keep_missing and len(name) > 255:  # a whole template: no file has such a name
+            return name
         place = next((place for place in places if place.exists()), places[0])
         if keep_missing and not place.exists():
             return name
@@ -244,9 +246,6 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
             values[key] = _build(document, value_node, (*at, key))
         return values
     return yaml.constructor.SafeConstructor().construct_object(node)
-
-
-# Words
 
 
 def dotted(path: KeyPath) -> str:

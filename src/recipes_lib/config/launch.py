@@ -33,8 +33,7 @@ TRAIN_FLAGS = {
     "resume_anyway": "continue a run although settings that change its result differ",
     "trust_remote_code": "allow code that ships with the model, if the recipe asks for it too",
 }
-# accelerate takes any key of fsdp_config unread; `accelerate config` writes the last five, which
-# are FSDP1's and have no effect
+# accelerate reads over unknown keys; the last five, of FSDP1, are written by `accelerate config`
 _FSDP_KEYS = {
     *("fsdp_version", "fsdp_state_dict_type", "fsdp_auto_wrap_policy", "fsdp_min_num_params"),
     *("fsdp_transformer_layer_cls_to_wrap", "fsdp_reshard_after_forward", "fsdp_offload_params"),

@@ -40,7 +40,6 @@ MOVES = {
     "dataset_train_split": "data.source_split",
     "dataset_text_field": "data.columns",
     "chat_template": "data.chat_template",
-    "chat_template_path": "data.chat_template",
     "system_prompt": "data.system_prompt",
     "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "run_name": "run.name",
@@ -205,7 +204,8 @@ def _todays(key: str, value: Any) -> Any:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
     if key == "lora_target_modules":
         return "all-linear" if value == ["all-linear"] else value
-    return {"text": value} if key == "dataset_text_field" else value
+    # ffd is the name of bfd before TRL 0.20
+    return {"text": value} if key == "dataset_text_field" else "bfd" if value == "ffd" else value
 
 
 def _source(part: Values) -> Values:
