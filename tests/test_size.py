@@ -22,9 +22,9 @@ LINES = {
     "training": (1542, 1700),
     "weights": (894, 900),
     "plan": (744, 750),
-    "evals": (4261, 4300),
+    "evals": (4276, 4300),
     "analysis": (2723, 3000),
-    "study": (977, 950),
+    "study": (950, 950),
     "slurm": (795, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 19_500, 20_000

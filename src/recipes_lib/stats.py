@@ -29,6 +29,9 @@ from scipy import special  # not scipy.stats, whose import takes a second more
 
 ALPHA, POWER, LONG_TAIL = 0.05, 0.8, 1.5  # the last: a skewness
 Limits = tuple[float, float]
+# Assumed of a metric: the variance of two arms' difference on one question, half of which is new in
+# each training, and the standard deviation of a training's mean over seeds.
+SPREADS = {"win_rate": (0.175, 0.01), "pass_rate": (0.25, 0.01)}
 
 
 def _quantile(freedom: float, alpha: float) -> float:
@@ -258,3 +261,17 @@ def mean_interval(values: ArrayLike, questions: ArrayLike, scale: Limits | None)
     middle, reach = (sum(scale) / 2, (scale[1] - scale[0]) / 2) if scale else (0.0, math.inf)
     ends = estimate(table - middle, questions, reach).interval()
     return None if ends is None else (ends[0] + middle, ends[1] + middle)
+
+
+def planned_effect(metric: str, questions: int, seeds: int, comparisons: float = 1) -> float | None:
+    """Return the smallest true difference that 80% of studies with such a metric find, corrected
+    over `comparisons`; None of a metric whose spread nobody assumed.
+    """
+    spreads = SPREADS.get(metric.rpartition("/")[2])
+    if spreads is None or not questions:
+        return None
+    variance, spread = spreads
+    errors = [detectable(max(1, n - 1), ALPHA / comparisons) ** 2 for n in (questions, seeds)]
+    own, new = variance / 2 / questions, variance / 2 / questions / seeds
+    over_seeds = (2 * spread**2 / seeds + new) * (seeds > 1)
+    return math.sqrt(max(errors[0] * own + errors[1] * over_seeds, errors[0] * (own + new)))

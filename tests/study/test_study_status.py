@@ -13,9 +13,9 @@ from tests.study.study_files import TOO_LONG, leak_questions
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.stats import compare
+from recipes_lib.stats import SPREADS, compare, planned_effect
 from recipes_lib.study.config import load_study
-from recipes_lib.study.run import SPREADS, base_recipe, base_run, smallest
+from recipes_lib.study.run import base_recipe, base_run
 
 Recipes = Callable[..., tuple[int, str, str]]
 
@@ -126,7 +126,7 @@ def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_difference_of_a_plan_is_found_in_four_of_five_studies(seeds: int) -> None:
     (variance, spread), rng = SPREADS["win_rate"], np.random.default_rng(0)
-    effect, hits, studies = smallest(variance, spread, 400, seeds), 0, 400
+    effect, hits, studies = planned_effect("win_rate", 400, seeds), 0, 400
     for _ in range(studies):
         own = rng.normal(0, np.sqrt(variance / 2), 400)
         new = rng.normal(0, np.sqrt(variance / 2), (seeds, 400))

@@ -29,6 +29,8 @@ _MEMBERS = {
 NEEDS_REFERENCE = ("math", "reasoning", "coding")
 # FastChat's temperatures by category; the others are greedy
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+# Questions of sets whose files may not be here yet.
+_QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package": 80}
 TURNED = {"win": "loss", "loss": "win", "tie": "tie"}
 
 Parsed = TypeVar("Parsed")
@@ -95,6 +97,19 @@ def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
     names = [name for name in ("questions", "references") if getattr(recipe.data, name)]
     is_local = all(recipe.path_of(f"data.{name}").is_file() for name in names)
     return load_questions(recipe) if is_local and SUITES[recipe.suite.name].row else None
+
+
+def answer_count(recipe: EvalRecipe) -> int:
+    """Return how many answers a model writes; each question of MT-Bench has two turns."""
+    return question_count(recipe) * (2 if recipe.suite.name == "mt_bench" else 1)
+
+
+def question_count(recipe: EvalRecipe) -> int:
+    """Return how many questions an eval has, where that is known; 0 where it asks none itself."""
+    if chosen := local_questions(recipe):
+        return len(chosen.questions)
+    known = _QUESTION_SETS.get(str(recipe.data.questions).partition(":")[0], 0)
+    return min(known, recipe.data.max_questions or known)
 
 
 def _parsed(path: Path, parse: Callable[[Row, int], Parsed]) -> list[Parsed]:

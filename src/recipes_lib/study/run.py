@@ -38,7 +38,7 @@ from recipes_lib.data.rows import check_rows, source_hashes
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.log import REFERENCE, is_current, log_file
 from recipes_lib.evals.models import common_base, evaluated_bases, model_key
-from recipes_lib.evals.questions import local_questions
+from recipes_lib.evals.questions import answer_count, question_count
 from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.plan.cards import devices_here
 from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
@@ -49,11 +49,6 @@ from recipes_lib.weights.runs import finished_run
 
 RECIPES = [sys.executable, "-m", "recipes_lib.cli"]
 REPLACED = ".replaced"
-# Questions of sets whose files may not be here yet.
-_QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package": 80}
-# Assumed of a metric: the variance of two arms' difference on one question, half of which is new in
-# each training, and the standard deviation of a training's mean over seeds.
-SPREADS = {"win_rate": (0.175, 0.01), "pass_rate": (0.25, 0.01)}
 
 
 @dataclass(frozen=True)
@@ -277,8 +272,8 @@ def plan_lines(study: Study) -> Iterator[str]:
     judged += [each for each in asked if each.suite.name == "mt_bench" or each.metrics.absolute]
     yield question_text(study.file.question)
     yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
-    yield f"answers: {sum(map(_answers, asked)):,}"
-    yield f"judge requests: {sum(map(_answers, judged)):,}"
+    yield f"answers: {sum(map(answer_count, asked)):,}"
+    yield f"judge requests: {sum(map(answer_count, judged)):,}"
     pairs, design = combinations([ArmRuns(arm.name, ()) for arm in study.arms], 2), study.design
     differing = [each for pair in pairs for each in arm_differences(*pair, design)]
     if undeclared := dict.fromkeys(each.what for each in differing if each.level == "confound"):
@@ -286,40 +281,18 @@ def plan_lines(study: Study) -> Iterator[str]:
     yield from _power_line(study)
 
 
-def _answers(recipe: EvalRecipe) -> int:
-    """How many answers a model writes; each question of MT-Bench has two turns."""
-    return _questions(recipe) * (2 if recipe.suite.name == "mt_bench" else 1)
-
-
-def _questions(recipe: EvalRecipe) -> int:
-    """How many questions an eval has, where that is known; 0 where it asks none itself."""
-    if chosen := local_questions(recipe):
-        return len(chosen.questions)
-    known = _QUESTION_SETS.get(str(recipe.data.questions).partition(":")[0], 0)
-    return min(known, recipe.data.max_questions or known)
-
-
 def _power_line(study: Study) -> Iterator[str]:
     """Yield the difference on the primary metric that 80% of such studies find, where known."""
+    from recipes_lib.stats import planned_effect  # scipy
+
     primary, seeds = str(study.aims.primary), min(len(arm.seeds) for arm in study.arms)
-    questions = next((_questions(each) for each in study.evals if full_name(each, primary)), 0)
+    questions = next((question_count(each) for each in study.evals if full_name(each, primary)), 0)
     pairs = math.comb(len(study.arms) + study.file.include_base, 2)
-    if (spreads := SPREADS.get(primary.rpartition("/")[2])) and questions and pairs:
-        # the primary metric's comparisons have four fifths of the level
-        least = smallest(*spreads, questions, seeds, pairs / 0.8)
+    # the primary metric's comparisons have four fifths of the level
+    if pairs and (least := planned_effect(primary, questions, seeds, pairs / 0.8)):
         effect = f"{100 * least:.1f} points" if least < 1 else "no difference, however large,"
         sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
         yield f"80% of such studies find {effect} of {primary} ({sizes})"
-
-
-def smallest(variance: float, spread: float, questions: int, seeds: int, pairs: float = 1) -> float:
-    """Return the smallest true difference that 80% of studies with such `SPREADS` find."""
-    from recipes_lib.stats import ALPHA, detectable  # scipy
-
-    errors = [detectable(max(1, n - 1), ALPHA / pairs) ** 2 for n in (questions, seeds)]
-    own, new = variance / 2 / questions, variance / 2 / questions / seeds
-    over_seeds = (2 * spread**2 / seeds + new) * (seeds > 1)
-    return math.sqrt(max(errors[0] * own + errors[1] * over_seeds, errors[0] * (own + new)))
 
 
 # ---- What forbids it ----
