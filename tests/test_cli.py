@@ -99,7 +99,7 @@ def test_an_error_ends_with_its_own_exit_code_and_words(monkeypatch, capsys):
     monkeypatch.setattr("recipes_lib.commands.overview.run_ls", fail)
     for error, code, said in (
         (DataError("no rows", "add some", file="a.jsonl", line=3), 4, "a.jsonl:3: no rows\n  add "),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues\n"),
         (FileNotFoundError(2, "No file", "rows"), 5, "cannot read, write or allocate: [Errno 2] "),
         (OSError(28, "No space left on device"), 5, "cannot read, write or allocate: [Errno 28] "),
         (RuntimeError("broken\ndeep down"), 1, "internal error: RuntimeError: broken deep down\n"),

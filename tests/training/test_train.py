@@ -218,7 +218,7 @@ def test_a_finished_run_whose_data_file_changed_is_refused_and_not_called_done(
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
     capsys.readouterr()
     assert main(words) == ExitCode.USAGE
-    assert "is finished, with others of: data 1 rows.jsonl" in capsys.readouterr().err
+    assert "is finished with other settings: data 1 rows.jsonl" in capsys.readouterr().err
 
 
 def test_a_refused_resume_changes_no_record_and_other_settings_can_be_insisted_on(

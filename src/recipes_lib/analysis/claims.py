@@ -233,7 +233,7 @@ def _sentence(claim: Claim) -> str:
         score = "scored better" if claim.verdict == "higher" else "scored worse"
         why = "One training each: this is about these two models, and another seed may turn it."
         if claim.one_recipe:
-            why = "Both are trainings of one recipe, so chance alone took them apart."
+            why = "Both are trainings of one recipe: the difference is chance."
         return f"The {first} run {score} than the {second} run on {where}: {numbers}.{inside} {why}"
     return f"{first} is {claim.verdict} than {second} on {where}: {numbers}.{inside}{_cause(claim)}"
 

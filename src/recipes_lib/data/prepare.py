@@ -265,7 +265,7 @@ def _prepare(
         file, text = training
         digest = hashlib.sha256(text.encode()).hexdigest()
         audit.training_template = {"file": file, "sha256": digest}
-        what = f"trained through TRL's {file} ({digest[:12]}); the plain one is saved, and answers"
+        what = f"trained through TRL's {file} ({digest[:12]}); the plain one is saved and answers"
         audit.notes.append(f"chat template: {what}")
     counts = {"read": read.num_read, "bad": len(bad), "too_long": len(encoded) - len(rows)}
     audit.rows = counts | {"used": len(rows)} | {name: len(part) for name, part in parts.items()}

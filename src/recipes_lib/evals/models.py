@@ -193,7 +193,7 @@ def common_base(recipes: Sequence[Recipe]) -> Model:
         how = [str(getattr(recipe.data, key)) for key in ASKED]
         asked[str([recipe.model, recipe.quantization, how])] = recipe
     if len(asked) != 1:
-        what = f"'base' is the one base of the runs beside it; there are {len(asked)}"
+        what = f"'base' is the base of the runs in the same command, which have {len(asked)}"
         raise RecipeError(what, "name the model itself, or evaluate the runs one by one")
     (recipe,) = asked.values()
     return _base(recipe.model.name_or_path, dataclasses.replace(recipe, lora=None))

@@ -60,7 +60,7 @@ class Attempt:
             changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
             changed |= differences(*files)
             if changed:
-                what = f"run '{run.name}' is finished, with others of: {', '.join(changed)}"
+                what = f"run '{run.name}' is finished with other settings: {', '.join(changed)}"
                 raise RecipeError(what, "start a new run with run.name=OTHER")
             damage = weights_damage(run, self.recipe.lora is None)
             if damage is None:
