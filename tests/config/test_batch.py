@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,16 +17,6 @@ def test_the_solution_is_exact_or_refused(batch, per_device, world_size):
         assert solve_batch(batch, per_device, world_size) * per_device * world_size == batch
     except RecipeError:
         assert batch % (per_device * world_size)
-
-
-def test_a_batch_that_does_not_divide_shows_arithmetic_and_legal_values():
-    for arguments, words in (
-        ((64, 5, 1), "64 is no multiple of 5 per device x 1 processes = 5, set it to 65"),
-        ((8, 8, 2), "set it to 16"),
-    ):
-        with pytest.raises(RecipeError) as caught:
-            solve_batch(*arguments)
-        assert not [word for word in words.split(", ") if word not in str(caught.value)]
 
 
 def test_steps_are_what_the_trainer_plans(tmp_path):

@@ -38,9 +38,6 @@ def test_defaults_are_upstreams_and_project_defaults_differ_from_them():
         assert TrainSection.model_fields[key].default == getattr(upstream, key)
     for key, value in TRAIN_DEFAULTS.items():
         assert getattr(upstream, key) != value == TrainSection.model_fields[key].default
-    found = json.loads((project_root() / "schema/recipe.schema.json").read_text())["$defs"]
-    for section, key, value in (("Lora", "r", 8), ("Train", "max_length", 1024)):
-        assert found[f"{section}Section"]["properties"][key]["default"] == value
 
 
 def test_an_editor_accepts_every_shipped_recipe_and_refuses_a_wrong_key():
