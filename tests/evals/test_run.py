@@ -150,7 +150,7 @@ def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run):
     rows = [json.loads(line) for line in (one / f"evals/{recipe.name}/generations.jsonl").open()]
     assert sorted(row["turn"] for row in rows) == [1] * 4 + [2] * 4
     heat = {row["question_id"]: row["decoding"]["temperature"] for row in rows}
-    assert heat == {"1": 0.7, "2": 0.7, "3": 0.0, "4": 0.0}  # FastChat's, by category
+    assert heat == {"1": 0.7, "3": 0.0, "4": 0.0, "8": 0.1}  # FastChat's, by category
     (alone,) = evaluate([quick("mt_bench", "generation.temperature=0")], ["two"])
     assert [one.metric for one in alone.metrics] == ["grade"]
     (bare,) = evaluate([quick("mt_bench", "data.references=null")], ["one"])
@@ -250,7 +250,7 @@ def test_words_of_the_command_line_are_told_apart(tmp_path):
     for words, missing in (([path, "generation.seed=7"], "no model"), (["one"], "no eval recipe")):
         with pytest.raises(RecipeError, match=missing):
             split_words(words)
-    with pytest.raises(RecipeError, match="is a recipe, not eval"):
+    with pytest.raises(RecipeError, match="found recipe"):
         split_words([path, str(PROJECT / "recipes/quickstart/lora-r8.yaml")])
 
 
