@@ -53,7 +53,7 @@ def test_an_object_or_nothing_and_a_damaged_one_is_one_line_with_its_file(tmp_pa
 
 def test_a_fingerprint_is_of_weights_and_settings_and_not_of_their_place(tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
-    for name, modules in {"a": ["q", "v"], "b": ["q", "v"]}.items():
+    for name, modules in {"a": ["q", "v"], "b": ["v", "q"]}.items():
         settings = {"base_model_name_or_path": name, "target_modules": modules, "r": 8}
         write_json(tmp_path / name / "adapter_config.json", settings)
         (tmp_path / name / "adapter_model.safetensors").write_bytes(b"weights")

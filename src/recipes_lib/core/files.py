@@ -165,9 +165,7 @@ def remembered_hash(path: Path) -> str:
 
 
 def model_fingerprint(model: str | Path, revision: str | None = None) -> str:
-    """Return a hash of a folder's weights and settings, wherever it and its base lie; of a model on
-    the Hub, of its name and commit.
-    """
+    """Return a hash of a folder's weights and settings, or of a Hub model's name and commit."""
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
@@ -180,5 +178,7 @@ def model_fingerprint(model: str | Path, revision: str | None = None) -> str:
         settings = read_object(folder / name)
         for key in ("base_model_name_or_path", "_name_or_path"):
             settings.pop(key, None)
+        for key in {"target_modules", "exclude_modules"} & settings.keys():
+            settings[key] = sorted(settings[key] or ())  # PEFT writes a set, in any order
         parts.append([name, settings])
     return hash_of(parts)
