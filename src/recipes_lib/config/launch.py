@@ -195,8 +195,9 @@ def plan_launch(
     launch = Launch(config, gpus or per_machine, nodes or config.num_machines)
     if single and launch.world_size > 1:
         what = f"{config.path.stem} starts one process, but {launch.world_size} were asked for"
-        hint = "several processes: ddp or fsdp on GPUs, ddp_cpu or fsdp_cpu without"
-        raise RecipeError(what, f"{hint} (--accelerate NAME, or launch.accelerate)")
+        raise RecipeError(
+            what, "set launch.accelerate or --accelerate: ddp, fsdp, ddp_cpu, fsdp_cpu"
+        )
     return launch
 
 
@@ -226,9 +227,7 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
 
 
 def sync_each_batch(recipe: Recipe) -> bool:
-    """Return whether FSDP2 shares out the gradients of every backward pass, not once per optimizer
-    step: else each GPU keeps all of them in float32, 4 bytes per trained parameter.
-    """
+    """Return whether FSDP2 shares out gradients at each backward; else a GPU keeps all of them."""
     return recipe.lora is None or bool(recipe.lora.get("modules_to_save"))
 
 

@@ -93,9 +93,8 @@ def new_recipe(
             values["train"]["learning_rate"] = float(f"{rate * (10 if lora is None else 0.1):.3g}")
     values["run"] = {"name": name, "tags": []}
     written = {key: value for key, value in values.items() if value is None or value}
-    extends = _relative(target, origin.path)
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
-    return f"{schema_line(target)}\nextends: {extends}\n{text}"
+    return f"{schema_line(target)}\nextends: {_relative(target, origin.path)}\n{text}"
 
 
 def schema_line(target: Path) -> str:
@@ -177,8 +176,8 @@ def home_of(key: str) -> str:
 def _lines_of(flat: Document, key: str) -> tuple[list[str], list[str]]:
     """Return the lines of a key, and the comments between it and the next one."""
     lines, start = flat.text.split("\n"), flat.origin((key,)).line or 0
-    starts = [flat.origin((name,)).line or 0 for name in flat.values]
-    end = min((line for line in starts if line > start), default=len(lines) + 1)
+    starts = [flat.origin((name,)).line or 0 for name in flat.values] + [len(lines) + 1]
+    end = min(line for line in starts if line > start)
     own = lines[start - 1 : end - 1]
     size = next(n for n in range(len(own), 0, -1) if n == 1 or own[n - 1][:1] not in ("", "#"))
     return own[:size], [line for line in own[size:] if line]

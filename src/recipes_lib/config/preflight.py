@@ -38,9 +38,8 @@ def check_upstream(
     """
     # it warns about optional kernels as soon as PEFT imports it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    errors: list[Any] = []
+    errors, checkable = list[Any](), recipe
     launch, folder = plan_launch(recipe.launch), local_folder(recipe)
-    checkable = recipe
     if not (launch.config.use_cpu or upstream.has_accelerator()):  # it is meant for a GPU
         train = {key: recipe.train[key] for key in recipe.train.keys() - _OF_GPUS}
         checkable = replace(recipe, train=train)

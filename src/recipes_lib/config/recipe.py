@@ -237,8 +237,7 @@ class Recipe:
 
     def reading(self, file: str) -> Recipe:
         """Return the recipe with all rows of another file, of which none is held out."""
-        no_split = SplitSection(method="none")
-        values = {"source": file, "split": no_split, "max_examples": None}
+        values = {"source": file, "split": SplitSection(method="none"), "max_examples": None}
         # no split is wanted of the file, so no validation may be asked for
         train = self.train | {"eval_strategy": "no", "load_best_model_at_end": False}
         return replace(self, data=self.data.model_copy(update=values), train=train)

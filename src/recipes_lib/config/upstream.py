@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from pydantic import Field, create_model
+from pydantic import ConfigDict, Field, create_model
 
 from recipes_lib.config.documents import Values
 from recipes_lib.config.launch import accumulation_steps
@@ -96,6 +96,10 @@ _NARROWER: dict[str, dict[str, object]] = {
 }
 
 
+class _Described(Section):
+    model_config = ConfigDict(use_attribute_docstrings=False)  # looking for texts takes 15 ms
+
+
 def _section(name: str, fields: dict[str, Values]) -> type[Section]:
     """Return the model of a section; its types are text, which pydantic reads."""
     ours, renames = (TRAIN_DEFAULTS, RENAMES) if name == "train" else ({}, {})
@@ -111,7 +115,7 @@ def _section(name: str, fields: dict[str, Values]) -> type[Section]:
         if key not in gone
     }
     title = f"{name.capitalize()}Section"
-    model = create_model(title, __base__=Section, __module__=__name__, **keys)  # type: ignore[call-overload]
+    model = create_model(title, __base__=_Described, __module__=__name__, **keys)  # type: ignore[call-overload]
     model.__doc__ = f"`{CLASSES[name]}`, key by key."
     model.gone = gone
     return model
