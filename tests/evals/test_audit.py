@@ -53,7 +53,7 @@ def test_a_sound_judge_passes_and_what_was_not_measured_is_one_note(tmp_path: Pa
         assert not card.failed and audit_banner(card) is None and card.asked == 40
         passed = [check.check for check in card.checks if check.result == "pass"]
         assert passed == [SWAP, UNPARSED, *PROBES.values()]
-        assert audit_note(card) == f"not measured of this judge: {HUMAN}"
+        assert audit_note(card) == f"not measured for this judge: {HUMAN}"
         assert len(scorecard_lines(card)) == 3 + len(card.checks)
         assert "40 judgments of probes" in scorecard_lines(card)[0]
 

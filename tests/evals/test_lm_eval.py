@@ -67,13 +67,14 @@ def test_other_rows_are_another_evaluation(small_task, make_run, tmp_path):
     small_task.with_name("choice.yaml").rename(tmp_path / "tasks/choice.yaml")
     recipe = load_eval(small_task, [f"data.include_path={tmp_path}/tasks"])
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
-    by_folder = TASK.replace("{data_files: {test: rows.jsonl}}", "{data_dir: kept/data}")
-    for text, rows in ((TASK, "rows.jsonl"), (by_folder, "kept/data/test.jsonl")):
+    two = TASK.replace("[{metric: acc,", "[{metric: acc_norm, aggregation: mean}, {metric: acc,")
+    by_folder = two.replace("{data_files: {test: rows.jsonl}}", "{data_dir: kept/data}")
+    for text, rows in ((two, "rows.jsonl"), (by_folder, "kept/data/test.jsonl")):
         (tmp_path / "tasks/choice.yaml").write_text(text)
         for count in (8, 6):
             (tmp_path / rows).write_text("".join(lines[:count]))
             (log,) = evaluate([recipe], ["one"], remote_code=True)
-            assert log.metrics[0].n == count, rows
+            assert log.metrics[0].n == log.n == count, rows  # both metrics ask the same
 
 
 def test_a_base_of_a_relative_path_is_evaluated_wherever_the_tasks_work(

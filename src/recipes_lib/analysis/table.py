@@ -358,7 +358,7 @@ def _why_not(row: TableRow) -> str:
     ends = {"share": right, "grade": {1.0: "the lowest grades", 5.0: "the highest grades"}}
     end = ends.get(row.unit, {}).get(row.first_value or 0.0)
     if end and row.first_value == row.second_value and not test.unresolved:
-        return f"both arms have {end}: the questions cannot tell them apart"
+        return f"both arms have {end}, so the questions cannot tell them apart"
     return ""
 
 

@@ -189,7 +189,7 @@ def audit_banner(card: Scorecard) -> str | None:
 def audit_note(card: Scorecard) -> str | None:
     """Return the line about what nothing measured."""
     missing = ", ".join(check.check for check in card.not_measured)
-    return f"not measured of this judge: {missing}" if missing else None
+    return f"not measured for this judge: {missing}" if missing else None
 
 
 def scorecard_lines(card: Scorecard) -> list[str]:

@@ -21,7 +21,7 @@ from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import hash_of, utc_now
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import run_lock
-from recipes_lib.core.terminal import say
+from recipes_lib.core.terminal import count, say
 from recipes_lib.evals.engine import Engine, HFEngine, OpenAIEngine, served_fingerprint
 from recipes_lib.evals.judge import Judge, JudgedSuite, judge_models, opened
 from recipes_lib.evals.leaks import leaks_of_run
@@ -297,9 +297,9 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     leaks = leaks_of_run(recipe, log)
     banners = [leaks.summary(recipe.name)] if leaks and leaks.is_error else []
     banners += log.banners
-    for what, (count, n) in answer_faults(log).items():
-        if count > (max(2, _MOST * n) if what == SAME else _MOST * n):
-            banners.append(f"{count} of {n} answers {what}")
+    for what, (faulty, n) in answer_faults(log).items():
+        if faulty > (max(2, _MOST * n) if what == SAME else _MOST * n):
+            banners.append(f"{faulty} of {n} answers {what}")
     banners += [log.subset] if log.subset else []
     place: Any = {"eval": log.eval, "suite": log.suite, "file": log.file}
     log = replace(
@@ -324,7 +324,7 @@ def say_results(logs: Sequence[EvalLog]) -> None:
         same = [log for log in logs if log.eval == name]
         suite, judge = suite_class(same[0].suite), same[0].judge
         what = f"judge {judge.model} ({judge.mode})" if judge else suite.title
-        lines = [f"{name}: {same[0].n} questions, {what}", ""]
+        lines = [f"{name}: {count(same[0].n, 'question')}, {what}", ""]
         for log in same:
             lines += [f"! {log.target}: {text}" for text in log.banners]
             lines += [f"  {log.target}: {text}" for text in log.notes]

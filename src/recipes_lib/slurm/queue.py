@@ -208,7 +208,7 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
             if errors and task.exit_code:  # the first rank's that failed
                 say(f"  {task.label}: {errors[0].read_text(errors='replace').strip()}")
         say(f"  logs: {shown_path(folders[name])}")
-    return 0
+    return 0 if states else next_step("recipes launch RECIPE --profile example --dry-run")
 
 
 def cancel(names: Sequence[str]) -> int:

@@ -101,7 +101,7 @@ class LMEval(Suite):
         line += f"  # after recipes merge {model.name}" if needs_merge else ""
         return self.new_log(
             metrics,
-            n=sum(metric.n for metric in metrics if not metric.parts),
+            n=sum({each.task: each.n for each in metrics if not each.parts}.values()),
             subset=None if suite.limit is None else f"subset, limit={suite.limit} per task",
             lm_eval_command=line,
         )
