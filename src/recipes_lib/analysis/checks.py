@@ -309,7 +309,7 @@ def check_answers(arms: Arms) -> Iterator[Finding]:
     for arm, log in arms.logs:
         for what, (times, n) in answer_faults(log).items():
             if log.suite == "checks" and what == CUT:
-                continue  # where more text could decide, the answer is counted both ways
+                continue  # a cut answer that fails has failed: the limit is part of the question
             key, share = (arm, log.eval, what), times / n if n else 0.0
             if times > 2 and share > max(SOME_DEGENERATE, worst.get(key, (0.0,))[0]):
                 worst[key] = share, _degenerate(arm, log, what, times, n)

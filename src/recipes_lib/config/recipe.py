@@ -174,7 +174,7 @@ class RunSection(Section):
     global_batch_size: int | None = Field(None, ge=1)
     """Examples per optimizer step over all processes, from which accumulation is derived."""
     tags: list[str] = []
-    """Labels for `recipes ls` and the report."""
+    """Labels for the card of an export; `start-here` comes first in `recipes ls`."""
     notes: str | None = None
     """Free text, copied to the run."""
 
