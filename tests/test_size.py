@@ -16,7 +16,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1347, 1500),
     "core": (799, 800),
-    "config": (1865, 1900),
+    "config": (1864, 1900),
     "models": (450, 450),
     "data": (1650, 1650),
     "training": (1542, 1700),

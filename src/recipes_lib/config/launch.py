@@ -195,9 +195,8 @@ def plan_launch(
     launch = Launch(config, gpus or per_machine, nodes or config.num_machines)
     if single and launch.world_size > 1:
         what = f"{config.path.stem} starts one process, but {launch.world_size} were asked for"
-        raise RecipeError(
-            what, "set launch.accelerate or --accelerate: ddp, fsdp, ddp_cpu, fsdp_cpu"
-        )
+        hint = "for several: --accelerate ddp or fsdp; on CPUs ddp_cpu or fsdp_cpu"
+        raise RecipeError(what, hint)
     return launch
 
 
