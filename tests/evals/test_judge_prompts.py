@@ -54,8 +54,8 @@ def test_the_judge_reads_answers_as_they_were_written_between_lines_with_a_code(
     )
     assert f"<<begin c0de>>\n{answer}\n<<end c0de>>" in relative("Lyon", answer).text
     assert fence_code("1", ["a", "b"]) == fence_code("1", ["b", "a"])
-    others = [("2", ["a", "b"]), ("1", ["a", "c"]), ("1", ["a", "b"], "salt")]
-    assert len({fence_code("1", ["a", "b"]), *(fence_code(*each) for each in others)}) == 4
+    others = [("2", ["a", "b"]), ("1", ["a", "c"])]
+    assert len({fence_code("1", ["a", "b"]), *(fence_code(*each) for each in others)}) == 3
 
 
 def test_long_answers_are_cut_alike_and_the_rubric_stays() -> None:

@@ -55,13 +55,12 @@ def outcomes(log: EvalLog) -> list[str]:
 def test_results_of_other_settings_are_kept_apart(quick, make_run, tiny_model_dir):
     one = make_run("one", 1)
     make_run("two", 2)
-    recipe = quick("alpaca_eval", "metrics.absolute=true")
+    recipe = quick("alpaca_eval")
     logs = evaluate([recipe], ["one", "two", str(tiny_model_dir)])
     assert [log.target for log in logs][:2] == ["one", "two"]
     assert logs[2].target.startswith("base--tiny-llama--")
     for log in logs:
         assert len(outcomes(log)) == 4 and log.subset == "subset, n=4 of 8"
-        assert metric(log, "grade").unit == "grade"
         assert metric(log, "win_rate").label == f"win rate on {recipe.name}"
         assert read_eval_log(log.file).key == log.key
     folder = one / "evals" / recipe.name
@@ -140,21 +139,19 @@ def test_against_the_base_has_files_of_its_own_and_against_itself_is_one_half(qu
     assert all(sample.by_rule for sample in metric(same, "win_rate").samples)
 
 
-def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run):
+def test_mt_bench_grades_two_turns(quick, make_run):
     one = make_run("one", 1)
-    make_run("two", 2)
     recipe = quick("mt_bench")
-    (log,) = evaluate([recipe], ["one"], "two")
-    grades = metric(log, "grade").samples
-    assert len(grades) == len(metric(log, "win_rate").samples) == 8
+    (log,) = evaluate([recipe], ["one"])
+    assert [(each.metric, len(each.samples)) for each in log.metrics] == [("grade", 8)]
     rows = [json.loads(line) for line in (one / f"evals/{recipe.name}/generations.jsonl").open()]
     assert sorted(row["turn"] for row in rows) == [1] * 4 + [2] * 4
     heat = {row["question_id"]: row["decoding"]["temperature"] for row in rows}
     assert heat == {"1": 0.7, "3": 0.0, "4": 0.0, "8": 0.1}  # FastChat's, by category
-    (alone,) = evaluate([quick("mt_bench", "generation.temperature=0")], ["two"])
-    assert [one.metric for one in alone.metrics] == ["grade"]
     (bare,) = evaluate([quick("mt_bench", "data.references=null")], ["one"])
-    assert any("4 answers graded without" in line for line in bare.notes)
+    assert any("2 questions graded without" in line for line in bare.notes)
+    with pytest.raises(RecipeError, match="no meaning for mt_bench"):
+        evaluate([recipe], ["one"], "base")
 
 
 def test_a_file_of_answers_is_a_model_and_faults_of_answers_are_noticed(quick, make_run, tmp_path):
@@ -181,24 +178,24 @@ def test_a_file_of_answers_is_a_model_and_faults_of_answers_are_noticed(quick, m
 
 
 def test_a_served_run_is_asked_with_its_own_tokens_and_resumes(quick, make_run):
-    make_run("Qwen3-8B", 1)
+    make_run(MODEL, 1)
     with FaultyServer(answer="An answer.") as server:
         words = ["generation.engine=openai", f"generation.base_url={server.url}"]
-        words += [f"generation.served_name={MODEL}", "generation.max_retries=0"]
-        (log,) = evaluate([quick("alpaca_eval", *words)], ["Qwen3-8B"])
+        words += ["generation.max_retries=0"]
+        (log,) = evaluate([quick("alpaca_eval", *words)], [MODEL])
         assert all(isinstance(body["prompt"], list) for body in server.bodies)
         # a Hub id whose last part is a run's name is no run
-        (other,) = evaluate([quick("alpaca_eval", *words)], ["Qwen/Qwen3-8B"])
-        assert log.target == "Qwen3-8B" and other.target.startswith("base--Qwen3-8B--")
+        (other,) = evaluate([quick("alpaca_eval", *words)], [f"Qwen/{MODEL}"])
+        assert log.target == MODEL and other.target.startswith(f"base--{MODEL}--")
         server.faults = lambda number: "500"
         more = quick("alpaca_eval", *words, "data.max_questions=6")
-        with pytest.raises(Exception, match=r"2 of 6 answers of Qwen3-8B are missing") as caught:
-            evaluate([more], ["Qwen3-8B"])
+        with pytest.raises(Exception, match=f"2 of 6 answers of {MODEL} are missing") as caught:
+            evaluate([more], [MODEL])
         other = quick("alpaca_eval", *words, "generation.max_new_tokens=3")
         with pytest.raises(Exception, match="0 answers stored"):  # for this recipe
-            evaluate([other], ["Qwen3-8B"])
+            evaluate([other], [MODEL])
     assert caught.value.exit_code == 6 and len(outcomes(log)) == 4
-    (again,) = evaluate([quick("alpaca_eval", *words)], ["Qwen3-8B"])  # needs no server
+    (again,) = evaluate([quick("alpaca_eval", *words)], [MODEL])  # needs no server
     assert again.metrics == log.metrics
 
 

@@ -55,7 +55,7 @@ BAD = {
         "margins: {win_rate: -1 points}": "must be a number above 0",
         "margins: {heldout_loss: 0.005}": "no eval of this study measures it",
         "primary: win_rat": "no eval of this study measures 'win_rat'",
-        "primary: win_rate": "several evals measure 'win_rate'",
+        "primary: study": "several evals measure 'study'",
         "tune: {train.learning_rte: [1, 2]}": "did you mean train.learning_rate",
         "tune: {train.learning_rate: [-1, 1]}": "learning_rate",
         "tune: {data.prompt_format: [chat, raw]}": "cannot be tuned",

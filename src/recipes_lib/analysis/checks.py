@@ -48,7 +48,7 @@ AUDIT_COMMAND = "recipes judge audit --judge JUDGE.yaml --labels FILE"
 # check of its own.
 _FREE = re.compile(
     r"name|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine|batch_tokens"
-    r"|base_url|served_name|api_key_variable|concurrency|timeout_s|max_retries|num_processes)"
+    r"|base_url|api_key_variable|concurrency|timeout_s|max_retries|num_processes)"
 )
 _Logged = tuple[str, Run, EvalLog]  # the arm first
 

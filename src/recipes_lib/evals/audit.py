@@ -119,8 +119,6 @@ def audit(
     return Scorecard(
         judge=rows[0]["judge"] if rows else "",
         judgments=len(rows),
-        asked=len(asked),
-        probes=sum(bool(row["probe"]) for row in probes),
         cut=sum(bool(row["cut"]) for row in rows),
         checks=(
             _check(SWAP, names, same, least=limits.swap_consistency_min),
@@ -195,8 +193,7 @@ def audit_note(card: Scorecard) -> str | None:
 def scorecard_lines(card: Scorecard) -> list[str]:
     """Return the scorecard as a table, under the banner of a judge that failed."""
     banner = audit_banner(card)
-    line = f"{count(card.judgments, 'judgment')} ({card.asked} asked, {card.cut} cut to fit)"
-    line += f" and {count(card.probes, 'judgment')} of probes"
+    line = f"{count(card.judgments, 'judgment')} ({card.cut} cut to fit)"
     rows = [["check", "value [95%]", "n", "needs", "result"]]
     for check in card.checks:
         shown = shown_rate(check, digits=3, unit="number")

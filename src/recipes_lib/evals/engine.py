@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_ROWS = 256
+MOST_FAILURES = 20  # requests in a row without a reply, after which no more are asked
 # padded tokens per batch to begin with: larger ones are no faster on a CPU; a GPU halves the number
 # until a batch fits
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -54,16 +55,15 @@ class EvaluationIncomplete(RecipesError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen: at temperature 0 greedily; None leaves that to the server."""
+    """How tokens are chosen: at temperature 0 greedily."""
 
     max_new_tokens: int = 512
-    temperature: float | None = 0.0
-    top_p: float = 1.0
+    temperature: float = 0.0
     seed: int = 0
 
     def to_dict(self) -> dict[str, object]:
-        """Return the settings that count: what greedy decoding ignores changes no key."""
-        ignored = () if self.temperature != 0 else ("top_p", "seed")
+        """Return the settings that count: the seed of greedy decoding changes no key."""
+        ignored = () if self.temperature else ("seed",)
         return {name: value for name, value in asdict(self).items() if name not in ignored}
 
 
@@ -98,7 +98,6 @@ def ask_missing(
     read: Callable[[Asked, Completion], Row],
     noun: str,
     name: str = "",
-    most_failures: int = 20,
 ) -> None:
     """Ask for what a store lacks, and append each row as its reply arrives.
 
@@ -107,7 +106,6 @@ def ask_missing(
         complete: an engine; errors are completions.
         read: makes a reply the row.
         noun: what a row is (answer, judgment), and `name` what it is about.
-        most_failures: requests in a row without a reply after which no more are asked.
     """
     waiting = {key: request for key, request in requests.items() if key not in store}
     if not waiting:
@@ -127,7 +125,7 @@ def ask_missing(
                 continue
             in_a_row += 1
             reasons[reply.error] += 1
-            if in_a_row >= most_failures:
+            if in_a_row >= MOST_FAILURES:
                 break
     if reasons:
         stored = sum(key in store for key in requests)
@@ -211,14 +209,12 @@ class HFEngine:
 
     def _write(self, model: Any, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
         import torch
-        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
         ids, mask = self._padded(model, batch)
         processors = LogitsProcessorList()
         if sampling.temperature:
             processors.append(TemperatureLogitsWarper(sampling.temperature))
-            if sampling.top_p < 1:
-                processors.append(TopPLogitsWarper(sampling.top_p))
             processors.append(_SeededSampling([request.seed for request in batch], model.device))
         configured = getattr(model.generation_config, "eos_token_id", None)
         listed = configured if isinstance(configured, list) else [configured]
@@ -291,7 +287,7 @@ class _SeededSampling:
         self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
-        """Return log(p / noise) per entry; entries outside the nucleus stay at minus infinity."""
+        """Return log(p / noise) per entry."""
         probabilities = scores.float().softmax(-1)
         noise = probabilities.new_empty(probabilities.shape)
         for row, generator in zip(noise, self.generators, strict=True):
@@ -300,8 +296,8 @@ class _SeededSampling:
 
 
 class OpenAIEngine:
-    """Answers through a server. What cannot pass (a wrong key, address or model) ends the
-    evaluation at once; a request that the server refuses ends alone, and is never an answer.
+    """Answers through a server. A request that it refuses ends alone, and is never an answer; a
+    wrong key, address or model refuses all.
 
     Args:
         model: the name it serves the model under.
@@ -354,8 +350,8 @@ class OpenAIEngine:
                         return
                     first = asyncio.FIRST_COMPLETED
                     done, tasks = runner.run(asyncio.wait(tasks, return_when=first))
-                    for task in sorted(done, key=lambda task: task.exception() is not None):
-                        yield task.result()  # the answers before the fault that ends it all
+                    for task in done:
+                        yield task.result()
             finally:
                 for task in tasks:
                     task.cancel()
@@ -371,11 +367,6 @@ class OpenAIEngine:
             async with asyncio.timeout(longest):
                 reply = await self._send(client, request, sampling)
             return self._read(request, reply)
-        except self._openai.APIStatusError as error:
-            if error.status_code in (401, 403, 404):
-                what, hint = self._reason(error), "check base_url, the model and the key"
-                raise EvaluationIncomplete(what, hint) from None
-            return Completion(key=request.key, error=self._reason(error))
         except (self._openai.OpenAIError, TimeoutError, *_UNREADABLE) as error:
             return Completion(key=request.key, error=self._reason(error))
 
@@ -387,10 +378,9 @@ class OpenAIEngine:
     async def _send(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
         """Send what is rendered here as token ids or text, else messages."""
         settings: dict[str, Any] = {"model": self.model, "extra_body": self.server.extra_body}
-        if sampling.temperature is not None:
-            settings["temperature"] = sampling.temperature
-        if sampling.temperature != 0:
-            settings |= {"top_p": sampling.top_p, "seed": request.seed % 2**31}
+        settings["temperature"] = sampling.temperature
+        if sampling.temperature:
+            settings |= {"top_p": 1.0, "seed": request.seed % 2**31}
         if request.prompt is not None:
             settings["prompt"] = list(request.ids) or request.prompt
             settings["max_tokens"] = sampling.max_new_tokens
@@ -413,8 +403,7 @@ class OpenAIEngine:
         """Read a reply of either endpoint. No text is an empty one, as of a model that declines."""
         name, asked = getattr(reply, "model", None), re.escape(self.model.rsplit("/", 1)[-1])
         if isinstance(name, str) and name and not re.search(rf"(?i)(^|/){asked}(?![\w.])", name):
-            what = f"{self.server.address} answered as '{valid_texts(name)[:100]}'"
-            raise EvaluationIncomplete(what, f"it was asked for '{self.model}'")
+            raise ValueError(f"asked for '{self.model}', it answered as '{name[:100]}'")
         choice = reply.choices[0]
         message = getattr(choice, "message", None)
         text = (message.content if message else getattr(choice, "text", None)) or ""

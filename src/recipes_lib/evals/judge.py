@@ -48,7 +48,7 @@ from recipes_lib.weights.load import free_memory, load_base, load_tokenizer, mod
 
 _FINGERPRINT = {
     *("model", "revision", "dtype", "engine", "extra_body", "mode", "prompt_style"),
-    *("temperature", "max_new_tokens", "seed"),
+    *("temperature", "max_new_tokens"),
 }
 LEAD_IN = "[RESULT]"  # of mode logits: the judge's turn starts with it
 
@@ -61,8 +61,7 @@ class Item:
     instruction: str
     answer: str
     opponent: str | None = None
-    reference: str | None = None
-    by_reference: bool = False  # whether a grade goes by the reference answer
+    reference: str | None = None  # by which an answer is graded
     question_id: str = ""  # of a suite's question
     sample: dict[str, Any] = field(default_factory=dict)  # what a suite's sample says beside it
     probe: str = ""  # the kind of probe that it is
@@ -103,8 +102,7 @@ def ask(items: Sequence[Item], judge: Judge, store: Store, name: str = "") -> li
     def read(request: JudgeRequest, reply: Completion) -> Row:
         return request.row | read_reply(request, reply, judge.section.mode)
 
-    most = judge.section.max_consecutive_failures
-    ask_missing(store, requests, judge.complete, read, "judgment", name, most)
+    ask_missing(store, requests, judge.complete, read, "judgment", name)
     return [row for key in requests if (row := store.get(key))]
 
 
@@ -122,11 +120,11 @@ def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest
             decided = None if item.probe else rule_verdict(shown)
             prompt = build_prompt(
                 template,
-                rubrics[item.by_reference and item.reference is not None],
+                rubrics[item.reference is not None],
                 item.instruction,
                 shown,
                 item.reference,
-                code=fence_code(item.name, shown, str(section.seed)),
+                code=fence_code(item.name, shown),
                 # what a rule decides is not sent, so its prompt may be too long
                 count_tokens=None if decided else judge.count_tokens,
                 max_tokens=section.max_prompt_tokens,
@@ -255,11 +253,11 @@ class Judge:
     def _render(self, request: JudgeRequest) -> Request:
         """Return a request as its engine takes it: ids here, text or a message for a server."""
         text, ids = request.prompt, list[int]()
-        known: dict[str, Any] = {"key": request.row["key"], "seed": self.section.seed}
+        key = request.row["key"]
         if self.section.prompt_style == "prometheus":
             text = f"[INST] {text} [/INST]"
             ids = ids if self.is_served else self.tokenizer.encode(text)
-            return Request(**known, prompt=text, ids=tuple(ids))
+            return Request(key=key, prompt=text, ids=tuple(ids))
         messages = (Message(role="user", content=text),)  # some templates have no system role
         if not self.is_served:
             try:
@@ -277,7 +275,7 @@ class Judge:
             "additionalProperties": False,
         }
         schema_if_json = schema if self.section.mode == "json" else None
-        return Request(**known, messages=messages, ids=tuple(ids), schema=schema_if_json)
+        return Request(key=key, messages=messages, ids=tuple(ids), schema=schema_if_json)
 
 
 @contextmanager
@@ -320,8 +318,6 @@ def verdict_tokens(
 class JudgedSuite(Suite):
     """A suite that a judge decides: it says how the judge is asked about an answer."""
 
-    always_graded = False  # whatever `metrics.absolute` says
-
     def item(
         self, question: Question, turn: int, answers: Answers, opponent: Answers | None
     ) -> Item:
@@ -362,33 +358,25 @@ def judge_models(
     for answers, opponent in pairs:
         assert answers.run is not None
         against, name = opponent.name if opponent else None, answers.name
-        is_graded = suite.always_graded or recipe.metrics.absolute
-        graded = [*suite.items(answers)] if is_graded else []
-        compared = [*suite.items(answers, opponent)] if opponent else []
+        items = [*suite.items(answers, opponent)]
         file = log_file(answers.run.path, recipe.name, against)
         with run_lock(file.parent, wait=True):
             store = Store(file.with_name(f"judgments{file.name.removeprefix('result')}l"))
-            rows = ask(graded, judge, store, f"{name} (1-5)") + ask(compared, judge, store, name)
+            rows = ask(items, judge, store, name)
             # the judge is probed once, with the answers of the first model
-            probed = [] if probes else [*probe_items(compared, recipe.metrics.probe_pairs)]
+            probed = [] if probes else [*probe_items(items, recipe.metrics.probe_pairs)]
             if probed:
                 probes = [*rows, *ask(probed, judge, store, "probes")]
         judged = by_item(rows)
-        pairs_judged, grades = (
-            [
-                sample_of(item.question_id, judged[item.name], item.orders, **item.sample)
-                for item in items
-            ]
-            for items in (compared, graded)
-        )
-        metrics = []
-        if compared:
-            label = named.format("win rate")
-            metrics.append(metric_of("win_rate", label, pairs_judged, opponent=against))
-        if graded:
-            metrics.append(metric_of("grade", named.format("mean grade, 1-5"), grades, "grade"))
+        samples = [
+            sample_of(item.question_id, judged[item.name], item.orders, **item.sample)
+            for item in items
+        ]
+        metric = metric_of("grade", named.format("mean grade, 1-5"), samples, "grade")
+        if opponent:
+            metric = metric_of("win_rate", named.format("win rate"), samples, opponent=against)
         labels: dict[str, str] = {}  # what people said of these pairs, by the name of the item
-        for item in compared if chosen.labels else ():
+        for item in items if chosen.labels else ():
             texts = pair_texts(item.instruction, item.answer, str(item.opponent))
             turned = chosen.labels.get((texts[0], texts[2], texts[1]), "")
             if label := chosen.labels.get(texts) or TURNED.get(turned, ""):
@@ -400,12 +388,11 @@ def judge_models(
         if section.model in (*answers.facts.models, *(opponent.facts.models if opponent else ())):
             banners.append(f"{section.model} judges its own answers: expect self-preference")
         notes = [*filter(None, [audit_note(card)])]
-        bare = [item.name for item in graded if item.by_reference and item.reference is None]
-        if bare:
-            num = count(len(bare), "answer")
+        if (bare := chosen.without_reference) and not opponent:
+            num = count(len(bare), "question")
             notes.append(f"{num} graded without the reference needed: {', '.join(bare[:8])}")
         log = suite.new_log(
-            metrics[::-1] if suite.always_graded else metrics,
+            [metric],
             target=name,
             against=against,
             n=len(chosen.questions),

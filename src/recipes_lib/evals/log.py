@@ -168,8 +168,6 @@ class Scorecard:
 
     judge: str = ""  # its fingerprint
     judgments: int = 0
-    asked: int = 0
-    probes: int = 0
     cut: int = 0
     checks: tuple[Check, ...] = ()
 
@@ -286,13 +284,7 @@ def read_eval_logs(run: Path) -> tuple[tuple[EvalLog, ...], tuple[str, ...]]:
         files = sorted(folder.glob("result*.json"), key=lambda file: (len(file.name), file.name))
         if not files and any(folder.glob("judgments*.jsonl")):  # an opponent has answers alone
             unfinished.append(folder.name)
-        grades: set[tuple[str, str, str]] = set()
-        for file in files:
-            log = read_eval_log(file)
-            # a grade has no opponent, and stands in the result against each of them
-            metrics = [each for each in log.metrics if each.opponent or each.key not in grades]
-            grades |= {each.key for each in metrics if not each.opponent}
-            logs.append(replace(log, metrics=tuple(metrics)))
+        logs += map(read_eval_log, files)
     return tuple(logs), tuple(unfinished)
 
 

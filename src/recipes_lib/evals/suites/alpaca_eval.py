@@ -27,12 +27,10 @@ class AlpacaEval(JudgedSuite):
     def item(
         self, question: Question, turn: int, answers: Answers, opponent: Answers | None
     ) -> Item:
-        """Return an answer alone, with the reference where there is one, or with its opponent's."""
-        text, other = answers.texts[question.id, 1], None
-        reference = question.reference[0] if question.reference else None
-        if opponent is not None:
-            other, reference = opponent.texts[question.id, 1], None
-        return Item(question.id, question.turns[0], text, other, reference)
+        """Return an answer with its opponent's."""
+        assert opponent
+        text, other = answers.texts[question.id, 1], opponent.texts[question.id, 1]
+        return Item(question.id, question.turns[0], text, other)
 
     def write(self, log: EvalLog) -> None:
         """Write the files that alpaca_eval reads."""
@@ -61,14 +59,12 @@ class AlpacaEval(JudgedSuite):
         """Return the lines of a table of logs."""
         outcomes = ("win", "loss", "tie", "unresolved")
         head = ["model", "against", "n", *outcomes]
-        rows = [[*head, "win rate, tie = half [95%]", "all lost .. won", "mean 1-5"]]
+        rows = [[*head, "win rate, tie = half [95%]", "all lost .. won"]]
         for log in logs:
-            by_name = {metric.metric: metric for metric in log.metrics}
-            wins, grade = by_name["win_rate"], by_name.get("grade")
+            (wins,) = log.metrics
             counts = Counter(sample.outcome for sample in wins.samples)
             lowest, highest = bounds_of(wins.samples)
             cells = [log.target, str(log.against), str(len(wins.samples))]
             cells += [str(counts[outcome]) for outcome in outcomes]
-            cells += [shown_rate(wins), f"{lowest:.1%} .. {highest:.1%}"]
-            rows.append([*cells, shown_rate(grade, unit="grade") if grade else "-"])
+            rows.append([*cells, shown_rate(wins), f"{lowest:.1%} .. {highest:.1%}"])
         return [*aligned(rows), "", "judged in both orders; a pair whose orders disagree is a tie"]

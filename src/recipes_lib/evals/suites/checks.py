@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from recipes_lib.config.documents import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Sample
@@ -98,7 +97,6 @@ class AnswerRule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     check: str
     expected: Any = None
-    ignore_case: bool = False
     tolerance: float = Field(default=0.0, ge=0)
 
     def passes(self, answer: str) -> bool:
@@ -111,7 +109,7 @@ class AnswerRule(BaseModel):
         answer, expected = answer.strip(), self.expected
         match self.check:
             case "regex":
-                return bool(re.search(expected, answer, re.I if self.ignore_case else 0))
+                return bool(re.search(expected, answer))
             case "number":
                 numbers = _NUMBER.findall(answer.replace("\u2212", "-"))  # the minus of typesetters
                 last = float(numbers[-1].replace(",", "")) if numbers else math.inf
@@ -119,8 +117,6 @@ class AnswerRule(BaseModel):
             case "choice":
                 return _letters(answer) == {expected.upper()}
         texts = [text.strip() for text in (expected if isinstance(expected, list) else [expected])]
-        if self.ignore_case:
-            answer, texts = answer.casefold(), [text.casefold() for text in texts]
         if self.check == "exact":
             return answer in texts
         return all(text in answer for text in texts)
@@ -130,8 +126,7 @@ def rule_of(written: Mapping[str, object]) -> AnswerRule:
     """Return a check of a row, or refuse one that cannot work."""
     name = str(written.get("check"))
     if name not in RULES:
-        hints = (*did_you_mean(name, list(RULES)), f"checks: {', '.join(RULES)}")
-        raise DataError(f"unknown check '{name}'", *hints)
+        raise DataError(f"unknown check '{name}'", f"checks: {', '.join(RULES)}")
     try:
         RULES[name].validate_python(written.get("expected"), strict=True)
         return AnswerRule.model_validate(written)

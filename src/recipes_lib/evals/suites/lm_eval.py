@@ -193,18 +193,14 @@ def metrics_of(
                 continue
             rows = [row for row in samples.get(task, ()) if row.get("filter", "none") == pipeline]
             rows = [row for row in rows if isinstance(row.get(metric), int | float)]
-            docs, scores = (
-                [row.get("doc") or {} for row in rows],
-                [float(row[metric]) for row in rows],
-            )
+            scores = [float(row[metric]) for row in rows]
             items = [
                 Sample(
                     f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}",
-                    category=str(doc.get("subject") or doc.get("category") or task),
                     value=score,
                     outcome={1.0: "right", 0.0: "wrong"}.get(score, "scored"),
                 )
-                for row, doc, score in zip(rows, docs, scores, strict=True)
+                for row, score in zip(rows, scores, strict=True)
             ]
             in_range = all(0 <= score <= 1 for score in (*scores, value))
             key = metric if pipeline == "none" else f"{metric},{pipeline}"
