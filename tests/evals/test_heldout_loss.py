@@ -48,6 +48,11 @@ def test_it_is_the_validation_loss_of_the_training(tiny_recipe, tmp_path, eval_f
     folders = (tmp_path / "runs/wide", next((tmp_path / "runs").glob("base--*")))
     wide, base = (read_eval_logs(folder)[0][0] for folder in folders)
     assert wide.n == base.n > len(values)  # a base reads the rows of the run beside it
+    state = json.loads((folders[1] / "run.json").read_text())
+    state["stand_in"]["model"]["gone"] = 1
+    (folders[1] / "run.json").write_text(json.dumps(state))
+    code, _, err = recipes("eval", eval_file, "wide", folders[1].name)
+    assert code == 2 and "earlier version" in err and "remove" in err
 
 
 def test_a_base_reads_the_rows_of_a_run_that_is_asked_as_it_is():

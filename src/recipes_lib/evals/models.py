@@ -20,6 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from pydantic import ValidationError
+
 from recipes_lib.config.documents import COMMAND_LINE, Document, Origin
 from recipes_lib.config.launch import LaunchSection
 from recipes_lib.config.preflight import local_folder
@@ -34,7 +36,7 @@ from recipes_lib.core.files import (
     object_or_none,
     write_json,
 )
-from recipes_lib.core.project import cache_root, runs_root
+from recipes_lib.core.project import cache_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, run_lock
 from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.data.rows import Message
@@ -159,7 +161,11 @@ def resolve(
             continue
         run = open_run(str(_run_folder(word)))
         if stored := run.read_state().get("stand_in"):
-            section, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
+            try:
+                section, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
+            except ValidationError:
+                hint = f"remove {shown_path(run.path)}: evaluating the model makes it anew"
+                raise RecipeError("is of an earlier version", hint, file=run.state_file) from None
             known[word] = bare_recipe(section, data, stored["quantization"])
             continue
         models[word] = _trained(word, finished_run(run, remote_code))
