@@ -102,6 +102,13 @@ def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
         ("alpaca_eval", "judge.yaml", "nowhere.yaml", r"alpaca_eval.yaml:\d+: .*nowhere.yaml", 2),
         ("alpaca_eval", "questions.json", "nowhere.json", r"alpaca_eval.yaml:.*nowhere.json", 2),
         ("judge", "helpfulness.txt", "nowhere.txt", "nowhere.txt", 2),
+        (
+            "alpaca_eval",
+            "questions.json",
+            "question.jsonl",
+            "question.jsonl:1: a question needs",
+            4,
+        ),
         ("r4", "rows.jsonl", "nowhere.jsonl", r"r4.yaml:3: .*nowhere.jsonl", 4),
         ("tiny", "lm_eval.yaml", "heldout.yaml", "tiny.yaml:9: .*no test rows are held out", 2),
     ]

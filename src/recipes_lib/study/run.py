@@ -311,6 +311,7 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
 def unmet(study: Study, arms: Sequence[Arm], fetch: bool = False) -> Iterator[RecipesError]:
     """Yield errors: rows unreadable, with an eval's questions, or not held out."""
     for number, recipe in enumerate(study.evals):
+        question_count(recipe)  # raises where they cannot be read
         split = str(recipe.data.questions)
         if without := [arm.name for arm in arms if not getattr(arm.recipe.data.split, split, True)]:
             what = f"no {split} rows are held out in {', '.join(without)}: set data.split.{split}"
@@ -482,5 +483,4 @@ class StudyRunner:
             results = [result for result in tasks[task] if run in ("", result.run)]
             self._fail([each.title for each in results if not is_evaluated(each)], error)
 
-        allowed = "--trust-remote-code" in self.flags
-        evaluate_tasks(list(tasks), remote_code=allowed, on_error=on_error)
+        evaluate_tasks([*tasks], remote_code="--trust-remote-code" in self.flags, on_error=on_error)
