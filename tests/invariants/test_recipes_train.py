@@ -128,7 +128,7 @@ def test_a_second_training_is_told_who_holds_the_run_and_a_killed_one_is_said_to
     )
     os.kill(worker, signal.SIGKILL)
     code, said = launcher.wait(child)
-    assert code == 1 and "ended without saying why" in said
+    assert code == 1 and "the training was killed (out of memory?)" in said
     assert launcher.state("gone")["state"] == "failed"
 
 

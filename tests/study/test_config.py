@@ -37,6 +37,7 @@ BAD = {
         "r4: {recipe: r4.yaml, gpus: 2}": "arm 'r4': cpu starts one process",
         "r4: {recipe: r4.yaml, accelerate: ddp_cpuu}": "did you mean ddp_cpu?",
         "r4: {recipe: r4.yaml, accelerate: ddp_cpu, gpus: 8}": "r4.yaml:9: arm 'r4': ",
+        "r4: {recipe: r4.yaml, accelerate: ./fp16.yaml}": "arm 'r4': fp16.yaml asks for mixed_prec",
         "r4: {recipe: r4.yaml, overrides: [train.learning_rte=1]}": "mean train.learning_rate?",
         "r4: {recipe: r4.yaml, seeds: [1042], tune: {lora.lora_dropout: [0, 1]}}": "seed 1042 is",
         "r4: {recipe: r4.yaml, overrides: [model.name_or_path=/x]}": "tiny.yaml: include_base: ",
@@ -75,6 +76,8 @@ BAD = {
 def test_a_bad_study_is_answered_with_its_line(study_folder, capsys):
     file = study_folder / "tiny.yaml"
     text = file.read_text()
+    foreign = "distributed_type: 'NO'\nuse_cpu: true\nmixed_precision: fp16\n"
+    (study_folder / "fp16.yaml").write_text(foreign)
     wrong = []
     for old, answers in BAD.items():
         line = text[: text.index(old)].count("\n") + 1

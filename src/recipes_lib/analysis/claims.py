@@ -231,7 +231,7 @@ def _sentence(claim: Claim) -> str:
     inside = " The difference lies within the margin." if claim.within == "equivalent" else ""
     if claim.verdict in ("higher", "lower"):
         score = "scored better" if claim.verdict == "higher" else "scored worse"
-        why = "One training each: this is about these two models, and another seed may turn it."
+        why = "One training each: it is about these two models; another seed may differ."
         if claim.one_recipe:
             why = "Both are trainings of one recipe: the difference is chance."
         return f"The {first} run {score} than the {second} run on {where}: {numbers}.{inside} {why}"

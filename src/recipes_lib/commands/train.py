@@ -231,7 +231,9 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
         if killed:
             code = ExitCode.INTERRUPTED if signal.SIGINT in signals else ExitCode.PREEMPTED
         if not launch.rank:
-            _record_end(run, killed, code)
+            by_another = launcher.returncode == -signal.SIGKILL
+            why = "was killed (out of memory?)" if by_another else "ended without saying why"
+            _record_end(run, killed, f"the training {why}", code)
         return code
 
 
@@ -241,12 +243,14 @@ def _steps_began(run: RunDirectory) -> str | None:
     return state.get("steps_began") if state.get("state") == "running" else None
 
 
-def _record_end(run: RunDirectory, killed: str, code: int) -> None:
-    """Record how a training ended that could not do so itself, unless another process holds it."""
+def _record_end(run: RunDirectory, killed: str, ended: str, code: int) -> None:
+    """Record how a training ended that could not do so itself, unless another process holds it:
+    `killed` by us, or `ended` by itself.
+    """
     end = time.monotonic() + _LETTING_GO_S
     while is_held(run.path) and time.monotonic() < end:
         time.sleep(_POLL_S)
-    what = killed or "the training ended without saying why"
+    what = killed or ended
     if run.exists() and run.read_state()["state"] == "running" and not is_held(run.path):
         run.write_state("stopped" if killed else "failed", exit_code=code, error=what)
     elif not killed:

@@ -43,10 +43,13 @@ _FSDP_KEYS = {
 }
 
 
+AccelerateConfigName = Annotated[str, IsPath(unless=lambda name: not Path(name).suffix)]
+
+
 class LaunchSection(Section):
     """The default way to launch; never part of the mathematics."""
 
-    accelerate: Annotated[str, IsPath(unless=lambda name: not Path(name).suffix)] = "single_gpu"
+    accelerate: AccelerateConfigName = "single_gpu"
     """Name of a file in accelerate_configs/, without .yaml, or a path."""
     gpus: int | None = Field(None, ge=1)
     """Processes per node. Absent: what the accelerate config says."""
@@ -223,6 +226,14 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
         return solve_batch(recipe.run.global_batch_size, per_device, world_size)
     except RecipeError as error:
         raise recipe.error("run.global_batch_size", error.what, *error.hints) from None
+
+
+def check_launch(recipe: Recipe, launch: Launch) -> None:
+    """Refuse a launch that cannot have the recipe's global batch, or would change its precision."""
+    accumulation_steps(recipe, launch.world_size)
+    config = launch.config
+    if conflict := precision_conflict(recipe.train, config.mixed_precision, config.path.name):
+        raise RecipeError(*conflict)
 
 
 def sync_each_batch(recipe: Recipe) -> bool:

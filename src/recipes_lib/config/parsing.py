@@ -98,6 +98,9 @@ def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
     if isinstance(value, list) and typing.get_origin(kind) is list:
         for index, item in enumerate(value):
             value[index] = _absolute(arguments[0], document, item, (*at, index))
+    elif isinstance(value, dict) and typing.get_origin(kind) is dict:
+        for key, item in value.items():
+            value[key] = _absolute(arguments[1], document, item, (*at, key))
     elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
         for key in value.keys() & kind.model_fields.keys():
             inner = kind.model_fields[key].rebuild_annotation()

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes_lib.config.launch import Launch, accumulation_steps, plan_launch
+from recipes_lib.config.launch import Launch, check_launch, plan_launch
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import cache_root, project_root, runs_root, shown_path
@@ -101,7 +101,7 @@ class Planner:
     def _recipe(self, target: str) -> JobPlan:
         recipe = load_recipe(target, self.overrides)
         launch = plan_launch(recipe.launch, self.accelerate, self.gpus, self.nodes)
-        accumulation_steps(recipe, launch.world_size)
+        check_launch(recipe, launch)
         names = self.evals or [shown_path(project_root() / name) for name in _DEFAULT_EVALS]
         evals = [load_eval(name) for name in names if "eval" in self.stages]
         plan, run = JobPlan(recipe.name), RunDirectory(recipe.name)

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
 from recipes_lib.config.documents import COMMAND_LINE, Document, KeyPath, did_you_mean, read
-from recipes_lib.config.launch import Launch, accumulation_steps, plan_launch
+from recipes_lib.config.launch import AccelerateConfigName, Launch, check_launch, plan_launch
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.recipe import Recipe, load_recipe, recipe_keys
 from recipes_lib.core.errors import RecipeError, RecipeErrors
@@ -39,8 +39,8 @@ Grid = Annotated[list[bool | int | float | str], Field(min_length=2)]
 class LaunchKeys(Section):
     """Keys that a study and each of its arms may have; an arm's own values win."""
 
-    accelerate: str | None = None
-    """A file in accelerate_configs/, without .yaml. Absent: the recipe's launch.accelerate."""
+    accelerate: AccelerateConfigName | None = None
+    """As launch.accelerate, which it replaces; a path is relative to the study file."""
     gpus: int | None = Field(None, ge=1)
     """Processes per node. Absent: the recipe's launch.gpus, or the accelerate config's."""
     nodes: int | None = Field(None, ge=1)
@@ -272,7 +272,7 @@ class _Reader:
                 raise RecipeError(what, file=COMMAND_LINE)
             recipe = load_recipe(self.document.absolute(place, section.recipe), words)
             launch = plan_launch(recipe.launch, *map(value, ("accelerate", "gpus", "nodes")))
-            accumulation_steps(recipe, launch.world_size)
+            check_launch(recipe, launch)
             seeds = value("seeds") or [recipe.train.get("seed", 42)]
             arm = Arm(name, recipe, launch, tuple(dict.fromkeys(seeds)))
         grid = keys.tune if section.tune is None else section.tune
@@ -296,7 +296,7 @@ class _Reader:
         for value in values:
             with self.reported(place, f"arm '{arm.name}': "):
                 recipe = load_recipe(arm.recipe.path, [*words, f"{key}={json.dumps(value)}"])
-                accumulation_steps(recipe, arm.launch.world_size)
+                check_launch(recipe, arm.launch)
                 label = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-.")
                 candidates.append(Arm(f"{arm.name}--tune-{label}", recipe, arm.launch, (seed,)))
         tuning = TunedArm(key, tuple(values), seed=seed)
