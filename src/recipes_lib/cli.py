@@ -39,28 +39,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
 
 # verb: its module in commands/, and what it does
 START_HERE = {
-    "new": ("recipes", "start a recipe of your own from an existing one"),
+    "new": ("recipes", "create your own recipe from an existing one"),
     "check": ("recipes", "check recipes and configs, files or folders"),
-    "data": ("train", "what the model reads, and which tokens carry loss"),
-    "plan": ("train", "what a training needs: memory, steps, time, and what to change"),
-    "train": ("train", "train a recipe, or continue it"),
+    "data": ("train", "show what the model reads and which tokens carry loss"),
+    "plan": ("train", "estimate memory, steps and time; say what to change"),
+    "train": ("train", "train a recipe, or resume its run"),
     "chat": ("train", "chat with runs and their base model"),
-    "eval": ("evaluate", "answer, judge and benchmark runs and models"),
+    "eval": ("evaluate", "evaluate runs and models: judges, benchmarks, checks"),
     "study": ("study", "compare variants of a recipe: plan, run, status, report"),
     "export": ("weights", "write a folder to share: weights, tokenizer, model card"),
     "launch": ("cluster", "submit a recipe or a study as Slurm jobs; status, cancel"),
 }
 MORE = {
     "ls": ("overview", "list the recipes"),
-    "show": ("recipes", "a resolved recipe, with the place of every value; --diff OTHER"),
-    "explain": ("recipes", "what a key means, its type and default"),
+    "show": ("recipes", "show a resolved recipe and where each value comes from; --diff OTHER"),
+    "explain": ("recipes", "explain a key: meaning, type, default"),
     "migrate": ("recipes", "turn a flat TRL config into a recipe"),
-    "status": ("overview", "the state of runs"),
-    "merge": ("weights", "fold an adapter into its base model"),
-    "judge": ("evaluate", "audit a judge on labelled pairs: its scorecard"),
+    "status": ("overview", "show the state of runs"),
+    "merge": ("weights", "merge an adapter into its base model"),
+    "judge": ("evaluate", "audit a judge on labelled pairs; print a scorecard"),
     "compare": ("evaluate", "compare any runs, or results of lm-eval and alpaca_eval"),
-    "prefetch": ("cluster", "fetch models, data and judges for nodes without a network"),
-    "doctor": ("doctor", "check versions, device, disk and token, and say what to do"),
+    "prefetch": ("cluster", "download models, data and judges for offline nodes"),
+    "doctor": ("doctor", "check versions, device, disk and token, and say what to fix"),
 }
 VERBS = {**START_HERE, **MORE}
 ACTIONS = {"study": ("plan", "run", "status", "report"), "judge": ("audit",)}
@@ -118,7 +118,7 @@ def _run(words: Sequence[str], debug: bool) -> int:
         lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
         for group, verbs in (("start here", START_HERE), ("more", MORE)):
             lines += ["", group, *(f"  {verb:<9} {text}" for verb, (_, text) in verbs.items())]
-        say("\n".join([*lines, "", "one verb in full: recipes VERB --help"]))
+        say("\n".join([*lines, "", "help for one verb: recipes VERB --help"]))
         return next_step("recipes ls")
     if words[0] == "--version":
         say(__version__)
@@ -127,7 +127,7 @@ def _run(words: Sequence[str], debug: bool) -> int:
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hints = [f"did you mean recipes {near[0]}?"] if near else []
-        raise RecipeError(f"recipes: there is no verb '{verb}'", *hints, "all verbs: recipes")
+        raise RecipeError(f"recipes: unknown verb '{verb}'", *hints, "all verbs: recipes")
     function, arguments = parse_words(verb, rest)
     given = {"debug": debug, "typed": list(words)}
     arguments |= {name: given[name] for name in given.keys() & parameters(function)}
@@ -153,7 +153,7 @@ def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], di
     if "overrides" in parameters(function):
         arguments["overrides"] = unknown
     elif unknown:
-        parser.error(f"unknown: {' '.join(unknown)}")
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     return function, arguments
 
 

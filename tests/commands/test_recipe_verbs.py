@@ -130,7 +130,7 @@ def test_explain_says_type_default_and_documentation(said):
     assert [line.split()[0] for line in said("explain").splitlines()[:-1]] == sections
     for key, words in (
         ("train.lerning_rate", "did you mean train.learning_rate?"),
-        ("rubbish_zzz", "there is no key"),
+        ("rubbish_zzz", "unknown key"),
     ):
         assert words in said("explain", key, code=2)
 

@@ -19,7 +19,7 @@ BAD_LINES = [
     ("train", f"max_length: {'9' * 5000}", "train.max_length integer"),
     ("train", "num_train_epochs: true", "train.num_train_epochs number true"),
     ("train", f"data_seed: {2**40}", "train.data_seed"),
-    ("lora", "eva_config: {rho: 3}", "config of its own"),
+    ("lora", "eva_config: {rho: 3}", "its own config"),
     ("train", "lr_scheduler_type: cosin", "train.lr_scheduler_type 'cosine' cosin"),
     ("train", "optim: adamw_torchh", "recipes explain train.optim adamw_torchh"),
     ("train", "metric_for_best_model: accuracy", "train.metric_for_best_model 'loss'"),
@@ -51,11 +51,11 @@ BAD_FILES = [
     (GOOD + "train:\n", 5, "train: valid dictionary got null"),
     (GOOD + "lora: {init_lora_weights: eva}\n", 5, "lora.init_lora_weights pissa got eva"),
     (GOOD + "train: {save_strategy: best}\n", 5, "train.save_strategy steps"),
-    (GOOD.replace("a/b", "./models/nowhere"), 2, "'./models/nowhere' is no folder"),
-    (GOOD.replace("a/b", "a b"), 2, "cannot be a name on the Hub"),
+    (GOOD.replace("a/b", "./models/nowhere"), 2, "'./models/nowhere' is not a folder"),
+    (GOOD.replace("a/b", "a b"), 2, "cannot be a Hub name"),
     ("data: {source: rows.jsonl}\n", None, "model is missing"),
     ("", None, "is empty"),
-    ("- a\n- b\n", None, "holds no mapping"),
+    ("- a\n- b\n", None, "is not a mapping"),
     (codecs.BOM_UTF16_LE + GOOD.encode("utf-16-le"), 1, "UTF-8"),
     (GOOD.encode() + b"run:\n  notes: a\0b\n", 1, "control characters"),
     (GOOD.encode() + b"run:\n  notes: caf\xe9\n", 6, "not UTF-8"),
@@ -126,7 +126,7 @@ def test_mistakes_are_placed_in_the_parent_or_on_the_command_line(write, capsys)
 def test_extends_that_leads_nowhere_or_in_a_circle_is_named_at_its_line(write, capsys):
     write("extends: _b.yaml\n", "r.yaml")
     for name, words in (
-        ("r.yaml", "_b.yaml:2: extends goes in a circle: r.yaml -> _b.yaml"),
+        ("r.yaml", "_b.yaml:2: circular extends: r.yaml -> _b.yaml"),
         ("_bb.yaml", "_b.yaml:2: extends a file that does not exist: _bb.yaml"),
     ):
         write(f"lora: {{r: 8}}\nextends: {name}\n", "_b.yaml")

@@ -97,7 +97,7 @@ def test_several_machines_need_a_rank_and_an_address():
         (several, (None, None, None), "--machine-rank N"),
         (several, (1, None, None), "--main-process-ip HOST"),
         (several, (2, "node0", None), "0 to 1"),
-        (single, (0, None, None), "for several"),
+        (single, (0, None, None), "need --nodes"),
     ):
         with pytest.raises(RecipeError, match=words):
             place_machine(plan_launch(section), *place)

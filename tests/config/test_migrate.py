@@ -128,7 +128,7 @@ REFUSED = [
     ("base_model: a\nsequence_len: 3\n", "axolotl"),
     ("model: {name_or_path: a}\n", "of kind flat, found recipe"),
     ("learning_rate: 1\n", "found unknown"),
-    ("- a\n", "holds no mapping"),
+    ("- a\n", "is not a mapping"),
 ]
 
 

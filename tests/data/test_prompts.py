@@ -100,7 +100,7 @@ def test_calls_that_the_template_does_not_render_are_refused_or_counted(tiny_tok
     silent = [ASKED, {**called[1], "weight": 0}, *followed[2:]]
     for messages in (called, followed):
         bad = encode_row({"messages": messages}, tiny_tokenizer, THINKING, prompt_format="chat")
-        assert "renders nothing of what the assistant says" in bad.what
+        assert "renders none of the assistant's text" in bad.what
     for messages, chat_loss in ((followed, "last"), (silent, "all")):
         keys = {"prompt_format": "chat", "chat_loss": chat_loss}
         assert encode_row({"messages": messages}, tiny_tokenizer, THINKING, **keys).changed

@@ -86,7 +86,7 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path):
         ("a.jsonl", f'{good}\n{{"torn"\n', 2, "not JSON (Expecting ':' delimiter"),
         ("a.jsonl", f'{good}\n{{"instruction": "\xe9"}}\n'.encode("latin-1"), 2, "'utf-8' codec"),
         ("a.json", "[\n{]", None, "cannot be read as json"),
-        ("a.csv", "instruction,response\na\n", 2, "not 2 fields, as the header has"),
+        ("a.csv", "instruction,response\na\n", 2, "not 2 fields like the header"),
         ("a.csv", 'instruction,response\na,"b', None, "cannot be read as csv"),
         ("a.parquet", b"PAR1", None, "cannot be read as parquet"),
         ("a.jsonl.gz", "", None, "not a data file; known endings: .jsonl, .ndjson, .json, .csv"),
@@ -113,7 +113,7 @@ def test_a_source_that_is_nowhere_names_the_nearest(tmp_path, monkeypatch):
     with pytest.raises(SettingError, match="no such file or folder") as caught:
         rows_of(tmp_path / "row.jsonl")
     assert "rows.jsonl" in caught.value.hints[0]
-    with pytest.raises(SettingError, match="no file or folder is 'nobody/nothing'"):
+    with pytest.raises(SettingError, match="'nobody/nothing' is not a file or folder"):
         rows_of("nobody/nothing")
 
 
@@ -126,9 +126,9 @@ def test_what_cannot_be_used_is_described_with_its_lines(read):
         ({**TASK, "response": "\ud83d"}, "dolly", {}, "surrogates not allowed"),
         ({**chat, "tools": {"name": "f"}}, "chat", {}, "expected list, found dict"),
         ({**chat, "tools": "weather"}, "chat", {}, "not JSON"),
-        ({**chat, "tools": [{"type": "x"}]}, "chat", {}, "no function with a name"),
+        ({**chat, "tools": [{"type": "x"}]}, "chat", {}, "not a function with a name"),
         ({**chat, "chat_template_kwargs": [1]}, "chat", {}, "expected dict, found list"),
-        (TASK, "dolly", {"system_prompt": "Be brief."}, "acts in prompt_format chat alone"),
+        (TASK, "dolly", {"system_prompt": "Be brief."}, "works only in prompt_format chat"),
     ):
         with pytest.raises(DataError, match=words) as caught:
             read([row, row], prompt_format, **keys)

@@ -122,7 +122,7 @@ def test_another_model_or_no_server_has_no_answer():
     assert "127.0.0.1:9" in str(done.error)
     with always(b'200:{"model": "stranger", "choices": [{"text": "A"}]}') as server:
         (done,) = ask(engine_for(server))
-    assert "answered as 'stranger'" in str(done.error)
+    assert "'stranger' answered" in str(done.error)
 
 
 def test_a_key_that_the_server_echoes_is_masked(monkeypatch):

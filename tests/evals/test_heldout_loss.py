@@ -87,7 +87,7 @@ def test_a_file_is_searched_for_leaks(tiny_recipe, tiny_model_dir, tmp_path, eva
     assert train([str(tiny_recipe), "run.name=one", *words]) == 0
     served = ["generation.engine=openai", "generation.base_url=http://127.0.0.1:1/v1"]
     for words, what in (
-        (["one"], "the recipe of one holds no validation rows out"),
+        (["one"], "the recipe of one holds out no validation rows"),
         ([str(tiny_model_dir)], "has no recipe, so no validation split"),
         (["any", *served], "needs the weights in this process"),
     ):

@@ -143,7 +143,7 @@ def test_a_mistake_in_a_task_or_an_option_is_one_line(small_task, make_run, monk
     for override, words in OPTIONS.items():
         assert main(["eval", file, "one", override, "--trust-remote-code"]) == 2, override
         assert words in capsys.readouterr().err, override
-    with pytest.raises(RecipeError, match="no meaning for lm_eval"):
+    with pytest.raises(RecipeError, match="does not apply to lm_eval"):
         evaluate([load_eval(small_task)], ["one"], "base")
 
 

@@ -150,7 +150,7 @@ def test_mt_bench_grades_two_turns(quick, make_run):
     assert heat == {"1": 0.7, "3": 0.0, "4": 0.0, "8": 0.1}  # FastChat's, by category
     (bare,) = evaluate([quick("mt_bench", "data.references=null")], ["one"])
     assert any("2 questions graded without" in line for line in bare.notes)
-    with pytest.raises(RecipeError, match="no meaning for mt_bench"):
+    with pytest.raises(RecipeError, match="does not apply to mt_bench"):
         evaluate([recipe], ["one"], "base")
 
 

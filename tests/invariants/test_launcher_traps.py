@@ -26,7 +26,7 @@ def test_what_accelerate_starts_otherwise_than_it_was_asked_is_refused(launcher)
     command = launcher.command("run.name=trap", *SHORT, config="cpu")
     command[2:4] = ["--cpu", "--num_processes", "2"]
     code, said = launcher.wait(launcher.start_really(command))
-    asked = "2 processes were asked for, but accelerate launch started 1"
+    asked = "2 processes were requested, but accelerate launch started 1"
     assert code != 0 and said.count(asked) == 1, said[-3000:]
     assert not launcher.run("trap").exists()
 

@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
         os.kill(child.pid, signal.SIGINT)
         time.sleep(0.2)  # else both may come as one
     code, said = launcher.wait(child)
-    assert code == 130 and "the same command goes on" in said, said[-2000:]
+    assert code == 130 and "the same command resumes" in said, said[-2000:]
     state = launcher.state("impatient")
     assert (state["state"], state["exit_code"]) == ("stopped", 130)
     time.sleep(2)  # a killed process takes a moment to give its memory back

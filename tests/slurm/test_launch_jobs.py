@@ -154,9 +154,9 @@ def test_a_wrong_launch_says_what_is_wrong(profile_file, launch: Launch, tmp_pat
     judged = (*CPU, "--profile", site, "--evals", own)
     cases = [
         (("quickstart/lora-r8", "--stages", "trian", "--profile", site), "no stage 'trian'"),
-        (("llama2-7b-dolly/qlora-r8", "--stages", "train", "--profile", none), "asks for no GPUs"),
+        (("llama2-7b-dolly/qlora-r8", "--stages", "train", "--profile", none), "requests no GPUs"),
         (("quickstart/lora-r8",), "--profile is missing"),
-        (("quickstart/lora-r8", "--mem=4G", "--profile", site), "put options of the site"),
+        (("quickstart/lora-r8", "--mem=4G", "--profile", site), "put site options"),
         (judged, "own.yaml:2: data.include_path: task files are"),
         (("lora-rank-tuned", "--profile", site), "tunes its arms"),
         (("status", "nobody"), "launched: nothing yet"),
@@ -225,12 +225,12 @@ def test_cancel_names_only_what_is_not_over_and_a_second_launch_is_refused(
     launch(*words)
     stand_in("squeue", "echo '10|RUNNING|None|node3'")
     cancelled = stand_in("scancel", "true")
-    assert "is launched already: train is running (job 10)" in launch(*words, code=2)
+    assert "is already launched: train is running (job 10)" in launch(*words, code=2)
     assert "cancelled 10" in launch("cancel", "quickstart--lora-r8")
     assert cancelled.read_text() == "10\n---\n"
     stand_in("squeue", "echo 'slurm_load_jobs error: connect failure' >&2; exit 1")
     for again in (words, ("cancel", "quickstart--lora-r8")):
-        assert "Slurm gives no answer" in launch(*again, code=EnvironmentFault.exit_code)
+        assert "Slurm does not answer" in launch(*again, code=EnvironmentFault.exit_code)
     monkeypatch.setenv("PATH", "/nowhere")
     said = launch(*words, "run.name=other", code=EnvironmentFault.exit_code)
     assert "sbatch is not on this machine" in said and "--dry-run" in said

@@ -110,7 +110,7 @@ def test_a_cancelled_training_is_not_queued_again_and_leaves_no_process(cluster,
     cluster.launch(*words, *evals)
     cluster.wait_for(lambda: cluster.steps("cancelled") >= 2, "the second step")
     second = cluster.recipes("launch", *words, *evals)
-    assert second.returncode == 2 and "is launched already: train is running" in second.stderr
+    assert second.returncode == 2 and "is already launched: train is running" in second.stderr
     assert "cancelled" in cluster.recipes("launch", "cancel", "cancelled").stdout
     states = cluster.ended("cancelled")
     assert not any(state["active"] or state["state"] == "done" for state in states.values())

@@ -41,7 +41,7 @@ BAD = {
         "r4: {recipe: r4.yaml, overrides: [train.learning_rte=1]}": "mean train.learning_rate?",
         "r4: {recipe: r4.yaml, seeds: [1042], tune: {lora.lora_dropout: [0, 1]}}": "seed 1042 is",
         "r4: {recipe: r4.yaml, overrides: [model.name_or_path=/x]}": "tiny.yaml: include_base: ",
-        "base: r4.yaml": "'base' is the base model's",
+        "base: r4.yaml": "'base' means the base model",
         "../r4: r4.yaml": "should match pattern",
     },
     "rank: [lora.r, lora.lora_alpha]": {
@@ -52,7 +52,7 @@ BAD = {
         "baseline: r5": "arms: r4, r8, base",
         "overrides: [train.max_steps=many]": "train.max_steps",
         "overrides: [train.seed=7]": "seeds: [1, 2]",
-        "margins: {win_rate: 2}": "of a share write '2 points'",
+        "margins: {win_rate: 2}": "for a share write '2 points'",
         "margins: {win_rate: -1 points}": "must be a number above 0",
         "margins: {heldout_loss: 0.005}": "no eval of this study measures it",
         "primary: win_rat": "no eval of this study measures 'win_rat'",

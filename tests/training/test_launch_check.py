@@ -21,7 +21,7 @@ def test_what_is_not_what_was_asked_for_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="each of them would train alone"):
         check_launch(ALONE)
-    with pytest.raises(RecipeError, match=r"(?s)FSDP was asked for, but DDP is active.*fsdp_cpu"):
+    with pytest.raises(RecipeError, match=r"(?s)FSDP was requested, but DDP is active.*fsdp_cpu"):
         check_launch(Active(2, "DDP", "cpu"))
     met = SimpleNamespace(distributed_type="MULTI_CPU", num_processes=2, device="cpu")
     monkeypatch.setattr("accelerate.PartialState", lambda: met)
@@ -59,7 +59,7 @@ def test_more_processes_than_gpus_and_other_backends_are_refused(tiny_recipe, mo
     check_request(recipe, 1)
     for backend in ("PARALLELISM_CONFIG", "MEGATRON_LM", "DEEPSPEED"):  # by a flag or a shell
         monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
-        with pytest.raises(RecipeError, match=f"{backend} was asked for.*cannot be used"):
+        with pytest.raises(RecipeError, match=f"{backend} was requested.*cannot be used"):
             check_request(recipe, 1)
 
 
@@ -72,7 +72,7 @@ def test_what_is_not_what_the_command_line_of_accelerate_asks_for_is_refused(
     ddp.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n")
     two = Active(2, "DDP", "cpu")
     cases = [
-        (["--cpu", "--num_processes", "2"], ALONE, "2 processes were asked for.*started 1"),
+        (["--cpu", "--num_processes", "2"], ALONE, "2 processes were requested.*started 1"),
         (["--config_file", str(ddp), "--num_processes=4"], two, "4 processes .* started 2"),
         (["--config_file", str(multi_cpu)], ALONE, "MULTI_CPU"),
         (["--config_file", str(ddp)], two, None),

@@ -251,7 +251,7 @@ def test_a_run_whose_only_checkpoint_is_torn_starts_anew_and_says_with_which_oth
     (run_of(tiny_recipe) / "checkpoints/checkpoint-1/optimizer.pt").write_bytes(b"torn")
     assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == 0
     said = capsys.readouterr().out
-    assert "starts from the beginning, with other settings than before: train.learning_rate" in said
+    assert "starts from the beginning, with changed settings: train.learning_rate" in said
     assert run_json(tiny_recipe)["guard"]["train.learning_rate"] == 5e-3
 
 

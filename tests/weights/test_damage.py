@@ -63,7 +63,7 @@ def test_damaged_weights_are_refused_by_every_verb_that_reads_them(runs, recipes
         ("chat", "lora", "--prompt", "hi"),
     ):
         code, _, err = recipes(*words)
-        assert code == 5 and "has no usable weights" in err and "make them again" in err, words
+        assert code == 5 and "has no usable weights" in err and "rebuild them" in err, words
     assert not (tmp_path / "out").exists()
     model = runs("full") / "model"
     check_base_run(str(model))  # a training from it

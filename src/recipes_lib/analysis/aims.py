@@ -43,10 +43,10 @@ class Margin:
         if unit is None:
             unit = "grade" if last == "grade" else "number" if last in NO_SHARES else "share"
         if self.points and unit != "share":
-            return f"{metric} is no share and has no points: write a number in its unit"
+            return f"{metric} is not a share, so has no points: give a number in its unit"
         scale = UNIT_SCALES.get(unit)
         if scale and self.size > WIDEST_MARGIN * (scale[1] - scale[0]):
-            hint = " (of a share write '2 points' or 0.02)" if unit == "share" else ""
+            hint = " (for a share write '2 points' or 0.02)" if unit == "share" else ""
             return f"{metric}: a margin of more than a quarter of the scale says nothing{hint}"
         return ""
 

@@ -127,7 +127,7 @@ def check_copies(arms: Arms) -> Iterator[Finding]:
             title = min((key[0] for key in shared), key=_ONE_MODEL.index)
             places = [seen[name][key].values() for key in shared for name in both]
             lines = tuple(dict.fromkeys(itertools.chain(*places)))
-            remedy = "find out which arm it belongs to, and make the other's anew"
+            remedy = "find out which arm it belongs to, and redo the other's"
             title = f"{' and '.join(both)} {title}"
             yield Finding("same-model", "error", title, lines, remedy, both)
         else:
@@ -167,7 +167,7 @@ def _same_answers(first: ArmRuns, second: ArmRuns) -> Iterator[Finding]:
         if len(common) > 1 and all(texts[key] == other_texts[key] for key in common):
             title = f"All answers of {first.name} and {second.name} in {log.eval} are the same"
             places = (run_place(log.file), run_place(other.file))
-            remedy = "equal models give equal answers; else one set is a copy: make it anew"
+            remedy = "equal models give equal answers; else one set is a copy: redo it"
             pair, metrics = (first.name, second.name), _metrics((log, other))
             yield Finding("same-answers", "error", title, places, remedy, pair, metrics)
 
@@ -187,7 +187,7 @@ def check_former_opponents(arms: Arms) -> Iterator[Finding]:
         judged = log.opponent.fingerprint
         now = {each.answers.fingerprint for each in run.evals if each.eval == log.eval} - {""}
         if judged and now and judged not in now:
-            title = f"{arm} was judged in {log.eval} against former answers of {run.name}"
+            title = f"{arm} was judged in {log.eval} against outdated answers of {run.name}"
             lines = (f"{run_place(log.file)}: weights {judged[:12]}", f"now {min(now)[:12]}")
             remedy = f"recipes eval EVAL {log.file.parents[2].name} --against {run.name}"
             metrics = tuple(metric.name for metric in log.metrics if metric.opponent)
@@ -211,7 +211,7 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
         for arm, run, log in logs:
             place = (run_place(log.file),)
             if kin := _kinship(log, run):
-                title, remedy = f"{arm} was judged by {kin} in {name}", "use another family's judge"
+                title, remedy = f"{arm} was judged by {kin} in {name}", "use an unrelated judge"
                 yield Finding("self-judged", "error", title, place, remedy, (arm,), metrics)
             single = {
                 metric.name: None
@@ -234,7 +234,7 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
             yield Finding(UNAUDITED, "warning", title, (), AUDIT_COMMAND, (), metrics)
         weak = tuple(dict.fromkeys(judge.weak for judge in judges.values() if judge.weak))
         if weak:
-            title = f"The judge of {name} is a weak one"
+            title = f"The judge of {name} is weak"
             yield Finding("weak-judge", "warning", title, weak, "use a stronger judge", (), metrics)
 
 
@@ -335,7 +335,7 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
         both = (arm, arms.opponent(log.against) or "")
         formats = {facts.prompt_format_hash for facts in (log.answers, log.opponent) if facts}
         if both[1] in arms.by_name and len(formats - {None, ""}) > 1:
-            title = f"{arm} and {both[1]} were asked in other prompt formats in {log.eval}"
+            title = f"{arm} and {both[1]} were asked in different prompt formats in {log.eval}"
             place, metrics = (run_place(log.file),), _metrics((log,))
             yield Finding("protocol-differs", "error", title, place, _ONE_FORMAT, both, metrics)
     for name, logs in _by_eval(arms).items():
@@ -350,7 +350,7 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 yield from _asked_differently(left, right, design, scope)
         subsets = tuple(dict.fromkeys(f"{arm}: {log.subset}" for arm, _, log in logs if log.subset))
         if subsets:
-            title = f"{name} asked a part of its questions"
+            title = f"{name} asked only some of its questions"
             yield Finding("subset", "warning", title, subsets, "ask all of them", (), metrics)
 
 
@@ -376,13 +376,13 @@ def _asked_differently(
         yield Finding("protocol-differs", "error", title, (*lines.values(),), remedy, *scope)
     texts = _other_texts(first, second)
     if texts:
-        title = f"{both} were asked other texts under the same ids in {first.eval}"
-        remedy = "evaluate both with one file of questions and one of reference answers"
+        title = f"{both} were asked different texts under the same ids in {first.eval}"
+        remedy = "evaluate both with the same questions and reference answers"
         yield Finding("texts-differ", "error", title, texts, remedy, *scope)
     lines = _unequal(pair, [_facts(log, of_precision) for log in (first, second)], foreign)
     if lines:
-        what = f"were evaluated with other {sentence_list([*lines], 3)} in {first.eval}"
-        about = f"{both} {what}", (*lines.values(),), "evaluate both with one version"
+        what = f"were evaluated with different {sentence_list([*lines], 3)} in {first.eval}"
+        about = f"{both} {what}", (*lines.values(),), "evaluate both with the same version"
         yield Finding("evaluated-differently", "confound", *about, *scope)
 
 
@@ -431,7 +431,7 @@ def _other_texts(first: EvalLog, second: EvalLog) -> tuple[str, ...]:
         elif first.against == second.against and _differ(sample.opponent, other.opponent):
             differing[f"the answer of {first.against}"].add(sample.id)
     return tuple(
-        f"{what} differs for {len(ids)} ids, {min(ids)} is one" for what, ids in differing.items()
+        f"{what} differs for {len(ids)} ids, such as {min(ids)}" for what, ids in differing.items()
     )
 
 
@@ -476,7 +476,7 @@ def check_base(arms: Arms) -> Iterator[Finding]:
         now, then = weights[base.name], weights[arm.name]
         if base.is_base and not arm.is_base and now and then and now != then:
             lines = (f"{base.name}: {min(now)}, {arm.name}: {min(then)}",)
-            title = f"{arm.name} was trained on other weights than {base.name} has"
+            title = f"{arm.name} was trained on other weights than those of {base.name}"
             remedy = "evaluate its base"
             yield Finding("other-base", "error", title, lines, remedy, (arm.name, base.name))
 
@@ -518,20 +518,20 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
         if grid and grid.edge:
             title = f"{arm.name} is best at the {grid.edge} {grid.key} that was tried"
             line = f"{grid.key}: {grid.chosen} of {', '.join(map(str, grid.values))}"
-            remedy = "its best may lie beyond: add a value there to the grid of every arm"
+            remedy = "the best may lie beyond it: extend the grid of every arm there"
             yield Finding("tuned-at-edge", "confound", title, (line,), remedy, (arm.name,))
         trains = [run.resolved.get("train") or {} for run in arm.runs]
         best = any(values.get("load_best_model_at_end") for values in trains)
         if (grid or best) and on_validation:
             title = f"The validation rows chose the weights of {arm.name}"
-            remedy = "a loss on them is too good: compare on data.questions: test"
+            remedy = "a loss on them is biased down: compare on data.questions: test"
             where = (arm.name,), on_validation
             yield Finding("chosen-on-validation", "warning", title, (), remedy, *where)
     for both in itertools.combinations([arm.name for arm in trained], 2):
         grids = {(grid.key, grid.values) if (grid := tuned.get(arm)) else None for arm in both}
         if len(grids) > 1:
             title = f"{both[0]} and {both[1]} were not tuned over the same values"
-            remedy = "tune under the study's own key, not under an arm's"
+            remedy = "set tune for the study, not for an arm"
             yield Finding("tuned-differently", "confound", title, (), remedy, both)
 
 

@@ -217,25 +217,25 @@ def _sentence(claim: Claim) -> str:
     row = claim.row
     first, second, where = row.first, row.second, where_text(row)
     if claim.verdict == "not tested":
-        return f"{first} and {second} are not tested on {where}: {row.aside}."
+        return f"{first} and {second} are not tested in {where}: {row.aside}."
     if claim.descriptive and row.test is not None:
         kind = claim.descriptive.partition(":")[0]
-        return f"{kind}: {first} and {second} on {where}: {_values(row)}, no verdict."
+        return f"{kind}: {first} and {second} in {where}: {_values(row)}, no verdict."
     if claim.verdict == "no verdict":
         why = _inside(claim.stopped_by[0].title) if claim.stopped_by else row.why_not
         shown = f" ({_values(row)})" if row.first_value is not None else ""
-        return f"No verdict about {first} and {second} on {where}{shown}: {why}."
+        return f"No verdict about {first} and {second} in {where}{shown}: {why}."
     numbers = f"{_values(row)}, {_evidence(row)}"
     if claim.verdict == "not shown":
         return _not_shown(claim, numbers)
     inside = " The difference lies within the margin." if claim.within == "equivalent" else ""
     if claim.verdict in ("higher", "lower"):
         score = "scored better" if claim.verdict == "higher" else "scored worse"
-        why = "One training each: it is about these two models; another seed may differ."
+        why = "One training each: this is about these two models; another seed may differ."
         if claim.one_recipe:
-            why = "Both are trainings of one recipe: the difference is chance."
-        return f"The {first} run {score} than the {second} run on {where}: {numbers}.{inside} {why}"
-    return f"{first} is {claim.verdict} than {second} on {where}: {numbers}.{inside}{_cause(claim)}"
+            why = "Both were trained with one recipe: the difference is chance."
+        return f"The {first} run {score} than the {second} run in {where}: {numbers}.{inside} {why}"
+    return f"{first} is {claim.verdict} than {second} in {where}: {numbers}.{inside}{_cause(claim)}"
 
 
 def _not_shown(claim: Claim, numbers: str) -> str:
@@ -246,23 +246,23 @@ def _not_shown(claim: Claim, numbers: str) -> str:
         margin = f"{margin} of an even win rate"
     models = " One training each: this is about these two models." * (row.trainings == (1, 1))
     if claim.within == "equivalent":
-        return f"{first} and {second} are equivalent within {margin} on {where}: {numbers}.{models}"
+        return f"{first} and {second} are equivalent within {margin} in {where}: {numbers}.{models}"
     if claim.within:
         word = "worse" if claim.within == "not worse" else "better"
-        what = f"{first} is not {word} than {second} by more than {margin} on {where}"
+        what = f"{first} is not {word} than {second} by more than {margin} in {where}"
         return f"{what}: {numbers}.{models}"
     alone = row.test.p if row.test else 1.0
     if alone <= ALPHA:
         return (
-            f"Not enough for a verdict about {first} and {second} on {where}: {numbers}."
-            f" Alone it has {p_text(alone)}; this table has {count(row.tests, 'test')}."
+            f"Not enough for a verdict about {first} and {second} in {where}: {numbers}."
+            f" On its own it has {p_text(alone)}; this table has {count(row.tests, 'test')}."
         )
     power = ""
     if row.mde is not None:
         size = difference_text(row.mde, row.unit, signed=False)
         what = f"win rate {size} from 50%" if row.head_to_head else f"true difference of {size}"
-        power = f" 80% of such studies find a {what}."
-    return f"No difference shown between {first} and {second} on {where}: {numbers}.{power}"
+        power = f" 80% of such studies would find a {what}."
+    return f"No difference shown between {first} and {second} in {where}: {numbers}.{power}"
 
 
 def _cause(claim: Claim) -> str:

@@ -302,7 +302,7 @@ def _alpaca_eval(path: Path) -> Run:
         metrics=(metric,),
         answers=AnswerFacts(name=model, models=(model,)),
         judge=JudgeFacts(name=judge, fingerprint=judge, model=judge),
-        notes=("each pair was judged once, its order at random",),
+        notes=("each pair was judged once, in random order",),
         source="alpaca_eval",
         **place,
     )
@@ -324,7 +324,7 @@ def _lm_eval(folder: Path, path: Path) -> Run:
     }
     rows = [row for of_task in samples.values() for row in of_task]
     if not rows or not all("doc_id" in row for row in rows):
-        raise DataError("no samples lie beside it, so nothing can be paired", _AGAIN, file=path)
+        raise DataError("it has no samples beside it, so nothing can be paired", _AGAIN, file=path)
     prompts = sorted(f"{row['doc_id']} {row.get('prompt_hash')}" for row in rows)
     place: dict[str, Any] = {"eval": "lm_eval", "suite": "lm_eval", "file": path}
     known = [replace(metric, **place) for metric in metrics_of(content, samples)]

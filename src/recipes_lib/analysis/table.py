@@ -347,13 +347,13 @@ def _why_not(row: TableRow) -> str:
     if test.unresolved == row.n:
         return "no item has a verdict"
     if row.higher_is_better is None:
-        return "its files do not say whether more or less of it is better"
+        return "its files do not say whether higher or lower is better"
     if questions < FEWEST_QUESTIONS:
         return f"{count(questions, 'question')} are too few to reach p <= {ALPHA:g}"
     if np.isinf(test.resolved.reach) and questions < FEWEST_LOSSES:
         return f"{count(questions, 'row')} are fewer than the {FEWEST_LOSSES} that losses need"
     if test.resolved.tail_against:
-        return "a few rows differ far more than the others, the other way"
+        return "a few rows differ far more than the others, in the other direction"
     right = {0.0: "nothing right", 1.0: "everything right"}
     ends = {"share": right, "grade": {1.0: "the lowest grades", 5.0: "the highest grades"}}
     end = ends.get(row.unit, {}).get(row.first_value or 0.0)
@@ -400,7 +400,7 @@ def _mark(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
         task = metrics[row.metric].task
         group = groups.get((row.arms, row.eval, task))
         if group and not any(task in parts for parts in words):
-            row.aside = f"it is a part of {group}, which is tested as one mean"
+            row.aside = f"it is part of {group}, which is tested as one mean"
     marked: set[tuple[str, str]] = set()  # the first tested row of two arms, head to head before
     for row in sorted(rows, key=lambda row: not row.is_tested):
         margin = None if row.aside else aims.margin_of(row.metric)

@@ -39,8 +39,8 @@ def run_launch(
     gpus: Gpus = None,
     stages: Annotated[str | None, "of train,eval,report; default: all"] = None,
     evals: Annotated[list[str], "what to evaluate a recipe on; default: the three of evals/"] = [],  # noqa: B006 (it is not changed)
-    dry_run: Annotated[bool, "print the sbatch lines and what the scripts run, no more"] = False,
-    prepare: Annotated[bool, "only write the scripts of the jobs, and print their folder"] = False,
+    dry_run: Annotated[bool, "only print the sbatch lines and what the scripts run"] = False,
+    prepare: Annotated[bool, "only write the jobs' scripts and print their folder"] = False,
     resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
     trust_remote_code: Annotated[bool, TRAIN_FLAGS["trust_remote_code"]] = False,
     json: Annotated[bool, "status: print one JSON object"] = False,
@@ -56,7 +56,7 @@ def run_launch(
     if wrong := [word for word in values if "=" not in word or word.startswith("--")]:
         raise RecipeError(
             f"recipes launch: {wrong[0]} is neither an option nor section.key=value",
-            "one recipe or study at a time; put options of the site into its profile: sbatch",
+            "one recipe or study at a time; put site options into the profile (sbatch)",
         )
     if not profile:
         hint = f"profiles: {', '.join(known_profiles())}, or a copy of launch/profiles/example.yaml"
@@ -86,7 +86,7 @@ def run_launch(
 def _dry_run_lines(plan: JobPlan, site: Profile, typed: str) -> Iterator[str]:
     """Yield commands that bash takes as they stand; what its script holds is comments."""
     yield from (f"# {warning}" for warning in dict.fromkeys(plan.warnings))
-    yield "# bash takes these lines as they are; the first one writes the scripts"
+    yield "# paste these lines into bash; the first one writes the scripts"
     yield typed.replace(" --dry-run", " --prepare")
     for job, line in queue.sbatch_lines(plan):
         unit = ("GPU",) if job.uses_gpus else ("process", "processes")
@@ -103,7 +103,7 @@ def run_prefetch(
     overrides: Sequence[str],
     *,
     profile: Annotated[str | None, "the site, for the folders of its env, such as HF_HOME"] = None,
-    check: Annotated[bool, "fetch nothing; check that everything is here (exit 5 if not)"] = False,
+    check: Annotated[bool, "download nothing; check that all is here (exit 5 if not)"] = False,
     trust_remote_code: Annotated[bool, "allow code of lm-eval tasks, if the recipe asks"] = False,
 ) -> int:
     """Fetch, or check offline, as a job on a compute node does."""
@@ -111,7 +111,7 @@ def run_prefetch(
     values = [*(word for word in words if "=" in word), *overrides]
     if not files:
         hint = "recipes prefetch RECIPE evals/alpaca_eval.yaml --profile P"
-        raise RecipeError("recipes prefetch: nothing is named", hint)
+        raise RecipeError("recipes prefetch: name what to fetch", hint)
     if profile:
         load_profile(profile).enter()
     if check:

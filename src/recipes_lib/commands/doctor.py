@@ -65,7 +65,7 @@ def check_device() -> Iterator[DoctorLine]:
             yield WARN, "this GPU has no bf16", remedy
     elif Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
         remedy = "nvidia-smi shows the driver's CUDA version; install the torch build for it"
-        what = f"a GPU is here, torch (built for CUDA {torch.version.cuda}) cannot use it"
+        what = f"there is a GPU, but torch (built for CUDA {torch.version.cuda}) cannot use it"
         yield FAIL, what, remedy
     else:
         yield NOTE, f"no GPU; {os.cpu_count()} CPU cores: the quickstart trains here", ""
@@ -88,7 +88,7 @@ def check_disk() -> Iterator[DoctorLine]:
         place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         free = shutil.disk_usage(place).free / 2**30
         if not os.access(place, os.W_OK):
-            yield FAIL, f"{name}: {folder} cannot be written", "set RECIPES_RUNS_ROOT or HF_HOME"
+            yield FAIL, f"{name}: {folder} is not writable", "set RECIPES_RUNS_ROOT or HF_HOME"
         else:
             level, remedy = (OK, "") if free > DISK_GIB else (WARN, "free some space")
             yield level, f"{name}: {free:.0f} GiB free", remedy

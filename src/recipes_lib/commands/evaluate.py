@@ -19,7 +19,7 @@ from recipes_lib.core.terminal import next_step, print_json, say
 
 
 def run_eval(
-    eval: Annotated[str, "an eval recipe, for example evals/quickstart/alpaca_eval.yaml, or more"],
+    eval: Annotated[str, "one or more eval recipes, such as evals/quickstart/alpaca_eval.yaml"],
     run_or_model: Annotated[list[str], "runs, base, Hub ids, model folders, or files of answers"],
     overrides: Sequence[str] = (),
     *,
@@ -45,7 +45,7 @@ def run_eval(
 
 def run_judge_audit(
     *,
-    judge: Annotated[str, "judge file: who is asked, and the thresholds"],
+    judge: Annotated[str, "the judge's file: model and thresholds"],
     labels: Annotated[Path, "rows: instruction, answer, opponent_answer, label"],
     limit: Annotated[int | None, "ask about N pairs; a larger N later asks about the rest"] = None,
     probe_pairs: Annotated[int, "pairs for the two probes, 4 judgments each", 0] = 10,
@@ -66,8 +66,8 @@ def run_judge_audit(
 def run_compare(
     runs: Annotated[list[str], "evaluated runs, lm-eval folders, alpaca_eval annotations"],
     *,
-    margin: Annotated[list[str], "what does not matter: win_rate='2 points' loss=0.005"] = [],  # noqa: B006 (it is not changed)
-    html: Annotated[Path | None, "write the report, one file that needs nothing else"] = None,
+    margin: Annotated[list[str], "negligible differences: win_rate='2 points' loss=0.005"] = [],  # noqa: B006 (it is not changed)
+    html: Annotated[Path | None, "write the report as one self-contained file"] = None,
     json: Annotated[bool, "print one JSON object: rows, scores, findings"] = False,
 ) -> int:
     """Print the tested table of runs, lm-eval folders or alpaca_eval files."""

@@ -195,7 +195,7 @@ def _full_name(word: str) -> str:
     ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
     if plain in keys or len(ending) == 1:
         return plain if plain in keys else ending[0]
-    raise RecipeError(f"there is no key '{word}'", *did_you_mean(plain, keys))
+    raise RecipeError(f"unknown key '{word}'", *did_you_mean(plain, keys))
 
 
 def _type_text(schema: JsonSchemaValue) -> str:
@@ -216,7 +216,7 @@ def _type_text(schema: JsonSchemaValue) -> str:
 def run_check(
     paths: Annotated[list[str], "YAML files, names of recipes, or folders with YAML files"],
     *,
-    full: Annotated[bool, "also build upstream's objects"] = False,
+    full: Annotated[bool, "also build the objects of TRL and PEFT"] = False,
 ) -> int:
     """Check every file; print warnings and notes, then all errors."""
     files = list(dict.fromkeys(file for path in paths for file in _files(Path(path))))

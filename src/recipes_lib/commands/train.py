@@ -56,7 +56,7 @@ def run_data(
     overrides: Sequence[str] = (),
     *,
     show: Annotated[int, "print N training rows as the model sees them (default 3)", 0] = 3,
-    against: Annotated[list[str], "evals whose questions must not be in the rows that train"] = [],  # noqa: B006 (it is not changed)
+    against: Annotated[list[str], "evals whose questions must not be in the training rows"] = [],  # noqa: B006 (it is not changed)
 ) -> int:
     """Prepare the recipe's data, print the audit and some rows."""
     from recipes_lib.data.prepare import prepare_data
@@ -116,7 +116,7 @@ def run_plan(
     gpus: Gpus = None,
     nodes: Nodes = None,
     accelerate: Accelerate = None,
-    table: Annotated[bool, "what other settings, methods and cards would do"] = False,
+    table: Annotated[bool, "compare other settings, methods and cards"] = False,
     json: Json = False,
 ) -> int:
     """Plan and print."""
@@ -160,10 +160,10 @@ def run_train(
     accelerate: Accelerate = None,
     gpus: Gpus = None,
     nodes: Nodes = None,
-    machine_rank: Annotated[int | None, "of several machines: this one's number, from 0", 0] = None,
-    main_process_ip: Annotated[str | None, "of several machines: the address of machine 0"] = None,
-    main_process_port: Annotated[int | None, "of several machines: a port of machine 0"] = None,
-    dry_run: Annotated[bool, "print the command and do nothing"] = False,
+    machine_rank: Annotated[int | None, "several machines: this one's number, from 0", 0] = None,
+    main_process_ip: Annotated[str | None, "several machines: address of machine 0"] = None,
+    main_process_port: Annotated[int | None, "several machines: port of machine 0"] = None,
+    dry_run: Annotated[bool, "only print the command"] = False,
     resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
     trust_remote_code: Annotated[bool, TRAIN_FLAGS["trust_remote_code"]] = False,
 ) -> int:
@@ -255,7 +255,7 @@ def _record_end(run: RunDirectory, killed: str, ended: str, code: int) -> None:
         run.write_state("stopped" if killed else "failed", exit_code=code, error=what)
     elif not killed:
         return
-    say(f"{what} (exit {code}); the same command goes on, from a checkpoint if there is one")
+    say(f"{what} (exit {code}); the same command resumes, from a checkpoint if there is one")
 
 
 # ---- chat ----
@@ -264,7 +264,7 @@ def _record_end(run: RunDirectory, killed: str, ended: str, code: int) -> None:
 def run_chat(
     runs: Annotated[list[str], "finished runs"],
     *,
-    prompt: Annotated[str | None, "answer this and stop, instead of asking for questions"] = None,
+    prompt: Annotated[str | None, "answer this question and exit"] = None,
     system: Annotated[str | None, "system prompt, in place of the recipe's"] = None,
     max_new_tokens: Annotated[int, "longest answer (default 200)"] = 200,
     temperature: Annotated[float, "0 is greedy and repeatable (default)"] = 0.0,
@@ -303,7 +303,7 @@ def answer(family: Family, name: str, messages: Sequence[Message], sampling: Sam
     engine = HFEngine(partial(family.answering, name), tokenizer, "")
     (done,) = engine.complete([Request(key=name, ids=ids, seed=seed)], sampling)
     if done.finish_reason == "prompt_too_long":
-        raise RecipeError("the conversation is longer than the model can read: begin a new one")
+        raise RecipeError("the conversation is longer than the model can read: start a new one")
     return done.text
 
 

@@ -48,7 +48,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "accelerate": ("compute_environment", "distributed_type"),
     "flat": ("model_name_or_path", "dataset_name", "output_dir"),
 }
-_FOREIGN = "a config of axolotl, LLaMA-Factory, oumi, torchtune, DPO or GRPO: nothing here reads it"
+_FOREIGN = "configs of axolotl, LLaMA-Factory, oumi, torchtune, DPO and GRPO are not supported"
 _HINTS = {"foreign": _FOREIGN, "flat": "recipes migrate turns a flat TRL config into a recipe"}
 
 
@@ -93,8 +93,8 @@ class Document:
     def kind(self) -> str:
         """The file's kind by its top-level keys, empty for none."""
         if not isinstance(self.values, dict) or not self.values:
-            what = "holds no mapping of keys" if self.values else "is empty"
-            raise RecipeError(what, "rows are named in a recipe: data.source", file=self.file)
+            what = "is not a mapping of keys" if self.values else "is empty"
+            raise RecipeError(what, "to train on rows, set data.source in a recipe", file=self.file)
         return next((kind for kind, keys in KINDS.items() if self.values.keys() & {*keys}), "")
 
     def origin(self, key: str | KeyPath | int) -> Origin:
@@ -165,7 +165,7 @@ def _with_parents(path: Path, below: tuple[Path, ...]) -> list[Document]:
             raise part.error("extends", what, *near_file(path.parent / name))
         if parent.resolve() in circle:
             steps = " -> ".join(step.name for step in (*circle, parent))
-            raise part.error("extends", f"extends goes in a circle: {steps}")
+            raise part.error("extends", f"circular extends: {steps}")
         parts += _with_parents(parent, circle)
     return [*parts, part]
 
@@ -220,7 +220,7 @@ def _compose(document: Document, at: KeyPath) -> None:
     except yaml.YAMLError as error:
         mark = getattr(error, "context_mark", None) or getattr(error, "problem_mark", None)
         what = f"YAML: {getattr(error, 'context', '') or ''} {getattr(error, 'problem', error)}"
-        hints = ["indent with spaces; YAML takes no tabs"] if "\t" in document.text else []
+        hints = ["indent with spaces; YAML allows no tabs"] if "\t" in document.text else []
         raise document.error(mark.line + 1 if mark else 1, " ".join(what.split()), *hints) from None
     if node is not None:
         document.values = _build(document, node, at)

@@ -52,7 +52,7 @@ class LaunchSection(Section):
     accelerate: AccelerateConfigName = "single_gpu"
     """Name of a file in accelerate_configs/, without .yaml, or a path."""
     gpus: int | None = Field(None, ge=1)
-    """Processes per node. Absent: what the accelerate config says."""
+    """Processes per node. Default: the accelerate config's."""
     nodes: int = Field(1, ge=1)
     """Machines."""
 
@@ -111,7 +111,7 @@ def precision_conflict(train: Values, asked: str, asked_by: str) -> list[str]:
     if asked.lower() in ("no", half):
         return []
     what = f"{asked_by} asks for mixed_precision {asked}, but the recipe for {half} (train.bf16)"
-    return [what, "leave it to the recipe: mixed_precision: 'no', and no flag or variable for it"]
+    return [what, "let the recipe decide: mixed_precision: 'no', and no flag or variable for it"]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def plan_launch(
     per_machine = 1 if single else max(config.num_processes // config.num_machines, 1)
     launch = Launch(config, gpus or per_machine, nodes or config.num_machines)
     if single and launch.world_size > 1:
-        what = f"{config.path.stem} starts one process, but {launch.world_size} were asked for"
+        what = f"{config.path.stem} starts one process, but {launch.world_size} were requested"
         hint = "for several: --accelerate ddp or fsdp; on CPUs ddp_cpu or fsdp_cpu"
         raise RecipeError(what, hint)
     return launch
@@ -206,14 +206,14 @@ def plan_launch(
 def place_machine(launch: Launch, rank: int | None, host: str | None, port: int | None) -> Launch:
     """Return the launch with this machine's place in it."""
     if launch.machines == 1 and (rank is not None or host):
-        raise RecipeError("--machine-rank and --main-process-ip are for several: set --nodes")
+        raise RecipeError("--machine-rank and --main-process-ip also need --nodes")
     if launch.machines == 1:
         return replace(launch, port=port)
     port = port or launch.config.main_process_port or DEFAULT_PORT
     if rank is None or host is None or not 0 <= rank < launch.machines:
         flags = f"--machine-rank N --main-process-ip HOST_OF_RANK_0 --main-process-port {port}"
         what = f"this starts one of {launch.machines} machines, on one shared runs folder"
-        raise RecipeError(what, f"on each, with its own N (0 to {launch.machines - 1}): {flags}")
+        raise RecipeError(what, f"run it on each with its N (0 to {launch.machines - 1}): {flags}")
     return replace(launch, rank=rank, address=host, port=port)
 
 
@@ -248,7 +248,7 @@ def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int
     if rest == 0 and accumulation > 0:
         return accumulation
     batch = f"{per_device} per device x {world_size} processes = {micro_batch}"
-    what = f"run.global_batch_size {global_batch_size} is no multiple of {batch}"
+    what = f"run.global_batch_size {global_batch_size} is not a multiple of {batch}"
     raise RecipeError(what, f"set it to {(accumulation + 1) * micro_batch}")
 
 

@@ -134,7 +134,7 @@ def migrate(path: Path, head: str) -> tuple[str, list[str]]:
         home, place = home_of(key), flat.origin((key,))
         why = _why_left_out(key, home, flat.values)
         if why or home in texts:
-            why = why or "another key of this file sets it already"
+            why = why or "another key of this file already sets it"
             shown = [f"{key}: (not copied)"] if is_secret_name(key) else own
             left += [*above, f"# {why}:", *(f"#   {line}" for line in shown)]
             changes.append(f"{place}: {key} left out; {why}")
@@ -191,7 +191,7 @@ def _why_left_out(key: str, home: str, flat: Values) -> str:
         return "TRL ignores it without use_peft"
     if home.startswith("quantization.") and not loads:
         return "nothing is quantized"
-    known = {"use_peft": "the section lora says it", **TrainSection.gone}
+    known = {"use_peft": "the section lora replaces it", **TrainSection.gone}
     return "" if home else known.get(key, "a recipe has no such key")
 
 
@@ -219,7 +219,7 @@ def _added(flat: Values, values: Values) -> dict[str, tuple[object, str]]:
     """
     added: dict[str, tuple[object, str]] = {}
     if flat.get("use_peft"):
-        why = "TRL's default; PEFT's is another"
+        why = "TRL's default; PEFT's differs"
         added |= {f"lora.{key}": (value, why) for key, value in LORA_DEFAULTS.items()}
     if flat.get("load_in_4bit"):
         added["quantization.bnb_4bit_quant_type"] = ("nf4", "TRL's default")
@@ -230,9 +230,9 @@ def _added(flat: Values, values: Values) -> dict[str, tuple[object, str]]:
     why = "for messages; for prompt and completion write raw, without completion_only_loss"
     added["data.prompt_format"] = (rows, why)
     if rows == "chat" and not flat.get("assistant_only_loss"):
-        why = "of messages TRL learns every token; true learns the answers, as for prompts"
+        why = "TRL learns every token of messages; true learns only the answers"
         added["train.completion_only_loss"] = (False, why)
     evaluates = values.get("train.eval_strategy") not in ("no", None)
     split = {"validation": 0.1} if evaluates else {"method": "none"}
-    added["data.split"] = (split, "rows are held out only where there is an evaluation")
+    added["data.split"] = (split, "rows are held out only if the config evaluates")
     return added

@@ -75,7 +75,7 @@ def _changed_by_shards(recipe: Recipe) -> Iterator[RecipeError]:
     section, types = recipe.quantization, ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
     is_packed = section and section.get("load_in_4bit") and not recipe.train.get("fp16")
     if section and not (is_packed and {section.get(key) for key in types} == {"bfloat16"}):
-        what = f"FSDP keeps only 4-bit weights as they are whose {' and '.join(types)} are bfloat16"
+        what = f"FSDP keeps 4-bit weights intact only if {' and '.join(types)} are bfloat16"
         yield recipe.error("quantization", what, "set both and train.bf16, or launch with ddp")
 
 
@@ -96,7 +96,7 @@ def local_folder(recipe: Recipe) -> Path | None:
 
 def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
     """Return the error for a model whose tokenizer cannot be read, from that of transformers."""
-    hint = f"its files are beside the weights: {', '.join(TOKENIZER_FILES)}"
+    hint = f"its files belong beside the weights: {', '.join(TOKENIZER_FILES)}"
     return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)
 
 
@@ -213,6 +213,6 @@ def _adapter(recipe: Recipe, model: Any) -> list[RecipeError]:
         with torch.device("meta"):
             get_peft_model(model, families.settle_targets(config, model))
         if hasattr(model.get_output_embeddings(), "lora_A"):
-            what = "the loss does not run through an adapter on the output layer"
+            what = "the loss bypasses an adapter on the output layer"
             faults.append(("lora.target_modules", what, "leave it (lm_head) out"))
     return [recipe.error(*fault) for fault in faults]

@@ -83,7 +83,7 @@ class ModelSection(Section):
     attn_implementation: str | None = Field(None, pattern=_Kernel)
     """Attention kernel; varlen is torch's own, NAME/NAME one on the Hub. Absent: sdpa, or eager."""
     trust_remote_code: bool = False
-    """Run Python code of the model; needs --trust-remote-code on the command line, too."""
+    """Run the model's own Python code; also needs --trust-remote-code on the command line."""
     resize_embeddings: bool = False
     """Grow the embedding matrix when the tokenizer has more entries than the model."""
 
@@ -145,15 +145,15 @@ class DataSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     columns: dict[_Column, str] = {}
-    """Our name of a column -> the file's name."""
+    """Our name for a column -> the file's name for it."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """Rows that cannot be used: error names all of them and stops, skip counts and leaves out."""
+    """Rows that cannot be used: error lists them all and stops, skip counts and omits them."""
     prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = "dolly"
     """Headings around instruction and response, the chat template, or plain texts (raw)."""
     chat_template: _Template | None = None
     """For `chat`: a .jinja file, its text, or TRL's own (trl:llama3). Absent: the tokenizer's."""
     chat_template_kwargs: Values = {}
-    """For `chat`: arguments of the template, as {enable_thinking: false}; a row's own win."""
+    """For `chat`: arguments of the template, such as {enable_thinking: false}; a row's own win."""
     template_date: str | None = None
     """For `chat`: the date that a template prints as today's. Absent: that of the run's start."""
     system_prompt: str | None = None
@@ -315,7 +315,7 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
     key, varlen = "model.attn_implementation", recipe.model.attn_implementation == VARLEN
     wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
     if varlen and (wrapped or train.get("padding_free") is False):
-        what = f"{key}: with wrapped or padded rows, varlen would silently be sdpa"
+        what = f"{key}: with wrapped or padded rows, varlen would silently become sdpa"
         yield document.error(key, what, "remove one of them")
     key = "train.gradient_accumulation_steps"
     if recipe.run.global_batch_size and "gradient_accumulation_steps" in train:
@@ -326,7 +326,7 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
     key, split = "train.eval_strategy", recipe.data.split
     held_out = split.validation if split.method != "none" else 0
     if train.get("eval_strategy", "no") != "no" and not held_out:
-        what = f"{key} is {train['eval_strategy']}, but data.split holds no validation rows out"
+        what = f"{key} is {train['eval_strategy']}, but data.split holds out no validation rows"
         hint = "set data.split.validation, or train.eval_strategy: no"
         yield document.error(key, what, hint)
 
@@ -354,4 +354,4 @@ def no_model_at(name: str) -> tuple[str, ...] | None:
     may_be_on_hub = HUB_ID.fullmatch(name) and not (path.exists() or name.endswith(".gguf"))
     if name == MODEL or path.is_dir() or may_be_on_hub:
         return None
-    return f"{name!r} is no folder here, and cannot be a name on the Hub", A_MODEL
+    return f"{name!r} is not a folder here and cannot be a Hub name", A_MODEL

@@ -48,7 +48,7 @@ RENAMES = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-_RENAMED = "it is train.{} since TRL 1 / transformers 5; for a whole old file: recipes migrate"
+_RENAMED = "renamed to train.{} in TRL 1 / transformers 5; for a whole old file: recipes migrate"
 # What no recipe sets, by the beginning of its name, and why.
 _NOT_OURS = {
     "train": (
@@ -59,7 +59,7 @@ _NOT_OURS = {
     ),
     "lora": (
         r"(base_model|peft_|auto_mapping|revision|inference_|use_bdlora|megatron_|\w+_config$)",
-        "PEFT writes it by itself, or it is of a kind of LoRA with a config of its own",
+        "PEFT sets it itself, or it belongs to a LoRA variant with its own config",
     ),
 }
 
@@ -137,7 +137,7 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     values = {key: recipe.train[key] for key in recipe.train if key not in COMPILE_KEYS}
     values["use_cpu"] = values.get("use_cpu", False) or not has_accelerator()
     if values["use_cpu"] and (values.get("fp16") or values.get("fp16_full_eval")):
-        what = "train.fp16 does nothing on a CPU: it would train in float32 and say nothing"
+        what = "train.fp16 does nothing on a CPU: it would silently train in float32"
         raise recipe.error("train.fp16", what, "use train.bf16: true")
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
     # the labels say it already; TRL looks for conversations in the rows

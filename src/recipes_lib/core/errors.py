@@ -117,7 +117,7 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
             remedy = "halve train.per_device_train_batch_size; train.activation_checkpointing: true"
             return EnvironmentFault(f"out of GPU memory: {text}", remedy)
         if _FAULT.search(text) or (cause is error and isinstance(error, OSError) and error.errno):
-            remedy = "make room (disk, quota, the job's memory) or the file accessible, then go on"
+            remedy = "free space (disk, quota, job memory) or make the file accessible, then rerun"
             return EnvironmentFault(f"cannot read, write or allocate: {text}", remedy)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None

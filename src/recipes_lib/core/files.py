@@ -85,7 +85,7 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
+def read_object(path: Path, remedy: str = "restore it, or rerun the step that wrote it") -> Row:
     """Return a JSON object, empty for an absent file; of a damaged one the error has the remedy."""
     if not path.is_file():
         return {}
@@ -119,7 +119,7 @@ def read_rows(path: Path) -> Iterator[Row]:
             if row is not None:
                 yield row
             elif line.strip() and lines.peek(1):
-                raise DataError("this line is damaged; restore or drop it", file=path, line=number)
+                raise DataError("this line is damaged; restore or cut it", file=path, line=number)
 
 
 def parsed_line(line: bytes) -> Row | None:

@@ -66,7 +66,7 @@ class RunDirectory:
         if state.get("state") in get_args(State):
             return state
         what = "cannot be read, is damaged, or not a run.json of this version"
-        remedy = f"move it away, then the newest whole checkpoint goes on: {self.train_command()}"
+        remedy = f"move it away to resume from the last complete checkpoint: {self.train_command()}"
         raise EnvironmentFault(what, remedy, file=self.state_file)
 
     def write_state(self, state: State, **fields: Any) -> None:

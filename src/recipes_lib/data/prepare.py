@@ -73,9 +73,9 @@ IGNORED = -100  # labels with this value carry no loss
 MOST_UNSUPERVISED = 0.05  # of the rows
 _RECORD = "prepared.json"
 _REWRITTEN = (
-    "the chat template renders the first messages differently when others follow: no loss mask"
+    "the chat template renders earlier messages differently when more follow: no loss mask is"
     " possible",
-    "name the one of TRL's that trains it (data.chat_template: trl:NAME), mark the assistant's text"
+    "use TRL's training template for it (data.chat_template: trl:NAME), mark the assistant's text"
     " with {% generation %} ... {% endgeneration %}, or set data.chat_loss: last",
 )
 
@@ -367,10 +367,10 @@ def _judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
     facts = {
         "truncated": f"cut at {limit}, {lost} of them lose their end",
         "no_supervised_tokens": f"no supervised token at {limit}; the longest prompt has {longest}",
-        "empty_completions": "an empty completion, which teaches the end token alone",
+        "empty_completions": "an empty completion, which teaches only the end token",
         "without_end_token": "no supervised end token, so the model would not learn to stop",
         "changed_by_template": "the chat template changes or drops text",
-        "other_prompt": "not as the model is asked: the prompt ends in a space, or the template"
+        "other_prompt": "begin unlike the model's prompt: it ends in a space, or the template"
         " begins a thought (data.chat_template_kwargs: {enable_thinking: ...})",
         "special_tokens": f"special tokens in the text, {acting}",
         "duplicates": "exact duplicates",
@@ -392,7 +392,7 @@ def _judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
             what = f"{len(rows)}/{used} rows: {facts[name]}"
             raise SettingError(key, what, listed(rows, 3), f"at most {most:.0f} rows; {hint}")
     if evaluates and not audit.rows["validation"]:
-        what = f"none of {used} rows is held out for the validation of train.eval_strategy"
+        what = f"none of {used} rows is held out for validation (train.eval_strategy)"
         hint = "add rows, raise data.split.validation, or set train.eval_strategy: 'no'"
         raise SettingError("data.split.validation", what, hint)
 
@@ -516,8 +516,8 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
     spans = _token_spans(text, parts, ids, offsets, settings.ends)
     said = [tokenizer.decode(ids[slice(*span)], skip_special_tokens=True) for span in spans]
     if not ((said and all(map(str.strip, said))) or row.is_empty):
-        what = "the chat template renders nothing of what the assistant says, which teaches silence"
-        hint = "choose one for plain text, or one that knows tools, as trl:qwen2_5 does"
+        what = "the chat template renders none of the assistant's text, which teaches silence"
+        hint = "choose one for plain text, or one that supports tools, such as trl:qwen2_5"
         raise BadRow(what, f"{hint} (data.chat_template)")
     encoded = _labelled(ids, spans, settings)
     asked = prompt_ids(section, tokenizer, prompts[answers[-1]])

@@ -119,7 +119,7 @@ def _undated_template(section: DataSection, tokenizer: Any) -> str:
         own = own.get("default") if isinstance(own, dict) else own
         if not own:
             what = "prompt_format chat needs a chat template, and the tokenizer has none"
-            hint = f"set {key} to a .jinja file or to one of TRL's, as trl:llama3"
+            hint = f"set {key} to a .jinja file or to one of TRL's, such as trl:llama3"
             raise SettingError("data.prompt_format", what, hint)
         return str(own)
     if is_inline(given):

@@ -277,7 +277,7 @@ def _json_text(name: str, value: Any, what: str) -> str:
         tools = [parsed_json(tool, dict, what) for tool in parsed_json(value, list, what)]
         functions = [parsed_json(tool.get("function", tool), dict, what) for tool in tools]
         if not all(isinstance(function.get("name"), str) for function in functions):
-            raise BadRow(f"{what}: a tool is no function with a name in it")
+            raise BadRow(f"{what}: a tool is not a function with a name")
         value = [{"type": "function", "function": function} for function in functions]
     else:
         given = parsed_json(value, dict, what)
@@ -418,7 +418,7 @@ def listed_sources(section: DataSection) -> list[SourcePart]:
     for key in ("chat_template", "chat_template_kwargs", "system_prompt", "chat_loss"):
         is_set = getattr(section, key) != DataSection.model_fields[key].default
         if is_set and section.prompt_format != "chat":
-            what = f"data.{key} acts in prompt_format chat alone, not in {section.prompt_format}"
+            what = f"data.{key} works only in prompt_format chat, not in {section.prompt_format}"
             raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
     shared = section.model_dump(include={"subset", "source_split", "revision"})
     sources = []
@@ -493,7 +493,7 @@ def hub_data_set(source: SourcePart) -> Dataset:
     try:
         return datasets.load_dataset(name, source.subset, **keys)
     except Exception as error:  # the Hub's client raises many types; each becomes one line
-        what = f"no file or folder is '{name}', and the Hub gives none: {one_line(error)}"
+        what = f"'{name}' is not a file or folder, and the Hub gave: {one_line(error)}"
         hint = f"check the name (private: hf auth login), or put a file at {name}/train.jsonl"
         raise SettingError("data.source", what, hint) from error
 
@@ -549,7 +549,7 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
         names, start = reader.fieldnames or [], reader.line_num + 1
         for row in reader:
             is_whole = None not in row and None not in row.values()
-            yield start, row if is_whole else BadRow(f"not {len(names)} fields, as the header has")
+            yield start, row if is_whole else BadRow(f"not {len(names)} fields like the header")
             start = reader.line_num + 1
 
 
@@ -651,7 +651,7 @@ def train_rows(section: DataSection, files: object = None) -> list[DataRow]:
     where the files are not those that a run recorded (`source_hashes`).
     """
     if files is not None and source_hashes(section) != files:
-        raise DataError("the data is not what it was when the run was trained")
+        raise DataError("the data has changed since the run was trained")
     return split_rows(read_data(section, BadRows()).rows, section.split)[TRAIN]
 
 
@@ -718,6 +718,6 @@ def formats_of(data: Path) -> tuple[str, ...]:
     formats = tuple(fields_by_format({}, names)[1])
     if not formats:
         what = f"columns {', '.join(names)} are not understood" if names else "0 rows or columns"
-        hint = "docs/data.md says which are; or start without --data and set data.columns yourself"
+        hint = "docs/data.md lists the known ones; or start without --data and set data.columns"
         raise DataError(what, hint, file=shown_path(file), line=1)
     return formats

@@ -403,7 +403,7 @@ class OpenAIEngine:
         """Read a reply of either endpoint. No text is an empty one, as of a model that declines."""
         name, asked = getattr(reply, "model", None), re.escape(self.model.rsplit("/", 1)[-1])
         if isinstance(name, str) and name and not re.search(rf"(?i)(^|/){asked}(?![\w.])", name):
-            raise ValueError(f"asked for '{self.model}', it answered as '{name[:100]}'")
+            raise ValueError(f"asked for '{self.model}', but '{name[:100]}' answered")
         choice = reply.choices[0]
         message = getattr(choice, "message", None)
         text = (message.content if message else getattr(choice, "text", None)) or ""

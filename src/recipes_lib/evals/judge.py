@@ -168,7 +168,7 @@ def read_reply(request: JudgeRequest, reply: Completion, mode: str) -> Row:
         verdict = parse_verdict(reply.text, allowed, reply.finish_reason, mode == "json")
         return verdict | {"finish_reason": reply.finish_reason, "raw": reply.text}
     best, second, *_ = sorted(allowed, key=lambda verdict: -shares[verdict])
-    verdict = verdict_row("unparsed", "no verdict is the likeliest")  # nor where one is no number
+    verdict = verdict_row("unparsed", "no verdict is the most likely")  # nor where one is no number
     if shares[best] > shares[second] and all(map(math.isfinite, shares.values())):
         verdict = verdict_row("ok", value=best)
     raw = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())

@@ -54,7 +54,7 @@ def leak_error(
     remedy, kind = "take these rows out of the data, or these questions out of the eval", ""
     if not leaks.is_error:
         share, kind = leaks.leaked_questions / leaks.questions, "warning"
-        remedy = f"few questions, and all are short: at most {share:.1%} of the result is theirs"
+        remedy = f"few questions, all short: they decide at most {share:.1%} of the result"
     what = ": ".join(filter(None, [kind, owner, leaks.summary(name)]))
     return RecipeError(what, *leaks.lines(limit), remedy, file=shown_path(recipe.path))
 

@@ -292,7 +292,7 @@ def read_eval_log(file: Path) -> EvalLog:
     """Return the log of a result file with its samples; a DataError where these do not agree."""
     row = read_object(file)
     if row.pop("format_version", None) != RESULT_VERSION:
-        raise DataError("is of another version of this project", _AGAIN, file=file)
+        raise DataError("was written by another version of this project", _AGAIN, file=file)
     name, items = file.parent.name, items_file(file)
     log: EvalLog = _validated(EvalLog, {**row, "eval": name, "file": file}, file)
     samples: dict[tuple[str, str], list[Sample]] = defaultdict(list)
@@ -325,7 +325,7 @@ def _check_samples(metric: Metric) -> None:
     is_mean = metric.unit == "number" or abs((mean or 0.0) - (metric.value or 0.0)) <= 1e-6
     is_once = len({each.key for each in metric.samples}) == len(metric.samples)
     if not (is_mean and is_once and len(values) == metric.n):
-        stored = f"{len(values)} are stored (mean {mean}), or one is there twice"
+        stored = f"{len(values)} are stored (mean {mean}), or one is stored twice"
         what = f"the result is of {metric.n} samples, {stored}"
         raise DataError(f"{metric.task or metric.metric}: {what}", _AGAIN, file=metric.file)
 
@@ -395,7 +395,7 @@ class Store(dict[str, Row]):
         for number, line in enumerate(lines, 1):
             row = parsed_line(line) or {}
             if not isinstance(row.get("key"), str) or row["key"] in self:
-                what = "this line is damaged: not a stored row, or there twice"
+                what = "this line is damaged: not a stored row, or a duplicate"
                 remedy = "restore the file, or delete this line to have it made again"
                 raise DataError(what, remedy, file=self.path, line=number)
             self[row["key"]] = row

@@ -164,8 +164,8 @@ def resolve(
             try:
                 section, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
             except ValidationError:
-                hint = f"remove {shown_path(run.path)}: evaluating the model makes it anew"
-                raise RecipeError("is of an earlier version", hint, file=run.state_file) from None
+                hint = f"remove {shown_path(run.path)}: evaluating the model recreates it"
+                raise RecipeError("is from an earlier version", hint, file=run.state_file) from None
             known[word] = bare_recipe(section, data, stored["quantization"])
             continue
         models[word] = _trained(word, finished_run(run, remote_code))

@@ -300,7 +300,7 @@ class EvalRecipe(Section):
         if self.suite.name == "alpaca_eval":
             return against or self.metrics.against
         if against:
-            what = f"--against {against} has no meaning for {self.suite.name}"
+            what = f"--against {against} does not apply to {self.suite.name}"
             raise RecipeError(what, "runs are compared with each other by recipes compare")
         return None
 
@@ -372,7 +372,7 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
     elif not data.questions:
         yield document.error("data", f"data.questions is missing; {suite.name} needs questions")
     if recipe.judge and not facts.judged:
-        yield document.error("judge", f"{suite.name} asks no judge", "remove the section judge")
+        yield document.error("judge", f"{suite.name} uses no judge", "remove the section judge")
     elif facts.judged and not recipe.judge:
         hint = "name a judge's file at the top: extends: judges/prometheus-7b-v2.yaml"
         yield document.error("judge", f"{suite.name} needs a judge", hint)

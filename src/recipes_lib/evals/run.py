@@ -349,6 +349,6 @@ def split_words(
     models = [word for word in rest if word not in files]
     recipes = [load_eval(file, [*own, *overrides]) for file in dict.fromkeys(files)]
     if not (recipes and models):
-        what = "no model is named" if recipes else "no eval recipe is named"
+        what = "no model given" if recipes else "no eval recipe given"
         raise RecipeError(what, "for example: recipes eval evals/quickstart/alpaca_eval.yaml RUN")
     return recipes, models

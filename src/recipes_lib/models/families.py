@@ -30,14 +30,14 @@ class Architecture:
     auto_class: str = "AutoModelForCausalLM"  # of transformers, which loads the model for text
 
 
-_READS_WEIGHT = "the layer's kernel reads their weight and would pass an adapter by"
+_READS_WEIGHT = "the layer's kernel reads the weights directly, bypassing an adapter"
 # transformers 5.24 modeling_mamba.py: mamba_inner_fn(x_proj.weight, dt_proj.weight,
 # out_proj.weight); modeling_mamba2.py: mamba_split_conv1d_scan_combined(outproj_weight=...); peft
 # 0.21 _check_lora_target_modules_mamba forbids them for some of these
 _MAMBA_1 = Architecture(left_out=("out_proj", "x_proj", "dt_proj"), because=_READS_WEIGHT)
 _MAMBA_2 = Architecture(left_out=("out_proj",), because=_READS_WEIGHT)
 # transformers 5.24 modeling_llama4.py: Llama4Router
-_LLAMA_4 = Architecture(left_out=("router",), because="it returns two tensors, LoRA one")
+_LLAMA_4 = Architecture(left_out=("router",), because="it returns two tensors, a LoRA layer one")
 # transformers 5.24 Gemma3Model, Gemma4Model, Mistral3Model; modeling_auto.py has no causal language
 # model for Mistral 3; those of Llama 4 and Qwen3.5 do not load what reads images at all
 _PROJECTED = ("vision_tower", "multi_modal_projector")
@@ -99,7 +99,7 @@ def why_rows_apart(model: Any) -> str | None:
     if any(isinstance(module, torch.nn.Conv1d) for _, module in language_modules(model)):
         return "has layers that carry a state from one example of a row into the next"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return "takes no positions, and does not see where one example of a row ends"
+        return "takes no positions, and cannot see where an example in a row ends"
     return None
 
 
@@ -110,10 +110,10 @@ def why_not_varlen(model: Any) -> str | None:
     config, name = model.config.get_text_config(), type(model).__name__
     layers = {*(getattr(config, "layer_types", None) or ())}
     if why := why_rows_apart(model):
-        return f"is of no use to {name}, which {why}"
+        return f"cannot be used by {name}, which {why}"
     is_unlike = any(getattr(config, key, None) for key in _NO_VARLEN)
     if is_unlike or layers - ATTENTION_LAYERS or not model._supports_flash_attn:
-        return f"knows full and sliding attention in heads of one size, which {name} does not have"
+        return f"needs full or sliding attention in heads of one size, which {name} does not have"
     return None
 
 

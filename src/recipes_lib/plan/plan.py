@@ -384,16 +384,16 @@ def _ways(plan: Plan) -> Iterator[tuple[list[str], str]]:
     again = [] if plan.checkpointing else ["train.activation_checkpointing=true"]
     if again:
         words = [*again, *batch(1, world_size)]
-        yield words, "keeps the inputs of the blocks and computes each twice"
+        yield words, "stores only the blocks' inputs and computes each block twice"
     again = [] if plan.fits else again
     for count in (2, 4, 8) if plan.card.name != "cpu" else ():
         if count > world_size and steps.examples % count == 0:
             size = math.gcd(steps.per_device, steps.examples // count) if plan.fits else 1
             words = ["launch.accelerate=fsdp", f"launch.gpus={count}", *batch(size, count), *again]
-            yield words, f"weights and optimizer shared out over {count} GPUs"
+            yield words, f"weights and optimizer sharded over {count} GPUs"
     if recipe.lora is not None and recipe.quantization is None:
         words = [*FOUR_BITS, *again, *([] if plan.fits else batch(1, world_size))]
-        yield words, "QLoRA, the base in 4 bits; another experiment"
+        yield words, "QLoRA, the base in 4 bits; a different experiment"
 
 
 def advise(plan: Plan, overrides: Sequence[str] = ()) -> Advice | None:
@@ -432,7 +432,7 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[tuple[str, str, dict[s
     room, source = f"the card has {card.memory_gib:.1f} GiB", plan.speed_source
     if card.name == "cpu":
         room = f"{card.memory_gib:.1f} GiB of this machine's memory are free for each process"
-    time = "not estimated: not measured by a run here, and this device's peak is unknown"
+    time = "not estimated: no run here measured it, and this device's peak is unknown"
     if plan.seconds is not None:
         time = f"about {shown_duration(plan.seconds)}; {plan.speed:,.0f} tokens/s, {source}"
     speed = {"tokens_per_second": plan.speed, "speed": source, "seconds": plan.seconds}

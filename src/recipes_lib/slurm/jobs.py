@@ -133,7 +133,7 @@ class Planner:
         words = [f"{key}={value}" for key, value in own.items() if value is not None]
         study = load_study(path, [*self.overrides, *words])
         if any(arm.tuning for arm in study.arms):
-            what = f"study '{study.name}' tunes its arms: what they train is known only after that"
+            what = f"study '{study.name}' tunes its arms: what they train is known only afterwards"
             raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
         refuse_unmet(study)
         plan, groups = JobPlan(study.name), dict[str, list[StudyRun]]()
@@ -170,8 +170,8 @@ class Planner:
         """Return the job that trains recipes, by their file's name; refused without its GPUs."""
         gpus, limit = not launch.config.use_cpu, self.profile.max_concurrent_arms
         if gpus and self.profile.flags("train", 1, 1) == self.profile.flags("train", 0, 1):
-            what = f"this profile asks for no GPUs, and {launch.config.path.stem} needs them"
-            hint = "add gres: gpu:{gpus}, or take --accelerate cpu, ddp_cpu or fsdp_cpu"
+            what = f"this profile requests no GPUs, but {launch.config.path.stem} needs them"
+            hint = "add gres: gpu:{gpus}, or use --accelerate cpu, ddp_cpu or fsdp_cpu"
             raise self.profile.error(what, hint)
         plan.recipes |= recipes
         launcher = self.python

@@ -61,7 +61,7 @@ def submit_chain(plan: JobPlan, profile: Profile) -> dict[str, str]:
     if active:
         jobs = ", ".join(f"{task.label} is {task.state} (job {task.job})" for task in active)
         hint = f"wait for it, or: recipes launch cancel {plan.name}"
-        raise RecipeError(f"'{plan.name}' is launched already: {jobs}", hint)
+        raise RecipeError(f"'{plan.name}' is already launched: {jobs}", hint)
     prepare(plan, profile)
     ids: dict[str, str] = {}
     try:
@@ -70,7 +70,7 @@ def submit_chain(plan: JobPlan, profile: Profile) -> dict[str, str]:
             if done.returncode:
                 script = shown_path(plan.folder / f"{job.label}.sbatch")
                 what = f"Slurm refuses {job.label}: {_last_words(done.stderr)}"
-                raise profile.error(what, f"what it asks for: {script}")
+                raise profile.error(what, f"what it requests: {script}")
             # --parsable prints ID or ID;cluster
             ids[job.label] = done.stdout.strip().splitlines()[-1].split(";")[0]
             _write_jobs(plan, ids)
@@ -119,11 +119,11 @@ def run_slurm(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
             list(argv), capture_output=True, text=True, env={**environment, "LC_ALL": "C"}
         )
     except FileNotFoundError:
-        hints = ("log in to the cluster's login node", "only to see what would run: --dry-run")
+        hints = ("log in to the cluster's login node", "to see what would run: --dry-run")
         raise EnvironmentFault(f"{argv[0]} is not on this machine", *hints) from None
     if done.returncode and _UNREACHABLE.search(done.stderr):
         hint = "is this the login node, and is the controller up? sinfo"
-        raise EnvironmentFault(f"Slurm gives no answer: {_last_words(done.stderr)}", hint)
+        raise EnvironmentFault(f"Slurm does not answer: {_last_words(done.stderr)}", hint)
     return done
 
 
@@ -150,7 +150,7 @@ class TaskState:
 
 def submitted_tasks(folder: Path) -> list[TaskState]:
     """Return every task submitted from a launch's folder; jobs submitted by hand left their ids."""
-    remedy, tasks = "squeue lists the jobs; submitting them again writes it anew", []
+    remedy, tasks = "squeue lists the jobs; submitting them again rewrites it", []
     for row in read_object(folder / JOBS_FILE, remedy).get("jobs", []):
         label, job, by_hand = row["label"], row["id"], folder / f"{row['label']}.job"
         if not job and by_hand.is_file():

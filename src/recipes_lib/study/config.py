@@ -233,7 +233,7 @@ class _Reader:
         keys = self.keys
         arms = [*keys.arms, *([BASE_ARM] if keys.include_base else [])]
         if BASE_ARM in keys.arms:
-            self.wrong(("arms", BASE_ARM), "'base' is the base model's: rename the arm")
+            self.wrong(("arms", BASE_ARM), "'base' means the base model: rename the arm")
         named: list[tuple[KeyPath, str]] = [(("reference", name), name) for name in keys.reference]
         for place, name in (*named, (("baseline",), keys.baseline or arms[0])):
             if name not in arms:
@@ -268,7 +268,7 @@ class _Reader:
 
         with self.reported(place, f"arm '{name}': "):
             for key in _SET_BY_STUDY & set(map(_key_of, words)):
-                what = f"{key} cannot be overridden in a study: seeds: [1, 2] is a key of its own"
+                what = f"{key} cannot be overridden in a study; for seeds write seeds: [1, 2]"
                 raise RecipeError(what, file=COMMAND_LINE)
             recipe = load_recipe(self.document.absolute(place, section.recipe), words)
             launch = plan_launch(recipe.launch, *map(value, ("accelerate", "gpus", "nodes")))
@@ -285,7 +285,7 @@ class _Reader:
         place: KeyPath = own if own in self.document.origins else ("tune",)
         tunable = key.startswith(("train.", "lora.")) or key == "run.global_batch_size"
         if not tunable or key in _SET_BY_STUDY or _OF_THE_LOSS.match(key):
-            what = "cannot be tuned: it is not of train or lora, or decides what the loss is of"
+            what = "cannot be tuned: it is not in train or lora, or decides what the loss measures"
             self.wrong(place, f"tune: {key} {what}")
         if factor := Design("", "", self.keys.factors).factor_of(key):
             self.wrong(place, f"tune: {key} is what the factor '{factor}' varies")

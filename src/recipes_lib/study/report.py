@@ -39,7 +39,7 @@ def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     names -= {training.run for training in runs.study_trainings(study)}
     dropped = [n for n in sorted(names) if "--tune-" not in n and RunDirectory(n).exists()]
     if dropped:
-        title = "Trained for this study and not part of it now: the choice may follow the results"
+        title = "Trained for this study, now dropped from it: the choice may follow the results"
         finding = Finding("dropped-training", "warning", title, tuple(dropped))
         conclusion = replace(conclusion, findings=(*conclusion.findings, finding))
     return arms, design, conclusion

@@ -394,7 +394,7 @@ class StudyRunner:
         """Train what is not trained; a KeyboardInterrupt follows where somebody asked to stop."""
         waiting = [training for training in trainings if not is_trained(training)]
         if not self.train:
-            self._fail([t.run for t in waiting], RecipesError("is not trained as the study is now"))
+            self._fail([t.run for t in waiting], RecipesError("is not trained as the study says"))
             return
         devices = devices_here() if self.jobs > 1 else []
         share, shares = len(devices) // self.jobs, Queue[list[str]]()

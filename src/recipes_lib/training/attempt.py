@@ -65,7 +65,7 @@ class Attempt:
             damage = weights_damage(run, self.recipe.lora is None)
             if damage is None:
                 return True, False
-            say(f"run '{run.name}' is finished, but {damage}: going on from a checkpoint")
+            say(f"run '{run.name}' is finished, but {damage}: resuming from a checkpoint")
         run.stop_file.unlink(missing_ok=True)  # it asked an attempt that is over
         if not self.earlier:
             run.write_state("running", attempts=1, exit_code=None, error=None)
@@ -102,11 +102,11 @@ class Attempt:
         recorded |= {"attempts": self.earlier.get("attempts", 0) + 1, "resumed": resumed}
         recorded |= {"data_files": source_hashes(self.recipe.data), "guard": guard}
         run.write_state("running", exit_code=None, error=None, steps_began=None, **recorded)
-        others = f", with other settings than before: {', '.join(changed)}" if changed else ""
+        others = f", with changed settings: {', '.join(changed)}" if changed else ""
         if newest is not None:
             say(f"resuming {newest.name}{others or ' (recipe, data, versions unchanged)'}")
         elif broken or changed:
-            say(f"no whole checkpoint: training starts from the beginning{others}")
+            say(f"no complete checkpoint: training starts from the beginning{others}")
         return newest
 
     def _write_settings(self) -> None:

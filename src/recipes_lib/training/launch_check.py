@@ -48,13 +48,13 @@ def check_request(recipe: Recipe, num_gpus: int) -> None:
     for backend in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):  # by flags alone
         if _asks_for(f"ACCELERATE_USE_{backend}"):
             hint = f"unset ACCELERATE_USE_{backend}, or use accelerate_configs/fsdp.yaml"
-            raise RecipeError(f"{backend} was asked for, and cannot be used here", hint)
+            raise RecipeError(f"{backend} was requested but cannot be used here", hint)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if 0 < num_gpus < processes and not _asks_for("ACCELERATE_USE_CPU"):
         raise RecipeError(
             f"{processes} processes on this machine, but each of them sees {num_gpus} GPU(s)",
             f"start {num_gpus}: --gpus with recipes train, --num_processes with accelerate launch",
-            "of several MIG slices CUDA shows a process one only",
+            "CUDA shows a process only one of several MIG slices",
         )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if conflict := precision_conflict(recipe.train, asked, "the launcher"):
@@ -83,10 +83,10 @@ def check_launch(active: Active) -> str:
         hint = "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml"
         raise RecipeError(what, hint)
     if asked > running:
-        what = f"{asked} processes were asked for, but accelerate launch started {running}"
+        what = f"{asked} processes were requested, but accelerate launch started {running}"
         raise RecipeError(what, DDP_ON_CPU)
     if _asks_for("ACCELERATE_USE_FSDP") and kind != "FSDP" and running > 1:
-        what = f"FSDP was asked for, but {kind} is active"
+        what = f"FSDP was requested, but {kind} is active"
         raise RecipeError(what, f"set fsdp_version: 2 in the accelerate config; {DDP_ON_CPU}")
     return f"{kind}, world size {running}, {active.device}"
 

@@ -57,11 +57,11 @@ def what_is_wrong(checkpoint: Path, hashes: bool = False) -> str | None:
     marker = read_marker(checkpoint)
     sizes, recorded = marker.get("files"), marker.get("sha256")
     if not (isinstance(sizes, dict) and isinstance(recorded, dict)):
-        return f"no whole {MARKER}: the save was interrupted"
+        return f"no complete {MARKER}: the save was interrupted"
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is missing or has not its {size:,} bytes"
+            return f"{name} is missing or does not have its {size:,} bytes"
     wrong = (name for name, known in recorded.items() if file_hash(checkpoint / name) != known)
     if hashes and (changed := list(wrong)):
         return f"{', '.join(changed)} changed after the checkpoint was written (sha256 differs)"
@@ -168,8 +168,8 @@ def refuse_changes(name: str, changed: Mapping[str, tuple[object, object]]) -> N
     width = max(map(len, changed))
     table = [f"{key:<{width}}  {old} -> {new}" for key, (old, new) in changed.items()]
     raise RecipeError(
-        f"run '{name}' was begun with other settings, so resuming would mix two recipes",
+        f"run '{name}' was started with other settings, so resuming would mix two recipes",
         *table,
-        "start a new run with run.name=OTHER, restore the settings, or insist with"
-        " --resume-anyway (recorded in run.json; not over another number of processes)",
+        "start a new run with run.name=OTHER, restore the settings, or force it with"
+        " --resume-anyway (recorded in run.json; not with another number of processes)",
     )

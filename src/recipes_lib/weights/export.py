@@ -99,9 +99,9 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, An
     check_base_of(trained)  # again: until here its files may have been on the Hub alone
     precision = getattr(torch, dtype) if dtype else plain.dtype
     if recipe.quantization is not None and plain.config.model_type == "gpt2":
-        raise RecipeError("GPT-2 keeps its layers transposed: no 4-bit adapter of it is merged")
+        raise RecipeError("GPT-2 keeps its layers transposed: its 4-bit adapters cannot be merged")
     if recipe.quantization is not None:
-        say(f"the {recipe.base_format} base is dequantised first: what it has lost stays lost")
+        say(f"the {recipe.base_format} base is dequantised first; what it lost stays lost")
         plain = plain.dequantize(dtype=precision)
     # Zamba2: what is folded into a shared weight at one place would be there at all
     shared = {key.removesuffix(".weight") for key in plain.all_tied_weights_keys}
@@ -169,10 +169,10 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     name, target = trained.run.name, to.expanduser().resolve()
     record = merge_record(trained) if merged else None
     if merged and not record:
-        what = f"run '{name}' has no merged/ of its present adapter that is whole"
+        what = f"run '{name}' has no complete merged/ of its current adapter"
         raise RecipeError(what, f"recipes merge {name}")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        what = f"{to} is a file, or not empty, and nothing is overwritten"
+        what = f"{to} is a file or is not empty, and nothing is overwritten"
         raise RecipeError(what, "give a folder that does not exist yet")
     if not trained.full:
         check_base_of(trained)

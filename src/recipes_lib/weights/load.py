@@ -187,7 +187,7 @@ def attach(
             what = f"{folder} does not load on its base: {one_line(error)}"
             raise RecipeError(what, hint) from error
         if names := sorted({*loaded.missing_keys, *loaded.unexpected_keys}):
-            what = f"{folder} does not fit its base: {len(names)} weights differ, as {names[0]}"
+            what = f"{folder} does not fit its base: {len(names)} weights differ ({names[0]}, ...)"
             raise RecipeError(what, hint)
         if len(dtypes) == 1:
             for key, parameter in model.named_parameters():
@@ -212,7 +212,7 @@ def explain_load_failure(section: ModelSection, error: Exception) -> Environment
     what = f"cannot load '{name}': {one_line(error)}"
     hint = "check the name and model.revision (private: hf auth login); a folder needs safetensors"
     if errors.GatedRepoError in causes:
-        what = f"'{name}' is gated: no access with the present token"
+        what = f"'{name}' is gated: no access with the current token"
         hint = f"accept its licence on the Hub page of {name}, then: hf auth login"
     elif causes & {errors.LocalEntryNotFoundError, ConnectionError} and not Path(name).exists():
         what = f"offline, and '{name}' is not in the local cache"

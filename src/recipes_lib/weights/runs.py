@@ -111,14 +111,14 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         changed = changed_files(folder, recorded)
     except (DataError, OSError) as error:
         return str(error).splitlines()[0]
-    return f"{folder.name}/{changed[0]} was changed, or is gone" if changed else None
+    return f"{folder.name}/{changed[0]} was changed or is gone" if changed else None
 
 
 def check_weights(run: RunDirectory, full: bool) -> None:
     """Refuse weights that are not what was trained."""
     if damage := weights_damage(run, full):
         what = f"run '{run.name}' has no usable weights: {damage}"
-        hint = f"make them again from the run's newest whole checkpoint: {run.train_command()}"
+        hint = f"rebuild them from the run's newest complete checkpoint: {run.train_command()}"
         raise EnvironmentFault(what, hint)
 
 
@@ -141,7 +141,7 @@ def check_base_of(trained: TrainedRun) -> None:
     if before and now and before != now:
         base, run = trained.recipe.model.name_or_path, trained.run.name
         what = f"'{base}' is not the base of run '{run}': its weights differ ({now[:12]})"
-        raise RecipeError(what, "restore the base, or set model.revision to the commit it was")
+        raise RecipeError(what, "restore the base, or set model.revision to its commit then")
 
 
 def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:

@@ -69,7 +69,7 @@
     const [group, question, category, outcome, flip, asked, answer, opponent, verdicts] = data.samples[data.samples.indexOf(shown[place])];
     const facts = data.groups[group];
     const head = make("p");
-    head.append(make("b", outcome), make("span", "  " + (flip ? "· verdict turns with the order " : "") + "· " + category + " · " + question + " · " + facts.title, "aside"));
+    head.append(make("b", outcome), make("span", "  " + (flip ? "· verdict flips with the order " : "") + "· " + category + " · " + question + " · " + facts.title, "aside"));
     card.append(head);
     block(card, "question", data.texts[asked]);
     const sides = make("div", undefined, "sides");

@@ -65,7 +65,7 @@ class Checks(Suite):
                 answer=text,
             )
             samples.append(sample)
-        label = f"answers that pass on {self.recipe.name}"
+        label = f"pass rate on {self.recipe.name}"
         rate = metric_of("pass_rate", label, samples)
         return self.new_log([rate], n=len(self.chosen.questions))
 
@@ -73,7 +73,7 @@ class Checks(Suite):
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         rates = [[log.target, str(log.n), shown_rate(log.metrics[0])] for log in logs]
-        return aligned([["model", "n", "answers that pass [95%]"], *rates])
+        return aligned([["model", "n", "pass rate [95%]"], *rates])
 
 
 # ---- rules ----
@@ -131,7 +131,7 @@ def rule_of(written: Mapping[str, object]) -> AnswerRule:
         RULES[name].validate_python(written.get("expected"), strict=True)
         return AnswerRule.model_validate(written)
     except (ValidationError, re.error):
-        what = f"check '{name}' cannot be as it is written: {dict(written)}"
+        what = f"check '{name}' is not valid as written: {dict(written)}"
         raise DataError(what, "what each check takes: docs/evaluation.md") from None
 
 

@@ -64,8 +64,8 @@ class HeldoutLoss(Suite):
         rows = getattr(prepare_data(source, model.tokenizer), self.split or TRAIN)
         if not rows:
             raise RecipeError(
-                f"the recipe of {model.name} holds no {self.split} rows out",
-                f"data.split.{self.split} is their share of the rows; or name a file of rows",
+                f"the recipe of {model.name} holds out no {self.split} rows",
+                f"set data.split.{self.split} to a share of the rows, or name a file of rows",
             )
         rows = rows[:limit]
         names, tokens, labels = (rows[key] for key in ("example_id", "input_ids", "labels"))
@@ -98,7 +98,7 @@ class HeldoutLoss(Suite):
             label = f"{label} on {self.split or 'held-out'} rows"
             metrics.append(metric_of(metric, label, samples, "number", **known))
         chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
-        note = "the validation rows chose the checkpoint: the loss on them is too good"
+        note = "the validation rows chose the checkpoint: the loss on them is biased down"
         return self.new_log(
             metrics,
             n=len(names),
