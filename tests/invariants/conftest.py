@@ -86,7 +86,8 @@ class Launcher:
         """Wait for a condition that comes true while the training runs."""
         end = time.monotonic() + 120
         while not condition():
-            assert child.poll() is None and time.monotonic() < end, "waited in vain"
+            assert time.monotonic() < end, "waited in vain"
+            assert child.poll() is None, self.wait(child)[1][-3000:]
             time.sleep(0.01)
 
     def wait_for_checkpoint(self, child: Child, step: int, run: Path) -> None:

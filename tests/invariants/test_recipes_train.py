@@ -101,7 +101,7 @@ def test_a_signal_to_every_process_spares_data_workers_until_the_checkpoint(laun
 def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
     """Steps of about two seconds: a short one would be over before the second Ctrl-C."""
     words = ["--accelerate", "ddp_cpu", "run.name=impatient", *LONG]
-    words += ["train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=64"]
+    words += ["train.per_device_train_batch_size=1", "run.global_batch_size=128"]
     child = launcher.start_really(verb(launcher, *words))
     launcher.wait_for_step(child, "impatient")
     for _ in range(2):

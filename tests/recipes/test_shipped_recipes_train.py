@@ -17,6 +17,7 @@ from tests.families import build_family
 
 from recipes_lib.config.launch import load_accelerate_config
 from recipes_lib.config.recipe import Recipe, load_recipe, trl_templates
+from recipes_lib.data.rows import listed_sources
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(
@@ -112,8 +113,7 @@ def tiny(recipe: Recipe, tiny_model_dir: Path, folder: Path) -> Path:
 def rows_of(recipe: Recipe, folder: Path) -> str:
     """Write rows of the shape that the recipe's data set has."""
     tasks = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()[:60]]
-    source = recipe.data.source
-    name = source if isinstance(source, str) else source[0]["source"]
+    name = listed_sources(recipe.data)[0].source
     path = folder / "rows.jsonl"
     shape = SHAPES.get(name)
     if shape is None:
