@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the help, with the words of recipes where the verb takes some."""
         if "overrides" in parameters(self.get_default("function") or self.error):
-            self.epilog = f"section.key=value words override values of the YAML. {self.epilog}"
+            self.epilog = f"section.key=value arguments override the YAML. {self.epilog}"
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:

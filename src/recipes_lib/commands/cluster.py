@@ -37,8 +37,8 @@ def run_launch(
     accelerate: Accelerate = None,
     nodes: Nodes = None,
     gpus: Gpus = None,
-    stages: Annotated[str | None, "of train,eval,report; default: all"] = None,
-    evals: Annotated[list[str], "what to evaluate a recipe on; default: the three of evals/"] = [],  # noqa: B006 (it is not changed)
+    stages: Annotated[str | None, "some of train,eval,report; default: all"] = None,
+    evals: Annotated[list[str], "eval recipes for a recipe; default: the three in evals/"] = [],  # noqa: B006 (it is not changed)
     dry_run: Annotated[bool, "only print the sbatch lines and what the scripts run"] = False,
     prepare: Annotated[bool, "only write the jobs' scripts and print their folder"] = False,
     resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
@@ -99,10 +99,10 @@ def _dry_run_lines(plan: JobPlan, site: Profile, typed: str) -> Iterator[str]:
 
 
 def run_prefetch(
-    words: Annotated[list[str], "recipes, studies and evals for nodes without a network"],
+    words: Annotated[list[str], "recipes, studies and evals that need the files"],
     overrides: Sequence[str],
     *,
-    profile: Annotated[str | None, "the site, for the folders of its env, such as HF_HOME"] = None,
+    profile: Annotated[str | None, "the site, for folders in its env such as HF_HOME"] = None,
     check: Annotated[bool, "download nothing; check that all is here (exit 5 if not)"] = False,
     trust_remote_code: Annotated[bool, "allow code of lm-eval tasks, if the recipe asks"] = False,
 ) -> int:

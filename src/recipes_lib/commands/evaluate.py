@@ -47,7 +47,7 @@ def run_judge_audit(
     *,
     judge: Annotated[str, "the judge's file: model and thresholds"],
     labels: Annotated[Path, "rows: instruction, answer, opponent_answer, label"],
-    limit: Annotated[int | None, "ask about N pairs; a larger N later asks about the rest"] = None,
+    limit: Annotated[int | None, "ask about N pairs; a later, larger N adds the rest"] = None,
     probe_pairs: Annotated[int, "pairs for the two probes, 4 judgments each", 0] = 10,
     json: Annotated[bool, "print the scorecard as JSON"] = False,
 ) -> int:

@@ -51,7 +51,7 @@ def run_new(
     from_: Annotated[str, "the recipe to start from, for example quickstart/lora-r8"],
     model: Annotated[str | None, "another base model: a Hub id or a folder"] = None,
     data: Annotated[Path | None, "your rows: jsonl, json, csv, parquet, ..., or a folder"] = None,
-    method: Annotated[Method | None, "what is trained"] = None,
+    method: Annotated[Method | None, "what to train"] = None,
     output: Annotated[Path | None, "default: NAME.yaml, in ./recipes if there is one"] = None,
 ) -> int:
     """Write the recipe and print it; nothing is left where the rows cannot be read."""

@@ -15,11 +15,11 @@ from recipes_lib.study import run as studies
 from recipes_lib.study.config import Study, load_study
 
 # section.key=value words override a value in every arm's recipe; key=value words the study's own
-_StudyWord = Annotated[str, "a study file, or the name of one in recipes/studies/; seeds=[1,2]"]
+_StudyWord = Annotated[str, "study file or name in recipes/studies/, then overrides: seeds=[1,2]"]
 
 
 def run_study_plan(study: _StudyWord, overrides: Sequence[str]) -> int:
-    """What is to be done and what it takes; nothing is touched."""
+    """Show what is left to do and what it takes; change nothing."""
     loaded = studies.with_choices(load_study(study, overrides))
     studies.refuse_unmet(loaded)
     say("\n".join(studies.plan_lines(loaded)))
@@ -30,11 +30,11 @@ def run_study_run(
     study: _StudyWord,
     overrides: Sequence[str],
     *,
-    jobs: Annotated[int, "trainings at the same time, each on its own GPUs (default 1)"] = 1,
-    no_train: Annotated[bool, "train nothing: evaluate what is trained, and report"] = False,
+    jobs: Annotated[int, "number of parallel trainings, each on its own GPUs (default 1)"] = 1,
+    no_train: Annotated[bool, "do not train: evaluate what is trained, and report"] = False,
     trust_remote_code: Annotated[bool, "allow a model's own code, if the recipe asks"] = False,
 ) -> int:
-    """Train, evaluate and report what is not done yet; the same command continues."""
+    """Train, evaluate and report what is not done yet; run it again to continue."""
     from recipes_lib.study.report import report_study
 
     loaded = studies.with_choices(load_study(study, overrides))
@@ -51,7 +51,7 @@ def run_study_run(
 
 
 def run_study_status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
-    """Every training and result that is not done."""
+    """Show every training and result that is not done."""
     loaded = studies.with_choices(load_study(study, overrides))
     states = studies.progress_of(loaded)
     if json:
@@ -69,7 +69,7 @@ def run_study_report(
     gate: Annotated[bool, "for CI: exit 1 if an arm is worse, 6 if results are missing"] = False,
     json: Json = False,
 ) -> int:
-    """The report of what was measured, without training or evaluating anything."""
+    """Write the report of what was measured; train and evaluate nothing."""
     from recipes_lib.analysis.claims import conclusion_lines
     from recipes_lib.study.report import gate as gate_of
     from recipes_lib.study.report import report_study

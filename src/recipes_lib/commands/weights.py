@@ -38,7 +38,7 @@ def run_merge(
 def run_export(
     run: Annotated[str, "a finished run: LoRA, QLoRA or full fine-tuning"],
     *,
-    to: Annotated[Path, "the folder to write, for example my-first-export; a new or empty one"],
+    to: Annotated[Path, "the new or empty folder to write, for example my-first-export"],
     merged: Annotated[bool, "the merged model (recipes merge RUN) instead of the adapter"] = False,
     push_to_hub: Annotated[str | None, "OWNER/NAME: export, and upload the folder"] = None,
     public: Annotated[bool, "make a new repository public (default: private)"] = False,

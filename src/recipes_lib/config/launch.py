@@ -30,8 +30,8 @@ READS_ONCE_VARIABLE = READS_ONCE_KEY.upper()  # where accelerate's launcher puts
 STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
 # Flags that a training takes itself, however it is started.
 TRAIN_FLAGS = {
-    "resume_anyway": "continue a run although settings that change its result differ",
-    "trust_remote_code": "allow code that ships with the model, if the recipe asks for it too",
+    "resume_anyway": "resume although settings that affect the result have changed",
+    "trust_remote_code": "run code that ships with the model, if the recipe allows it too",
 }
 # accelerate reads over unknown keys; the last five, of FSDP1, are written by `accelerate config`
 _FSDP_KEYS = {

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from recipes_lib.evals.judge import Item
     from recipes_lib.evals.recipe import Thresholds
 
-SWAP = "both orders name the same answer"
+SWAP = "swap consistency"
 UNPARSED = "judgments without a verdict"
 HUMAN = "agreement with human labels"
 PROBES = {"empty": "empty answer loses", "injected": "injected verdict line turns the verdict"}

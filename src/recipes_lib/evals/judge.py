@@ -372,7 +372,7 @@ def judge_models(
             sample_of(item.question_id, judged[item.name], item.orders, **item.sample)
             for item in items
         ]
-        metric = metric_of("grade", named.format("mean grade, 1-5"), samples, "grade")
+        metric = metric_of("grade", named.format("mean grade (1-5)"), samples, "grade")
         if opponent:
             metric = metric_of("win_rate", named.format("win rate"), samples, opponent=against)
         labels: dict[str, str] = {}  # what people said of these pairs, by the name of the item

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TRUST = "allow code that ships with the model, if the run's recipe asks for it too"
+TRUST = "run code that ships with the model, if the run's recipe allows it too"
 BASE = "base"
 RECORD = "merge.json"
 OnBase = TypeVar("OnBase", bound=Any)  # what has run, recipe and full: a TrainedRun or a Model
