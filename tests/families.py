@@ -113,6 +113,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
     "mixtral": LOCAL_EXPERTS,
+    "phimoe": LOCAL_EXPERTS,
     "qwen3_5_moe_text": SHARED,
     "qwen3_next": SHARED,
     "glm4_moe": ROUTED,

@@ -36,8 +36,8 @@ _READS_WEIGHT = "the layer's kernel reads the weights directly, bypassing an ada
 # 0.21 _check_lora_target_modules_mamba forbids them for some of these
 _MAMBA_1 = Architecture(left_out=("out_proj", "x_proj", "dt_proj"), because=_READS_WEIGHT)
 _MAMBA_2 = Architecture(left_out=("out_proj",), because=_READS_WEIGHT)
-# transformers 5.24 modeling_llama4.py: Llama4Router
-_LLAMA_4 = Architecture(left_out=("router",), because="it returns two tensors, a LoRA layer one")
+# transformers 5.24 modeling_llama4.py: Llama4Router; modeling_phimoe.py: PhimoeTopKRouter
+_ROUTED = Architecture(left_out=("router",), because="it returns tensors, a LoRA layer one")
 # transformers 5.24 Gemma3Model, Gemma4Model, Mistral3Model; modeling_auto.py has no causal language
 # model for Mistral 3; those of Llama 4 and Qwen3.5 do not load what reads images at all
 _PROJECTED = ("vision_tower", "multi_modal_projector")
@@ -45,8 +45,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), _MAMBA_1),
     **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "nemotron_h", "zamba2"), _MAMBA_2),
     "granitemoehybrid": _MAMBA_2,
-    "llama4_text": _LLAMA_4,
-    "llama4": replace(_LLAMA_4, images=("vision_model", "multi_modal_projector")),
+    **dict.fromkeys(("llama4_text", "phimoe"), _ROUTED),
+    "llama4": replace(_ROUTED, images=("vision_model", "multi_modal_projector")),
     "gemma3": Architecture(images=_PROJECTED),
     "gemma4": Architecture(images=("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
     "mistral3": Architecture(images=_PROJECTED, auto_class="AutoModelForImageTextToText"),
