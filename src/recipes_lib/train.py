@@ -49,7 +49,7 @@ def train(
     from recipes_lib.training.attempt import begin_attempt, save_and_check, summarise_training
     from recipes_lib.training.build import build_trainer, read_model, start_up_lines
     from recipes_lib.training.resume_guard import guarded_values
-    from recipes_lib.weights.load import load_checked_tokenizer
+    from recipes_lib.weights.load import base_fingerprint, load_checked_tokenizer
     from recipes_lib.weights.runs import check_base_run
 
     # recipe -> arguments. The processes meet here; what is refused now leaves no run behind.
@@ -83,9 +83,10 @@ def train(
             say_once(line)
 
         # rows -> checkpoint. A resumed run must share every guarded value with its beginning.
-        size, kind, versions = active.world_size, active.distributed_type, library_versions()
-        guard = guarded_values(recipe, data.fingerprint, size, kind, versions)
-        guard["prompt_format_hash"] = data.prompt_format_hash
+        launch = active.world_size, active.distributed_type
+        guard = guarded_values(recipe, data.fingerprint, *launch, library_versions())
+        guard |= {"prompt_format_hash": data.prompt_format_hash, "tokens_hash": data.tokens_hash}
+        guard["base_weights"] = on_main_rank(lambda: base_fingerprint(recipe))
         if data.audit.training_template is not None:
             guard["training_template_hash"] = data.audit.training_template["sha256"]
         known = {"launch": launch_line, "template_date": date}

@@ -244,6 +244,51 @@ def test_a_refused_resume_changes_no_record_and_other_settings_can_be_insisted_o
     assert state["attempts"] == 2
 
 
+def test_rows_tokens_and_base_that_changed_under_the_same_names_are_refused(
+    tiny_recipe, tiny_model_dir, tmp_path, monkeypatch, capsys
+) -> None:
+    """White space at the end of an answer, a tokenizer that cuts texts elsewhere, other weights."""
+    source = yaml.safe_load(tiny_recipe.read_text())["data"]["source"]
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "model"
+    shutil.copyfile(tiny_recipe.parent / source, rows)
+    shutil.copytree(tiny_model_dir, model)
+    words = [str(tiny_recipe), f"data.source={rows}", f"model.name_or_path={model}"]
+    stop_at(monkeypatch, 3, *words)
+    tokenizer, weights = model / "tokenizer.json", model / "model.safetensors"
+    fewer = json.loads(tokenizer.read_text())
+    del fewer["model"]["merges"][50:]
+    for file, content, key in (
+        (rows, rows.read_bytes().replace(b'", "category"', b'  ", "category"'), "tokens_hash"),
+        (tokenizer, json.dumps(fewer).encode(), "tokens_hash"),
+        (weights, weights.read_bytes()[:-1] + b"!", "base_weights"),
+    ):
+        before = file.read_bytes()
+        assert content != before, file
+        file.write_bytes(content)
+        assert main(words) == ExitCode.USAGE, file
+        assert key in capsys.readouterr().err, file
+        file.write_bytes(before)
+    assert main(words) == 0
+
+
+def test_a_best_checkpoint_that_is_damaged_or_gone_is_not_passed_over(
+    tiny_recipe, monkeypatch, capsys
+) -> None:
+    keys = "load_best_model_at_end=true greater_is_better=true eval_steps=1 save_steps=1"
+    words = [str(tiny_recipe), *(f"train.{key}" for key in keys.split())]  # the first is the best
+    stop_at(monkeypatch, 5, *words)
+    first = run_of(tiny_recipe) / "checkpoints/checkpoint-1"
+    content = (first / ADAPTER).read_bytes()
+    (first / ADAPTER).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert main(words) == ExitCode.ENVIRONMENT
+    assert f"checkpoint-1: {ADAPTER} changed" in capsys.readouterr().err
+    shutil.rmtree(first)
+    assert main(words) == ExitCode.ENVIRONMENT  # from the last step, after which nothing is saved
+    assert (
+        "checkpoint-1" in capsys.readouterr().err and not (run_of(tiny_recipe) / "adapter").exists()
+    )
+
+
 def test_a_run_whose_only_checkpoint_is_torn_starts_anew_and_says_with_which_other_settings(
     tiny_recipe, monkeypatch, capsys
 ) -> None:
@@ -279,6 +324,12 @@ def test_weights_that_are_not_those_that_were_trained_are_rejected_and_kept(
     run = run_of(tiny_recipe)
     assert not (run / "adapter").exists() and (run / "weights.unchecked").is_dir()
     assert run_json(tiny_recipe)["state"] == "failed"
+
+
+def test_rows_are_packed_to_the_default_length(tiny_recipe) -> None:
+    text = tiny_recipe.read_text().replace("  max_length: 192\n", "")
+    tiny_recipe.write_text(text.replace("global_batch_size: 8", "global_batch_size: 4"))
+    assert main([str(tiny_recipe), "train.packing=true", "train.max_steps=1"]) == 0
 
 
 def test_fewer_rows_than_one_step_takes_are_an_error_with_the_batch_that_fits(
@@ -329,6 +380,20 @@ def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_reci
         assert main([str(tiny_recipe), "train.max_steps=1", "train.eval_steps=1", *words]) == 0
         found.append(metrics(tiny_recipe, f"b{size}")[-1]["eval_loss"])
     assert max(found) - min(found) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor`")
+def test_a_rank_whose_validation_rows_are_all_fillers_adds_nothing(
+    tiny_recipe, monkeypatch
+) -> None:
+    from recipes_lib.training import trainer
+
+    honest = trainer.validation_batches
+    of_rank_1 = lambda rows, each, *_: honest(rows.select([0]), each, 1, 2)  # noqa: E731
+    monkeypatch.setattr(trainer, "validation_batches", of_rank_1)
+    words = ["train.max_steps=1", "train.eval_steps=1", "train.label_smoothing_factor=0.1"]
+    assert main([str(tiny_recipe), *words]) == 0
+    assert metrics(tiny_recipe)[-1]["eval_loss"] == 0.0
 
 
 def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe) -> None:

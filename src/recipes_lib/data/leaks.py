@@ -1,11 +1,8 @@
 """Rows that hold questions or answers of an evaluation: a model that was trained on them is not
 tested by it.
 
-Texts are compared as words, without case, marks and white space, and as characters where a script
-has no spaces between words (Chinese, Japanese, Thai). A text of 13 words or more is in a row that
-holds at least half of its 13-grams; a shorter one only in a row of which it is a whole field or
-message. 13-grams that several questions of one evaluation share (a template around every question)
-are no sign of any of them.
+A text of 13 words or more is in a row that holds at least half of its 13-grams; a shorter one only
+in a row of which it is a whole field or message.
 Source of the 13-grams: Brown et al., "Language Models are Few-Shot Learners", appendix C.
 """
 

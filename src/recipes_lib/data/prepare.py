@@ -1,7 +1,7 @@
 """From a recipe and a tokenizer to data sets that TRL trains on as they are: the token ids of each
 row, their labels, and an audit that counts and names what would happen silently.
 
-Which tokens carry loss is found in 3 ways; TRL masks the same way:
+Loss is found in 3 ways, as in TRL:
 
 1. Text pairs: the completion begins where the tokens of prompt and completion together part from
    those of the prompt alone.
@@ -163,6 +163,7 @@ class PreparedData:
     audit: DataAudit  # supervision.json, where all dropped rows are named
     splits: dict[str, Any]  # splits.json
     fingerprint: str  # of the ids and texts of all rows, in order
+    tokens_hash: str  # of their token ids and labels
     prompt_format_hash: str
 
 
@@ -262,11 +263,10 @@ def _prepare(
     parts[TRAIN] = _repeated(parts[TRAIN], read, section.split.seed)
     audit = _audit(rows, encoded, settings, tokenizer)
     if training is not None:
-        file, text = training
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        audit.training_template = {"file": file, "sha256": digest}
-        what = f"trained through TRL's {file} ({digest[:12]}); the plain one is saved and answers"
-        audit.notes.append(f"chat template: {what}")
+        sha256 = hashlib.sha256(training[1].encode()).hexdigest()
+        audit.training_template = {"file": training[0], "sha256": sha256}
+        what = f"trained through TRL's {training[0]} ({sha256[:12]}); the plain one is saved and"
+        audit.notes.append(f"chat template: {what} answers")
     counts = {"read": read.num_read, "bad": len(bad), "too_long": len(encoded) - len(rows)}
     audit.rows = counts | {"used": len(rows)} | {name: len(part) for name, part in parts.items()}
     audit.bad_rows = bad.lines()
@@ -275,11 +275,15 @@ def _prepare(
     for name, part in parts.items():
         splits[name] = {"count": len(part), "ids": [row.id for row in part]}
     contents = {name: [row.content.hex() for row in part] for name, part in parts.items()}
+    digest = hashlib.sha256()
+    for row in (row for part in parts.values() for row in part):
+        digest.update(encoded[row.id].ids.tobytes() + encoded[row.id].labels.tobytes())
     sets = {name: _data_set(part, encoded, key + name) for name, part in parts.items() if part}
     return DatasetDict(sets), {
         "audit": asdict(audit),
         "splits": splits,
         "fingerprint": hash_of(splits, contents),
+        "tokens_hash": digest.hexdigest(),
         "prompt_format_hash": format_hash(section, tokenizer, eos_token=settings.eos_token),
     }
 
@@ -427,11 +431,8 @@ def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
 def encode(
     row: DataRow, settings: Supervision, tokenizer: Any, template: str | None = None
 ) -> Encoded:
-    """Tokenise a row, and cut it if it is too long. Conversations are rendered with `template`;
-    plain formats have none.
-
-    Raises:
-        BadRow: why the row cannot be used.
+    """Tokenise a row, and cut it if it is too long; a `BadRow` says why it cannot be used.
+    Conversations are rendered with `template`; plain formats have none.
     """
     if template is not None:
         return _encode_chat(row, settings, tokenizer, template)
@@ -576,9 +577,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[Any]:
-    """Return the text of a row cut where loss begins and ends: pairs of text and whether it has
-    loss.
-    """
+    """Return the text of a row cut where loss begins and ends, as pairs of text and `has_loss`."""
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     spans = groupby(zip(ids, labels, strict=True), key=lambda pair: bool(pair[1] != IGNORED))
     return [(decode([int(token) for token, _ in span]), has_loss) for has_loss, span in spans]

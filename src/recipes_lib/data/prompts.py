@@ -1,8 +1,5 @@
 """Prompt formats: how a row becomes the text that the model reads and the text that it must
 learn to write, in training and generation alike.
-
-`dolly` and `alpaca` put headings around instruction, context and response; `raw` takes prompt and
-completion (or text) as they are; `chat` leaves the form to a chat template.
 """
 
 from __future__ import annotations

@@ -6,11 +6,6 @@ by file and line, or a key of the recipe.
 Nothing is converted, which is why `datasets` reads no text: its CSV reader turns the answer "NA"
 into null and "007" into 7, and its JSON reader names no line. Tools and template arguments of a row
 are kept as JSON, so that a row is made of texts.
-
-The hash split looks at the content of one row alone: equal rows fall on one side, and the side does
-not depend on ids, on the place of a source in a mixture, or on other rows. Validation rows come
-from the low end of the hash and test rows from the high end, so that a test split that is added
-later, or a larger validation split, takes its rows from training.
 """
 
 from __future__ import annotations

@@ -82,6 +82,8 @@ class Attempt:
         newest, broken = resume_guard.find_newest(run.checkpoints)
         begun = self.earlier.get("guard") or (newest and resume_guard.read_marker(newest)["guard"])
         changed = differences(begun, guard) if begun else {}
+        if None in changed.get("base_weights", ()):  # fetched from the Hub later
+            del changed["base_weights"]
         if newest is not None:
             if changed and ("launch.world_size" in changed or not resume_anyway):
                 resume_guard.refuse_changes(run.name, changed)
@@ -183,7 +185,7 @@ def summarise_training(
         "validation_rows": len(data.validation) if data.validation is not None else 0,
         "tokens": tokens,
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(trained / seconds, 1) if seconds else None,
+        "tokens_per_second": round(trained / seconds, 1),
         "quantized_layers": count_quantized(trainer.model),
         "peak_memory_gib": round(metrics.peak_memory_gib(), 2),
         "world_size": args.world_size,

@@ -1,8 +1,7 @@
 """Attention over a row that holds several examples end to end.
 
 sdpa takes a mask of (length)^2 for such a row and computes what the mask throws away. On a CPU each
-example gets its own causal call instead. On a GPU sdpa with its mask is the default;
-`model.attn_implementation: varlen` takes torch's variable-length flash kernel.
+example gets its own causal call instead.
 """
 
 from __future__ import annotations

@@ -79,9 +79,8 @@ def build_trainer(
     if args.router_aux_loss_coef is None and not families.adds_router_loss(model, recipe.lora):
         args.router_aux_loss_coef = 0.0
     train = data.train.shuffle(seed=args.seed) if args.shuffle_dataset else data.train
-    columns, validation = ["input_ids", "labels"], data.validation
-    if args.eval_strategy == "no":
-        validation = None
+    validation = data.validation if args.eval_strategy != "no" else None
+    columns = ["input_ids", "labels"]
     trainer = RecipeTrainer(
         model=model,
         args=args,
@@ -153,7 +152,7 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
 
 def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     if args.packing:
-        rows = pack_dataset(rows, recipe.train["max_length"], args.packing_strategy)
+        rows = pack_dataset(rows, args.max_length, args.packing_strategy)
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if len(rows) < step:
         whole = recipe.run.global_batch_size
@@ -167,14 +166,13 @@ def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
 
 def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     """Return what is really active, the batch arithmetic and what is trained."""
-    args, model, rows = trainer.args, trainer.model, len(trainer.lengths)
+    args, model, dealt, rows = trainer.args, trainer.model, trainer.batches, len(trainer.lengths)
     joined = ", no padding" if trainer.data_collator.padding_free else ""
     half = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
     precision = half or str(model.dtype).removeprefix("torch.")
-    shape = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    size = shape[0] * shape[1] * shape[2]
+    size, ranks = dealt.global_batch, count(dealt.world_size, "rank")
     epoch, steps = launch.planned_steps(rows, size, args.num_train_epochs, args.max_steps)
-    batch = f"{shape[0]} per device x {shape[1]} accumulation x {count(shape[2], 'rank')} = {size}"
+    batch = f"{dealt.per_device} per device x {dealt.accumulation} accumulation x {ranks} = {size}"
     rest = rows % size if steps >= epoch else 0
     counts = [model.num_parameters(only_trainable=trained) for trained in (True, False)]
     trained = f"{counts[0]:,} of {counts[1]:,} parameters"

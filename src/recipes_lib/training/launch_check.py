@@ -1,5 +1,5 @@
 """What the launcher asked for against what is really running: launchers change it silently. And
-FSDP2 on CPU processes, so that a machine without GPUs runs the same sharded code as one with eight.
+FSDP2 on CPU processes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """What a training measures of itself: a line of metrics.jsonl and one on the terminal per log, and
-before a process's first step the probe, forward and backward on the longest micro-batch, which
-shows in the first seconds what memory a step takes and about how long the training will be.
+before a process's first step the probe, forward and backward on the longest micro-batch.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 its result as it began.
 
 A checkpoint is whole when COMPLETE.json in it, written last, lists every file with its size (and
-its sha256 up to 1 GB), and the files are still those. What a crash left behind, or a disk damaged,
-is renamed to checkpoint-N.incomplete.
+its sha256 up to 1 GB), and the files are still those.
 """
 
 from __future__ import annotations

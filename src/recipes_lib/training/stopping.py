@@ -1,9 +1,7 @@
 """How a process of a training ends: asked to stop, with an error or at its end. Needs no torch.
 
 SIGTERM, SIGUSR2 (of a Slurm job before its time limit) and a file `STOP` in the run directory ask
-for a checkpoint and exit code 75; SIGINT (Ctrl-C) asks for the same and exit code 130, a second one
-ends the process at once. After each step all ranks act on the largest request; a validation and the
-save of the weights end first.
+for a checkpoint, and so does SIGINT. After each step all ranks act on the largest request.
 """
 
 from __future__ import annotations

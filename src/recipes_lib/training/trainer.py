@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from recipes_lib.core.errors import NumericsError
+from recipes_lib.core.errors import EnvironmentFault, NumericsError
 from recipes_lib.core.files import sync
 from recipes_lib.core.ranks import meet, on_main_rank, say_once
 from recipes_lib.models import families, upstream_fixes
@@ -98,13 +98,12 @@ def row_lengths(rows: Dataset) -> list[int]:
 
 def validation_batches(
     rows: Dataset, per_device: int, rank: int, world_size: int
-) -> tuple[Dataset, list[list[int]]]:
+) -> tuple[Dataset, WholeBatches]:
     """Return the rows, filled up to full batches of all processes, and the batches of one."""
-    if missing := -len(rows) % (per_device * world_size):
-        filler = Dataset.from_list([FILLER], features=rows.features)
-        rows = concatenate_datasets([rows, *[filler] * missing])
-    starts = range(rank * per_device, len(rows), per_device * world_size)
-    return rows, [list(range(start, start + per_device)) for start in starts]
+    filler = Dataset.from_list([FILLER], features=rows.features)
+    missing = -len(rows) % (per_device * world_size)
+    rows = concatenate_datasets([rows, *[filler] * missing])
+    return rows, WholeBatches(len(rows), per_device, 1, None, rank, world_size)
 
 
 def make_loader(rows: Dataset, batches: Any, collate: Any, args: TrainingArguments) -> DataLoader:
@@ -222,7 +221,8 @@ class RecipeTrainer(SFTTrainer):
                 tokens = int((batch["labels"][:, 1:] != -100).sum())
                 with self.compute_loss_context_manager():
                     loss = self.compute_loss(self.model, self._prepare_inputs(batch))
-                sums += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
+                if tokens:  # else a smoothed loss is 0 / 0
+                    sums += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
         self.aux_loss_enabled = adds_router_loss
         if dist.is_initialized():
             sums = sums.to(self.args.device)
@@ -236,6 +236,8 @@ class RecipeTrainer(SFTTrainer):
         if checkpoint is not None:
             self._mend_loaded(checkpoint)
             self._total_train_tokens = self.tokens_before = tokens_so_far(self.state)
+            if best := self.state.best_global_step:  # the Trainer forgets one that is gone or moved
+                self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{best}"
         prepared = super()._prepare_for_training(*args)
         if max_steps > self.state.global_step:
             say_once(probe(self, prepared[0], self.lengths, max_steps - self.state.global_step))
@@ -249,9 +251,14 @@ class RecipeTrainer(SFTTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if wrong := on_main_rank(lambda: resume_guard.what_is_wrong(best, hashes=True)):
+            what = f"the weights of the best step cannot be read from {best.name}: {wrong}"
+            hint = "remove it and every later checkpoint: the same command trains these steps again"
+            raise EnvironmentFault(what, hint)
         upstream_fixes.reshard(self.model_wrapped)
         super()._load_best_model()
-        self._mend_loaded(str(self.state.best_model_checkpoint))
+        self._mend_loaded(str(best))
 
     def _mend_loaded(self, folder: str) -> None:
         if self.is_fsdp_enabled:
