@@ -98,6 +98,21 @@ def test_every_change_that_saves_memory_saves_it_in_the_plan(llama):
     assert not [change for change, gib in needed.items() if gib >= llama.needed]
 
 
+def test_a_packed_row_has_a_mask_in_every_block_on_a_gpu():
+    words = ("train.per_device_train_batch_size=1", "train.activation_checkpointing=false")
+    plain, packed = (plan(*LLAMA, *words, f"train.packing={is_on}") for is_on in ("false", "true"))
+    assert plain.steps.row == packed.steps.row == 1024
+    mask = packed.memory["activations"] - plain.memory["activations"]
+    assert mask == pytest.approx(16 * 1024**2 * 2 / 2**30)
+
+
+def test_a_local_model_is_planned_by_its_own_config(tiny_recipe, tiny_model_dir, tmp_path):
+    """transformers writes infinity as a mapping that its own reader knows."""
+    folder = build_family("granitemoehybrid", tmp_path / "granite", tiny_model_dir)
+    assert "Infinity" in (folder / "config.json").read_text()
+    assert plan(tiny_recipe, f"model.name_or_path={folder}", gpu="cpu").trace.layers == 2
+
+
 def test_no_change_that_is_advised_alters_the_examples_of_a_step():
     given = ["run.global_batch_size=null", "train.gradient_accumulation_steps=4"]
     made = plan(*LLAMA, *given)

@@ -63,4 +63,11 @@ def test_joined_rows_are_a_whole_micro_batch_and_packed_rows_full(tiny_recipe):
     words = ("train.packing=true", "train.max_steps=-1", "train.num_train_epochs=1")
     packed = steps_for(tiny_recipe, rows, *words)
     assert packed.steps in (12, 13)  # 100 rows of 192 tokens in steps of 8
+    halves = RowLengths((100,) * 400, 400, 0, "made up", counted=True)
+    alone = steps_for(tiny_recipe, halves, *words)  # no two of them fit into one row
+    assert (alone.steps, alone.tokens) == (50, 40_000)
+    longer = RowLengths((300,) * 400, 400, 0, "made up", counted=True)
+    for strategy, steps in (("bfd", 50), ("bfd_split", 100), ("wrapped", 78)):
+        made = steps_for(tiny_recipe, longer, *words, f"train.packing_strategy={strategy}")
+        assert made.steps == steps, strategy
     assert packed.row == 4 * 192

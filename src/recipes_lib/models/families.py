@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.core.files import object_or_none, read_object, read_rows
+from recipes_lib.core.files import read_object, read_rows
 from recipes_lib.core.project import project_root
 
 if TYPE_CHECKING:
@@ -208,12 +208,12 @@ def training_settings(model: Any) -> dict[str, object]:
 
 
 def known_config(name: str) -> Any:
-    """Return the configuration of a local folder, or of a model that people fine-tune (`recipes/`
-    shipped and of the working directory: each `model.json`, and `models.jsonl`); else None.
+    """Return the configuration of a model that people fine-tune (`recipes/` shipped and of the
+    working directory: each `model.json`, and `models.jsonl`); else None.
     """
     import transformers
 
-    known = {name: object_or_none(Path(name) / "config.json")} if Path(name).is_dir() else {}
+    known: dict[str, dict[str, Any]] = {}
     for folder in (project_root() / "recipes", Path("recipes")):
         models = [read_object(file) for file in sorted(folder.glob("*/model.json"))]
         models += read_rows(folder / "models.jsonl")

@@ -12,8 +12,11 @@ from functools import cached_property
 from typing import Any
 
 import psutil
+import pyarrow
 import torch
+from datasets import Dataset
 from transformers import AutoConfig
+from trl.data_utils import pack_dataset
 
 from recipes_lib.config.documents import read
 from recipes_lib.config.launch import (
@@ -165,14 +168,8 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
 
 
 def _memory(plan: Plan) -> dict[str, float]:
-    recipe, launch, width, traced, steps = (
-        plan.recipe,
-        plan.launch,
-        plan.width,
-        plan.trace,
-        plan.steps,
-    )
-    full, sharded = recipe.lora is None, launch.distributed_type == "FSDP"
+    recipe, launch, traced, steps = plan.recipe, plan.launch, plan.trace, plan.steps
+    full, sharded, width = recipe.lora is None, launch.distributed_type == "FSDP", plan.width
     shards = launch.world_size if sharded else 1
 
     # weights and what is kept for each
@@ -203,7 +200,8 @@ def _memory(plan: Plan) -> dict[str, float]:
     # sdpa makes its mask anew in each block and keeps it; on a CPU, where each example is attended
     # alone, blocks with a window have one
     on_cpu = plan.card.name == "cpu"
-    masked = traced.windows if on_cpu else traced.layers * (steps.per_device > 1)
+    is_masked = steps.per_device > 1 or bool(recipe.train.get("packing"))
+    masked = traced.windows if on_cpu else traced.layers * is_masked
     if masked and (recipe.model.attn_implementation or "sdpa") in ("sdpa", "eager"):
         kept, block = kept + masked * steps.row * width, block + steps.row * width
     activations = tokens * kept + traced.constant
@@ -249,8 +247,8 @@ def rows_of(recipe: Recipe) -> RowLengths:
         except DataError as error:
             raise place(recipe, error) from None
         lengths = [sum(map(len, parts)) // CHARACTERS_PER_TOKEN + 1 for parts in texts]
-        rows = min(len(lengths), section.max_examples or len(lengths))
-        text = f"tokens estimated from the characters of {len(lengths):,} rows"
+        rows = len(lengths)
+        text = f"tokens estimated from the characters of {rows:,} rows"
     validation, split = 0, section.split
     if split.method != "none":
         validation = round(rows * split.validation)
@@ -262,35 +260,40 @@ def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
     """Return the steps of a training: whole global batches, as the training makes them."""
     train = recipe.train
     max_length = train.get("max_length", MAX_LENGTH)
-    lengths = [min(length, max_length or length) for length in rows.tokens]
+    packing = train.get("packing") and train.get("packing_strategy", "bfd")
+    limit = None if packing in ("bfd_split", "wrapped") else max_length  # else rows are cut
+    lengths = [min(length, limit or length) for length in rows.tokens]
     mean, number = sum(lengths) / len(lengths), rows.train
     longest = max(lengths) if rows.counted else max_length or max(lengths)
-    packed = bool(train.get("packing") and max_length)
-    if packed:
-        number = max(1, math.ceil(rows.train * mean / max_length))
+    if packing:
+        number = math.ceil(rows.train * mean / max_length)
+        number = _num_packed(lengths, max_length, packing) if rows.counted else number
         mean, longest = rows.train * mean / number, max_length
     per_device = int(train.get("per_device_train_batch_size", 8))
     batch = (per_device, accumulation_steps(recipe, world_size), world_size)
     epochs, max_steps = float(train.get("num_train_epochs", 3)), int(train.get("max_steps", -1))
     per_epoch, steps = planned_steps(number, math.prod(batch), epochs, max_steps)
-    # an epoch of fewer rows than a step takes has those alone
-    in_epoch = min(per_epoch * math.prod(batch), number)
     strategy = train.get("eval_strategy", "no")
     every = float(train.get("eval_steps") or train.get("logging_steps") or 10)  # TRL's own 10
     every = per_epoch if strategy == "epoch" else every * steps if every < 1 else every
     validations = steps // max(every, 1) + bool(train.get("eval_on_start"))
     largest = per_device * longest
-    joined = packed or train.get("padding_free") is not False  # one row, end to end
+    joined = packing or train.get("padding_free") is not False  # one row, end to end
     return Steps(
         steps,
         per_epoch,
         *batch,
         math.prod(batch),
-        tokens=round(steps / per_epoch * in_epoch * mean),
+        tokens=round(steps * math.prod(batch) * mean),
         largest=largest,
         row=largest if joined else longest,
         validation=round(rows.validation * mean * validations) if strategy != "no" else 0,
     )
+
+
+def _num_packed(lengths: Sequence[int], size: int, strategy: str) -> int:
+    ids = pyarrow.ListArray.from_arrays([0, *itertools.accumulate(lengths)], bytes(sum(lengths)))
+    return len(pack_dataset(Dataset(pyarrow.table({"input_ids": ids})), size, strategy))
 
 
 # ---- what is planned for ----
@@ -317,7 +320,7 @@ def model_config(recipe: Recipe) -> Any:
     """Return the configuration of a recipe's model: a folder's, a known model's, or the Hub's."""
     name, folder = recipe.model.name_or_path, local_folder(recipe)
     try:
-        if (known := known_config(name)) is not None:
+        if folder is None and (known := known_config(name)) is not None:
             return known
         return AutoConfig.from_pretrained(folder or name, revision=recipe.model.revision)
     except OSError as error:

@@ -1,8 +1,7 @@
 """Counts what a training keeps in memory by tracing the real model on fake tensors.
 
-No weights are read and nothing is computed. The model is built by transformers and PEFT, so every
-family and every option of LoRA is counted as it is; attention and dropout are replaced by what
-their CUDA kernels keep. Traces are cached by configuration, adapter, precision and versions.
+The model is built by transformers and PEFT, so every family and every option of LoRA is counted as
+it is; attention and dropout are replaced by what their CUDA kernels keep.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import peft
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
 
 from recipes_lib.core.files import hash_of, object_or_none, write_json
 from recipes_lib.core.project import cache_root
@@ -102,12 +102,14 @@ def trace_now(
         "largest_layer": max(sum(part.numel() for part in block.parameters()) for block in blocks),
     }
     packing = "transformers.masking_utils.find_packed_sequence_indices"  # reads values of tensors
+    experts = "transformers.integrations.moe._can_use_grouped_mm"  # a fake one takes bf16 alone
     with (
         # on "cuda" they need a CUDA build of torch (2.13): "cpu" with its autocast
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.autocast("cpu", getattr(torch, half or dtype), enabled=half is not None),
         mock.patch("torch.nn.functional.dropout", _dropout),
         mock.patch(packing, lambda positions: None),
+        mock.patch(experts, lambda *_: (half or dtype) == "bfloat16"),
     ):
         model = model.to_empty(device="cpu").train()
         few, many = _kept(model, FEW), _kept(model, MANY)
@@ -133,7 +135,7 @@ def _quantized(model: Any, config: Any) -> set[torch.Tensor]:
     return {
         module.weight
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear | Conv1D)  # Conv1D: of GPT-2
         and "lora_" not in name
         and not left_alone & {*name.split(".")}
     }
