@@ -50,6 +50,8 @@ BAD_FILES = [
     (GOOD + "launch: {accelerate: dpp}\nrun: {global_batch_size: 3}\n", 5, "1 error mean ddp?"),
     (GOOD + "train:\n", 5, "train: valid dictionary got null"),
     (GOOD + "lora: {init_lora_weights: eva}\n", 5, "lora.init_lora_weights pissa got eva"),
+    (GOOD + "lora: {init_lora_weights: pissa_niter_4}\n", 5, "pissa got pissa_niter_4"),
+    (GOOD + "train: {packing: true, max_length: null}\n", 5, "train.packing train.max_length null"),
     (GOOD + "train: {save_strategy: best}\n", 5, "train.save_strategy steps"),
     (GOOD.replace("a/b", "./models/nowhere"), 2, "'./models/nowhere' is not a folder"),
     (GOOD.replace("a/b", "a b"), 2, "cannot be a Hub name"),
@@ -174,7 +176,7 @@ TAKEN = [
     ("run", "notes: 1:30"),
     ("model", "revision: 01c7f73d771dfac7d292323805ebc428287df4f9"),
     ("model", "attn_implementation: kernels-community/flash-attn2"),
-    ("lora", "init_lora_weights: pissa_niter_16"),
+    ("lora", "init_lora_weights: pissa"),
     ("lora", "target_modules: '.*_proj'"),
 ]
 

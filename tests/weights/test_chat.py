@@ -12,6 +12,7 @@ from recipes_lib.commands import train as verbs
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.data.prompts import generation_prompt
+from recipes_lib.train import main as train
 from recipes_lib.weights.runs import Family, finished_run
 
 NASTY = "\x1b[31mred\x1b[0m \x1b]0;title\x07 [bold]loud[/bold] \r\x08\x9b2J \u202eevil"
@@ -46,6 +47,19 @@ def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs) -> Non
     }
     assert texts["lora"] == texts["base"] == "### Instruction:\nSay hi.\n\n### Response:\n"
     assert texts["lora.chat"] == "<s><|user|>\nSay hi.</s>\n<|assistant|>\n"
+
+
+def test_a_run_whose_adapter_changes_the_base_has_it_for_itself(runs, tiny_recipe, recipes) -> None:
+    """PEFT takes out of the base's weights what `pissa` puts into the adapter."""
+    runs("lora")
+    words = ["lora.init_lora_weights=pissa", "train.max_steps=1", "train.learning_rate=1e-12"]
+    assert train([str(tiny_recipe), *words, "run.name=pissa"]) == 0
+    words = ("--prompt", "What is gold?", "--max-new-tokens", "5")
+    code, out, _ = recipes("chat", "pissa", "lora", *words)
+    assert code == 0 and headings(out, "base", "pissa", "lora") == ["pissa", "base", "lora"]
+    answers = [part.partition("\n")[2] for part in out.split("\n\n")[:3]]
+    assert answers[0] == answers[1]  # it has learned nothing
+    assert [*recipes("chat", "lora", *words)[1].split("\n\n")[1:2]] == [out.split("\n\n")[2]]
 
 
 def test_answers_are_computed_in_the_precision_of_the_training(runs) -> None:

@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 29500
 READS_ONCE_KEY = "fsdp_cpu_ram_efficient_loading"
 READS_ONCE_VARIABLE = READS_ONCE_KEY.upper()  # where accelerate's launcher puts it
-# Values of `lora.init_lora_weights` whose adapters start from random numbers or zeros, and not from
-# the weights of the base.
-STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
 # Flags that a training takes itself, however it is started.
 TRAIN_FLAGS = {
     "resume_anyway": "resume although settings that affect the result have changed",
@@ -174,10 +171,8 @@ def one_rank_can_read(recipe: Recipe) -> bool:
     new row and no adapter is computed from them.
     """
     lora = recipe.lora or {}
-    start = lora.get("init_lora_weights", True)
-    keys = ("use_dora", "trainable_token_indices", "layer_replication")
-    own = recipe.quantization or recipe.model.resize_embeddings or any(map(lora.get, keys))
-    return not own and start in STARTS_WITHOUT_WEIGHTS
+    own = recipe.quantization or recipe.model.resize_embeddings or recipe.changes_base
+    return not (own or lora.get("use_dora") or lora.get("trainable_token_indices"))
 
 
 def plan_launch(

@@ -219,6 +219,13 @@ class Recipe:
         section = self.quantization or {}
         return next((f"{bits}-bit" for bits in (8, 4) if section.get(f"load_in_{bits}bit")), None)
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether PEFT changes the base itself for the adapter: no other run can share it."""
+        lora = self.lora or {}
+        start, bias = lora.get("init_lora_weights"), lora.get("bias", "none")
+        return start in ("pissa", "olora") or bias != "none" or bool(lora.get("layer_replication"))
+
     def to_dict(self) -> Values:
         """Return all resolved sections as plain nested values."""
         return {
@@ -320,6 +327,9 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
     key = "train.gradient_accumulation_steps"
     if recipe.run.global_batch_size and "gradient_accumulation_steps" in train:
         yield document.error(key, f"{key}: run.global_batch_size decides it", "remove one of them")
+    if train.get("packing") and train.get("max_length", MAX_LENGTH) is None:
+        what = "train.packing fills rows of train.max_length tokens, which is null"
+        yield document.error("train.max_length", what, "set it, or leave it out")
     if quantization and (quantization.load_in_4bit == quantization.load_in_8bit or not recipe.lora):
         what = "quantization needs one of load_in_4bit and load_in_8bit, and an adapter"
         yield document.error("quantization", what, "set one and lora, or remove the section")

@@ -67,7 +67,7 @@ _AtLeast1 = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
 _SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
-_STARTS = "^(gaussian|orthogonal|olora|pissa|pissa_niter_[0-9]+)$"
+_STARTS = "^(gaussian|orthogonal|olora|pissa)$"
 # Types that are narrower than upstream's annotation: what it accepts and cannot work with.
 _NARROWER: dict[str, dict[str, object]] = {
     "train": {
@@ -90,7 +90,8 @@ _NARROWER: dict[str, dict[str, object]] = {
     "lora": {
         "task_type": Literal["CAUSAL_LM"],
         "r": _AtLeast1,
-        # eva, corda, loftq and others need a config and rows of their own
+        # eva, corda, loftq and others need a config and rows of their own; pissa_niter changes the
+        # base by random numbers, by others at each loading
         "init_lora_weights": bool | Annotated[str, Field(pattern=_STARTS)],
     },
 }

@@ -92,8 +92,7 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, An
     texts = [generation_prompt(trained.prompt_section, tokenizer, turns) for turns in asked]
     prompts = [tokenizer(text).input_ids for text in texts]
 
-    # The adapter in float32 on a fresh copy of its base, which is not quantized any more: a forward
-    # pass on a CPU may repack 4-bit weights in place, and dequantising those gives noise.
+    # the adapter in float32 on a fresh copy of its base, which is not quantized any more
     say(f"loading {recipe.model.name_or_path} and the adapter ...")
     plain: Any = load_base(recipe, tokenizer)
     check_base_of(trained)  # again: until here its files may have been on the Hub alone

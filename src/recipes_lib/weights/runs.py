@@ -1,6 +1,5 @@
-"""Runs and their weights: the proof that what lies on the disk is what was trained (each trained
-tensor equals the file byte for byte, and PEFT and transformers find every name of the file in an
-empty model), damage found before use, and runs loaded: one base serves every adapter trained on it.
+"""Runs and their weights: the proof that what lies on the disk is what was trained, damage found
+before use, and runs loaded: one base serves every adapter that leaves it as it is.
 """
 
 from __future__ import annotations
@@ -328,7 +327,7 @@ class Family:
 
         self.recipe, self.full = runs[0].recipe, runs[0].full
         self.runs = {run.run.name: run for run in runs}
-        self.names = [*self.runs] if self.full else [BASE, *self.runs]
+        self.names = [*self.runs] if _is_alone(runs[0]) else [BASE, *self.runs]
         for run in runs:
             check_weights(run.run, run.full)
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {
@@ -371,10 +370,14 @@ class Family:
             yield self.model
 
 
+def _is_alone(run: Any) -> bool:
+    return run.full or run.recipe.changes_base
+
+
 def families(runs: Sequence[OnBase]) -> list[list[OnBase]]:
-    """Group runs, or models, that one loaded base can serve; a full fine-tuning stands alone."""
+    """Group runs, or models, that one loaded base can serve as it is."""
     groups: dict[str, list[OnBase]] = defaultdict(list)
     for run in runs:
         shared = hash_of(run.recipe.model.model_dump(), run.recipe.quantization)
-        groups[run.run.name if run.full else shared].append(run)
+        groups[run.run.name if _is_alone(run) else shared].append(run)
     return list(groups.values())
