@@ -22,10 +22,10 @@ COUNT = awk -v live=$$([ -t 1 ] && echo 1 || echo 0) '/^Collecting/ { count++; i
 
 .PHONY: help setup quickstart test test-slow test-nightly check style schema
 
-help:  ## this list
+help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## a virtual environment in .venv with everything the project needs
+setup: $(STAMP)  ## create .venv with everything the project needs
 	@echo "setup: $(BIN) is ready"
 	@echo "next: . $(BIN)/activate && recipes doctor"
 
@@ -45,16 +45,16 @@ quickstart: setup  ## train two small adapters on this machine and compare them
 	@echo "the report, for a browser: $${RECIPES_RUNS_ROOT:-runs}/quickstart/report/report.html"
 	@echo "next: . $(BIN)/activate && recipes chat quickstart--r8 quickstart--r32"
 
-test: setup  ## the fast tests
+test: setup  ## run the fast tests
 	$(BIN)/python -m pytest -m "not slow and not nightly" -n $(WORKERS) --dist worksteal
 
-test-slow: setup  ## the tests that take minutes or start several processes
+test-slow: setup  ## run the tests that take minutes or start several processes
 	$(BIN)/python -m pytest -m "slow and not nightly" -n $(SLOW_WORKERS) --dist worksteal
 
-test-nightly: setup  ## grids of model families, kill moments, disks and simulations; not in CI
+test-nightly: setup  ## run grids of model families, kill moments, disks and simulations; not in CI
 	$(BIN)/python -m pytest -m nightly -n $(SLOW_WORKERS) --dist worksteal
 
-check: setup  ## style, types, every YAML
+check: setup  ## check style, types and every YAML
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	files=0; $(BIN)/mypy & types=$$!; \

@@ -1,9 +1,9 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# What every job of `recipes launch` does alike: signals, requeues, exit codes. The scripts in runs/NAME/slurm/ source it. Before, they set
+# What all jobs of `recipes launch` share: signals, requeues, exit codes. The scripts in runs/NAME/slurm/ source it. Before that, they set
 #   FOLDER JOB        where scripts, logs and exit codes lie, and this job's name there
 #   NODES PROCESSES   how many nodes the script is written for, and how many processes on each
 #   MAX_REQUEUES      how often a job that was stopped goes back into the queue
-# and after it they say
+# and after that, they call
 #   run COMMAND       start it, hand signals on, wait for its end and find its true exit code
 #   finish            leave the exit code, or go back into the queue
 set -o pipefail

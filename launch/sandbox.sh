@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Slurm cluster of four made-up nodes on this machine, on 127.0.0.1 only: to try `recipes launch` and to test it. Needs root, no systemd.
+# A Slurm cluster of four simulated nodes on this machine (127.0.0.1 only), to try and test `recipes launch`. Needs root, no systemd.
 #   launch/sandbox.sh start [FOLDER]           FOLDER (default .slurm) then holds everything; use it with: source FOLDER/env.sh
 #   launch/sandbox.sh stop [FOLDER]
 #   launch/sandbox.sh run COMMAND [WORD ...]   start, run the command, stop; its exit code

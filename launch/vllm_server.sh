@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Serve a model or a run with vLLM, which pins its own torch and transformers and therefore lives in an environment of its own:
+# Serve a model or a run with vLLM, which pins its own torch and transformers and therefore needs its own environment:
 #   python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm
 #   VLLM=~/vllm/bin/vllm launch/vllm_server.sh prometheus-eval/prometheus-7b-v2.0     # a judge
 #   VLLM=~/vllm/bin/vllm launch/vllm_server.sh runs/my-run                            # a run: merged/ or model/ if there, else its adapter
-# Further words go to `vllm serve` (--port 8001, --tensor-parallel-size 2). A merged model is about a third faster than an adapter.
+# Further arguments go to `vllm serve` (--port 8001, --tensor-parallel-size 2). A merged model is about a third faster than an adapter.
 set -euo pipefail
 fail() { echo "vllm_server: $2" >&2; exit "$1"; }
 usage() { grep '^#' "$0" | sed '1d; s/^# \{0,1\}//'; }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Run a command and the judge it asks: start the judge's server once the command wants it, and end the server with the command.
+# Run a command with its judge: start the judge's server when the command needs it, and stop the server when the command ends.
 #   VLLM=~/vllm/bin/vllm launch/with_judge.sh MODEL [word of vllm ...] -- COMMAND [WORD ...]
-# RECIPES_JUDGE_URL tells the command where the judge answers. It makes the file RECIPES_JUDGE_WANTED when its own models have left the GPU, and
+# RECIPES_JUDGE_URL tells the command where the judge answers. It creates the file RECIPES_JUDGE_WANTED when its own models have left the GPU, and
 # waits for the same name with .answers at its end. What the server says goes into a log beside the job's own.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
