@@ -238,6 +238,12 @@ def test_a_refused_resume_changes_no_record_and_other_settings_can_be_insisted_o
     assert "train.learning_rate  0.01 -> 0.005" in capsys.readouterr().err
     assert main([str(tiny_recipe), "data.max_examples=100"]) == ExitCode.USAGE
     assert records() == before
+    mine = run_json(tiny_recipe)["guard"]
+    for launch in ({"launch.distribution": "FSDP"}, {"launch.world_size": 2}):  # other checkpoints
+        (run / "run.json").write_text(json.dumps(run_json(tiny_recipe) | {"guard": mine | launch}))
+        assert main([*other, "--resume-anyway"]) == ExitCode.USAGE
+        assert next(iter(launch)) in capsys.readouterr().err
+    (run / "run.json").write_text(json.dumps(run_json(tiny_recipe) | {"guard": mine}))
     assert main([*other, "--resume-anyway"]) == 0
     state = run_json(tiny_recipe)
     assert state["resumed"][0]["changed"] == {"train.learning_rate": [0.01, 0.005]}

@@ -85,7 +85,7 @@ class Attempt:
         if None in changed.get("base_weights", ()):  # fetched from the Hub later
             del changed["base_weights"]
         if newest is not None:
-            if changed and ("launch.world_size" in changed or not resume_anyway):
+            if any(key.startswith("launch.") for key in changed) or (changed and not resume_anyway):
                 resume_guard.refuse_changes(run.name, changed)
             resumed.append({"from": newest.name, "changed": changed})
 

@@ -170,5 +170,5 @@ def refuse_changes(name: str, changed: Mapping[str, tuple[object, object]]) -> N
         f"run '{name}' was started with other settings, so resuming would mix two recipes",
         *table,
         "start a new run with run.name=OTHER, restore the settings, or force it with"
-        " --resume-anyway (recorded in run.json; not with another number of processes)",
+        " --resume-anyway (recorded in run.json; not with another launch)",
     )
