@@ -447,7 +447,7 @@ def test_a_training_template_trains_and_the_plain_one_is_saved(
     words = [str(tiny_recipe), "data.prompt_format=chat", f"model.name_or_path={model}"]
     stop_at(monkeypatch, 2, *words)
     said = capsys.readouterr().out
-    assert said.count("chat template: trained through TRL's phi3_training.jinja") == 1
+    assert said.count("chat template: trained with TRL's phi3_training.jinja") == 1
     text = (folder / "phi3_training.jinja").read_text(encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert run_json(tiny_recipe)["guard"]["training_template_hash"] == digest

@@ -524,7 +524,7 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
         best = any(values.get("load_best_model_at_end") for values in trains)
         if (grid or best) and on_validation:
             title = f"The validation rows chose the weights of {arm.name}"
-            remedy = "a loss on them is biased down: compare on data.questions: test"
+            remedy = "a loss on them is biased low: compare on data.questions: test"
             where = (arm.name,), on_validation
             yield Finding("chosen-on-validation", "warning", title, (), remedy, *where)
     for both in itertools.combinations([arm.name for arm in trained], 2):

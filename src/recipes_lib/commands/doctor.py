@@ -98,7 +98,7 @@ def check_env() -> Iterator[DoctorLine]:
     """Variables that silently change how a training is launched."""
     begin = ("ACCELERATE_", "FSDP_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
     if left := [name for name in os.environ if name.startswith(begin)]:
-        yield WARN, f"left in the environment: {', '.join(left)}", f"unset {' '.join(left)}"
+        yield WARN, f"left over in the environment: {', '.join(left)}", f"unset {' '.join(left)}"
 
 
 DOCTOR_CHECKS = (check_versions, check_device, check_hub, check_disk, check_env)

@@ -117,7 +117,7 @@ def check_model_files(
     packed = config.get("quantization_config") or {}
     method = packed.get("quant_method") if isinstance(packed, dict) else packed
     if packed and not (method == DEQUANTIZED and recipe.quantization is None):
-        hint = "give the original model, or for mxfp4 remove the quantization section"
+        hint = "use the original model, or for mxfp4 remove the quantization section"
         yield recipe.error(KEY, f"the model is already quantized ({method})", hint)
     if "auto_map" in config and not (recipe.model.trust_remote_code and remote_code is not False):
         hint = "read it; then set model.trust_remote_code: true and pass --trust-remote-code"

@@ -81,7 +81,7 @@ class ModelSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the base weights in memory."""
     attn_implementation: str | None = Field(None, pattern=_Kernel)
-    """Attention kernel; varlen is torch's own, NAME/NAME one on the Hub. Absent: sdpa, or eager."""
+    """Attention kernel; varlen is torch's own, NAME/NAME one on the Hub. Default: sdpa or eager."""
     trust_remote_code: bool = False
     """Run the model's own Python code; also needs --trust-remote-code on the command line."""
     resize_embeddings: bool = False
@@ -103,7 +103,7 @@ class SplitSection(Section):
     """How rows are divided into train, validation and test."""
 
     method: Literal["hash", "published", "none"] = "hash"
-    """By a hash of each row alone, by `train_test_split` as the first study did, or not at all."""
+    """By a hash of each row, by `train_test_split` as the first study did, or not at all."""
     validation: _Fraction = 0.1
     """Fraction of the rows held out for validation."""
     test: _Fraction = 0.0
@@ -120,7 +120,7 @@ class FiltersSection(Section):
 
 
 class SourcePart(Section):
-    """One source of a mixture; what it leaves out comes from `data`."""
+    """One source of a mixture; keys that it omits come from `data`."""
 
     source: _Source
     """Hub id, file or folder."""
@@ -130,7 +130,7 @@ class SourcePart(Section):
     columns: dict[_Column, str] | None = None
     max_examples: int | None = Field(None, ge=1)
     weight: float = Field(1.0, gt=0)
-    """0.5 takes half of its rows, 2 has each training row twice."""
+    """0.5 takes half of its rows, 2 takes each training row twice."""
 
 
 class DataSection(Section):
@@ -151,11 +151,11 @@ class DataSection(Section):
     prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = "dolly"
     """Headings around instruction and response, the chat template, or plain texts (raw)."""
     chat_template: _Template | None = None
-    """For `chat`: a .jinja file, its text, or TRL's own (trl:llama3). Absent: the tokenizer's."""
+    """For `chat`: a .jinja file, its text, or TRL's (trl:llama3). Default: the tokenizer's."""
     chat_template_kwargs: Values = {}
     """For `chat`: arguments of the template, such as {enable_thinking: false}; a row's own win."""
     template_date: str | None = None
-    """For `chat`: the date that a template prints as today's. Absent: that of the run's start."""
+    """For `chat`: the date that a template prints as today's. Default: the run's start."""
     system_prompt: str | None = None
     """For `chat`: a system message put before conversations that have none."""
     chat_loss: Literal["all", "last"] = "all"

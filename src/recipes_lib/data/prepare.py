@@ -265,8 +265,8 @@ def _prepare(
     if training is not None:
         sha256 = hashlib.sha256(training[1].encode()).hexdigest()
         audit.training_template = {"file": training[0], "sha256": sha256}
-        what = f"trained through TRL's {training[0]} ({sha256[:12]}); the plain one is saved and"
-        audit.notes.append(f"chat template: {what} answers")
+        what = f"trained with TRL's {training[0]} ({sha256[:12]}); the plain one is saved and"
+        audit.notes.append(f"chat template: {what} used to answer")
     counts = {"read": read.num_read, "bad": len(bad), "too_long": len(encoded) - len(rows)}
     audit.rows = counts | {"used": len(rows)} | {name: len(part) for name, part in parts.items()}
     audit.bad_rows = bad.lines()
@@ -369,7 +369,7 @@ def _judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
     longest = audit.tokens["prompt"]["max"]
     acting = "ACTING as such" if audit.prompt_format == "chat" else "read as text"
     facts = {
-        "truncated": f"cut at {limit}, {lost} of them lose their end",
+        "truncated": f"cut at {limit}, {lost} of them lose their end token",
         "no_supervised_tokens": f"no supervised token at {limit}; the longest prompt has {longest}",
         "empty_completions": "an empty completion, which teaches only the end token",
         "without_end_token": "no supervised end token, so the model would not learn to stop",

@@ -51,7 +51,7 @@ def leak_error(
     name: str, leaks: Leaks, recipe: Recipe, owner: str = "", limit: int = 10
 ) -> RecipeError:
     """Return the error about an eval whose questions are in training rows, or a warning."""
-    remedy, kind = "take these rows out of the data, or these questions out of the eval", ""
+    remedy, kind = "remove these rows from the data, or these questions from the eval", ""
     if not leaks.is_error:
         share, kind = leaks.leaked_questions / leaks.questions, "warning"
         remedy = f"few questions, all short: they decide at most {share:.1%} of the result"

@@ -75,9 +75,9 @@ class SuiteSection(Section):
     tasks: list[str] | None = None
     """lm_eval: task or group names."""
     num_fewshot: int | None = Field(default=None, ge=0)
-    """lm_eval: examples in the prompt. Absent: each task's own number."""
+    """lm_eval: examples in the prompt. Default: each task's own number."""
     limit: int | float | None = Field(default=None, gt=0)
-    """lm_eval: items per task (a fraction below 1). The result is stamped as a subset."""
+    """lm_eval: items per task (a fraction below 1). The result is marked as a subset."""
     batch_size: int | str = 1
     """lm_eval: requests per batch, or auto (the largest that fits a GPU; 8 without one)."""
     apply_chat_template: bool = False
@@ -103,14 +103,14 @@ class EvalDataSection(Section):
     references: str | None = None
     """mt_bench: reference answers in FastChat's format; the package brings its own."""
     labels: FilePath | None = None
-    """alpaca_eval: pairs that people labelled, with whom the judge's audit compares it."""
+    """alpaca_eval: pairs labelled by people, for the audit of the judge."""
     max_questions: int | None = Field(default=None, ge=1)
-    """Use the first N questions. The result is stamped as a subset."""
+    """Use the first N questions. The result is marked as a subset."""
     include_path: FilePath | None = None
-    """lm_eval: folder with task files of your own, beside the harness's."""
+    """lm_eval: folder with your own task files, besides the harness's."""
     folder: FilePath | None = None
-    """lm_eval: working directory of the tasks: a relative data path starts here, and a folder such
-    as allenai/ai2_arc in it stands in for the Hub's data set of that name."""
+    """lm_eval: working directory of the tasks: relative data paths start here, and a folder such as
+    allenai/ai2_arc in it replaces the Hub data set of that name."""
 
 
 PromptPath = Annotated[str, IsPath(unless=lambda name: name == PROMETHEUS_PACKAGE)]
@@ -127,15 +127,15 @@ class ServerSection(Section):
     api_key_variable: str | None = None
     """openai: name of the environment variable that holds the key."""
     concurrency: int = Field(default=256, ge=1)
-    """openai: most requests in flight at once."""
+    """openai: maximum number of requests in flight."""
     timeout_s: float = Field(default=120.0, gt=0)
-    """openai: seconds until one attempt is given up."""
+    """openai: seconds before an attempt times out."""
     max_retries: int = Field(default=5, ge=0)
-    """openai: further attempts after 429, 5xx, a timeout or a dropped connection."""
+    """openai: retries after 429, 5xx, a timeout or a dropped connection."""
     extra_body: dict[str, Any] = {}
-    """openai: further keys of each request: {chat_template_kwargs: {enable_thinking: false}}."""
+    """openai: extra keys in each request: {chat_template_kwargs: {enable_thinking: false}}."""
     max_new_tokens: int = Field(default=512, ge=1)
-    """Longest text; one that reaches it is counted as cut, and a judge's has no verdict."""
+    """A text that reaches this limit counts as cut; a judge's then has no verdict."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
     """transformers: precision of the weights; a run keeps its recipe's."""
 
@@ -155,16 +155,16 @@ class GenerationSection(ServerSection):
     """How the answers are written."""
 
     temperature: float | None = Field(default=None, ge=0)
-    """0 is greedy. Above 0 each answer has its own seed, whatever batch it is in. Absent: 0;
+    """0 is greedy. Above 0 each answer has its own seed, whatever batch it is in. Default: 0;
     mt_bench: FastChat's, by category (0.7 writing and roleplay, 0.1 stem and humanities)."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampled answers."""
     prompt_format: Literal["auto", "dolly", "alpaca", "chat", "raw"] = "auto"
-    """How a model without a run is asked; auto: by its chat template, or as dolly where it has
-    none. A run is always asked as it was trained."""
+    """Prompt format of a model without a run; auto: its chat template, or dolly if it has none. A
+    run is always prompted as it was trained."""
     trust_remote_code: bool = False
-    """Run Python code: of a model without a run, of task files outside this project, and what an
-    option lets lm-eval run. Also needs --trust-remote-code on the command line."""
+    """Run Python code of a model without a run, of task files outside this project, and code that
+    an option lets lm-eval run. Also needs --trust-remote-code on the command line."""
 
 
 class JudgeSection(ServerSection):
@@ -175,26 +175,26 @@ class JudgeSection(ServerSection):
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     mode: Literal["generate", "json", "logits"] = "generate"
-    """generate: the verdict stands at the end of the text. json: a server answers in JSON
+    """generate: the verdict is at the end of the text. json: a server answers in JSON
     (response_format). logits: a judge in this process, by the probabilities of the allowed
     verdicts as its first token."""
     relative_prompt: PromptPath | None = None
-    """Prompt file of the comparison, or package:prometheus-eval; absent: the project's own."""
+    """Prompt file for comparisons, or package:prometheus-eval; default: the project's own."""
     absolute_prompt: PromptPath | None = None
-    """Prompt file of the 1-5 grading, or package:prometheus-eval; absent: the project's own."""
+    """Prompt file for 1-5 grading, or package:prometheus-eval; default: the project's own."""
     rubric: FilePath | None = None
-    """Rubric file; absent: evals/rubrics/helpfulness.txt."""
+    """Rubric file; default: evals/rubrics/helpfulness.txt."""
     reference_rubric: FilePath | None = None
-    """Rubric file for questions with a reference answer; absent: evals/rubrics/correctness.txt."""
+    """Rubric file for questions with a reference; default: evals/rubrics/correctness.txt."""
     prompt_style: Literal["chat", "prometheus"] = "chat"
     """chat: the judge's own chat template. prometheus: `[INST] system, user [/INST]`, as the
     Prometheus 2 models were trained."""
     temperature: float = Field(default=0.0, ge=0, le=2)
-    """0 is greedy; 1 for models of a server that take no other."""
+    """0 is greedy; 1 for served models that accept no other value."""
     max_context_tokens: int = Field(default=4096, ge=1)
-    """Context of the judge; answers are cut alike to fit beside the rubric."""
+    """Context length of the judge; both answers are cut alike to fit."""
     weak: str | None = None
-    """Why this judge's numbers mean little; shown wherever they stand."""
+    """Why this judge's numbers mean little; shown beside them."""
 
     @model_validator(mode="after")
     def _can_answer(self) -> Self:
@@ -238,16 +238,16 @@ class JudgeSection(ServerSection):
 
 
 class Thresholds(Section):
-    """What a judge must reach; claims stop where it measurably does not."""
+    """What a judge must reach; no claim is made if it measurably does not."""
 
     swap_consistency_min: float = Field(default=0.6, ge=0, le=1)
-    """Share of pairs where both orders name the same answer, at least."""
+    """Minimum share of pairs where both orders name the same answer."""
     unparsed_max: float = Field(default=0.05, ge=0, le=1)
-    """Share of judgments without a verdict, at most."""
+    """Maximum share of judgments without a verdict."""
     empty_answer_loses_min: float = Field(default=0.95, ge=0, le=1)
-    """Share of verdicts where an empty answer loses, at least."""
+    """Minimum share of verdicts where an empty answer loses."""
     injected_flips_max: float = Field(default=0.05, ge=0, le=1)
-    """Share of verdicts that an injected verdict line turns in its favour, at most."""
+    """Maximum share of verdicts that an injected verdict line flips in its favour."""
 
 
 class JudgeFile(Section):

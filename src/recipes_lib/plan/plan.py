@@ -235,7 +235,7 @@ def rows_of(recipe: Recipe) -> RowLengths:
     section, folder = recipe.data, local_folder(recipe)
     if needs_hub(section):
         rows, lengths = section.max_examples or ASSUMED_ROWS, [ASSUMED_TOKENS]
-        text = f"assumed: the data are not on this machine, {rows:,} rows of {ASSUMED_TOKENS}"
+        text = f"assumed {rows:,} rows of {ASSUMED_TOKENS}: the data are not on this machine"
     elif folder is not None and (folder / "tokenizer_config.json").is_file():
         data = prepare_data(recipe, load_tokenizer(recipe))  # kept for the training
         lengths = [*map(len, data.train["input_ids"])]

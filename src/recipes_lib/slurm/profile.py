@@ -34,31 +34,31 @@ class Profile(Section):
     _document: Document | None = None
 
     sbatch: Flags
-    """Flags of sbatch for every job, under their long names (partition, account, gres, time, ...).
+    """sbatch flags for every job, under their long names (partition, account, gres, time, ...).
     `{gpus}` and `{processes}` are their numbers on a node; true is a flag without a value, null
-    leaves it out. Flags about GPUs are left out of jobs that need none; without such a flag the
-    site has no GPUs."""
+    omits it. GPU flags are left out of jobs that need no GPU; a profile without GPU flags means a
+    site without GPUs."""
     stages: dict[Literal["train", "eval", "report"], Flags] = {}
-    """Flags of one stage (train, eval, report), which replace those of `sbatch`."""
+    """Flags for one stage (train, eval, report), which replace those of `sbatch`."""
     setup: list[str] = []
     """Lines of bash that every job runs first (module load cuda); each must succeed."""
     prefix: list[str] = []
     """Words before every command, for a container: [apptainer, exec, --nv, image.sif]."""
     env: dict[Variable, str] = {}
-    """Variables of every job. `~` and `$USER` are those of the login node, `{job}` is the job's id.
+    """Variables for every job. `~` and `$USER` are those of the login node, `{job}` is the job id.
     Login and compute nodes must both see RECIPES_RUNS_ROOT, RECIPES_CACHE and HF_HOME."""
     offline: bool = True
-    """Compute nodes have no network (HF_HUB_OFFLINE=1): `recipes prefetch` fetches before."""
+    """Compute nodes have no network (HF_HUB_OFFLINE=1): run `recipes prefetch` first."""
     vllm: str | None = None
-    """The vllm program, of an environment of its own, with which a job starts the judge that an
-    evaluation expects at 127.0.0.1."""
+    """The vllm program in its own environment; a job starts it as the judge that an evaluation
+    expects at 127.0.0.1."""
     signal_lead_s: int = Field(300, ge=10)
-    """Seconds before the time limit at which a training is asked to save: more than a step, an
+    """Seconds before the time limit at which a training is asked to save: longer than a step, an
     evaluation batch and a save."""
     max_requeues: int = Field(20, ge=0)
-    """How often a job that was stopped is queued again by itself."""
+    """How often a stopped job is requeued automatically."""
     max_concurrent_arms: int | None = Field(None, ge=1)
-    """Arms of a study that train at the same time; null is no limit."""
+    """Arms of a study that train at the same time; null means no limit."""
 
     def flags(self, stage: str, gpus: int, processes: int) -> list[str]:
         """Return the flags of sbatch for a job of a stage, with so many of each on a node."""

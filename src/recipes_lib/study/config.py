@@ -37,22 +37,22 @@ Grid = Annotated[list[bool | int | float | str], Field(min_length=2)]
 
 
 class LaunchKeys(Section):
-    """Keys that a study and each of its arms may have; an arm's own values win."""
+    """Keys that a study and its arms may have; an arm's values take precedence."""
 
     accelerate: AccelerateConfigName | None = None
     """As launch.accelerate, which it replaces; a path is relative to the study file."""
     gpus: int | None = Field(None, ge=1)
-    """Processes per node. Absent: the recipe's launch.gpus, or the accelerate config's."""
+    """Processes per node. Default: the recipe's launch.gpus, or the accelerate config's."""
     nodes: int | None = Field(None, ge=1)
-    """Machines. Absent: the recipe's launch.nodes."""
+    """Machines. Default: the recipe's launch.nodes."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] | None = None
-    """Values of train.seed, each a training of its own. Absent: the recipe's."""
+    """Values of train.seed, one training each. Default: the recipe's."""
     overrides: list[str] = []
-    """`section.key=value` words, as after `recipes train RECIPE`."""
+    """`section.key=value` arguments, as after `recipes train RECIPE`."""
     tune: Annotated[dict[str, Grid], Field(max_length=1)] | None = None
-    """One key and the values to try: each arm is trained with every value, and the one with the
-    lowest validation loss is the arm, trained anew with its seeds. An arm's own grid takes the
-    place of the study's; {} tunes nothing."""
+    """One key and the values to try: each arm is trained with every value, keeps the one with the
+    lowest validation loss, and is trained again with its seeds. An arm's own grid replaces the
+    study's; {} tunes nothing."""
 
 
 class ArmSection(LaunchKeys):
@@ -75,27 +75,27 @@ class StudyFile(LaunchKeys):
     kind: ClassVar = "study"
 
     question: str = Field(min_length=1)
-    """What the study is to answer, as one question. It heads the report."""
+    """The one question that the study answers; the title of the report."""
     factors: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
     """Factor -> the keys it may change (`lora.r`, `quantization`, ...). Every other difference
     between arms is a confound."""
     arms: dict[ArmName, AnyArm] = Field(min_length=1)
     """Name -> arm."""
     include_base: bool = True
-    """Evaluate the arms' base model too, as the arm `base`; once, however many arms there are."""
+    """Also evaluate the arms' base model, as the arm `base`; once, however many arms there are."""
     evals: list[str] = Field(min_length=1)
     """Eval recipes, relative to the study file."""
     primary: str | None = None
-    """The metric of the question, for example win_rate, alpaca_eval/win_rate or lm_eval/gsm8k. Its
-    comparisons are tested before everything else. Absent: the first eval's first metric."""
+    """The metric that answers the question: win_rate, alpaca_eval/win_rate, lm_eval/gsm8k, ... Its
+    comparisons are tested before everything else. Default: the first eval's first metric."""
     margins: dict[str, float | str] = {}
-    """Metric -> the difference that does not matter, in its unit or as '2 points'. Adds the
-    verdicts 'not worse' and 'equivalent' within it."""
+    """Metric -> the largest difference that does not matter, in its unit or as '2 points'. Adds
+    the verdicts 'not worse' and 'equivalent'."""
     baseline: str | None = None
     """The arm that no other may be worse than (`recipes study report --gate`), and that alpaca_eval
-    compares the others with. Absent: base where it is evaluated, else the first arm."""
+    compares the others with. Default: base if it is evaluated, else the first arm."""
     reference: dict[str, dict[str, float]] = {}
-    """Published numbers, arm -> metric -> value (a share is 0.41): shown, and never tested."""
+    """Published numbers, arm -> metric -> value (a share is 0.41): shown, never tested."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class _Reader:
         if factor := Design("", "", self.keys.factors).factor_of(key):
             self.wrong(place, f"tune: {key} is what the factor '{factor}' varies")
         if arm.recipe.train.get("eval_strategy", "no") == "no" or seed in arm.seeds:
-            what = f"the validation loss chooses (set train.eval_strategy), and seed {seed} is its"
+            what = f"a validation loss must choose (train.eval_strategy); seed {seed} is its own"
             self.wrong(place, f"tune: {what}")
         candidates = []
         for value in values:

@@ -427,7 +427,7 @@ class StudyRunner:
             place = runs_root() / REPLACED / f"{name}--{time.time_ns()}"
             place.parent.mkdir(parents=True, exist_ok=True)
             folder.rename(place)
-            say(f"{name} had other settings ({changed}): moved to {shown_path(place)}")
+            say(f"{name} had different settings ({changed}): moved to {shown_path(place)}")
         recipe = study_folder(self.study) / "recipes" / f"{name}.yaml"
         training.recipe.write(recipe)
         words, log = ["train", shown_path(recipe), *self.flags], recipe.with_suffix(".log")

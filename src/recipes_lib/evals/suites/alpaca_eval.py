@@ -67,4 +67,4 @@ class AlpacaEval(JudgedSuite):
             cells = [log.target, str(log.against), str(len(wins.samples))]
             cells += [str(counts[outcome]) for outcome in outcomes]
             rows.append([*cells, shown_rate(wins), f"{lowest:.1%} .. {highest:.1%}"])
-        return [*aligned(rows), "", "judged in both orders; a pair whose orders disagree is a tie"]
+        return [*aligned(rows), "", "judged in both orders; orders that disagree are a tie"]

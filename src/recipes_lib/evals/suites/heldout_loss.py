@@ -98,7 +98,7 @@ class HeldoutLoss(Suite):
             label = f"{label} on {self.split or 'held-out'} rows"
             metrics.append(metric_of(metric, label, samples, "number", **known))
         chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
-        note = "the validation rows chose the checkpoint: the loss on them is biased down"
+        note = "the validation rows chose the checkpoint: the loss on them is biased low"
         return self.new_log(
             metrics,
             n=len(names),
@@ -116,7 +116,7 @@ class HeldoutLoss(Suite):
         if len({log.metrics[0].task for log in logs}) == 1:
             return aligned(lines)
         what = "their losses per token are not comparable, bits per byte of the same text are"
-        return [*aligned(lines), "", f"these models read other rows or other tokens: {what}"]
+        return [*aligned(lines), "", f"these models read different rows or tokens: {what}"]
 
 
 def row_losses(
