@@ -43,9 +43,11 @@ def job(tmp_path: Path, profile_file, monkeypatch: pytest.MonkeyPatch):
     """Runs the script of a stage of one command."""
     monkeypatch.chdir(tmp_path)
 
-    def run(stage: str, *words: str, setup: str = "true", **environment: str) -> tuple[int, str]:
+    def run(
+        stage: str, *words: str, setup: str = "true", label: str = "", **environment: str
+    ) -> tuple[int, str]:
         profile = load_profile(str(profile_file(setup=[setup])))
-        single = Job(stage, stage, (Task((), words),), uses_gpus=False)
+        single = Job(label or stage, stage, (Task((), words),), uses_gpus=False)
         script = tmp_path / f"{stage}.sbatch"
         script.write_text(script_of(single, tmp_path, profile))
         plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -102,6 +104,10 @@ def test_a_command_is_no_line_of_shell_and_the_sites_environment_reaches_it_or_i
     code, said = job("eval", "printf", "%s|", *odd)
     assert code == 0 and "|".join(odd) in said and not (tmp_path / "oops").exists()
     assert (tmp_path / "eval.exit_code").read_text() == "0\n"
+    for stage in ("eval", "train"):  # an eval's or an accelerate config's file may have any name
+        label = f"{stage}-my own (2)"
+        job(stage, "true", label=label)
+        assert (tmp_path / f"{label}.exit_code").is_file()
     assert "yes" in job("eval", "printenv", "FROM_SITE", setup="export FROM_SITE=yes")[1]
     code, said = job("eval", "touch", "ran", setup="module load nothing")
     script = (tmp_path / "eval.sbatch").read_text()

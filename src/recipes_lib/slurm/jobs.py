@@ -236,7 +236,7 @@ def script_of(job: Job, folder: Path, profile: Profile) -> str:
         *directives(job, folder, profile),
         "",
         f"cd {shlex.quote(str(Path.cwd()))} || exit 5",
-        f"FOLDER={shlex.quote(str(folder))} JOB={job.label}",
+        f"FOLDER={shlex.quote(str(folder))} JOB={shlex.quote(job.label)}",
         f"NODES={job.nodes} PROCESSES={job.processes} MAX_REQUEUES={profile.max_requeues}",
         f"source {shlex.quote(str(shared))} || exit 5   # signals, requeues, exit codes",
         "",
@@ -282,7 +282,7 @@ def job_commands(job: Job) -> list[str]:
                 'trap "" USR2; export RECIPES_EXIT_CODE_FILE="$REPORT.${SLURM_NODEID:-0}"; '
                 f'exec {shlex.join(task.launcher)}{_MEETING if job.nodes > 1 else ""} "$@"'
             )
-            words = f"bash -c {shlex.quote(on_node)} {job.label} {shlex.join(task.args)}"
+            words = shlex.join(("bash", "-c", on_node, job.label, *task.args))
         else:
             words = shlex.join((*task.launcher, *task.args))
         lines.append(f"run srun {words}")
