@@ -32,7 +32,7 @@ class FaultyServer(ThreadingHTTPServer):
         answer: str | None = None,
     ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self.faults, self.answer = faults, answer
+        self.faults, self.answer, self.as_asked = faults, answer, False  # under MODEL's name
         self.bodies: list[dict] = []
         self.lock, self.stopping = threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
         text = f"echo: {prompt[-20:]}" if self.server.answer is None else self.server.answer
         choice = {"finish_reason": "stop"}
         choice |= {"message": {"content": text}} if is_chat else {"text": text}
-        return {"model": MODEL, "choices": [choice]}
+        return {"model": body["model"] if self.server.as_asked else MODEL, "choices": [choice]}
 
     def reply(self, status, value, pause=""):
         content = value if isinstance(value, bytes) else json.dumps(value).encode()

@@ -36,6 +36,16 @@ def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(model_and_tok
     assert answers(*model_and_tokenizer, 1, temperature=1.0) != alone
 
 
+def test_an_answer_has_the_room_that_it_has_alone(model_and_tokenizer) -> None:
+    """Beside a prompt that nearly fills the context too."""
+    model, tokenizer = model_and_tokenizer
+    ids = (5,) * (model.config.max_position_embeddings - 2)
+    requests = [*REQUESTS, Request(key="long", ids=ids)]
+    engine = HFEngine(lambda: nullcontext(model), tokenizer, "f", 100_000)
+    done = {done.key: done.text for done in engine.complete(requests, Sampling(max_new_tokens=12))}
+    assert done.pop("long") and done == answers(model, tokenizer, 1)
+
+
 def test_batches_are_halved_from_one_out_of_memory_on(model_and_tokenizer, monkeypatch, capsys):
     import torch
 

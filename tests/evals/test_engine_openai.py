@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +16,11 @@ from recipes_lib.evals.engine import (
     OpenAIEngine,
     Request,
     Sampling,
-    served_fingerprint,
+    ServerGone,
+    answered_by,
+    ask_missing,
 )
+from recipes_lib.evals.log import Store
 from recipes_lib.evals.recipe import GenerationSection
 
 CHAT = {"messages": ({"role": "user", "content": "hi"},)}
@@ -30,7 +34,7 @@ def quick_retries(monkeypatch):
 
 def engine_for(server: FaultyServer, model: str = MODEL, **settings: Any) -> OpenAIEngine:
     usual = {"timeout_s": 0.6, "max_retries": 2, "concurrency": 1, "base_url": server.url}
-    return OpenAIEngine(GenerationSection(**usual | settings), model)
+    return OpenAIEngine(GenerationSection(engine="openai", **usual | settings), model)
 
 
 def ask(engine: OpenAIEngine, number: int = 1, **fields: Any) -> list[Completion]:
@@ -65,6 +69,23 @@ def test_what_a_server_refuses_is_asked_once_and_has_no_answer():
         assert f"made-up {status}" in str(done.error)
 
 
+def test_no_reply_is_lost_when_too_many_requests_fail(tmp_path):
+    """Most of 60 requests in flight are refused; what the server answered is not asked again."""
+    with FaultyServer(faults=lambda number: None if number % 30 == 0 else "400") as server:
+        engine, store = engine_for(server, concurrency=60), Store(tmp_path / "answers.jsonl")
+        requests = {str(n): Request(key=str(n), prompt="Hi") for n in range(300)}
+
+        def keep(request: Request, done: Completion) -> dict[str, str]:
+            return {"key": request.key, "text": done.text}
+
+        for _ in range(2):
+            with pytest.raises(ServerGone):
+                complete = partial(engine.complete, sampling=Sampling())
+                ask_missing(store, requests, complete, keep, "answer")
+        given = sum(server.faults(number + 1) is None for number in range(len(server.bodies)))
+        assert len(store) == given >= 4 and len(server.bodies) < 300
+
+
 def test_a_server_that_wants_another_name_for_the_token_limit_gets_it():
     message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
     refusal = b"400:" + json.dumps({"error": {"message": message}}).encode()
@@ -84,7 +105,7 @@ def test_anything_else_of_a_request_is_passed_on_and_part_of_the_fingerprint():
     extra = {"chat_template_kwargs": {"enable_thinking": False}}
     with FaultyServer() as server:
         plain, own = engine_for(server), engine_for(server, extra_body=extra)
-        prints = {served_fingerprint(each.server, MODEL, None) for each in (plain, own)}
+        prints = {answered_by(each.server, MODEL, None) for each in (plain, own)}
         assert len(prints) == 2
         ask(own, **CHAT)
         ask(plain, prompt="x", ids=(1, 2, 3))

@@ -5,6 +5,7 @@ token.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,12 +43,18 @@ def test_it_is_the_validation_loss_of_the_training(tiny_recipe, tmp_path, eval_f
         assert loss.value == pytest.approx(sum(values) / len(values))
         assert loss.value == pytest.approx(trained, rel=1e-5)
         assert loss.higher_is_better is False and per_byte.instead_of == "loss"
+    rows = tmp_path / "data.jsonl"
+    shutil.copy(PROJECT / "recipes/quickstart/data/instructions.jsonl", rows)
     words = ["train.max_steps=1", "model.dtype=float32", "data.split.validation=0.4"]
+    words.append(f"data.source={rows}")
     assert train([str(tiny_recipe), "run.name=wide", *words]) == 0
     assert recipes("eval", eval_file, "wide", "base")[0] == 0
     folders = (tmp_path / "runs/wide", next((tmp_path / "runs").glob("base--*")))
     wide, base = (read_eval_logs(folder)[0][0] for folder in folders)
     assert wide.n == base.n > len(values)  # a base reads the rows of the run beside it
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-40]))
+    assert recipes("eval", eval_file, "wide", "base")[0] == 0
+    assert all(read_eval_logs(folder)[0][0].n < wide.n for folder in folders)  # of today's rows
     state = json.loads((folders[1] / "run.json").read_text())
     state["stand_in"]["model"]["gone"] = 1
     (folders[1] / "run.json").write_text(json.dumps(state))

@@ -15,6 +15,7 @@ from tests.evals.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
+from recipes_lib.evals.engine import EvaluationIncomplete
 from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
 from recipes_lib.evals.models import resolve
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, load_eval
@@ -139,7 +140,10 @@ def test_against_the_base_has_files_of_its_own_and_against_itself_is_one_half(qu
     assert all(sample.by_rule for sample in metric(same, "win_rate").samples)
 
 
-def test_mt_bench_grades_two_turns(quick, make_run):
+REFERENCES = "evals/quickstart/mt_bench/reference_answer.jsonl"
+
+
+def test_mt_bench_grades_two_turns(quick, make_run, tmp_path):
     one = make_run("one", 1)
     recipe = quick("mt_bench")
     (log,) = evaluate([recipe], ["one"])
@@ -148,8 +152,13 @@ def test_mt_bench_grades_two_turns(quick, make_run):
     assert sorted(row["turn"] for row in rows) == [1] * 4 + [2] * 4
     heat = {row["question_id"]: row["decoding"]["temperature"] for row in rows}
     assert heat == {"1": 0.7, "3": 0.0, "4": 0.0, "8": 0.1}  # FastChat's, by category
-    (bare,) = evaluate([quick("mt_bench", "data.references=null")], ["one"])
-    assert any("2 questions graded without" in line for line in bare.notes)
+    half = tmp_path / "half.jsonl"  # references of the first turns
+    for row in map(json.loads, (PROJECT / REFERENCES).open()):
+        row["choices"][0]["turns"].pop()
+        half.write_text(json.dumps(row) + "\n")
+    for references in ("null", half):
+        (bare,) = evaluate([quick("mt_bench", f"data.references={references}")], ["one"])
+        assert any("2 questions graded without" in line for line in bare.notes)
     with pytest.raises(RecipeError, match="does not apply to mt_bench"):
         evaluate([recipe], ["one"], "base")
 
@@ -177,7 +186,7 @@ def test_a_file_of_answers_is_a_model_and_faults_of_answers_are_noticed(quick, m
         evaluate([recipe], [answers(outputs[:2])])
 
 
-def test_a_served_run_is_asked_with_its_own_tokens_and_resumes(quick, make_run):
+def test_a_served_run_is_asked_with_its_own_tokens_and_resumes(quick, make_run, tiny_model_dir):
     make_run(MODEL, 1)
     with FaultyServer(answer="An answer.") as server:
         words = ["generation.engine=openai", f"generation.base_url={server.url}"]
@@ -194,6 +203,12 @@ def test_a_served_run_is_asked_with_its_own_tokens_and_resumes(quick, make_run):
         other = quick("alpaca_eval", *words, "generation.max_new_tokens=3")
         with pytest.raises(Exception, match="0 answers stored"):  # for this recipe
             evaluate([other], [MODEL])
+        (base,) = {model.name for model in resolve(["base", MODEL], other).values()} - {MODEL}
+        resolve(["base", MODEL], other)["base"].record()
+        for word in (base, "base"):  # one name, whichever word the base is called by
+            with pytest.raises(Exception, match="answers of base--"):
+                evaluate([other], [word, MODEL])
+            assert server.bodies[-1]["model"] == str(tiny_model_dir)
     assert caught.value.exit_code == 6 and len(outcomes(log)) == 4
     (again,) = evaluate([quick("alpaca_eval", *words)], [MODEL])  # needs no server
     assert again.metrics == log.metrics
@@ -211,6 +226,27 @@ def test_a_model_that_fails_does_not_stop_the_others(quick, make_run):
     assert [(log.target, log.against) for log in logs] == [("one", "reference"), ("two", "one")]
     missed = [(tasks.index(task), word) for task, word, _ in seen]
     assert missed == [(2, ""), (0, "broken"), (1, "one"), (1, "two")]
+
+
+def test_a_judgment_that_is_missing_holds_back_its_own_model_alone(quick, make_run):
+    make_run("one", 1), make_run("two", 2)
+    with FaultyServer(answer="[RESULT] A") as server:
+        server.faults = lambda number: (
+            "400" if server.bodies[number - 1] == server.bodies[0] else None
+        )
+        words = ["judge.engine=openai", f"judge.base_url={server.url}", f"judge.model={MODEL}"]
+        words += ["judge.mode=generate"]
+        recipe, failed = quick("alpaca_eval", *words), []
+        task = EvalTask(recipe, ("one", "two"))
+        (log,) = evaluate_tasks([task], on_error=lambda _, *error: failed.append(error))
+        assert log.target == "two" and [word for word, _ in failed] == ["one"]
+        asked, server.faults = len(server.bodies), lambda number: "500"
+        task = EvalTask(quick("alpaca_eval", *words, "judge.max_retries=0"), ("one", "two"))
+        with pytest.raises(EvaluationIncomplete, match="7 judgments stored"):
+            evaluate_tasks([task])
+        assert len(server.bodies) == asked + 1
+    with pytest.raises(RecipeError, match=r"Port could not"):
+        quick("alpaca_eval", *words, "judge.base_url=http://localhost:80a/v1")
 
 
 def test_a_base_that_cannot_be_loaded_is_tried_once(quick, make_run, monkeypatch):

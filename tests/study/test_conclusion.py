@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path) -> None:
         "evals.study--lm_eval changed": (", lm_eval.yaml", ""),
     }
     wrong = []
+    eval, questions = file.with_name("alpaca_eval.yaml"), file.with_name("questions.json")
+    for place, old, new in (
+        (eval, "max_new_tokens: 12", "max_new_tokens: 12, temperature: 1, seed: 3"),
+        (questions, '"output": "', '"output": "No. '),
+        (eval, "probe_pairs: 1}", "probe_pairs: 1}\nthresholds: {unparsed_max: 1}"),
+    ):
+        before = place.read_text()
+        place.write_text(before.replace(old, new))
+        report, _ = report_study(load_study(file))
+        place.write_text(before)
+        if "evals.study--alpaca_eval changed" not in report.descriptive:
+            wrong.append((new, report.descriptive))
+    there = file.parents[1] / "elsewhere" / file.parent.name
+    shutil.copytree(file.parent, there)
+    assert not report_study(load_study(there / file.name))[0].descriptive
     for what, (old, new) in changes_of.items():
         file.write_text(text.replace(old, new))
         report, _ = report_study(load_study(file))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from tests.conftest import build_tiny_model
+from tests.evals.faulty_server import FaultyServer
 from tests.study.study_files import PROJECT, TOO_LONG, write_tiny_study
 from transformers import AutoModelForCausalLM as Auto
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import read_object
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.evals.log import read_eval_logs
 from recipes_lib.study.config import load_study
 from recipes_lib.study.report import report_study
 from recipes_lib.study.run import StudyRunner, missing_of
@@ -67,6 +71,34 @@ def test_one_base_serves_both_adapters_and_a_damaged_arm_takes_no_other_along(
     for names in (run(trained, ExitCode.FAILED), missing_of(load_study(trained))):
         assert names and all("tiny--r4" in name for name in names), names
     assert (RunDirectory("tiny").path / "report" / "report.html").is_file()
+
+
+def test_no_result_of_other_weights_judge_or_thresholds_is_current(trained, make_run, tmp_path):
+    """Of a server too, which is asked for a run by the run's name."""
+    trained.write_text(trained.read_text().replace(", mt_bench.yaml, lm_eval.yaml", ""))
+    eval, judge = trained.with_name("alpaca_eval.yaml"), trained.with_name("judge.yaml")
+    model = Path(load_study(trained).evals[0].judge.model)
+    judge.write_text(judge.read_text().replace(str(model), str(tmp_path / "judge")))
+    shutil.copytree(model, tmp_path / "judge")
+    with FaultyServer() as server:
+        server.as_asked = True
+        served = f"max_new_tokens: 12, engine: openai, base_url: {server.url}"
+        eval.write_text(eval.read_text().replace("max_new_tokens: 12", served))
+        run(trained)
+        names = {body["model"] for body in server.bodies}
+        assert names == {"tiny--r4", "tiny--r8", str(model)} and len(server.bodies) == 24
+        make_run("tiny--r4", 3, "chat")
+        missing = missing_of(load_study(trained))
+        assert missing and all("of tiny--r4" in name for name in missing), missing
+        run(trained)
+        assert len(server.bodies) == 32
+    build_tiny_model(tmp_path / "judge", seed=5)
+    for _ in range(2):
+        assert len(missing_of(load_study(trained))) == 5
+        run(trained)
+        eval.write_text(f"{eval.read_text()}thresholds: {{unparsed_max: 0.9}}\n")
+    (log, *_), _ = read_eval_logs(RunDirectory("tiny--r4").path)
+    assert log.audit.checks[1].needs == "<= 0.9"
 
 
 def test_an_eval_against_another_run_is_part_of_the_comparison(trained, make_run):

@@ -92,7 +92,11 @@ def test_a_run_of_other_settings_or_other_data_is_moved_away_and_trained_again(s
     adapter = RunDirectory("tiny--r4").path / "adapter"
     kept = RunDirectory("tiny--r4").root / REPLACED
     launch = "{recipe: r4.yaml, accelerate: ddp_cpu, gpus: 2, overrides: [run.global_batch_size=8]}"
+    (study.parent / "moved").mkdir()
+    shutil.copy(study.with_name("rows.jsonl"), study.parent / "moved")
     changes = [
+        ("r4.yaml", "rows.jsonl", "moved/rows.jsonl", []),
+        ("r4.yaml", "moved/rows.jsonl", "rows.jsonl", []),
         ("r4.yaml", "1.0e-2", "2.0e-2", ["tiny--r4"]),
         ("rows.jsonl", "the", "The", ["tiny--r4", "tiny--r8"]),
         ("r4.yaml", "save_steps: 2", "save_steps: 3", []),

@@ -111,6 +111,7 @@ def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
         ),
         ("r4", "rows.jsonl", "nowhere.jsonl", r"r4.yaml:3: .*nowhere.jsonl", 4),
         ("tiny", "lm_eval.yaml", "heldout.yaml", "tiny.yaml:9: .*no test rows are held out", 2),
+        ("alpaca_eval", "pairs: 1", "pairs: 1, against: a/b", r"eval.yaml:6: .* no run 'a/b'", 2),
     ]
     wrong = []
     for name, old, new, words, expected in cases:

@@ -1,10 +1,8 @@
 """From stored judgments to comparisons and grades, and to the audit of their judge: what its
 judgments show, two probes, and its agreement with people.
 
-A measured failure stops the claims that rest on the judge. What was not measured stops nothing and
-is said once. A probe is a pair whose right verdict is known: an answer against nothing, and a pair
-whose second answer ends in a verdict line. Their rows carry `probe` and stay out of every win rate;
-the rules that spare a judge empty answers are off for them.
+A probe is a pair whose right verdict is known: an answer against nothing, and a pair whose second
+answer ends in a verdict line. Their rows carry `probe` and stay out of every win rate.
 """
 
 from __future__ import annotations
@@ -37,9 +35,8 @@ FEWEST_LABELS = 6  # with fewer not even a judge that is always right is shown t
 def sample_of(
     question_id: str, rows: Mapping[str, Mapping[str, Any]], orders: Sequence[str], **known: Any
 ) -> Sample:
-    """Return a comparison or a grade as a sample, given the stored judgments by order. Where both
-    orders name the same answer it wins, where they differ it is a tie; without both verdicts it is
-    never a tie and never dropped: it is unresolved, and widens the bounds.
+    """Return a comparison or a grade as a sample, given the stored judgments by order. An answer
+    that both orders name wins; where they differ it is a tie, and without both it is unresolved.
     """
     judged = [rows.get(order, {"status": "missing", "source": ""}) for order in orders]
     verdicts = tuple(

@@ -4,7 +4,7 @@ completions out as they are finished; and what is missing in a store asked of th
 Sampling in this process is seeded per request and not per batch: noise is drawn row by row from the
 request's own generator and the largest noisy probability is taken, which is exact sampling. An
 answer therefore does not depend on what else was in its batch, apart from the rounding of other
-matrix shapes. Connections, retries, Retry-After and timeouts of a server are the `openai` client's.
+matrix shapes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from tqdm import tqdm
@@ -51,6 +51,10 @@ class EvaluationIncomplete(RecipesError):
     """Answers or judgments are missing; the same command continues."""
 
     exit_code = ExitCode.EVALUATION_INCOMPLETE
+
+
+class ServerGone(EvaluationIncomplete):
+    """Too many requests in a row had no reply."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ class Completion:
 def ask_missing(
     store: Store,
     requests: Mapping[str, Asked],
-    complete: Callable[[list[Asked]], Generator[Completion]],
+    complete: Callable[[Iterator[Asked]], Generator[Completion]],
     read: Callable[[Asked, Completion], Row],
     noun: str,
     name: str = "",
@@ -103,7 +107,7 @@ def ask_missing(
 
     Args:
         requests: by the key of their row.
-        complete: an engine; errors are completions.
+        complete: an engine; errors are completions. It reads a request when it sends it.
         read: makes a reply the row.
         noun: what a row is (answer, judgment), and `name` what it is about.
     """
@@ -112,11 +116,10 @@ def ask_missing(
         return
     title = f"{noun}s of {name}" if name else f"{noun}s"
     reasons: Counter[str] = Counter()
-    in_a_row = 0
-    with (
-        tqdm(total=len(waiting), desc=title, unit="") as bar,
-        closing(complete([*waiting.values()])) as replies,
-    ):
+    in_a_row = most = 0
+    # what is on its way when too many have failed is waited for, and stored
+    sent = takewhile(lambda _: most < MOST_FAILURES, waiting.values())
+    with tqdm(total=len(waiting), desc=title, unit="") as bar, closing(complete(sent)) as replies:
         for reply in replies:
             if reply.error is None:
                 in_a_row = 0
@@ -124,15 +127,15 @@ def ask_missing(
                 bar.update()
                 continue
             in_a_row += 1
+            most = max(most, in_a_row)
             reasons[reply.error] += 1
-            if in_a_row >= MOST_FAILURES:
-                break
     if reasons:
         stored = sum(key in store for key in requests)
         ((reason, times),) = reasons.most_common(1)
         what = f"{len(requests) - stored} of {len(requests)} {title} are missing: {reason}"
         hint = f"{count(stored, noun)} stored; run the same command to continue"
-        raise EvaluationIncomplete(f"{what} ({count(times, 'time')})", hint, file=store.path)
+        kind = EvaluationIncomplete if most < MOST_FAILURES else ServerGone
+        raise kind(f"{what} ({count(times, 'time')})", hint, file=store.path)
 
 
 class HFEngine:
@@ -141,7 +144,7 @@ class HFEngine:
 
     Args:
         using: gives a context with the model in eval mode, the wanted adapter active.
-        fingerprint: hash that changes whenever a prompt could get another greedy answer.
+        fingerprint: hash of the weights and their precision.
         batch_tokens: padded tokens, prompt and answer, per batch to begin with.
     """
 
@@ -192,7 +195,8 @@ class HFEngine:
                 text = f"out of memory: batches of {self.batch_tokens:,} padded tokens from now on"
                 print(text, file=sys.stderr, flush=True)
                 continue
-            waiting = waiting[len(batch) :]
+            answered = {completion.key for completion in done}
+            waiting = [request for request in waiting if request.key not in answered]
             yield from done
 
     def _weigh(
@@ -212,6 +216,8 @@ class HFEngine:
         from transformers import LogitsProcessorList, TemperatureLogitsWarper
 
         ids, mask = self._padded(model, batch)
+        most, context = sampling.max_new_tokens, _context(model)
+        room = min(most, context - ids.shape[1])
         processors = LogitsProcessorList()
         if sampling.temperature:
             processors.append(TemperatureLogitsWarper(sampling.temperature))
@@ -223,7 +229,7 @@ class HFEngine:
             written = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=min(sampling.max_new_tokens, _context(model) - ids.shape[1]),
+                max_new_tokens=room,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
@@ -235,6 +241,8 @@ class HFEngine:
         completions = []
         for request, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), None)
+            if end is None and room < min(most, context - len(request.ids)):
+                continue  # alone it has more room than beside a longer prompt: asked again
             completions.append(
                 Completion(
                     key=request.key,
@@ -296,12 +304,11 @@ class _SeededSampling:
 
 
 class OpenAIEngine:
-    """Answers through a server. A request that it refuses ends alone, and is never an answer; a
-    wrong key, address or model refuses all.
+    """Answers through a server. A request that it refuses ends alone, and is never an answer.
 
     Args:
         model: the name it serves the model under.
-        fingerprint: `served_fingerprint` of the answers; a judge's are known by its own.
+        fingerprint: `answered_by` of the answers; a judge's are known by its own.
     """
 
     def __init__(self, server: ServerSection, model: str, fingerprint: str = "") -> None:
@@ -417,8 +424,10 @@ class OpenAIEngine:
 Engine: TypeAlias = HFEngine | OpenAIEngine
 
 
-def served_fingerprint(server: ServerSection, model: str, weights: str | None) -> str:
-    """Return what the answers of a server are known by: the hash of the weights where they are
-    known here, else the name they are served under.
+def answered_by(section: ServerSection, model: str, weights: str | None) -> str:
+    """Return what the answers of a model are known by: the hash of its weights, where they are
+    known, and of a server also the name that it serves them under.
     """
-    return hash_of("openai", model, weights, server.extra_body)
+    if section.engine != "openai":
+        return str(weights)
+    return hash_of("openai", model, weights, section.extra_body)

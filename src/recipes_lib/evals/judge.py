@@ -1,9 +1,7 @@
 """A judge, asked in both orders over a store, and the suites that it decides.
 
-The judge is a model in this process or a server. Each reply is stored as it arrives, and what is
-stored is not asked again: the same command continues. A request that failed or was refused is
-missing, and the evaluation says so. In mode `logits` the verdict is the token after the lead-in
-`[RESULT]`, with which the judge's turn starts.
+The judge is a model in this process or a server. In mode `logits` the verdict is the token after
+the lead-in `[RESULT]`, with which the judge's turn starts.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -224,7 +222,7 @@ class Judge:
             return len(text.encode(errors="replace")) // 3
         return len(self.tokenizer.encode(text))
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
+    def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         """Return the replies to requests of one kind as they arrive."""
         section = self.section
         if self._engine is None:
@@ -232,9 +230,9 @@ class Judge:
         sampling = Sampling(max_new_tokens=section.max_new_tokens, temperature=section.temperature)
         if section.mode != "logits":
             return self._engine.complete(map(self._render, requests), sampling)
+        requests = [*requests]
         lead_ids, tokens = verdict_tokens(self.tokenizer, LEAD_IN, requests[0].allowed)
-        rendered = [self._render(request) for request in requests]
-        rendered = [replace(request, ids=(*request.ids, *lead_ids)) for request in rendered]
+        rendered = [replace(it, ids=(*it.ids, *lead_ids)) for it in map(self._render, requests)]
         return self._engine.complete(rendered, sampling, tokens)
 
     def _reach(self) -> OpenAIEngine:
@@ -344,70 +342,66 @@ class JudgedSuite(Suite):
         """Write files for other programs beside a log."""
 
 
-def judge_models(
-    suite: JudgedSuite, pairs: Sequence[tuple[Answers, Answers | None]], judge: Judge
-) -> list[EvalLog]:
-    """Have a judge give every verdict that is missing, audit it on them, and return the logs.
+def judge_model(
+    suite: JudgedSuite, answers: Answers, opponent: Answers | None, judge: Judge, probes: list[Row]
+) -> EvalLog:
+    """Have a judge give every verdict on a model that is missing, audit it, and return the log.
 
     Args:
-        pairs: the answers of each model, and of its opponent where it has one.
+        opponent: whose answers the model's are compared with, where the suite does that.
+        probes: the judgments of probes, which are made with the answers of the first model.
     """
     recipe, chosen, section = suite.recipe, suite.chosen, judge.section
+    assert answers.run is not None
+    against, name = opponent.name if opponent else None, answers.name
+    items = [*suite.items(answers, opponent)]
+    file = log_file(answers.run.path, recipe.name, against)
+    with run_lock(file.parent, wait=True):
+        store = Store(file.with_name(f"judgments{file.name.removeprefix('result')}l"))
+        rows = ask(items, judge, store, name)
+        probed = [] if probes else [*probe_items(items, recipe.metrics.probe_pairs)]
+        if probed:
+            probes += [*rows, *ask(probed, judge, store, "probes")]
+    judged = by_item(rows)
+    samples = [
+        sample_of(item.question_id, judged[item.name], item.orders, **item.sample) for item in items
+    ]
     named = f"{suite.title} {{}}" if chosen.published else f"{{}} on {recipe.name}"
-    logs, probes = list[EvalLog](), list[Row]()
-    for answers, opponent in pairs:
-        assert answers.run is not None
-        against, name = opponent.name if opponent else None, answers.name
-        items = [*suite.items(answers, opponent)]
-        file = log_file(answers.run.path, recipe.name, against)
-        with run_lock(file.parent, wait=True):
-            store = Store(file.with_name(f"judgments{file.name.removeprefix('result')}l"))
-            rows = ask(items, judge, store, name)
-            # the judge is probed once, with the answers of the first model
-            probed = [] if probes else [*probe_items(items, recipe.metrics.probe_pairs)]
-            if probed:
-                probes = [*rows, *ask(probed, judge, store, "probes")]
-        judged = by_item(rows)
-        samples = [
-            sample_of(item.question_id, judged[item.name], item.orders, **item.sample)
-            for item in items
-        ]
-        metric = metric_of("grade", named.format("mean grade (1-5)"), samples, "grade")
-        if opponent:
-            metric = metric_of("win_rate", named.format("win rate"), samples, opponent=against)
-        labels: dict[str, str] = {}  # what people said of these pairs, by the name of the item
-        for item in items if chosen.labels else ():
-            texts = pair_texts(item.instruction, item.answer, str(item.opponent))
-            turned = chosen.labels.get((texts[0], texts[2], texts[1]), "")
-            if label := chosen.labels.get(texts) or TURNED.get(turned, ""):
-                labels[item.name] = label
-        card = audit(rows, recipe.thresholds, labels, probes)
-        banners = [f"Weak judge: {section.weak}."] if section.weak else []
-        banners += filter(None, [audit_banner(card)])
-        # bases included: a model that was fine-tuned from the judge counts too
-        if section.model in (*answers.facts.models, *(opponent.facts.models if opponent else ())):
-            banners.append(f"{section.model} judges its own answers: expect self-preference")
-        notes = [*filter(None, [audit_note(card)])]
-        if (bare := chosen.without_reference) and not opponent:
-            num = count(len(bare), "question")
-            notes.append(f"{num} graded without the reference needed: {', '.join(bare[:8])}")
-        log = suite.new_log(
-            [metric],
-            target=name,
-            against=against,
-            n=len(chosen.questions),
-            subset=chosen.subset,
-            banners=tuple(banners),
-            notes=tuple(notes),
-            answers=answers.facts,
-            opponent=opponent.facts if opponent else None,
-            judge=judge.facts(),
-            audit=card,
-            file=file,
-        )
-        suite.write(log)
-        logs.append(log)
-    return logs
+    metric = metric_of("grade", named.format("mean grade (1-5)"), samples, "grade")
+    if opponent:
+        metric = metric_of("win_rate", named.format("win rate"), samples, opponent=against)
+    labels: dict[str, str] = {}  # what people said of these pairs, by the name of the item
+    for item in items if chosen.labels else ():
+        texts = pair_texts(item.instruction, item.answer, str(item.opponent))
+        turned = chosen.labels.get((texts[0], texts[2], texts[1]), "")
+        if label := chosen.labels.get(texts) or TURNED.get(turned, ""):
+            labels[item.name] = label
+    card = audit(rows, recipe.thresholds, labels, probes)
+    weak = section.weak and f"Weak judge: {section.weak}."
+    banners = [*filter(None, [weak, audit_banner(card)])]
+    # bases included: a model that was fine-tuned from the judge counts too
+    if section.model in (*answers.facts.models, *(opponent.facts.models if opponent else ())):
+        banners.append(f"{section.model} judges its own answers: expect self-preference")
+    notes = [*filter(None, [audit_note(card)])]
+    if (bare := chosen.without_reference) and not opponent:
+        num = count(len(bare), "question")
+        notes.append(f"{num} graded without the reference needed: {', '.join(bare[:8])}")
+    log = suite.new_log(
+        [metric],
+        target=name,
+        against=against,
+        n=len(chosen.questions),
+        subset=chosen.subset,
+        banners=tuple(banners),
+        notes=tuple(notes),
+        answers=answers.facts,
+        opponent=opponent.facts if opponent else None,
+        judge=judge.facts(),
+        audit=card,
+        file=file,
+    )
+    suite.write(log)
+    return log
 
 
 # ---- recipes judge audit ----
@@ -416,12 +410,11 @@ def judge_models(
 def audit_on_labels(
     judge: str, labels: Path, limit: int | None, probe_pairs: int
 ) -> tuple[Scorecard, Path]:
-    """Judge labelled pairs, and return the scorecard and where the judgments are kept, which
-    resumes: runs/judge--<judge>/<labels>/.
+    """Judge labelled pairs; return the scorecard, and where the judgments are kept:
+    runs/judge--<judge>/<labels>/.
 
     Args:
-        limit: how many pairs; they are drawn by hash, so a larger limit keeps the judged ones.
-        probe_pairs: pairs for the probes, 4 judgments each.
+        limit: how many pairs, drawn by hash: a larger limit keeps the judged ones.
     """
     file, outcomes = load_judge_file(judge), read_labels(labels)
     ids = {text_hash("\0".join(texts))[:16]: texts for texts in outcomes}

@@ -4,8 +4,7 @@
                             items.jsonl    one `Sample` a line: what the metrics are means of
                             earlier/<key>/ the same two files of other settings
 
-The declarations are the reader, the writer and the schema of both files; comparison and report read
-nothing else. `Store` keeps answers and judgments as they arrive.
+The declarations are the schema of both files. `Store` keeps answers and judgments as they arrive.
 """
 
 from __future__ import annotations
@@ -265,14 +264,14 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def is_current(file: Path, settings: str, *fingerprints: str | None) -> bool:
-    """Whether a result file is there, of a recipe's `settings_key` and of these weights of the
-    model and of its opponent (None: of any).
+    """Whether a result file is there, of a recipe's `settings_key` and of these fingerprints of the
+    model, its opponent and its judge (None: of any).
     """
     stored = object_or_none(file) or {}
-    sides = (stored.get("answers") or {}, stored.get("opponent") or {})
+    sides = [stored.get(side) or {} for side in ("answers", "opponent", "judge")]
     return stored.get("settings") == settings and all(
         wanted in (None, side.get("fingerprint"))
-        for wanted, side in zip(fingerprints, sides, strict=False)
+        for wanted, side in zip(fingerprints, sides, strict=True)
     )
 
 

@@ -3,7 +3,7 @@
 
 `resolve` reads words of the command line; `loaded` gives one base and its adapters. A model without
 a run gets a run folder of its own, `base--<model>--<hash8>`, whose hash covers weights, precision
-and prompt format, and whose name can be used like a run's.
+and prompt format.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ from recipes_lib.core.project import cache_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, run_lock
 from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.data.rows import Message
-from recipes_lib.evals.engine import Completion, Engine, Request, Sampling, ask_missing
+from recipes_lib.evals.engine import (
+    Completion,
+    Engine,
+    Request,
+    Sampling,
+    answered_by,
+    ask_missing,
+)
 from recipes_lib.evals.log import REFERENCE, AnswerFacts, Store
 from recipes_lib.evals.questions import TEMPERATURES, Question, read_answer_file
 from recipes_lib.evals.recipe import EvalRecipe
@@ -150,9 +157,9 @@ def facts_of(folder: Path | None, load: Callable[[], Any]) -> SimpleNamespace:
 def resolve(
     words: Sequence[str], recipe: EvalRecipe, remote_code: bool = False
 ) -> dict[str, Model]:
-    """Return what each word names: a run, a local model, a packaged model, a Hub id, or `base` for
-    the base of the runs beside it. The base of a run among the words is asked as that run is, other
-    models as the eval recipe says; `remote_code` is what the command line allowed.
+    """Return what each word names: a run, a model, or `base` for the base of the runs beside it.
+    The base of a run among the words is asked as that run is, other models as the eval recipe says;
+    `remote_code` is what the command line allowed.
     """
     models: dict[str, Model] = {}
     known: dict[str, Recipe] = {}  # how models without a run are asked, where that is known
@@ -256,6 +263,18 @@ def model_key(recipe: Recipe, weights: Path | None) -> str:
     return hash_of(base, precision, model_fingerprint(weights) if weights else None)
 
 
+def known_by(run: str, recipe: EvalRecipe) -> str:
+    """Return what the answers of a finished run, or of a base's, are known by. Needs no torch."""
+    directory = RunDirectory(run)
+    state = directory.read_state()
+    if made := state.get("stand_in"):
+        run, weights = made["model"]["name_or_path"], state["fingerprint"]
+    else:
+        trained = finished_run(directory, remote_code=True)
+        weights = model_key(trained.recipe, trained.weights)
+    return answered_by(recipe.generation, run, weights)
+
+
 def _trained(word: str, trained: TrainedRun) -> Model:
     @cache
     def load() -> Any:
@@ -275,26 +294,28 @@ def _trained(word: str, trained: TrainedRun) -> Model:
 
 def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code: bool) -> Model:
     """A model without a run, asked as is known of it; else as the eval recipe says."""
-    section = recipe.generation
-    is_local = word.startswith("package:") or (Path(word) / "config.json").is_file()
+    section, wanted = recipe.generation, recipe.generation.prompt_format
+    is_folder = (Path(word) / "config.json").is_file()
+    is_local = is_folder or word.startswith("package:")
     is_hub_id = word.count("/") == 1 and not word.startswith((".", "/", f"{runs_root().name}/"))
     is_served = section.engine == "openai" and not is_local
     if known is None and not (is_local or is_hub_id or is_served):
         open_run(str(_run_folder(word)) if "/" in word else word)  # raises, with similar names
-    name = str(Path(word).resolve()) if (Path(word) / "config.json").is_file() else word
     model = ModelSection(
-        name_or_path=name, dtype=section.dtype, trust_remote_code=section.trust_remote_code
+        name_or_path=str(Path(word).resolve()) if is_folder else word,
+        dtype=section.dtype,
+        trust_remote_code=section.trust_remote_code,
     )
-    is_free = known is None and section.prompt_format == "auto"
-    format_ = "chat" if section.prompt_format == "auto" else section.prompt_format
-    chosen = known or bare_recipe(model, DataSection(source="", prompt_format=format_))
+    is_free = known is None and wanted == "auto"
+    data = DataSection(source="", prompt_format="chat" if wanted == "auto" else wanted)
+    chosen = known or bare_recipe(model, data)
     if chosen.model.trust_remote_code and not remote_code:
         what = f"'{word}' runs code that ships with it"
         raise RecipeError(what, "pass --trust-remote-code as well")
     if known is None and is_served:
         fingerprint = hash_of("served", word)
         return Model(word, _folder_of(chosen, fingerprint, "server"), chosen, fingerprint)
-    return _base(word, chosen, is_free)
+    return _base(chosen.model.name_or_path if known else word, chosen, is_free)
 
 
 def _base(word: str, recipe: Recipe, is_free: bool = False) -> Model:

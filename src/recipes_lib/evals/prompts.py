@@ -2,14 +2,12 @@
 
 The form is that of the Prometheus 2 models; the wording stands in evals/prompts/ (Jinja templates)
 and evals/rubrics/. An answer cannot speak to the judge: it stands, as it was written, between two
-lines with a code that it cannot know. A judge that was trained on certain sentences is another
-judge under a paraphrase: `package:prometheus-eval` reads them from the authors' wheel and adds one
-line, the fence's.
+lines with a code that it cannot know. `package:prometheus-eval` reads the sentences that the judge
+was trained on from the authors' wheel, and adds one line, the fence's.
 
-A verdict stands at the very end of the text, in one of the forms that the parser of prometheus-eval
-takes (`[RESULT] 4`, `4/5`, `score of 3 out of 5`, `[RESULT] Response A`, `Result: B`), or what chat
-models make of them: Markdown around it, `[RESULT]: A`, `[[A]]`, a full stop. Different verdicts in
-one text are a conflict.
+A verdict stands at the end of the text, in a form that the parser of prometheus-eval takes
+(`[RESULT] 4`, `score of 3 out of 5`, `Result: B`), or what chat models make of it: Markdown around
+it, `[RESULT]: A`, `[[A]]`, a full stop. Different verdicts in one text are a conflict.
 
 Source: Kim et al. (2024), "Prometheus 2: An Open Source Language Model Specialized in Evaluating
 Other Language Models"; prometheus-eval 0.1.20, `prometheus_eval/prompts.py`.

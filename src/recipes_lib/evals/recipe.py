@@ -4,7 +4,9 @@ must hold between them. Starts no model and imports no torch.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,8 @@ _ONLY_SPEED = {
 }
 # keys of `data` that are of one suite
 _OWNERS = {"labels": "alpaca_eval", "references": "mt_bench", "include_path": "lm_eval"}
+# in a task file of lm-eval: a file of rows, or a folder of them
+_DATA = re.compile(r"([\w./-]+\.(?:jsonl?|csv|parquet)\b)|data(?:_dir|set_path): *[\"']?([\w./-]+)")
 # options that let lm-eval run code
 _RUN_CODE = ("trust_remote_code", "confirm_run_unsafe_code", "custom_generate", "hf_evaluate")
 TEXTS = {
@@ -143,6 +147,7 @@ class ServerSection(Section):
     def _can_be_asked(self) -> Self:
         if self.engine == "openai" and not self.base_url:
             raise ValueError("engine openai needs base_url")
+        urlsplit(self.base_url or "").port  # noqa: B018 (a ValueError if it is none)
         return self
 
     @property
@@ -314,17 +319,37 @@ class EvalRecipe(Section):
         left_out = None if self.judge else {"judge", "thresholds"}
         return {"name": self.name, **self.model_dump(exclude=left_out)}
 
-    def settings_key(self) -> str:
+    def settings_key(self, code: int | None = CODE_VERSION) -> str:
         """Return hashes of what decides a result: of the settings, and of their files and code."""
-        left_out: Any = {"thresholds": True, "metrics": {"against", "probe_pairs"}}
-        left_out |= {"generation": _ONLY_SPEED, "judge": {*_ONLY_SPEED, *TEXTS}}
+        left_out: Any = {"metrics": {"against"}, "generation": _ONLY_SPEED}
+        left_out |= {"judge": {*_ONLY_SPEED, *TEXTS}}
         values = {"name": self.name, **self.model_dump(exclude=left_out)}
         keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
         files = [self.path_of(f"data.{key}") for key in keys]
-        files += sorted(Path(self.data.include_path).rglob("*")) if self.data.include_path else []
+        files += _files_of_tasks(self.data)
         files += [file for key in TEXTS if self.judge and (file := self.judge.text(key))]
         read = [file_hash(file) for file in files if file.is_file()]
-        return f"{hash_of(values)[:32]}-{hash_of(read, CODE_VERSION)[:32]}"
+        settings = hash_in(self.document.path.parent, values)
+        return f"{settings[:32]}-{hash_of(read, code)[:32]}"
+
+
+def hash_in(folder: Path, values: Any) -> str:
+    """Return a hash that is the same wherever a folder, and the project, lie: paths in them count
+    from there.
+    """
+    text = json.dumps(values, sort_keys=True)
+    for place in (project_root(), folder.resolve()):
+        text = text.replace(f'"{place}/', '"')
+    return hash_of(text)
+
+
+def _files_of_tasks(data: EvalDataSection) -> list[Path]:
+    """The files of tasks of one's own, and the files of rows that these name."""
+    files = sorted(Path(data.include_path).rglob("*")) if data.include_path else []
+    texts = [file.read_text("utf-8", "replace") for file in files if file.suffix == ".yaml"]
+    names = {name or folder for text in texts for name, folder in _DATA.findall(text)}
+    places = [Path(data.folder or ".", name) for name in sorted(names)]
+    return [*files, *(file for place in places for file in (place, *sorted(place.rglob("*"))))]
 
 
 def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:

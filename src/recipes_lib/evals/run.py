@@ -1,8 +1,7 @@
 """`evaluate`: eval recipes and words -> answers, judgments and result.json in each run.
 
 What is finished is read. Else base after base is loaded once and every suite asks its models on it;
-then judge after judge gives its verdicts. Everything is stored as it arrives: the same command
-continues.
+then judge after judge gives its verdicts.
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
 from recipes_lib.core.errors import RecipeError, RecipesError
-from recipes_lib.core.files import hash_of, utc_now
+from recipes_lib.core.files import Row, hash_of, utc_now
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import count, say
-from recipes_lib.evals.engine import Engine, HFEngine, OpenAIEngine, served_fingerprint
-from recipes_lib.evals.judge import Judge, JudgedSuite, judge_models, opened
+from recipes_lib.evals.engine import Engine, HFEngine, OpenAIEngine, ServerGone, answered_by
+from recipes_lib.evals.judge import Judge, JudgedSuite, judge_model, opened
 from recipes_lib.evals.leaks import leaks_of_run
 from recipes_lib.evals.log import (
     REFERENCE,
@@ -71,8 +71,8 @@ class EvalTask:
 
     def models(self) -> list[Model]:
         """Return every model that is to be asked: targets first, then opponents."""
-        ordered = [*zip(*self.sides.values(), strict=True)]
-        return [side for sides in ordered for side in sides if isinstance(side, Model)]
+        ordered = chain(*zip(*self.sides.values(), strict=True))
+        return [side for side in ordered if isinstance(side, Model)]
 
     def words_with(self, model: Model) -> list[str]:
         """Return the words that need a model, as a target or as an opponent."""
@@ -98,17 +98,21 @@ def _raised(task: EvalTask, word: str, error: Exception) -> None:
 
 
 @contextmanager
-def _reported(on_error: OnError, tasks: Sequence[EvalTask], model: Model | None = None) -> Any:
-    """Leave tasks, or a model in them, out where something fails; the others go on."""
+def _reported(
+    on_error: OnError, tasks: Sequence[EvalTask], model: Model | None = None, word: str = ""
+) -> Any:
+    """Leave tasks, or a model or a word in them, out where something fails; the others go on."""
     try:
         yield
     except Exception as error:
         for task in tasks:
-            if model is None:
+            if not (model or word):
                 task.sides.clear()
-            for word in task.words_with(model) if model else [""]:
-                task.sides.pop(word, None)
-                on_error(task, word, error)
+            for each in task.words_with(model) if model else [word]:
+                task.sides.pop(each, None)
+                on_error(task, each, error)
+        if word and isinstance(error, ServerGone):  # for the other words too
+            raise
 
 
 def evaluate(
@@ -140,8 +144,7 @@ def evaluate_tasks(
     remote_code: bool = False,
     on_error: OnError = _raised,
 ) -> list[EvalLog]:
-    """Do every task; each base and each judge is loaded once for all of them. Wrong words, recipes
-    and questions are refused before anything is loaded.
+    """Do every task; each base and each judge is loaded once, after all words were resolved.
 
     Args:
         remote_code: whether the command line allowed code that ships with a model.
@@ -165,7 +168,7 @@ def evaluate_tasks(
         with _reported(on_error, same), opened(section) as judge:
             for task in same:
                 with _reported(on_error, [task]):
-                    _judge(task, judge)
+                    _judge(task, judge, on_error)
     return [task.logs[word] for task in tasks for word in task.words if word in task.logs]
 
 
@@ -205,8 +208,7 @@ def _take_finished(task: EvalTask) -> None:
         file = log_file(target.run.path, recipe.name, opponent.name if opponent else None)
         with suppress(RecipesError):  # not there, or damaged
             log = read_eval_log(file)
-            is_searched = not (log.leaks and log.leaks.why)
-            if is_searched and log.recipe == recipe.to_dict():
+            if not (log.leaks and log.leaks.why):
                 logs[word] = log
     judge = Judge(recipe.judge).fingerprint if recipe.judge and logs else None
     logs = {word: log for word, log in logs.items() if log.key == _key(task, word, judge)}
@@ -268,28 +270,24 @@ def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManage
 
 def _served(recipe: EvalRecipe, model: Model) -> tuple[str, str]:
     """The name that a server has for a model, and what the model's answers are known by."""
-    section = recipe.generation
     name = model.name if model.trained else model.word  # as launch/vllm_server.sh serves it
-    if section.engine != "openai":
-        return name, model.fingerprint
-    return name, served_fingerprint(section, name, model.fingerprint if model.prompt else None)
+    weights = model.fingerprint if model.prompt else None
+    return name, answered_by(recipe.generation, name, weights)
 
 
-def _judge(task: EvalTask, judge: Judge) -> None:
-    """Ask one judge for every verdict, and write the results."""
-    assert isinstance(task.suite, JudgedSuite)
-
-    def answers_of(side: Side) -> Answers:
-        return task.answers[side.name] if isinstance(side, Model) else side
-
-    pairs = [
-        (answers_of(target), answers_of(opponent) if opponent else None)
-        for target, opponent in task.sides.values()
-    ]
-    logs = judge_models(task.suite, pairs, judge)
-    for word, log in zip(task.sides, logs, strict=True):
-        log = replace(log, key=_key(task, word, judge.fingerprint))
-        task.logs[word] = _written(task.recipe, log)
+def _judge(task: EvalTask, judge: Judge, on_error: OnError) -> None:
+    """Ask one judge for every verdict, and write the results but those that lack one."""
+    suite, probes = task.suite, list[Row]()
+    assert isinstance(suite, JudgedSuite)
+    for word, sides in [*task.sides.items()]:
+        with _reported(on_error, [task], word=word):
+            answers, opponent = (
+                task.answers[side.name] if isinstance(side, Model) else side for side in sides
+            )
+            assert answers
+            log = judge_model(suite, answers, opponent, judge, probes)
+            log = replace(log, key=_key(task, word, judge.fingerprint))
+            task.logs[word] = _written(task.recipe, log)
 
 
 def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:

@@ -1,12 +1,11 @@
 """The end of a study: comparison, report, design lock, and the gate for CI.
 
-`runs/<study>/design.json` is written with the first report that has verdicts: arms, seeds, evals,
-the primary metric and margins. A study that is changed afterwards has no verdicts any more.
+`runs/<study>/design.json` is written with the first report that has verdicts. A study that is
+changed afterwards has no verdicts any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,17 +15,17 @@ from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.report import write_report
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.files import hash_of, object_or_none, utc_now, write_json
+from recipes_lib.core.files import object_or_none, utc_now, write_json
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.evals.recipe import hash_in
 from recipes_lib.study import run as runs
-from recipes_lib.study.config import BASE_ARM, Study
+from recipes_lib.study.config import BASE_ARM, Arm, Study
 from recipes_lib.training.resume_guard import differences, flatten
 
 _LOCK = "design.json"
-# Where a job runs makes no other arm, how fast it answers no other eval; seeds are listed.
+# Where a job runs makes no other arm; seeds are listed.
 _FREE_OF_ARM = ("train.seed", "launch.accelerate", "launch.gpus", "launch.nodes")
-_FREE_OF_EVAL = ("generation", "thresholds")
 
 
 def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
@@ -76,12 +75,13 @@ def measured_arms(study: Study) -> Arms:
 def design_values(study: Study) -> dict[str, Any]:
     """Return what must not change once verdicts were seen."""
 
-    def hashed(values: dict[str, Any], free: Sequence[str]) -> str:
-        return hash_of({key: value for key, value in values.items() if key not in free})
+    def hashed(arm: Arm) -> str:
+        values = {key: value for key, value in arm.resolved().items() if key not in _FREE_OF_ARM}
+        return hash_in(study.document.path.parent, values)
 
     return {
-        "arms": {arm.name: hashed(arm.resolved(), _FREE_OF_ARM) for arm in study.arms},
-        "evals": {recipe.name: hashed(recipe.to_dict(), _FREE_OF_EVAL) for recipe in study.evals},
+        "arms": {arm.name: hashed(arm) for arm in study.arms},
+        "evals": {recipe.name: recipe.settings_key(code=None) for recipe in study.evals},
         "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
         "base": study.file.include_base,
         "primary": study.aims.primary,

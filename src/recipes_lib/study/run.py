@@ -2,14 +2,14 @@
 rest. Imports no torch before it evaluates.
 
 A training is done when its run is finished with the settings and data that the study has now; an
-evaluation when its result carries the key of what would be evaluated now. Nothing is done twice, so
-the same command continues. A failing arm stops its own evaluations only.
+evaluation when its result is of what would be evaluated now.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -35,9 +35,10 @@ from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, describe_holder, is_held, run_lock
 from recipes_lib.core.terminal import count, say
 from recipes_lib.data.rows import check_rows, source_hashes
+from recipes_lib.evals.judge import Judge
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.log import REFERENCE, is_current, log_file
-from recipes_lib.evals.models import common_base, evaluated_bases, model_key
+from recipes_lib.evals.models import common_base, evaluated_bases, known_by
 from recipes_lib.evals.questions import answer_count, question_count
 from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.plan.cards import devices_here
@@ -45,7 +46,6 @@ from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
 from recipes_lib.training.resume_guard import differences, recipe_differences
 from recipes_lib.training.stopping import handling
 from recipes_lib.weights.load import base_fingerprint
-from recipes_lib.weights.runs import finished_run
 
 RECIPES = [sys.executable, "-m", "recipes_lib.cli"]
 REPLACED = ".replaced"
@@ -107,7 +107,7 @@ def with_choices(study: Study) -> Study:
     """Return the study, each arm whose grid is trained at the first value of the lowest loss."""
     arms = list(study.arms)
     for place, arm in enumerate(arms):
-        tried = [StudyRun(study.name, value, value.seeds[0]) for value in arm.candidates]
+        tried = study_tunings(replace(study, arms=(arm,)))
         if arm.tuning and all(map(is_trained, tried)):
             losses = [validation_loss(RunDirectory(training.run)) for training in tried]
             tuning = replace(arm.tuning, losses=tuple(losses))
@@ -140,6 +140,9 @@ def what_changed(training: StudyRun) -> list[str]:
     state, launch, phrases = training.state, training.arm.launch, list[str]()
     if guard := state.get("guard"):
         changed = recipe_differences(training.recipe, guard)
+        names = {re.sub("/[^']*/", "", str(at)) for at in changed.get("data.source", ())}
+        if len(names) == 1:  # only the folders differ: what the files hold is compared below
+            del changed["data.source"]
         phrases += [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
         world, kind = guard["launch.world_size"], str(guard["launch.distribution"])
         if world != launch.world_size or ("FSDP" in kind) != ("FSDP" in launch.distributed_type):
@@ -147,8 +150,8 @@ def what_changed(training: StudyRun) -> list[str]:
             phrases.append(f"launch {kind} x {world} -> {now}")
     if before := state.get("data_files"):
         with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
-            data_files = source_hashes(training.recipe.data)
-            phrases += [f"{name} changed" for name in differences(before, data_files)]
+            after = source_hashes(training.recipe.data)
+            phrases += [f"{name} changed" for name in differences(before, after)]
     weights = RunDirectory(training.run).weights(training.recipe.lora is None)
     if state.get("state") == "finished" and not any(weights.glob("*.safetensors")):
         phrases.append("its weights are gone")
@@ -217,20 +220,12 @@ def evaluations(study: Study) -> list[Evaluation]:
 
 def is_evaluated(result: Evaluation) -> bool:
     """Whether the result is there, of the weights, questions and judge that the study has now."""
+    recipe = result.recipe
     with suppress(RecipesError, OSError):  # a model that is not here
-        model, opponent = (_model_key(run) if run else None for run in (result.run, result.against))
-        if result.recipe.generation.engine == "openai":
-            model = opponent = None  # what a server answers with is known by its name
-        return is_current(result.file, result.recipe.settings_key(), model, opponent)
+        sides = [known_by(run, recipe) if run else None for run in (result.run, result.against)]
+        judge = Judge(recipe.judge).fingerprint if recipe.judge and result.file.is_file() else None
+        return is_current(result.file, recipe.settings_key(), *sides, judge)
     return False
-
-
-def _model_key(run: str) -> str:
-    directory = RunDirectory(run)
-    if fingerprint := directory.read_state().get("fingerprint"):  # a model without a run
-        return str(fingerprint)
-    trained = finished_run(directory, remote_code=True)
-    return model_key(trained.recipe, trained.weights)
 
 
 # ---- What is done, and what the rest takes ----
@@ -310,8 +305,12 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
 
 def unmet(study: Study, arms: Sequence[Arm], fetch: bool = False) -> Iterator[RecipesError]:
     """Yield errors: rows unreadable, with an eval's questions, or not held out."""
+    known = {BASE_ARM, REFERENCE, *(training.run for training in study_trainings(study))}
     for number, recipe in enumerate(study.evals):
         question_count(recipe)  # raises where they cannot be read
+        rival = recipe.opponent(None) or BASE_ARM
+        if rival not in known and not (runs_root() / rival / "run.json").is_file():
+            yield recipe.document.error("metrics.against", f"there is no run '{rival}'")
         split = str(recipe.data.questions)
         if without := [arm.name for arm in arms if not getattr(arm.recipe.data.split, split, True)]:
             what = f"no {split} rows are held out in {', '.join(without)}: set data.split.{split}"

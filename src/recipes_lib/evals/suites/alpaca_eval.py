@@ -1,8 +1,7 @@
-"""AlpacaEval style: one answer per instruction, compared with an opponent's in both orders; win,
-loss and tie with bounds and intervals.
+"""AlpacaEval style: one answer per instruction, compared with an opponent's in both orders.
 
 `model_outputs.json` and `annotations.json` beside a result are in alpaca_eval's format, for its own
-tools. Its length-controlled win rate is made of them.
+tools.
 """
 
 from __future__ import annotations

@@ -1,13 +1,8 @@
 """The loss on rows that no training saw: one forward pass per row, paired row by row.
 
-`data.questions` is `test` or `validation`, a split of the run's own recipe, or a file of rows in
-the recipe's format. The validation rows may have chosen a checkpoint or a learning rate: the test
-rows did not.
-
 A row's value is its negative log-likelihood over the mean number of supervised tokens of a row, so
 that the mean over rows is the loss per token. A row that repeats the tokens of another shares its
-observation in intervals and tests. Models of two tokenizers have bits per byte of the same text
-instead, without special tokens and the space around them.
+observation in intervals and tests. Models of two tokenizers have bits per byte of the same text.
 """
 
 from __future__ import annotations
@@ -20,7 +15,7 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import hash_of
 from recipes_lib.core.terminal import aligned
 from recipes_lib.data.prepare import prepare_data
-from recipes_lib.data.rows import TRAIN
+from recipes_lib.data.rows import TRAIN, source_hashes
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.models import Model
 from recipes_lib.evals.recipe import HELD_OUT
@@ -52,9 +47,10 @@ class HeldoutLoss(Suite):
             self.recipes[model.name] = (*runs, model)[0].recipe
 
     def reads(self, model: Any) -> Any:
-        """Return where the rows come from: a base reads those of a run."""
+        """Return where the rows come from, and their files: a base reads those of a run."""
         source = self.recipes[model.name]
-        return [source.data.model_dump(), source.train.get("max_length")]
+        files = source_hashes(source.data) if self.split else None
+        return [source.data.model_dump(), source.train.get("max_length"), files]
 
     def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model."""

@@ -1,5 +1,5 @@
-"""lm-eval through `simple_evaluate` on the loaded model, with the options of `lm_eval run`; its
-results and samples are kept as they are. The printed command gives the same numbers.
+"""lm-eval through `simple_evaluate` on the loaded model, with the options of `lm_eval run`. The
+printed command gives the same numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
-from recipes_lib.core.files import file_hash, hash_of, write_json, write_text
+from recipes_lib.core.files import hash_of, write_json, write_text
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Metric, Sample, write_lines
 from recipes_lib.evals.recipe import check_allowed
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from recipes_lib.evals.recipe import EvalRecipe
 
 _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")
-# in a task file: a file of rows, or a folder of them
-_DATA = re.compile(r"([\w./-]+\.(?:jsonl?|csv|parquet)\b)|data(?:_dir|set_path): *[\"']?([\w./-]+)")
 # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than
 # most machines have
 _CPU_BATCH = 8
@@ -42,16 +40,6 @@ class LMEval(Suite):
     """lm-eval for the models of one eval recipe."""
 
     title = "lm-eval"
-
-    def reads(self, model: Any) -> Any:
-        """Return the hashes of the files of rows that task files of one's own name."""
-        data = self.recipe.data
-        tasks = sorted(Path(data.include_path).rglob("*.yaml")) if data.include_path else ()
-        texts = [task.read_text("utf-8", "replace") for task in tasks]
-        names = {name or folder for text in texts for name, folder in _DATA.findall(text)}
-        places = [Path(data.folder or ".", name) for name in sorted(names)]
-        files = [file for place in places for file in (place, *sorted(place.rglob("*")))]
-        return [file_hash(file) for file in files if file.is_file()]
 
     def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model."""

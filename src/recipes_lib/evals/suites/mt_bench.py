@@ -28,8 +28,8 @@ class MTBench(JudgedSuite):
         """Return a turn, the conversation before it in the instruction, with the reference answer
         where its category needs one.
         """
-        needs_reference = question.category in NEEDS_REFERENCE
-        reference = question.reference[turn - 1] if needs_reference and question.reference else None
+        known = question.reference or () if question.category in NEEDS_REFERENCE else ()
+        reference = known[turn - 1] if len(known) >= turn else None
         instruction = question.turns[0]
         if turn > 1:
             before = [
