@@ -2,17 +2,17 @@
 # What all jobs of `recipes launch` share: signals, requeues, exit codes. The scripts in runs/NAME/slurm/ source it. Before that, they set
 #   FOLDER JOB        where scripts, logs and exit codes lie, and this job's name there
 #   NODES PROCESSES   how many nodes the script is written for, and how many processes on each
-#   MAX_REQUEUES      how often a job that was stopped goes back into the queue
+#   MAX_REQUEUES      how often a stopped job is requeued
 # and after that, they call
 #   run COMMAND       start it, hand signals on, wait for its end and find its true exit code
-#   finish            leave the exit code, or go back into the queue
+#   finish            write the exit code, or requeue the job
 set -o pipefail
-[ -d "$FOLDER" ] || { echo "this node does not see $FOLDER: env.RECIPES_RUNS_ROOT of the profile" >&2; exit 5; }
+[ -d "$FOLDER" ] || { echo "this node cannot see $FOLDER: set env.RECIPES_RUNS_ROOT in the profile" >&2; exit 5; }
 TASK=$JOB${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID} TRY=${SLURM_RESTART_COUNT:-0}
 export REPORT=$FOLDER/$TASK.reported.$TRY JUDGE_LOG=$FOLDER/$TASK.judge.log
 say() { printf '%(%F %T)T [%s job=%s try=%s] %s\n' -1 "$TASK" "${SLURM_JOB_ID:-none}" "$TRY" "$*"; }
 environment_failed() {
-  say "the site's environment failed: line ${BASH_LINENO[0]} of $FOLDER/$JOB.sbatch"
+  say "the environment setup failed: line ${BASH_LINENO[0]} of $FOLDER/$JOB.sbatch"
   echo 5 > "$FOLDER/$TASK.exit_code"; exit 5
 }
 
@@ -32,7 +32,7 @@ fi
 
 run() {
   if [ "${SLURM_NNODES:-1}" != "$NODES" ] && [ -n "$SLURM_JOB_ID" ]; then
-    say "this script is written for $NODES node(s) and Slurm gave $SLURM_NNODES: recipes launch ... --nodes $SLURM_NNODES writes another"
+    say "this script is written for $NODES node(s), but Slurm gave $SLURM_NNODES: write another with recipes launch ... --nodes $SLURM_NNODES"
     echo 2 > "$FOLDER/$TASK.exit_code"; exit 2
   fi
   if [ "$TRY" -gt 0 ] && [ "$(cat "$FOLDER/$TASK.exit_code" 2> /dev/null)" = 0 ]; then
@@ -45,7 +45,7 @@ run() {
   # Slurm sends USR2 to this shell before the time limit, TERM when it ends the job. A training gets USR2, again and again until it
   # has saved, since one that arrives before it listens is lost. Other stages keep what they did and are simply ended.
   SIGNAL=
-  trap 'SIGNAL=USR2; say "USR2: the time limit is near, or somebody asked: saving"; ask' USR2
+  trap 'SIGNAL=USR2; say "USR2: the time limit is near, or a save was requested: saving"; ask' USR2
   trap 'SIGNAL=TERM; say "TERM: Slurm ends this job"' TERM
   trap 'SIGNAL=INT; case $JOB in train*) ;; *) ask ;; esac' INT   # Ctrl-C, without Slurm: a training hears it by itself
   say "on ${SLURM_JOB_NODELIST:-this machine}: $NODES node(s) x $PROCESSES process(es), meeting at $HEAD:$PORT"
@@ -67,9 +67,9 @@ finish() {
   if [ -n "$SLURM_JOB_ID" ] && later_try; then say "a later try of this job has taken over"; exit "$CODE"; fi
   if [ "$SIGNAL" != TERM ] && { [ "$CODE" = 75 ] || { [ "$SIGNAL" = USR2 ] && [ "$CODE" -gt 75 ]; }; }; then   # stopped, not failed
     if [ -n "$SLURM_JOB_ID" ] && [ "$TRY" -lt "$MAX_REQUEUES" ]; then
-      say "saved; back into the queue"; scontrol requeue "$(own_id)" && { sleep 120 & wait $!; exit 75; }   # Slurm ends this shell here
+      say "saved; requeueing the job"; scontrol requeue "$(own_id)" && { sleep 120 & wait $!; exit 75; }   # Slurm ends this shell here
     fi
-    say "saved, and not queued again: launch it again to continue"; CODE=75
+    say "saved, but not requeued: launch it again to continue"; CODE=75
   fi
   echo "$CODE" > "$FOLDER/$TASK.exit_code"; say "exit code $CODE${SIGNAL:+ after $SIGNAL}"
   exit "$CODE"

@@ -23,7 +23,7 @@ adapter=$target/adapter/adapter_config.json
 [ -f "$adapter" ] || fail 2 "$target has no merged/, model/ or adapter/"
 { read -r rank; read -r base; } < <(python3 -c 'import json, sys
 c = json.load(open(sys.argv[1])); print(max([c["r"], *(c.get("rank_pattern") or {}).values()])); print(c["base_model_name_or_path"])' "$adapter")
-case $base in /*) [ -d "$base" ] || fail 2 "the base model of $name is not at $base any more; merge it where the base is: recipes merge $name" ;; esac
+case $base in /*) [ -d "$base" ] || fail 2 "the base model of $name is no longer at $base; merge it where the base is: recipes merge $name" ;; esac
 limit=
 for known in 8 16 32 64 128 256 320 512; do [ "$known" -ge "$rank" ] && { limit=$known; break; }; done   # the values vLLM knows; its default is 16
 [ -n "$limit" ] || fail 2 "the adapter has rank $rank, vLLM serves at most 512: recipes merge $name, then serve it again"

@@ -245,7 +245,7 @@ def test_a_row_that_does_not_begin_as_the_model_is_asked_is_named(audit_of, task
     ):
         places, said = audit_of(rows, **keys)
         assert len(places["other_prompt"]) == number
-        assert (f"{number} of {len(rows)} rows: begin unlike the" in said) == bool(number)
+        assert (f"{number} of {len(rows)} rows: do not begin with" in said) == bool(number)
 
 
 def test_what_a_template_changes_or_ends_otherwise_is_warned_of(audit_of, tasks):

@@ -93,7 +93,7 @@ def test_ranks_meet_at_a_port_of_nobody_else_on_as_many_nodes_as_the_script_is_w
         port = int(next(line for line in said.splitlines() if line.isdigit()))
         assert code == 0 and 10_000 <= port < 32_768, port
     code, said = job("train", "touch", "ran", **{**in_slurm(), "SLURM_NNODES": "2"})
-    assert code == 2 and "written for 1 node(s) and Slurm gave 2" in said
+    assert code == 2 and "written for 1 node(s), but Slurm gave 2" in said
     assert not (tmp_path / "ran").exists()
 
 
@@ -112,13 +112,13 @@ def test_a_command_is_no_line_of_shell_and_the_sites_environment_reaches_it_or_i
     code, said = job("eval", "touch", "ran", setup="module load nothing")
     script = (tmp_path / "eval.sbatch").read_text()
     number = script.splitlines().index("module load nothing || environment_failed") + 1
-    assert code == 5 and f"environment failed: line {number} of {tmp_path}/eval.sbatch" in said
+    assert code == 5 and f"setup failed: line {number} of {tmp_path}/eval.sbatch" in said
     assert not (tmp_path / "ran").exists()
     assert (tmp_path / "eval.exit_code").read_text() == "5\n"
     elsewhere = script.replace(f"FOLDER={tmp_path}", f"FOLDER={tmp_path}/elsewhere/slurm")
     done = subprocess.run(["bash", "-c", elsewhere], capture_output=True, text=True, timeout=60)
     assert done.returncode == 5
-    assert f"this node does not see {tmp_path}/elsewhere/slurm" in done.stderr
+    assert f"this node cannot see {tmp_path}/elsewhere/slurm" in done.stderr
 
 
 def test_the_code_of_a_training_is_the_one_it_left_and_none_is_a_failure(job) -> None:
@@ -164,7 +164,7 @@ def test_a_training_that_saved_is_queued_again_after_usr2_and_never_after_term(
         (tmp_path / "stop.py").write_text(program)
         variables = in_slurm(shown, SLURM_RESTART_COUNT=str(restarts))
         code, said = job("train", "python3", "stop.py", **variables)
-        assert code == 75 and ("saved; back into the queue" in said) is queued_again, said
+        assert code == 75 and ("saved; requeueing" in said) is queued_again, said
         calls = tmp_path / "bin" / "scontrol.calls"
         assert ("requeue" in calls.read_text().splitlines()) is queued_again
         calls.unlink()

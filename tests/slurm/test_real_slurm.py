@@ -87,7 +87,7 @@ def test_a_job_that_was_asked_to_save_and_one_preempted_end_with_the_same_adapte
     cluster.call("sbatch", "-p", "urgent", "-N4", "--exclusive", "--wrap", "sleep 1")
     states = cluster.ended("disturbed")
     log = cluster.log("disturbed")
-    assert states["train"]["state"] == "done" and "back into the queue" in log, log
+    assert states["train"]["state"] == "done" and "saved; requeueing" in log, log
     assert len(re.findall(r"stopped at step \d+/400", log)) == 2, log
     assert log.count("resuming checkpoint-") == 2 and "try=2" in log, log  # one log, appended
     assert cluster.adapter("disturbed") == cluster.adapter(whole)

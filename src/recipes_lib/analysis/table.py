@@ -303,7 +303,7 @@ def _paired_trainings(
         pairs = list(zip(first_runs, second_runs, strict=False))
         seeds = [run.seed for pair in pairs for run, _ in pair]
         if None not in seeds and not any(run.foreign for run, _ in first_runs):
-            flags.append("other seeds in each arm")
+            flags.append("different seeds in each arm")
     paired = {id(run) for pair in pairs for run, _ in pair}
     left_out = [run.name for run, _ in (*first_runs, *second_runs) if id(run) not in paired]
     return [(a, b) for (_, a), (_, b) in pairs], [*flags, *_left_out(left_out)]

@@ -117,7 +117,7 @@ class Supervision:
         if answers_only and not is_chat:
             key = "train.assistant_only_loss"
             what = f"{key}: true needs prompt_format chat, not {section.prompt_format}"
-            raise SettingError(key, what, "loss on the completion alone is the default already")
+            raise SettingError(key, what, "loss on the completion alone is already the default")
         if not getattr(tokenizer, "is_fast", False) or not (is_chat or eos_token):
             what = "training needs a fast tokenizer (tokenizer.json), and an EOS token to end rows"
             raise SettingError("model.name_or_path", what, "set train.eos_token")
@@ -374,7 +374,7 @@ def _judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
         "empty_completions": "an empty completion, which teaches only the end token",
         "without_end_token": "no supervised end token, so the model would not learn to stop",
         "changed_by_template": "the chat template changes or drops text",
-        "other_prompt": "begin unlike the model's prompt: it ends in a space, or the template"
+        "other_prompt": "do not begin with the generation prompt: it ends in space, or the template"
         " begins a thought (data.chat_template_kwargs: {enable_thinking: ...})",
         "special_tokens": f"special tokens in the text, {acting}",
         "duplicates": "exact duplicates",

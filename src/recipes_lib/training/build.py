@@ -186,7 +186,7 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
         f"launch: {launch_line}; precision {precision}; attention"
         f" {model.config._attn_implementation}{', packed' if args.packing else joined}",
         f"batch: {batch} examples per step; {rows:,} examples -> {epoch:,} steps per epoch,"
-        f" {steps:,} steps{f'; left out, because they fill no step: {rest}' if rest else ''}",
+        f" {steps:,} steps{f'; left out because they do not fill a step: {rest}' if rest else ''}",
         f"trains: {trained}",
     ]
 

@@ -66,7 +66,7 @@ def merge(trained: TrainedRun, dtype: str | None) -> tuple[dict[str, Any], bool]
     """
     name = trained.run.name
     if trained.full:
-        what = f"run '{name}' is a full fine-tuning: its model is whole, there is nothing to merge"
+        what = f"run '{name}' is a full fine-tuning, so there is nothing to merge"
         raise RecipeError(what, f"recipes export {name} --to DIR")
     check_base_of(trained)
     check_weights(trained.run, trained.full)
