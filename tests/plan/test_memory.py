@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,19 @@ def test_a_local_model_is_planned_by_its_own_config(tiny_recipe, tiny_model_dir,
     folder = build_family("granitemoehybrid", tmp_path / "granite", tiny_model_dir)
     assert "Infinity" in (folder / "config.json").read_text()
     assert plan(tiny_recipe, f"model.name_or_path={folder}", gpu="cpu").trace.layers == 2
+
+
+def test_a_speed_is_that_of_a_run_that_was_launched_and_compiled_alike(tiny_recipe, tmp_path):
+    assert main([str(tiny_recipe), "train.max_steps=1"]) == 0
+    assert "the run tiny" in plan(tiny_recipe, gpu="cpu").speed_source
+    assert "not known" in plan(tiny_recipe, "train.torch_compile=true", gpu="cpu").speed_source
+    file = tmp_path / "runs" / "tiny" / "run.json"
+    state = json.loads(file.read_text())
+    state["guard"]["launch.distribution"], state["summary"]["world_size"] = "FSDP", 2
+    file.write_text(json.dumps(state))
+    for launch, words in (("ddp_cpu", "not known"), ("fsdp_cpu", "the run tiny")):
+        made = plan(tiny_recipe, f"launch.accelerate={launch}", gpu="cpu", gpus=2)
+        assert words in made.speed_source, launch
 
 
 def test_no_change_that_is_advised_alters_the_examples_of_a_step():

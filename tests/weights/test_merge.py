@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tests.families import build_family
 
-from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.run_directory import open_run
+from recipes_lib.train import main as train
 from recipes_lib.weights import export as merging
 from recipes_lib.weights.export import logits_on
 from recipes_lib.weights.runs import BASE, Family, families, finished_run, merge_record
@@ -79,19 +81,21 @@ def test_a_merge_that_is_not_the_adapter_is_refused_and_kept_apart(
     assert not list(run.glob("merged*"))
 
 
-def test_what_cannot_be_merged_is_refused_and_leaves_nothing(runs, recipes, monkeypatch) -> None:
-    run = runs("full", "lora")
+def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
+    runs, recipes, tiny_recipe, tiny_model_dir, tmp_path
+) -> None:
+    runs("full")
     code, _, err = recipes("merge", "full")
     assert code == 2 and "nothing to merge" in err
 
-    from transformers import LlamaForCausalLM
-
-    layers = [f"model.layers.{number}.self_attn.q_proj.weight" for number in (0, 1)]
-    tied = property(lambda self: {layers[1]: layers[0]}, lambda self, value: None)
-    monkeypatch.setattr(LlamaForCausalLM, "all_tied_weights_keys", tied, raising=False)
-    with pytest.raises(RecipeError, match="shares its weight"):
-        merging.merge(finished_run(open_run("lora")), None)
-    assert not list(run.glob("merged*"))
+    folder = build_family("qwen3", tmp_path / "qwen3", tiny_model_dir)  # its embeddings are tied
+    embeddings = [f"model.name_or_path={folder}", "lora.target_modules=[q_proj, embed_tokens]"]
+    for words in (embeddings, ["lora.layer_replication=[[0, 2], [1, 2]]"]):
+        assert train([str(tiny_recipe), "train.max_steps=2", "run.name=shared", *words]) == 0
+        code, _, err = recipes("merge", "shared")
+        assert code == 2 and "shares its weight" in err, words
+        assert not list((tmp_path / "runs/shared").glob("merged*"))
+        shutil.rmtree(tmp_path / "runs/shared")
 
 
 def test_runs_of_one_base_share_it_and_others_do_not(runs) -> None:

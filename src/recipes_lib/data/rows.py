@@ -4,8 +4,7 @@ validate and test. Columns of any spelling become our fields (texts, or messages
 by file and line, or a key of the recipe.
 
 Nothing is converted, which is why `datasets` reads no text: its CSV reader turns the answer "NA"
-into null and "007" into 7, and its JSON reader names no line. Tools and template arguments of a row
-are kept as JSON, so that a row is made of texts.
+into null and "007" into 7, and its JSON reader names no line.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What particular families need beyond the common path, in one table with reasons and sources; and
-a model without its weights, built by the functions that prepare one for training.
+a model without its weights.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ FOUR_BITS = [
 ]
 _ON_GPUS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
 # of a recipe's `train` section, what decides about speed
-_SPEED_KEYS = ("bf16", "fp16", "activation_checkpointing", "packing", "per_device_train_batch_size")
+_SPEED_KEYS = ["bf16", "fp16", "activation_checkpointing", "packing", "padding_free"]
+_SPEED_KEYS += ["per_device_train_batch_size", "torch_compile"]
 
 
 @dataclass(frozen=True)
@@ -300,9 +301,7 @@ def _num_packed(lengths: Sequence[int], size: int, strategy: str) -> int:
 
 
 def launch_and_card(recipe: Recipe, gpu: str | None, **flags: Any) -> tuple[Launch, Card]:
-    """Return the recipe's launch with flags of `plan_launch` that win over it (a card means no CPU
-    launch); and the named card, else the processor, this machine's GPU, or the default.
-    """
+    """Return the launch with `flags` (a card means no CPU launch), and the card that is meant."""
     if flags.get("accelerate") is None and gpu not in (None, "cpu"):
         flags["accelerate"] = _ON_GPUS.get(recipe.launch.accelerate)
         flags["gpus"] = flags.get("gpus") or recipe.launch.gpus
@@ -332,13 +331,15 @@ def model_config(recipe: Recipe) -> Any:
 
 def _measured_speed(recipe: Recipe, card: Card, launch: Launch) -> tuple[float | None, str] | None:
     """Return tokens per second, and whose they are, of the newest run that trained alike."""
-    decides, files = _decides_speed(recipe.to_dict()), runs_root().glob("*/run.json")
+    is_fsdp, files = launch.distributed_type == "FSDP", runs_root().glob("*/run.json")
+    asked = [card.name, launch.world_size, is_fsdp, *_decides_speed(recipe.to_dict())]
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        summary = (object_or_none(file) or {}).get("summary") or {}
         with suppress(RecipesError, LookupError, TypeError):  # not finished, or damaged
-            of_card = card_named(summary["device"], card.memory_gib).name, summary["world_size"]
-            values = read(file.with_name(RECIPE_FILE)).values
-            if of_card == (card.name, launch.world_size) and decides == _decides_speed(values):
+            state = object_or_none(file) or {}
+            summary, kind = state["summary"], state["guard"]["launch.distribution"]
+            device = card_named(summary["device"], card.memory_gib).name
+            own = _decides_speed(read(file.with_name(RECIPE_FILE)).values)
+            if asked == [device, summary["world_size"], kind == "FSDP", *own]:
                 speed = float(summary["tokens_per_second"])
                 return speed, f"measured by the run {file.parent.name}"
     return None

@@ -1,5 +1,5 @@
 """Puts model, data and recipe together into a trainer, and says what came out. TRL's preparation of
-rows is skipped: `data.prepare` names whatever it drops. Packing is TRL's `pack_dataset`.
+rows is skipped: `data.prepare` names whatever it drops.
 """
 
 from __future__ import annotations

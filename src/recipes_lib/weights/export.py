@@ -8,6 +8,7 @@ import json
 import re
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import say
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.data.rows import Message, listed_sources
-from recipes_lib.models.families import needs_of
+from recipes_lib.models.families import needs_of, short_name
 from recipes_lib.models.packaged import SOURCE
 from recipes_lib.weights.load import (
     ADAPTER_WEIGHTS,
@@ -59,10 +60,8 @@ QUESTIONS = (
 
 
 def merge(trained: TrainedRun, dtype: str | None) -> tuple[dict[str, Any], bool]:
-    """Write `merged/` of a LoRA or QLoRA run; return its record, and whether it was there already.
-
-    Args:
-        dtype: precision of the merged weights; None for the base's.
+    """Write `merged/` of a LoRA or QLoRA run, in `dtype` or else the base's; return its record, and
+    whether it was there already.
     """
     name = trained.run.name
     if trained.full:
@@ -102,10 +101,12 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, An
     if recipe.quantization is not None:
         say(f"the {recipe.base_format} base is dequantised first; what it lost stays lost")
         plain = plain.dequantize(dtype=precision)
-    # Zamba2: what is folded into a shared weight at one place would be there at all
-    shared = {key.removesuffix(".weight") for key in plain.all_tied_weights_keys}
     model: Any = attach(plain.to(precision), {"default": trained.weights})
-    if layers := sorted(shared & {*model.targeted_module_names}):
+    # what is folded into a shared weight (tied embeddings, Zamba2) would be in all places
+    parts = [*model.named_parameters(remove_duplicate=False)]
+    times = Counter(id(weight) for _, weight in parts)
+    shared = [name for name, weight in parts if times[id(weight)] > 1 and ".base_layer." in name]
+    if layers := [short_name(name) for name in shared if "token_adapter" not in name]:
         what = f"the adapter cannot be merged: {layers[0]} shares its weight with another layer"
         raise RecipeError(what, "use the adapter on its base: export, chat and eval take it")
     for key, parameter in model.eval().named_parameters():
