@@ -125,11 +125,13 @@ def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written_or_fail_alone():
         assert (done.text, done.error, done.finish_reason) == (text, None, "stop")
     unreadable = [b"[" * 100_000, b"null", b"[1]", b"", b"\xff\x00"]
     unreadable += [b'{"choices": []}', b'{"choices": 3}', b'{"choices": [{"text": {"a": 1}}]}']
-    unreadable += [b'{"choices": [{"text": "a", "finish_reason": "abort"}]}']
+    unreadable += [b'{"choices": [{"text": "a", "finish_reason": "abort"}]}', b'{"choices": [{}]}']
     for body in unreadable:
         with always(b"200:" + body, 1) as server:
             failed, answered = ask(engine_for(server), 2)
         assert failed.error and answered.error is None, body[:40]
+    with always(b'200:{"choices": [{"message": null}]}') as server:
+        assert ask(engine_for(server), **CHAT)[0].error
     for words in (b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}'):
         with always(b"422:" + words) as server:
             (done,) = ask(engine_for(server))

@@ -413,7 +413,7 @@ class OpenAIEngine:
             raise ValueError(f"asked for '{self.model}', but '{name[:100]}' answered")
         choice = reply.choices[0]
         message = getattr(choice, "message", None)
-        text = (message.content if message else getattr(choice, "text", None)) or ""
+        text = (message.content or "") if message else choice.text
         finish = str(getattr(choice, "finish_reason", None) or "stop")
         if finish.lower() in ("abort", "aborted", "cancelled", "error"):
             raise ValueError(f"the server cut it short (finish_reason {finish})")
