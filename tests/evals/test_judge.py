@@ -179,6 +179,8 @@ def test_a_hub_judge_is_fetched_before_its_fingerprint_is_taken(judge_file, monk
     found = lambda *_, **__: cached[0] if cached else None  # noqa: E731
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", found)
     monkeypatch.setattr("recipes_lib.evals.judge.load_tokenizer", fetch)
+    Judge(judge_file(model="owner/judge"), fetch=False)  # a study's status asks no network
+    assert not cached
     first, second = (Judge(judge_file(model="owner/judge")).fingerprint for _ in range(2))
     assert first == second
     with pytest.raises(RecipeError, match="/nowhere/judge"):

@@ -184,7 +184,7 @@ class Judge:
         weights: hash of its weights, None where they are not here.
     """
 
-    def __init__(self, section: JudgeSection) -> None:
+    def __init__(self, section: JudgeSection, fetch: bool = True) -> None:
         self.section = section
         self.is_served = section.engine == "openai"
         self.weights: str | None = None
@@ -194,7 +194,7 @@ class Judge:
         )
         self._recipe = bare_recipe(model)
         if not self.is_served:
-            if local_folder(self._recipe) is None:
+            if fetch and local_folder(self._recipe) is None:
                 self.count_tokens("")  # which fetches it: the fingerprint has its commit
             self.weights = model_fingerprint(model_path(model), section.revision)
         self.fingerprint = hash_of(self.weights, section.model_dump(include=_FINGERPRINT))

@@ -223,7 +223,7 @@ def is_evaluated(result: Evaluation) -> bool:
     recipe = result.recipe
     with suppress(RecipesError, OSError):  # a model that is not here
         sides = [known_by(run, recipe) if run else None for run in (result.run, result.against)]
-        judge = Judge(recipe.judge).fingerprint if recipe.judge and result.file.is_file() else None
+        judge = Judge(recipe.judge, fetch=False).fingerprint if recipe.judge else None
         return is_current(result.file, recipe.settings_key(), *sides, judge)
     return False
 
