@@ -62,13 +62,13 @@ def test_without_arguments_the_verbs_are_listed_in_groups_and_each_documents_its
 
 
 WRONG = [
-    (["chek"], ["no verb 'chek'", "did you mean recipes check?"]),
+    (["chek"], ["unknown verb 'chek'", "did you mean recipes check?"]),
     (["show"], ["recipes show: ", "RECIPE", "usage:"]),
     (["show", RECIPE, "--dif", "x"], ["'--dif' is not section.key=value"]),
-    (["ls", "x", "--diff"], ["unknown: x --diff"]),
+    (["ls", "x", "--diff"], ["unknown arguments: x --diff"]),
     (["plan", "--gpus", "0"], ["--gpus: expected a whole number >= 1"]),
     (["study", "plan", "--gpus=1"], ["recipes study plan: ", "required: STUDY"]),
-    (["explain", "train", "train.seed=1"], ["unknown: train.seed=1"]),
+    (["explain", "train", "train.seed=1"], ["unknown arguments: train.seed=1"]),
     (["show", RECIPE, "--learning_rate", "3"], ["section.key=value"]),
     (["show", RECIPE, "foo.bar=1"], ["command line: unknown key 'foo'"]),
     (["show", RECIPE, "--origins"], ["command line: '--origins' is not section.key=value"]),

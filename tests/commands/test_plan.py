@@ -101,7 +101,7 @@ def test_bad_input_is_one_message(plan: Run, tmp_path) -> None:
         (["--accelerate", "ddp", "--gpus", "3"], 2, "run.global_batch_size"),
         (["lora.target_modules=[c_attn]"], 2, "lora.target_modules"),
         (["model.name_or_path=nobody/nothing"], 5, "'nobody/nothing'"),
-        ([f"model.name_or_path={tmp_path}"], 2, "model identifier: another.\n"),
+        ([f"model.name_or_path={tmp_path}"], 2, "model type `another`"),
         (["train.sed=1"], 2, "did you mean train.seed"),
     ):
         found, _, err = plan(LORA, *words)
