@@ -231,7 +231,7 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     line = node.start_mark.line + 1
     document.origins.setdefault(at, document.origin(line))
     if node.tag not in _TAGS:
-        raise document.error(line, "tags are not allowed in recipes")
+        raise document.error(line, "YAML tags are not allowed")
     if isinstance(node, yaml.SequenceNode):
         return [_build(document, item, (*at, index)) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):

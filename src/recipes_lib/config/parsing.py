@@ -154,7 +154,7 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
     what = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
     what = what.replace("or Input should be", "or").replace("Value error, ", "")
     if what.count("'") > 2 * _MAX_NAMES:
-        what = f"is not among the choices of recipes explain {name}"
+        what = f"not one of the choices (recipes explain {name})"
     return [f"{name}: {what}, got {value_text(value, 60)}"]
 
 

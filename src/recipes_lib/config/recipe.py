@@ -331,8 +331,8 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
         what = "train.packing fills rows of train.max_length tokens, which is null"
         yield document.error("train.max_length", what, "set it, or leave it out")
     if quantization and (quantization.load_in_4bit == quantization.load_in_8bit or not recipe.lora):
-        what = "quantization needs one of load_in_4bit and load_in_8bit, and an adapter"
-        yield document.error("quantization", what, "set one and lora, or remove the section")
+        what = "quantization needs exactly one of load_in_4bit and load_in_8bit, and an adapter"
+        yield document.error("quantization", what, "set one, and lora; or remove the section")
     key, split = "train.eval_strategy", recipe.data.split
     held_out = split.validation if split.method != "none" else 0
     if train.get("eval_strategy", "no") != "no" and not held_out:

@@ -240,7 +240,7 @@ def rows_of(recipe: Recipe) -> RowLengths:
     elif folder is not None and (folder / "tokenizer_config.json").is_file():
         data = prepare_data(recipe, load_tokenizer(recipe))  # kept for the training
         lengths = [*map(len, data.train["input_ids"])]
-        text, validation = f"tokens of {len(lengths):,} rows", len(data.validation or ())
+        text, validation = f"counted in {len(lengths):,} rows", len(data.validation or ())
         return RowLengths(tuple(lengths), len(lengths), validation, text, counted=True)
     else:
         try:
@@ -249,7 +249,7 @@ def rows_of(recipe: Recipe) -> RowLengths:
             raise place(recipe, error) from None
         lengths = [sum(map(len, parts)) // CHARACTERS_PER_TOKEN + 1 for parts in texts]
         rows = len(lengths)
-        text = f"tokens estimated from the characters of {rows:,} rows"
+        text = f"estimated from the characters of {rows:,} rows"
     validation, split = 0, section.split
     if split.method != "none":
         validation = round(rows * split.validation)

@@ -287,7 +287,7 @@ def _power_line(study: Study) -> Iterator[str]:
     if pairs and (least := planned_effect(primary, questions, seeds, pairs / 0.8)):
         effect = f"{100 * least:.1f} points" if least < 1 else "no difference, however large,"
         sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
-        yield f"80% of such studies find {effect} of {primary} ({sizes})"
+        yield f"80% of such studies would find {effect} of {primary} ({sizes})"
 
 
 # ---- What forbids it ----

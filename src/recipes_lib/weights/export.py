@@ -173,7 +173,7 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
         raise RecipeError(what, f"recipes merge {name}")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         what = f"{to} is a file or is not empty, and nothing is overwritten"
-        raise RecipeError(what, "give a folder that does not exist yet")
+        raise RecipeError(what, "give a new or empty folder")
     if not trained.full:
         check_base_of(trained)
     check_weights(trained.run, trained.full)
