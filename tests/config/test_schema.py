@@ -19,6 +19,7 @@ def test_the_committed_files_are_those_of_the_installed_versions():
     """Else: make schema."""
     texts = schema.generated_files()
     assert not [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+    assert not [path for path, text in texts.items() if "%%" in text]  # argparse's
 
 
 def test_every_upstream_field_can_be_written_or_is_refused_with_a_reason():

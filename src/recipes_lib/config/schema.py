@@ -72,6 +72,7 @@ def _fields(cls: Any) -> Values:
     fields: Values = {}
     for field in dataclasses.fields(cls):
         choices, text = field.metadata.get("choices"), field.metadata.get("help", "")
+        text = text.replace("%%", "%")  # argparse's percent sign
         kind = f"Literal{[*choices]}" if choices else _type_text(hints[field.name])
         fields[field.name] = {"type": kind, "description": " ".join(text.split())}
         default = field.default

@@ -63,7 +63,7 @@
     card.replaceChildren();
     $("previous").disabled = place <= 0;
     $("next").disabled = place >= shown.length - 1;
-    $("place").textContent = shown.length ? (place + 1).toLocaleString("en") + " of " + shown.length.toLocaleString("en") : "none matches";
+    $("place").textContent = shown.length ? (place + 1).toLocaleString("en") + " of " + shown.length.toLocaleString("en") : "no matches";
     card.hidden = !shown.length;
     if (!shown.length) return;
     const [group, question, category, outcome, flip, asked, answer, opponent, verdicts] = data.samples[data.samples.indexOf(shown[place])];
