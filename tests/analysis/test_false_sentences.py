@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -353,7 +354,10 @@ def test_a_judging_copy_of_the_base_is_known_by_its_weights(
         change(folder / "run.json", lambda state: state.update(weights_check=check))
     for weights, is_kin in ((model_fingerprint(copy, None), True), ("0" * 64, False)):
         rewrite(two, judge=JudgeFacts(name="j", fingerprint="j", model=copy, weights=weights))
-        assert ("self-judged" in codes(compared(two))) == is_kin
+        related = [each for each in compared(two).findings if each.code == "self-judged"]
+        assert len(related) == is_kin  # one for all arms, and of each alone
+        rows = [SimpleNamespace(arms=(arm, "x"), metric="alpaca_eval/win_rate") for arm in two]
+        assert not is_kin or all(map(related[0].touches, rows))
     merged = two["two"][0] / "merged"  # a server has it, which says no more of it
     merged.mkdir()
     rewrite(two, judge=JudgeFacts(name="j", fingerprint="j", model=str(merged)))

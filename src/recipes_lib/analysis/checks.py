@@ -68,14 +68,16 @@ class Finding:
     arms: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
     opponent: str = ""
+    of_any: bool = False
 
     def touches(self, row: TableRow) -> bool:
-        """Return whether it concerns a row: of several arms a row between them, of one any."""
+        """Return whether it concerns a row: of several arms a row between them, or of any."""
         if self.metrics and row.metric not in self.metrics:
             return False
         if self.opponent and row.opponent != self.opponent:
             return False
-        return not self.arms or len({*row.arms} & {*self.arms}) >= min(2, len({*self.arms}))
+        least = 1 if self.of_any else min(2, len({*self.arms}))
+        return not self.arms or len({*row.arms} & {*self.arms}) >= least
 
 
 def find(arms: Arms, design: Design | None = None) -> list[Finding]:
@@ -208,11 +210,11 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
             continue
         metrics = _metrics(log for _, _, log in logs)
         yield from _different_judges(name, logs, metrics)
-        for arm, run, log in logs:
-            place = (run_place(log.file),)
-            if kin := _kinship(log, run):
-                title, remedy = f"{arm} was judged by {kin} in {name}", "use an unrelated judge"
-                yield Finding("self-judged", "error", title, place, remedy, (arm,), metrics)
+        if kin := {arm: each for arm, run, log in logs if (each := _kinship(log, run))}:
+            who = sentence_list([f"{arm} by {each}" for arm, each in kin.items()])
+            title, remedy = f"Judged in {name}: {who}", "use an unrelated judge"
+            yield Finding("self-judged", "error", title, (), remedy, (*kin,), metrics, of_any=True)
+        for arm, _, log in logs:
             single = {
                 metric.name: None
                 for metric in log.metrics
@@ -222,18 +224,16 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
             }
             if single:  # a judge's preference for a position is part of the rate
                 title = f"Comparisons of {arm} in {name} were judged in one order only"
-                remedy = "judge both orders (recipes eval does)"
+                remedy, place = "judge both orders", (run_place(log.file),)
                 yield Finding("one-order", "error", title, place, remedy, (arm,), (*single,))
-        lines = tuple(dict.fromkeys(line for key in judges for line in failed.get(key, ())))
-        if lines:
+        if lines := tuple(dict.fromkeys(line for key in judges for line in failed.get(key, ()))):
             title = f"The judge of {name} failed its audit: {lines[0].partition(': ')[2]}"
             remedy = f"use a stronger judge: {AUDIT_COMMAND}"
             yield Finding("judge-failed-audit", "error", title, lines, remedy, (), metrics)
         if not judges.keys() <= audited:
             title = f"The judge of {name} was not audited"
             yield Finding(UNAUDITED, "warning", title, (), AUDIT_COMMAND, (), metrics)
-        weak = tuple(dict.fromkeys(judge.weak for judge in judges.values() if judge.weak))
-        if weak:
+        if weak := tuple(dict.fromkeys(judge.weak for judge in judges.values() if judge.weak)):
             title = f"The judge of {name} is weak"
             yield Finding("weak-judge", "warning", title, weak, "use a stronger judge", (), metrics)
 

@@ -2,8 +2,8 @@
 
 The form is that of the Prometheus 2 models; the wording stands in evals/prompts/ (Jinja templates)
 and evals/rubrics/. An answer cannot speak to the judge: it stands, as it was written, between two
-lines with a code that it cannot know. `package:prometheus-eval` reads the sentences that the judge
-was trained on from the authors' wheel, and adds one line, the fence's.
+lines with a code that it cannot know. `package:prometheus-eval` reads the authors' sentences
+from their wheel, and adds one line, the fence's.
 
 A verdict stands at the end of the text, in a form that the parser of prometheus-eval takes
 (`[RESULT] 4`, `score of 3 out of 5`, `Result: B`), or what chat models make of it: Markdown around
