@@ -476,7 +476,7 @@ def check_base(arms: Arms) -> Iterator[Finding]:
         now, then = weights[base.name], weights[arm.name]
         if base.is_base and not arm.is_base and now and then and now != then:
             lines = (f"{base.name}: {min(now)}, {arm.name}: {min(then)}",)
-            title = f"{arm.name} was trained on other weights than those of {base.name}"
+            title = f"{arm.name} was trained on different weights than {base.name}"
             remedy = "evaluate its base"
             yield Finding("other-base", "error", title, lines, remedy, (arm.name, base.name))
 
@@ -495,7 +495,7 @@ def check_leaks(arms: Arms) -> Iterator[Finding]:
                 severity: Severity = "error" if log.leaks.is_error else "warning"
                 title = f"{arm.name}: {log.leaks.summary(log.eval)}"
                 lines = (*log.leaks.lines(5), run_place(log.file))
-                remedy = "train without these rows, or ask other questions"
+                remedy = "train without these rows, or use other questions"
                 scope = (arm.name,), _metrics(each for each in arm.logs if each.eval == log.eval)
                 yield Finding("leaked-questions", severity, title, lines, remedy, *scope)
     for name, who in unknown.items():

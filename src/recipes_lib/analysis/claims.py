@@ -243,7 +243,7 @@ def _not_shown(claim: Claim, numbers: str) -> str:
     first, second, where = row.first, row.second, where_text(row)
     margin = difference_text(row.margin, row.unit, signed=False)
     if row.head_to_head and row.margin is not None:
-        margin = f"{margin} of an even win rate"
+        margin = f"{margin} of 50%"
     models = " One training each: this is about these two models." * (row.trainings == (1, 1))
     if claim.within == "equivalent":
         return f"{first} and {second} are equivalent within {margin} in {where}: {numbers}.{models}"
