@@ -207,7 +207,7 @@ class Comparison:
         return (low, high) if high < math.inf else None
 
     def mde(self, alpha: float = ALPHA) -> float:
-        """Return what is found with 80% probability although all open items count against it."""
+        """Return the difference found with 80% probability if all open items count against it."""
         known = self.share * self.resolved.value
         effects = [case.mde(alpha) + abs(known - case.value) for case in self._cases[-2:]]
         return max(effects) / self.share if self.share else math.inf
@@ -242,7 +242,7 @@ def compare(
 
 
 def adjust(ps: Sequence[float], primary: Sequence[bool]) -> list[float]:
-    """Return p values by Holm (1979): primary ones held to 4%, others to 1%; one family to 5%."""
+    """Return p values by Holm (1979): primary ones at 4%, others at 1%; one family at 5%."""
     out, both = [1.0] * len(ps), any(primary) and not all(primary)
     for family, share in ((True, 0.8), (False, 0.2)):
         places = sorted(

@@ -81,7 +81,7 @@ class TunedArm:
 
     @property
     def edge(self) -> str:
-        """Which end of the values the chosen one is; nothing inside, and of what is no number."""
+        """Which end of the grid was chosen; nothing inside it, or for values without numbers."""
         numbers = [value for value in self.values if isinstance(value, int | float)]
         if self.chosen is None or len(numbers) < len(self.values):
             return ""

@@ -304,7 +304,7 @@ def _kinship(log: EvalLog, run: Run) -> str:
 
 
 def check_answers(arms: Arms) -> Iterator[Finding]:
-    """Yield arms whose answers are often one text, empty, cut or in a loop."""
+    """Yield arms with many answers that are the same text, empty, cut or repetitive."""
     worst: dict[tuple[str, str, str], tuple[float, Finding]] = {}  # of the trainings of an arm
     for arm, log in arms.logs:
         for what, (times, n) in answer_faults(log).items():
@@ -482,7 +482,7 @@ def check_base(arms: Arms) -> Iterator[Finding]:
 
 
 def check_leaks(arms: Arms) -> Iterator[Finding]:
-    """Yield arms that were trained on questions of an evaluation, and those nobody searched."""
+    """Yield arms that were trained on questions of an evaluation, or were not searched."""
     unknown: dict[str, list[str]] = defaultdict(list)
     for arm in arms:
         # runs of one arm saw the same rows, so the first result of each evaluation says it
@@ -505,7 +505,7 @@ def check_leaks(arms: Arms) -> Iterator[Finding]:
 
 
 def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
-    """Yield what was chosen by what is compared or at the edge of a grid, and many arms."""
+    """Yield choices made on compared rows or at the edge of a grid, and many arms."""
     trained = [arm for arm in arms if not arm.is_base]
     tuned = design.tuned if design else {}
     if len(trained) >= MANY_ARMS:

@@ -101,7 +101,7 @@ class Conclusion:
 
     @property
     def cannot_say(self) -> list[str]:
-        """What stands in the way of a verdict, each with what would mend it."""
+        """What prevents a verdict, each with its fix."""
         stops = [finding for claim in self.claims for finding in claim.stopped_by]
         lines = [f"{each.title}." + f" Fix: {each.remedy}." * bool(each.remedy) for each in stops]
         return [*filter(None, [self.descriptive]), *dict.fromkeys(lines)]
@@ -390,6 +390,6 @@ def score_lines(conclusion: Conclusion) -> list[str]:
 
 
 def report_markdown(conclusion: Conclusion) -> str:
-    """Return report.md: the question, the answer, and the table as it stands in the terminal."""
+    """Return report.md: the question, the answer, and the table as in the terminal."""
     body = "\n".join(f"    {line}".rstrip() for line in conclusion_lines(conclusion))
     return f"# {' '.join(printable(conclusion.question).split())}\n\n{body}\n"

@@ -1,7 +1,7 @@
 """The report: one HTML page that needs nothing else, report.md, numbers.csv and numbers.json.
 
-The page answers first, then says what cannot be said and what would mend it. Every number has its n
-and its file. Text of models is escaped, or stands in a JSON block that no parser runs.
+The page begins with the answer, then says what cannot be said and how to fix it. Every number has
+its n and its file. Model text is escaped, or stands in a JSON block that no parser runs.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def trainings(arms: Arms) -> list[dict[str, Any]]:
 
 
 def answer_counts(arms: Arms) -> list[tuple[str, str, dict[str, tuple[int, int]]]]:
-    """Return what is wrong with the answers of each arm by evaluation, over all its trainings: how
-    many, of how many.
+    """Return the faults in each arm's answers by evaluation, over all its trainings, as (faulty,
+    all).
     """
     by_arm: dict[tuple[str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
     for arm in arms:

@@ -360,7 +360,7 @@ def _lm_eval(folder: Path, path: Path) -> Run:
 
 
 def arms_of(runs: Sequence[Run]) -> Arms:
-    """Return each run as an arm; two of one name are told apart by their folders."""
+    """Return each run as an arm; runs with the same name are named by their folders."""
     times, arms = Counter(run.name for run in runs), dict[str, ArmRuns]()
     for run in runs:
         name = f"{run.name}-{run.folder.name}" if times[run.name] > 1 else run.name

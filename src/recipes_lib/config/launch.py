@@ -101,8 +101,8 @@ def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[R
 
 
 def precision_conflict(train: Values, asked: str, asked_by: str) -> list[str]:
-    """Return what is wrong, then what to do, where a launch asks for another mixed precision than
-    the recipe's `train` section: it would win, unsaid.
+    """Return what is wrong and what to do if a launch requests another mixed precision than the
+    recipe's `train` section: it would silently win.
     """
     half = "fp16" if train.get("fp16") else "no" if train.get("bf16") is False else "bf16"
     if asked.lower() in ("no", half):

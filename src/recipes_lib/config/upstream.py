@@ -131,7 +131,7 @@ else:
 
 
 def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
-    """Return TRL's arguments for `world_size` processes on this machine; nobody changes one."""
+    """Return TRL's arguments for `world_size` processes on this machine; do not change them."""
     from trl import SFTConfig
 
     # the Trainer would compile the model as a whole; `training.compiled` does it block by block

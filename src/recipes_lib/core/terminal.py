@@ -64,7 +64,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def say(text: str = "") -> None:
-    """Print on stdout at once; when nobody reads any more (`| head`), the rest is dropped."""
+    """Print on stdout and flush; if the reader has closed it (`| head`), drop the rest."""
     try:
         print(printable(text), flush=True)
     except BrokenPipeError:

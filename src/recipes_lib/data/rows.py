@@ -146,7 +146,7 @@ class BadRows(list[BadRow]):
         self.append(reason.with_traceback(None))
 
     def lines(self) -> list[str]:
-        """Return a line for each row: its place and what is wrong, in the order of the files."""
+        """Return a line for each row, its place and its error, in the order of the files."""
         self.sort(key=lambda reason: (str(reason.file), reason.line or 0))
         return [str(DataError(each.what, file=each.file, line=each.line)) for each in self]
 
@@ -650,7 +650,7 @@ def train_rows(section: DataSection, files: object = None) -> list[DataRow]:
 
 
 def check_rows(recipe: Recipe) -> list[DataError]:
-    """Return what is wrong with rows that are all in local files, without a tokenizer."""
+    """Return the errors in rows that are all in local files, without a tokenizer."""
     bad, section = BadRows(), recipe.data
     try:
         read = None if needs_hub(section) else read_data(section, bad)

@@ -182,7 +182,7 @@ def audit_banner(card: Scorecard) -> str | None:
 
 
 def audit_note(card: Scorecard) -> str | None:
-    """Return the line about what nothing measured."""
+    """Return the line about checks that were not measured."""
     missing = ", ".join(check.check for check in card.not_measured)
     return f"not measured for this judge: {missing}" if missing else None
 

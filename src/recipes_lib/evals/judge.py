@@ -88,7 +88,7 @@ class JudgeRequest:
 
 
 def ask(items: Sequence[Item], judge: Judge, store: Store, name: str = "") -> list[Row]:
-    """Return the judgments of items; what the store lacks is asked, and stored as it arrives.
+    """Return the judgments of items; ask for those not stored, and store each as it arrives.
 
     Args:
         items: all to be compared, or all to be graded.
@@ -158,7 +158,7 @@ def rule_verdict(answers: Sequence[str]) -> Row | None:
 
 
 def read_reply(request: JudgeRequest, reply: Completion, mode: str) -> Row:
-    """Return what is stored of a reply: its verdict, and the text or probabilities behind it."""
+    """Return the stored form of a reply: its verdict and its text or probabilities."""
     allowed, shares = request.allowed, reply.probabilities
     if reply.finish_reason == "prompt_too_long":
         return verdict_row("truncated", "the prompt is longer than the judge's context")

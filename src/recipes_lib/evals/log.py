@@ -347,7 +347,7 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
 
 
 def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
-    """Return what is wrong with the answers of a log, in words, as (how many, of how many)."""
+    """Return the faults in the answers of a log, by name, as (faulty, all)."""
     samples = {sample.key: sample for metric in log.metrics for sample in metric.samples}
     answered = {key: sample for key, sample in samples.items() if sample.answer is not None}
     texts = {key: str(sample.answer).strip() for key, sample in answered.items()}
@@ -401,7 +401,7 @@ class Store(dict[str, Row]):
             self._size += len(line) + 1
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Append the rows whose key is new: afterwards all are on the disk, or on an error none."""
+        """Append the rows with new keys: then all are on disk, or on an error none."""
         new = {row["key"]: row for row in rows if row["key"] not in self}
         if not new:
             return

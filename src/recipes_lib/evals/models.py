@@ -240,7 +240,7 @@ def evaluated_bases(
 def bare_recipe(
     model: ModelSection, data: DataSection | None = None, quantization: Any = None
 ) -> Recipe:
-    """Return settings for a model that nobody trained here; weights/ loads what a recipe names."""
+    """Return a recipe for a model without a run; weights/ loads what a recipe names."""
     return Recipe(
         document=Document(Path(model.name_or_path), origins={("model",): Origin(COMMAND_LINE)}),
         name=model.name_or_path,

@@ -213,7 +213,7 @@ def template_of(constants: Mapping[str, str], kind: str) -> Template:
 
 
 def verdict_row(status: str, reason: str | None = None, value: str | None = None) -> Row:
-    """Return what is stored of a verdict: 1 to 5, "A" or "B", or why there is none."""
+    """Return the stored form of a verdict: 1 to 5, "A" or "B", or why there is none."""
     number = int(value) if value in GRADES else value
     return {"status": status, "value": number, "reason": reason}
 

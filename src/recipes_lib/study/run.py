@@ -104,7 +104,7 @@ def study_tunings(study: Study) -> list[StudyRun]:
 
 
 def with_choices(study: Study) -> Study:
-    """Return the study, each arm whose grid is trained at the first value of the lowest loss."""
+    """Return the study with each tuned arm at the value of its lowest loss, the first if equal."""
     arms = list(study.arms)
     for place, arm in enumerate(arms):
         tried = study_tunings(replace(study, arms=(arm,)))
@@ -294,7 +294,7 @@ def _power_line(study: Study) -> Iterator[str]:
 
 
 def refuse_unmet(study: Study, fetch: bool = False) -> None:
-    """Refuse a study whose evaluations would mean nothing later; only `fetch` asks the Hub."""
+    """Refuse a study if its evaluations would fail later; only `fetch` asks the Hub."""
     trainings = (*study_tunings(study), *study_trainings(study))
     errors = [*unmet(study, () if all(map(is_trained, trainings)) else study.arms, fetch)]
     for each in errors[1:]:
@@ -390,7 +390,7 @@ class StudyRunner:
         self.failed |= dict.fromkeys(names, (int(code), why))
 
     def _train(self, trainings: Sequence[StudyRun]) -> None:
-        """Train what is not trained; a KeyboardInterrupt follows where somebody asked to stop."""
+        """Train what is not trained; raise KeyboardInterrupt if a stop was requested."""
         waiting = [training for training in trainings if not is_trained(training)]
         if not self.train:
             self._fail([t.run for t in waiting], RecipesError("is not trained as the study says"))

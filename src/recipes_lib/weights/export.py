@@ -252,12 +252,12 @@ def write_card(
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a model's name is one that anybody can download by."""
+    """Return whether a model's name can be downloaded from the Hub."""
     return "/" in name and bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def public_name(recipe: Recipe) -> str:
-    """Return the base as others know it: its Hub id, or `./FOLDER`, which is nobody's Hub id."""
+    """Return the base's public name: its Hub id, or `./FOLDER`, which is not a Hub id."""
     name = recipe.model.name_or_path
     if is_hub_id(name):
         return name
