@@ -83,7 +83,8 @@ def test_an_earlier_training_on_such_a_card_gives_the_speed(plan, tiny_recipe, t
 
     load_recipe(tiny_recipe).write(run / "resolved.yaml")
     summary = {"tokens_per_second": 123.0, "device": "cpu", "world_size": 1}
-    state = {"state": "finished", "summary": summary, "updated": "2026-11-28"}
+    guard = {"launch.distribution": "NO"}
+    state = {"state": "finished", "summary": summary, "guard": guard}
     (run / "run.json").write_text(json.dumps(state))
     made = planned(plan, tiny_recipe)
     assert made["tokens_per_second"] == 123 and "earlier" in made["speed"]
