@@ -123,11 +123,11 @@ def published(num_rows, validation, test):
 
 def test_ids_are_labels_that_stay_unique(prepare, write_jsonl, tasks):
     first = write_jsonl([{**row, "id": i} for i, row in enumerate(tasks(5))], "a.jsonl")
-    ids = ["x", "x", None, 3, ""]
-    rows = [{**row, "id": id} for row, id in zip(tasks(9)[4:], ids, strict=True)]
+    ids = ["x", "x", None, 3, "", "x#2"]
+    rows = [{**row, "id": id} for row, id in zip(tasks(10)[4:], ids, strict=True)]
     second = write_jsonl(rows, "b.jsonl")
     labels = prepare([str(first), str(second)], split=NO_SPLIT).train["example_id"]
-    assert len({*labels}) == 10 and {"0", "3", "3#2", "x", "x#2"} < {*labels}
+    assert len({*labels}) == 11 and {"0", "3", "3#2", "x", "x#2"} < {*labels}
 
 
 def test_weights_take_a_share_of_a_source_or_repeat_its_training_rows_alone(prepare, write_jsonl):

@@ -599,7 +599,9 @@ def read_data(section: DataSection, bad: BadRows) -> Rows:
     for row in rows:  # ids are labels: the file's or a hash, numbered where they repeat
         row.id = row.id or row.content[:8].hex()
         times[row.id] += 1
-        row.id += f"#{times[row.id]}" if times[row.id] > 1 else ""
+        while (number := times[row.id]) > 1:
+            row.id += f"#{number}"
+            times[row.id] += 1
     used = first_in_hash_order(rows, section.max_examples, section.split.seed)
     return Rows(used, sources, num_read)
 
