@@ -9,7 +9,7 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.evals.recipe import SUITES, load_eval
+from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
 from recipes_lib.evals.run import suite_class
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -95,6 +95,16 @@ def test_overrides_reach_the_judge_and_the_suite():
         load_eval(path, ["judge.temperature=3"])
     with pytest.raises(RecipeError, match="found recipe"):
         load_eval(PROJECT / "recipes/quickstart/lora-r8.yaml")
+
+
+def test_a_key_of_a_later_version_makes_no_result_another(monkeypatch):
+    class Later(EvalRecipe):
+        new: int = 3
+
+    file = PROJECT / "evals/alpaca_eval.yaml"
+    known, other = (load_eval(file, words).settings_key() for words in ([], ["judge.mode=json"]))
+    monkeypatch.setattr("recipes_lib.evals.recipe.EvalRecipe", Later)
+    assert load_eval(file).settings_key() == known != other
 
 
 def test_every_key_is_documented():

@@ -30,7 +30,7 @@ from recipes_lib.evals.prompts import (
 )
 
 HELD_OUT = ("test", "validation")
-CODE_VERSION = 4  # raised when a change of the code changes results
+CODE_VERSION = 4  # raised when a change of the code or of a default changes results
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 # what changes no answer and no verdict
 _ONLY_SPEED = {
@@ -323,14 +323,14 @@ class EvalRecipe(Section):
         """Return hashes of what decides a result: of the settings, and of their files and code."""
         left_out: Any = {"metrics": {"against"}, "generation": _ONLY_SPEED}
         left_out |= {"judge": {*_ONLY_SPEED, *TEXTS}}
-        values = {"name": self.name, **self.model_dump(exclude=left_out)}
+        # without defaults, so that a key that a later version adds changes no hash
+        values = [self.name, self.model_dump(exclude=left_out, exclude_defaults=True)]
         keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
         files = [self.path_of(f"data.{key}") for key in keys]
         files += _files_of_tasks(self.data)
         files += [file for key in TEXTS if self.judge and (file := self.judge.text(key))]
         read = [file_hash(file) for file in files if file.is_file()]
-        settings = hash_in(self.document.path.parent, values)
-        return f"{settings[:32]}-{hash_of(read, code)[:32]}"
+        return f"{hash_in(self.document.path.parent, values)[:32]}-{hash_of(read, code)[:32]}"
 
 
 def hash_in(folder: Path, values: Any) -> str:
