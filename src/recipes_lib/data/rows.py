@@ -327,7 +327,7 @@ def check_roles(messages: Sequence[Message]) -> None:
     in_order = re.match("s?(ua(t+a)*)*", "".join(role[0] for role in roles))
     number = in_order.end() if in_order else 0
     if number < len(roles) or "assistant" not in roles:
-        expected = "expected user and assistant in turn, the assistant last"
+        expected = "expected user and assistant in turn, assistant last"
         raise BadRow(f"roles from message {number} on: {listed(roles[number:], 3)}; {expected}")
 
 
@@ -487,7 +487,7 @@ def hub_data_set(source: SourcePart) -> Dataset:
     try:
         return datasets.load_dataset(name, source.subset, **keys)
     except Exception as error:  # the Hub's client raises many types; each becomes one line
-        what = f"'{name}' is not a file or folder, and the Hub gave: {one_line(error)}"
+        what = f"'{name}' is not a file or folder, nor found on the Hub: {one_line(error)}"
         hint = f"check the name (private: hf auth login), or put a file at {name}/train.jsonl"
         raise SettingError("data.source", what, hint) from error
 

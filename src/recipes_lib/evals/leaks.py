@@ -15,7 +15,7 @@ from recipes_lib.evals.log import EvalLog
 from recipes_lib.evals.questions import load_questions, local_questions
 from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe
 
-_OF_HUB = "on the Hub, so that is done before the first training"
+_OF_HUB = "on the Hub, so the search runs before the first training"
 _QUESTION_KEYS = ("question", "query", "prompt", "instruction", "problem")
 _LONG = 12  # spaces: a text of more is known by its 13-grams
 # arms that differ in anything but their rows are searched once
@@ -96,7 +96,7 @@ def _texts_of(
         return list(_row_texts(recipe, trained))
     if recipe.suite.name == "lm_eval":
         if samples is None:
-            raise DataError("lm-eval reads them, so that is done with each evaluation")
+            raise DataError("lm-eval reads them, so the search runs with each evaluation")
         return list(_harness_texts(samples))
     chosen = load_questions(recipe) if fetch else local_questions(recipe)
     if chosen is None:
