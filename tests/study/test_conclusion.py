@@ -16,7 +16,7 @@ from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import report as reporting
-from recipes_lib.study.config import Study, load_study
+from recipes_lib.study.config import Arm, Study, load_study
 from recipes_lib.study.report import gate, report_study
 from recipes_lib.study.run import study_folder as folder_of
 
@@ -56,7 +56,7 @@ def test_the_first_verdicts_lock_the_design_and_an_interim_look_has_none(
     assert (folder_of(study) / "report" / "report.html").is_file()
 
 
-def test_a_design_changed_after_the_verdicts_leaves_none(file: Path) -> None:
+def test_a_design_changed_after_the_verdicts_leaves_none(file: Path, monkeypatch) -> None:
     text = file.read_text().replace("seeds: [42]", "seeds: [42, 43]")
     file.write_text(text)
     report_study(load_study(file))
@@ -84,6 +84,9 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path) -> None:
     there = file.parents[1] / "elsewhere" / file.parent.name
     shutil.copytree(file.parent, there)
     assert not report_study(load_study(there / file.name))[0].descriptive
+    resolved, later = Arm.resolved, {"data.later": None, "train.later": False}
+    monkeypatch.setattr(Arm, "resolved", lambda arm: resolved(arm) | later)
+    assert not report_study(load_study(file))[0].descriptive
     for what, (old, new) in changes_of.items():
         file.write_text(text.replace(old, new))
         report, _ = report_study(load_study(file))

@@ -425,8 +425,8 @@ Engine: TypeAlias = HFEngine | OpenAIEngine
 
 
 def answered_by(section: ServerSection, model: str, weights: str | None) -> str:
-    """Return what the answers of a model are known by: the hash of its weights, where they are
-    known, and of a server also the name that it serves them under.
+    """Return what answers are known by: the hash of the weights, and the name that a server has
+    for them.
     """
     if section.engine != "openai":
         return str(weights)

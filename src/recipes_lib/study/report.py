@@ -76,7 +76,8 @@ def design_values(study: Study) -> dict[str, Any]:
     """Return what must not change once verdicts were seen."""
 
     def hashed(arm: Arm) -> str:
-        values = {key: value for key, value in arm.resolved().items() if key not in _FREE_OF_ARM}
+        every = arm.resolved().items()  # a later version adds empty ones
+        values = {key: value for key, value in every if value and key not in _FREE_OF_ARM}
         return hash_in(study.document.path.parent, values)
 
     return {
