@@ -5,6 +5,7 @@ nothing of it.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from recipes_lib.train import main as train
 
 Verb = Callable[..., tuple[int, str, str]]
 ALONE = """
@@ -44,6 +47,23 @@ def test_nothing_of_this_machine_is_in_an_export(runs, recipes, tmp_path) -> Non
             for trace in (*map(str, (tmp_path, Path.home(), Path.cwd())), "recipes_lib"):
                 assert trace.encode() not in content, (file, trace)
         assert (tmp_path / f"out-{name}").stat().st_mode & 0o777 == 0o755
+
+
+def test_an_exported_tokenizer_has_its_tokens_that_begin_like_a_path(
+    tiny_recipe, tiny_model_dir, recipes, tmp_path
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["/nothink"]})
+    tokenizer.save_pretrained(model)
+    words = [f"model.name_or_path={model}", "model.resize_embeddings=true", "train.max_steps=2"]
+    assert train([str(tiny_recipe), *words]) == 0
+    export(recipes, "tiny", tmp_path / "out")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("say nothink", "/nothink now"):
+        assert exported(text).input_ids == tokenizer(text).input_ids, text
 
 
 def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_from(

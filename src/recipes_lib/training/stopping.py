@@ -26,7 +26,6 @@ from recipes_lib.core.ranks import agree_on_largest, rank, shared_store, world_s
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
 STOPPING = "stopping once a checkpoint or the weights are saved (Ctrl-C again ends at once) ..."
-# where `recipes train` and a cluster job read the exit code
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
 ALL_FAIL_WITHIN_S = 2.0  # where all ranks fail for one reason
 _POLL_S = 0.05

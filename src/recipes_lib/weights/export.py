@@ -46,10 +46,9 @@ if TYPE_CHECKING:
     import torch
 
 _WITH_PATHS = (ADAPTER_CONFIG, "config.json", "tokenizer_config.json")
-_PATH = re.compile(r'"~?/(?:[^"\\]*/)?([^"/\\]+)/?"')  # an absolute one in JSON, and its last part
-# SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the adapter's effect, a 4-bit adapter on
-# the original 16-bit base 32%.
-LOST_LIMIT = 0.25
+# an absolute one in JSON, and its last part; "/nothink" is a token of GLM-4.5
+_PATH = re.compile(r'"~?/[^"\\]*/([^"/\\]+)/?"')
+LOST_LIMIT = 0.25  # measured: 3 to 5% in bfloat16, 32% on another base (docs/weights.md)
 QUESTIONS = (
     "Explain to a child why the sky is blue.",
     "Write three short tips for someone who starts a new job.",
