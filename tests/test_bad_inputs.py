@@ -244,9 +244,7 @@ def test_a_runs_folder_that_cannot_be_made_is_exit_5(tiny_recipe, tmp_path, monk
     assert "internal error" not in said
 
 
-def test_a_model_with_a_grown_vocabulary_and_no_padding_token_trains(
-    tiny_recipe, tiny_model_dir, tmp_path
-):
+def test_a_grown_vocabulary_without_padding_trains(tiny_recipe, tiny_model_dir, tmp_path):
     """The padding token becomes the end token, which keeps its loss."""
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     bigger_vocabulary(folder)

@@ -17,7 +17,6 @@ import importlib
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -91,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", "", FutureWarning, r"(transformers|trl|peft|torch)\.")
     debug = "--debug" in words
     try:
         code = _run([word for word in words if word != "--debug"], debug)
@@ -118,8 +116,8 @@ def _run(words: Sequence[str], debug: bool) -> int:
         lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
         for group, verbs in (("start here", START_HERE), ("more", MORE)):
             lines += ["", group, *(f"  {verb:<9} {text}" for verb, (_, text) in verbs.items())]
-        say("\n".join([*lines, "", "help for one verb: recipes VERB --help"]))
-        return next_step("recipes ls")
+        say(*lines, "", "help for one verb: recipes VERB --help")
+        return next_step("ls")
     if words[0] == "--version":
         say(__version__)
         return int(ExitCode.DONE)

@@ -37,9 +37,7 @@ def compare(capsys, *words, code=0) -> str:
     return err if code else out
 
 
-def test_the_table_names_arms_effect_p_and_verdict_and_is_one_object_or_file(
-    runs, tmp_path, capsys
-):
+def test_the_table_names_effects_and_verdicts_as_text_object_or_file(runs, tmp_path, capsys):
     shown = compare(capsys, "r8", "r32")
     for word in ("r32 against r8", "AlpacaEval win rate, head to head", "p (Holm)", "pass rate"):
         assert word in shown

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from recipes_lib.cli import main
 from recipes_lib.commands import doctor
+from recipes_lib.core.environment import describe_devices, quiet_libraries
 
 
 def test_each_topic_has_its_line_and_no_token_is_printed(monkeypatch, capsys):
@@ -13,6 +16,16 @@ def test_each_topic_has_its_line_and_no_token_is_printed(monkeypatch, capsys):
     for word in (" versions ", " device ", "a token is set", "GiB free"):
         assert word in out
     assert "planted" not in out and out.splitlines()[-1] == "next: recipes ls"
+
+
+def test_torch_is_announced_before_it_loads_and_threads_are_counted(monkeypatch, capsys):
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert describe_devices()[0].endswith(" 1 thread")
+    monkeypatch.delitem(sys.modules, "torch")
+    quiet_libraries()
+    assert capsys.readouterr().err == "loading torch ...\n"
 
 
 def test_a_check_that_crashes_is_a_finding_with_exit_code_5(monkeypatch, capsys):

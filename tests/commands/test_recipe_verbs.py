@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import yaml
@@ -123,14 +124,18 @@ def test_explain_says_type_default_and_documentation(said):
         ("train.activation_checkpointing", ["default false (project default"]),
         ("data.split.method", ["hash", "published", "none"]),
         ("train", ["trl.SFTConfig", "learning_rate", "packing"]),
+        ("judge.max_context_tokens", ["eval.judge.max_context_tokens: integer >= 1"]),
+        ("seeds", ["study.seeds: list or null"]),
     ):
         out = said("explain", key)
         assert not [word for word in words if word not in " ".join(out.split())], out
-    sections = ["model", "quantization", "lora", "data", "train", "run", "launch"]
-    assert [line.split()[0] for line in said("explain").splitlines()[:-1]] == sections
+    sections = "model quantization lora data train run launch eval study profile"
+    assert [line.split()[0] for line in said("explain").splitlines()[:-1]] == sections.split()
     for key, words in (
         ("train.lerning_rate", "did you mean train.learning_rate?"),
         ("rubbish_zzz", "unknown key"),
+        ("size", "train.per_device_train_batch_size, "),
+        ("train.output_dir", "recipes export"),
     ):
         assert words in said("explain", key, code=2)
 
@@ -139,14 +144,24 @@ def test_check_takes_files_and_folders_and_leaves_runs_and_hidden_ones_alone(sai
     root = project_root()
     folders = [root / "recipes/quickstart", root / "accelerate_configs"]
     count = sum(len(list(folder.glob("*.yaml"))) for folder in folders)
-    out = said("check", *map(str, folders), str(folders[0] / "lora-r8.yaml"))
-    assert out.splitlines()[0] == f"{count} files ok"
-    assert out.splitlines()[-1].startswith("next: recipes data ")
+    out = said("check", *map(str, folders), str(folders[0] / "lora-r8.yaml")).splitlines()
+    assert out[0] == f"{count} files ok" and out[-1].startswith("next: recipes data ")
     assert said("check", str(folders[1])).endswith("next: recipes ls\n")
     for folder in ("runs/x", ".hidden", "recipes"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "r.yaml").write_text("model: {name_or_path: a}\ndata: {source: b}\n")
     assert said("check", ".").startswith("1 file ok")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "response": "b"}\n' * 20)
+    assert "rows.jsonl: is a file of rows" in said("check", "rows.jsonl", code=2)
+    data = "data: {source: rows.jsonl, prompt_format: chat, chat_template: %s}\n"
+    for template, words in (("gone.jinja", "cannot be read"), ("trl:lama3", "trl:llama3?")):
+        (tmp_path / "r.yaml").write_text("model: {name_or_path: a/b}\n" + data % template)
+        out = said("check", "r.yaml", code=4)
+        assert "r.yaml:2: " in out and words in out
+    (tmp_path / "recipes/r.yaml").write_text("extends: ../_b.yaml\n")
+    (tmp_path / "_b.yaml").write_text("run: {nam: x}\n")
+    os.chdir(tmp_path / "runs")
+    assert f"{tmp_path}/_b.yaml:1: unknown key" in said("check", "../recipes/r.yaml", code=2)
 
 
 def test_check_reports_a_mistake_in_a_shared_base_once(said, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from recipes_lib.cli import main
-from recipes_lib.core.run_directory import LOCK_NOTE, RunDirectory
+from recipes_lib.core.run_directory import RunDirectory
 
 
 def make_run(root, name: str, updated: str, **fields) -> None:
@@ -39,7 +39,7 @@ def test_the_table_and_one_run_and_the_next_command(tmp_path, monkeypatch, capsy
     torn.write_text('{"state": "running", "updated": null}')
     assert any(line.split()[:2] == ["torn", "died"] for line in status(capsys))
     note = {"holder": "process 7 on host gpu3"}  # of a process that was killed
-    (tmp_path / "a-new" / LOCK_NOTE).write_text(json.dumps(note))
+    (tmp_path / "a-new" / "lock.json").write_text(json.dumps(note))
     shown = status(capsys, "a-new")
     assert shown[0] == "a-new: finished"
     assert "  first_loss: not measured" in shown and shown[-1] == "next: recipes chat a-new"

@@ -124,9 +124,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_a_failed_run(tiny_recipe: 
 
 
 @pytest.mark.slow
-def test_a_bare_launch_of_two_ranks_trains_and_says_once_what_is_wrong_with_a_recipe(
-    tiny_recipe, tmp_path, forks
-):
+def test_a_bare_launch_of_two_ranks_trains_and_says_errors_once(tiny_recipe, tmp_path, forks):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     config = project_root() / "accelerate_configs" / "ddp_cpu.yaml"
     command = [*launcher, str(config), "-m", "recipes_lib.train", str(tiny_recipe)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 
+from tests.test_bad_inputs import missing_words
+
 from recipes_lib.cli import main
 
 # (section, line written into it, words of the answer); the sections' first keys stand on these
@@ -33,6 +35,7 @@ GOOD = "model:\n  name_or_path: a/b\ndata:\n  source: rows.jsonl\n"
 EIGHT = "quantization:\n  load_in_8bit: true\n"
 WRAPPED = "train: {packing: true, packing_strategy: wrapped}\n"
 BOTH = "lora: {r: 8}\nquantization:\n  load_in_8bit: true\n  load_in_4bit: true\n"
+NINES = "".join(f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 9)}]\n" for n in range(1, 9))
 NONE_OUT = "  split: {method: none}\ntrain: {eval_strategy: epoch}\n"
 # (content, line or None, words)
 BAD_FILES = [
@@ -63,12 +66,13 @@ BAD_FILES = [
     (GOOD.encode() + b"run:\n  notes: caf\xe9\n", 6, "not UTF-8"),
     ("model_name_or_path: a/b\nlearning_rate: 1e-4\n", None, "flat TRL config recipes migrate"),
     ("base_model: a/b\nsequence_len: 3\n", None, "axolotl"),
+    (GOOD.replace("model:\n  name_or_path:", "model:"), 1, "model: valid dictionary, got"),
+    (GOOD + "train:\n  seed: 1\n bf16: true\n", 7, "block mapping"),
+    (GOOD + "train: {seed: 1\nrun: {name: a}\n", 5, "flow mapping"),
+    (GOOD + "x: &a [*a]\n", 5, "nested too deeply"),
+    (GOOD + f"x0: &x0 {[1] * 9}\n" + NINES, 5, "too many values"),
     ("colour: blue\n", None, "unknown kind colour"),
 ]  # fmt: skip
-
-
-def missing_words(said: str, words: str) -> list[str]:
-    return [word for word in words.split() if word not in said]
 
 
 def test_a_bad_line_is_answered_at_its_file_and_line_with_a_remedy(write_with, capsys):

@@ -15,10 +15,8 @@ from recipes_lib.config.launch import (
 )
 from recipes_lib.core.errors import RecipeError
 
-FSDP = (
-    "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2, fsdp_state_dict_type:"
-    " FULL_STATE_DICT}\n"
-)
+SHARDS = "{fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT}"
+FSDP = f"distributed_type: FSDP\nfsdp_config: {SHARDS}\n"
 # (text, words of the answer)
 BAD_CONFIGS = [
     ("distributed_type: DEEPSPEED\n", "distributed_type: Input should be"),
@@ -114,9 +112,7 @@ def test_the_next_line_of_a_dry_run_is_the_command_without_it(capsys):
     assert shlex.split(command)[-2:] == [override, "--resume-anyway"]
 
 
-def test_a_config_of_another_precision_than_the_recipe_is_refused(
-    tmp_path, tiny_recipe_text, capsys
-):
+def test_a_config_of_another_precision_is_refused(tmp_path, tiny_recipe_text, capsys):
     foreign, recipe = tmp_path / "foreign.yaml", tmp_path / "tiny.yaml"
     text = tiny_recipe_text(tmp_path)
     for precision in ("bf16", "fp16"):

@@ -43,9 +43,7 @@ def migrated(tmp_path, capsys):
     return work
 
 
-def test_every_style_passes_the_check_and_accounts_for_every_key_and_comment(
-    migrated, tmp_path, capsys
-):
+def test_every_style_passes_and_accounts_for_keys_and_comments(migrated, tmp_path, capsys):
     for path in FLAT.glob("*.yaml"):
         _, text, printed = migrated(path.stem)
         assert main(["check", str(tmp_path / "out" / "recipe.yaml")]) == 0
@@ -98,6 +96,8 @@ BECOMES = [
     ("dataset_text_field: body", "data.prompt_format", "raw"),
     ("output_dir: out/my run", "run.name", "my-run"),
     ("eval_strategy: steps", "data.split", {"validation": 0.1}),
+    ("dataset_mixture: [{id: x/y, weight: 0.5}, z/w]", "data.source",
+     [{"source": "x/y", "weight": 0.5}, "z/w"]),
     ("gradient_checkpointing: true", "train.activation_checkpointing", True),
     ("chat_template: |-\n  {% x %}\n  # no comment\n", "data.chat_template",
      "{% x %}\n# no comment"),
@@ -106,7 +106,7 @@ BECOMES = [
 
 def test_old_names_and_forms_become_todays(migrated):
     for lines, key, value in BECOMES:
-        values, _, _ = migrated(SHORT + lines + "\n")
+        values, _, _ = migrated(f"{lines}\n{SHORT}")
         section, _, name = key.partition(".")
         assert values[section][name] == value, lines
 
@@ -125,6 +125,8 @@ REFUSED = [
     (SHORT + "seed: 1\nseed: 2\n", "flat.yaml:4: duplicate key 'seed'"),
     (SHORT + "hub_token: hf_abcdefghijklmnopqrstuvwx\n", "flat.yaml:3: this looks like a secret"),
     (SHORT + "beta: 0.1\n", "DPO"),
+    (SHORT + "num_generations: 8\n", "GRPO"),
+    (SHORT + "stage: sft\n", "LLaMA-Factory"),
     ("base_model: a\nsequence_len: 3\n", "axolotl"),
     ("model: {name_or_path: a}\n", "of kind flat, found recipe"),
     ("learning_rate: 1\n", "found unknown"),

@@ -158,9 +158,7 @@ def test_damaged_missing_and_pickled_weights_are_refused(write, model):
     assert "model.safetensors is damaged or missing" in problems()
 
 
-def test_a_causal_model_whose_code_is_allowed_and_whose_weights_are_not_packed_is_taken(
-    write, model
-):
+def test_a_causal_model_with_allowed_code_and_plain_weights_is_taken(write, model):
     config = json.loads((model / "config.json").read_text())
     code = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
     for values, allowed, words in (
@@ -177,5 +175,5 @@ def test_a_causal_model_whose_code_is_allowed_and_whose_weights_are_not_packed_i
 
 
 def test_a_package_that_is_missing_is_named_before_anything_is_loaded(write_with, capsys):
-    assert main(["check", "--full", str(write_with("train", "report_to: [swanlab]"))]) == 2
+    assert main(["check", "--full", str(write_with("train", "report_to: [swanlab]"))]) == 5
     assert "r.yaml:8: train.report_to: swanlab is not installed" in capsys.readouterr().err

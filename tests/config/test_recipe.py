@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from recipes_lib.cli import main
-from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, load_recipe
+from recipes_lib.config.recipe import load_recipe
 
 
 def test_values_have_their_origin_down_to_the_line(write):
@@ -20,8 +20,8 @@ def test_values_have_their_origin_down_to_the_line(write):
         "data.source": "base/_b.yaml:3",
         "data.split.validation": "base/_b.yaml:4",
         "train.seed": "command line",
-        "train.logging_nan_inf_filter": str(PROJECT_DEFAULT),
-        "model.dtype": str(UPSTREAM_DEFAULT),
+        "train.logging_nan_inf_filter": "project default",
+        "model.dtype": "default",
     }.items():
         assert str(recipe.origin_of(key)) == place
     for key, place in {"lora.r": ":2", "lora.bias": ":2", "launch.accelerate": ""}.items():
@@ -41,14 +41,15 @@ def test_paths_are_meant_from_the_file_that_wrote_them(write):
     mixture = load_recipe("r.yaml", ["data.source=[{source: rows.jsonl, weight: 2}, org/rows]"])
     part, hub = mixture.data.source
     assert (part.source, part.weight, hub) == (str(here / "rows.jsonl"), 2, "org/rows")
+    write("", "base/models/own/config.json")
+    write("model: {name_or_path: models/own}\nextends: _b.yaml\n", "base/own.yaml")
+    assert load_recipe("base/own.yaml").model.name_or_path == str(here / "base/models/own")
     for template in ("{{ messages }}", "trl:gemma3"):  # these and a Hub id are no paths
         recipe = load_recipe("r.yaml", [f"data.chat_template='{template}'"])
         assert recipe.data.chat_template == template
 
 
-def test_a_resolved_recipe_and_what_show_prints_are_the_same_recipe_anywhere(
-    write, tmp_path, capsys
-):
+def test_a_resolved_and_a_shown_recipe_are_the_same_anywhere(write, tmp_path, capsys):
     write("model: {name_or_path: a/b}\ndata: {source: rows.jsonl}\nlora: {}\n", "base/_b.yaml")
     Path("base/rows.jsonl").write_text('{"instruction": "a", "response": "b"}\n' * 20)
     write("extends: base/_b.yaml\ntrain: {eval_strategy: no, learning_rate: 1e-5}\n")

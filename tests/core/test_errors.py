@@ -25,6 +25,7 @@ FAULTS = (
     PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/a/file"),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
     ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    RuntimeError("basic_ios::clear: iostream error"),  # torch's writer of small files
     MemoryError(),
 )
 

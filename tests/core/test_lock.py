@@ -50,9 +50,7 @@ def queued_again(monkeypatch: pytest.MonkeyPatch, job: str, count: int) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
 
 
-def test_a_job_that_was_queued_again_asks_its_earlier_try_to_stop_and_waits_for_its_end(
-    start, tmp_path, monkeypatch, capsys
-):
+def test_a_requeued_job_stops_its_earlier_try_and_waits(start, tmp_path, monkeypatch, capsys):
     child = start(SLURM_JOB_ID="7")
     queued_again(monkeypatch, "7", 1)
     with lock.run_lock(tmp_path / "mine"):

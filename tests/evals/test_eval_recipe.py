@@ -66,6 +66,9 @@ def test_a_mistake_is_named_with_its_line(tmp_path, capsys):
 
 
 def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp_path, capsys):
+    (tmp_path / "loss.yaml").write_text("suite: {name: heldout_loss}\ndata: {questions: train}\n")
+    assert main(["check", str(tmp_path / "loss.yaml")]) == 4
+    assert "loss.yaml:2: data.questions: no such file: " in capsys.readouterr().err
     (tmp_path / "q.jsonl").write_text('{"prompt": "x", "check": "exactly", "expected": "a"}\n')
     path, alpaca = tmp_path / "mine.yaml", "suite: {name: alpaca_eval}\nextends: judge.yaml\n"
     judged, checks = f"{alpaca}data: {{questions: q.jsonl}}\n", "suite: {name: checks}\ndata:"

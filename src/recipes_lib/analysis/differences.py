@@ -17,7 +17,7 @@ from typing import Any, Literal
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.runs import ArmRuns, Run
 from recipes_lib.analysis.text import setting_text
-from recipes_lib.config.recipe import recipe_keys
+from recipes_lib.config.recipe import RecipeFile, keys_of
 from recipes_lib.core.files import DataError, hash_of, read_object
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
 
@@ -155,7 +155,7 @@ def _value(key: str, values: KeyValues) -> Any:
     section = key.partition(".")[0]
     if values.get(key) is not None or not any(name.startswith(f"{section}.") for name in values):
         return values.get(key)
-    return recipe_keys().get(key, {}).get("default")
+    return keys_of(RecipeFile).get(key, {}).get("default")
 
 
 # ---- What runs recorded ----

@@ -75,8 +75,7 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         "interval": lambda limits, unit: text.interval_text(limits, unit, signed=False),
     }
     style, script = (
-        Markup((TEMPLATES / name).read_text(encoding="utf-8"))
-        for name in ("report.css", "samples.js")
+        Markup((TEMPLATES / name).read_text("utf-8")) for name in ("report.css", "samples.js")
     )
     samples = sample_data(arms)
     ours = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}

@@ -21,12 +21,6 @@ from recipes_lib.slurm.profile import Profile, known_profiles, load_profile
 if TYPE_CHECKING:
     from recipes_lib.slurm.prefetching import Need
 
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-}
-
 
 def run_launch(
     words: Annotated[list[str], "a recipe or a study; or: status [NAME], cancel NAME"],
@@ -38,7 +32,7 @@ def run_launch(
     nodes: Nodes = None,
     gpus: Gpus = None,
     stages: Annotated[str | None, "some of train,eval,report; default: all"] = None,
-    evals: Annotated[list[str], "eval recipes for a recipe; default: the three in evals/"] = [],  # noqa: B006 (it is not changed)
+    evals: Annotated[list[str], "eval recipes for a recipe; default: the three in evals/"] = [],
     dry_run: Annotated[bool, "only print the sbatch lines and what the scripts run"] = False,
     prepare: Annotated[bool, "only write the jobs' scripts and print their folder"] = False,
     resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
@@ -71,7 +65,7 @@ def run_launch(
         print(plan.folder)
         return ExitCode.DONE
     if dry_run:
-        say("\n".join(_dry_run_lines(plan, site, shlex.join(["recipes", *typed]))))
+        say(*_dry_run_lines(plan, site, shlex.join(["recipes", *typed])))
         return ExitCode.DONE
     for warning in dict.fromkeys(plan.warnings):
         say(warning)
@@ -80,7 +74,7 @@ def run_launch(
         arms = f" ({len(job.tasks)} arms)" if len(job.tasks) > 1 else ""
         waits = ", ".join([*job.after, *job.after_any])
         say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
-    return next_step("recipes", "launch", "status", plan.name)
+    return next_step("launch", "status", plan.name)
 
 
 def _dry_run_lines(plan: JobPlan, site: Profile, typed: str) -> Iterator[str]:
@@ -89,9 +83,9 @@ def _dry_run_lines(plan: JobPlan, site: Profile, typed: str) -> Iterator[str]:
     yield "# paste these lines into bash; the first one writes the scripts"
     yield typed.replace(" --dry-run", " --prepare")
     for job, line in queue.sbatch_lines(plan):
-        unit = ("GPU",) if job.uses_gpus else ("process", "processes")
+        unit = "GPU" if job.uses_gpus else "process"
         arms = f"{len(job.tasks)} arms, each " if len(job.tasks) > 1 else ""
-        yield f"# {job.label}: {arms}{count(job.nodes, 'node')} x {count(job.processes, *unit)}"
+        yield f"# {job.label}: {arms}{count(job.nodes, 'node')} x {count(job.processes, unit)}"
         yield line
         script = [*directives(job, plan.folder, site), *job_commands(job)]
         yield from (f"#     {text}" for text in "\n".join(script).split("\n"))
@@ -115,7 +109,9 @@ def run_prefetch(
     if profile:
         load_profile(profile).enter()
     if check:
-        os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
+        # the Hub's libraries read them once, when they are imported
+        for name in ("HUB_OFFLINE", "DATASETS_OFFLINE", "DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ[f"HF_{name}"] = "1"
     evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
     needs: dict[Need, None] = {}
     for file in files:
@@ -133,4 +129,4 @@ def run_prefetch(
     say(f"{len(needs) - missing} of {len(needs)} {how}")
     if missing or check:
         return ExitCode.ENVIRONMENT if missing else ExitCode.DONE
-    return next_step("recipes", "prefetch", *files, *values, "--check")
+    return next_step("prefetch", *files, *values, "--check")

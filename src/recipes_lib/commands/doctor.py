@@ -31,7 +31,7 @@ def run_doctor() -> int:
         for level, text, remedy in findings:
             say(f"{level:<5} {topic:<13} {text}{f' -> {remedy}' if remedy else ''}")
             failed |= level == FAIL
-    return ExitCode.ENVIRONMENT if failed else next_step("recipes ls")
+    return ExitCode.ENVIRONMENT if failed else next_step("ls")
 
 
 def check_versions() -> Iterator[DoctorLine]:

@@ -40,7 +40,7 @@ def run_eval(
         results = [{**to_json(log), "file": shown_path(log.file)} for log in logs]
         return print_json(results[0] if len(results) == 1 else {"results": results})
     say_results(logs)
-    return next_step("recipes", "compare", *dict.fromkeys(log.target for log in logs))
+    return next_step("compare", *dict.fromkeys(log.target for log in logs))
 
 
 def run_judge_audit(
@@ -59,14 +59,14 @@ def run_judge_audit(
     card, kept = audit_on_labels(judge, labels, limit, probe_pairs)
     if json:
         return print_json(asdict(card))
-    say("\n".join([*scorecard_lines(card), f"kept in {shown_path(kept)}"]))
+    say(*scorecard_lines(card), f"kept in {shown_path(kept)}")
     return ExitCode.DONE
 
 
 def run_compare(
     runs: Annotated[list[str], "evaluated runs, lm-eval folders, alpaca_eval annotations"],
     *,
-    margin: Annotated[list[str], "negligible differences: win_rate='2 points' loss=0.005"] = [],  # noqa: B006 (it is not changed)
+    margin: Annotated[list[str], "negligible differences: win_rate='2 points' loss=0.005"] = [],
     html: Annotated[Path | None, "write the report as one self-contained file"] = None,
     json: Annotated[bool, "print one JSON object: rows, scores, findings"] = False,
 ) -> int:
@@ -91,11 +91,11 @@ def run_compare(
         write_text(html, report_html(conclusion, arms))
     if json:
         return print_json(conclusion.to_dict())
-    say("\n".join(conclusion_lines(conclusion)))
+    say(*conclusion_lines(conclusion))
     if html:
         say(f"\nreport: {shown_path(html)}")
         return ExitCode.DONE
-    return next_step("recipes", "compare", *runs, "--html", "report.html")
+    return next_step("compare", *runs, "--html", "report.html")
 
 
 def _margin(word: str) -> tuple[str, Margin]:

@@ -31,8 +31,8 @@ def run_ls(*, json: Json = False) -> int:
     if json:
         return print_json(recipes)
     titles = ("name", "method", "launch", "model")
-    say("\n".join(aligned([titles, *([row[title] for title in titles] for row in recipes)])))
-    return next_step("recipes", "new", "my-first", "--from", recipes[0]["name"])
+    say(*aligned([titles, *([row[title] for title in titles] for row in recipes)]))
+    return next_step("new", "my-first", "--from", recipes[0]["name"])
 
 
 def _recipe_line(file: Path, folder: Path) -> Row | None:
@@ -72,10 +72,10 @@ def run_status(
         return print_json(rows)
     if not rows:
         say(f"no runs in {runs_root()}")
-        return next_step("recipes train quickstart/lora-r8")
+        return next_step("train", "quickstart/lora-r8")
     titles = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
-    say("\n".join(aligned([titles, *([_cell(value) for value in row.values()] for row in rows)])))
-    return next_step("recipes", "status", max(rows, key=lambda row: row["updated"])["run"])
+    say(*aligned([titles, *([_cell(value) for value in row.values()] for row in rows)]))
+    return next_step("status", max(rows, key=lambda row: row["updated"])["run"])
 
 
 def _run_line(run: RunDirectory) -> Row:
@@ -121,5 +121,7 @@ def _show_run(run: RunDirectory, as_json: bool) -> int:
         say(f"  {key}: {value if value is not None else 'not measured'}")
     if state == "running":
         say("to save a checkpoint and stop:")
-        return next_step("touch", run.stop_file)
-    return next_step(f"recipes chat {run.name}" if state == "finished" else run.train_command())
+        return next_step(run.stop_file, program="touch")
+    if state == "finished":
+        return next_step("chat", run.name)
+    return next_step("train", shown_path(run.path / "resolved.yaml"))

@@ -31,16 +31,31 @@ from recipes_lib.config.launch import (
 )
 from recipes_lib.config.new import Method, migrate, new_recipe, schema_line
 from recipes_lib.config.parsing import judge
-from recipes_lib.config.recipe import Recipe, check_recipe, load_recipe, recipe_keys, recipe_of
-from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS
-from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.config.preflight import check_model_files, check_upstream
+from recipes_lib.config.recipe import (
+    Recipe,
+    RecipeFile,
+    check_recipe,
+    keys_of,
+    load_recipe,
+    recipe_of,
+)
+from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS, LoraSection, TrainSection
+from recipes_lib.core.environment import quiet_libraries
+from recipes_lib.core.errors import (
+    DataError,
+    ExitCode,
+    RecipeError,
+    RecipeErrors,
+    RecipesError,
+    print_error,
+)
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, recipe_path, shown_path
 from recipes_lib.core.terminal import aligned, count, next_step, say
-from recipes_lib.data.rows import check_rows, formats_of
+from recipes_lib.data.prompts import chat_template
+from recipes_lib.data.rows import check_rows, formats_of, place
 from recipes_lib.training.resume_guard import differences, flatten
-
-Findings = tuple[list[RecipesError], list[RecipeError]]  # errors; warnings and notes
 
 # ---- new ----
 
@@ -72,7 +87,7 @@ def run_new(
         target.unlink()
         raise
     say(f"wrote {file}:\n{text.rstrip()}")
-    return next_step("recipes", "check", file)
+    return next_step("check", file)
 
 
 # ---- migrate ----
@@ -90,9 +105,8 @@ def run_migrate(
         raise RecipeError("exists already", hint, file=output)
     text, changes = migrate(config, schema_line(output))
     write_text(output, text)
-    say("\n".join(changes))
-    say(f"{output}: {len(changes)} changes")
-    return next_step("recipes", "check", "--full", output)
+    say(*changes, f"{output}: {len(changes)} changes")
+    return next_step("check", "--full", output)
 
 
 # ---- show ----
@@ -107,9 +121,9 @@ def run_show(
     """Print the recipe as YAML with the place of every value: the output is a recipe again."""
     loaded = load_recipe(recipe, overrides)
     if diff is not None:
-        say("\n".join(_differences(loaded, load_recipe(diff))))
+        say(*_differences(loaded, load_recipe(diff)))
         return ExitCode.DONE
-    # what somebody wrote and the project's defaults; paths are absolute, so it is a recipe anywhere
+    # absolute paths make it a recipe anywhere
     values, file = loaded.document.values, shown_path(loaded.path)
     named = {**values.get("run", {}), "name": loaded.name}
     lines = list(_lines(loaded, {**values, "train": loaded.train, "run": named}))
@@ -166,8 +180,8 @@ def run_explain(
     key: Annotated[str, "train.learning_rate, a section such as train, or nothing"] = "",
 ) -> int:
     """Print what is known about a key, a section's keys, or the sections."""
-    keys = recipe_keys()
-    name = _full_name(key) if key else ""
+    keys = _known_keys()
+    name = _full_name(key, keys) if key else ""
     inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
     if not inner:
         schema, (section, _, word) = keys[name], name.partition(".")
@@ -177,25 +191,42 @@ def run_explain(
         say(f"{name}: {_type_text(schema)}")
         if source or "default" in schema:
             say(f"  default {value_text(schema.get('default'))}{source}")
-        say(f"  {schema.get('description') or 'no documentation upstream'}")
+        text = schema.get("description") or "no documentation upstream"
+        say(f"  {' '.join(text.split())}")
         return ExitCode.DONE
     if name:
         say(f"{name}: {keys[name].get('description', '')}")
     rows = []
     for key, schema in inner.items():
         text = textwrap.shorten(schema.get("description") or "", 80, placeholder=" ...")
-        rows.append([f"  {key.removeprefix(f'{name}.')}", text])
-    say("\n".join(aligned(rows)))
-    return next_step("recipes", "explain", next(iter(inner)) if name else "train")
+        rows.append([f"  {key.rpartition('.')[2]}", text])
+    say(*aligned(rows))
+    return next_step("explain", next(iter(inner)) if name else "train")
 
 
-def _full_name(word: str) -> str:
-    """Return the dotted name of a key, completed if only one section has it."""
-    keys, plain = recipe_keys(), word.replace("-", "_")
-    ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
-    if plain in keys or len(ending) == 1:
-        return plain if plain in keys else ending[0]
-    raise RecipeError(f"unknown key '{word}'", *did_you_mean(plain, keys))
+def _known_keys() -> dict[str, JsonSchemaValue]:
+    """Return a recipe's keys, and those of other files under their kind: eval.suite.name."""
+    from recipes_lib.evals.recipe import EvalRecipe
+    from recipes_lib.slurm.profile import Profile
+    from recipes_lib.study.config import StudyFile
+
+    keys = {**keys_of(RecipeFile)}
+    for model in (EvalRecipe, StudyFile, Profile):
+        keys |= {model.kind: {"description": model.__doc__}, **keys_of(model, f"{model.kind}.")}
+    return keys
+
+
+def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
+    """Return a key's dotted name, completed if only one section (first, of a recipe) has it."""
+    plain = word.replace("-", "_")
+    for known in (keys_of(RecipeFile), keys):
+        ending = [key for key in known if key.endswith(f".{plain}")]
+        if plain in known or len(ending) == 1:
+            return plain if plain in known else ending[0]
+    gone = {**LoraSection.gone, **TrainSection.gone}.get(plain.rpartition(".")[2])
+    near = [key for key in keys if plain in key][:8]
+    hints = [gone] if gone else [f"keys: {', '.join(near)}"] if near else did_you_mean(plain, keys)
+    raise RecipeError(f"unknown key '{word}'", *hints)
 
 
 def _type_text(schema: JsonSchemaValue) -> str:
@@ -218,98 +249,93 @@ def run_check(
     *,
     full: Annotated[bool, "also build the objects of TRL and PEFT"] = False,
 ) -> int:
-    """Check every file; print warnings and notes, then all errors."""
+    """Check every file; print notes, then all errors."""
     files = list(dict.fromkeys(file for path in paths for file in _files(Path(path))))
-    checked = [check_file(file, full) for file in files]
-    # what stands in a base is said once
-    errors = {str(error): error for wrong, _ in checked for error in wrong}
-    notes = {
-        note.what if note.what.startswith("note:") else str(note): note
-        for _, noted in checked
-        for note in noted
-    }
-    by_place = sorted(errors.values(), key=lambda error: (str(error.file), error.line or 0))
-    for message in (*notes.values(), *by_place):
-        print_error(message)
+    if full:
+        quiet_libraries()
+    notes: list[RecipeError] = []
+    checked = [check_file(file, full, notes) for file in files]
+    for note in {note.what: note for note in notes}.values():
+        print_error(note)
     num_files = count(len(files), "file")
-    if errors:
-        broken = sum(bool(wrong) for wrong, _ in checked)
-        print_error(f"{count(len(errors), 'error')} in {broken} of {num_files}")
-        of_data = all(error.exit_code == ExitCode.DATA for error in by_place)
-        return ExitCode.DATA if of_data else ExitCode.USAGE
+    if errors := {str(error): error for wrong in checked for error in wrong}:
+        failure = RecipeErrors(errors.values())
+        print_error(failure)
+        print_error(f"{count(len(errors), 'error')} in {sum(map(bool, checked))} of {num_files}")
+        return failure.exit_code
     say(f"{num_files} ok")
     verbs = {"recipe": ("data",), "study": ("study", "plan")}
     for file in files:
         document = read(file)
         if document.kind in verbs and not document.is_base:
-            return next_step("recipes", *verbs[document.kind], shown_path(file))
-    return next_step("recipes ls")
+            return next_step(*verbs[document.kind], shown_path(file))
+    return next_step("ls")
 
 
-def check_file(path: Path, full: bool) -> Findings:
-    """Return what is wrong with a YAML file of any kind, and notes; `full` asks upstream too."""
+def check_file(path: Path, full: bool, notes: list[RecipeError]) -> list[RecipesError]:
+    """Return what is wrong with a YAML file; `full` asks upstream too, and notes what it cannot."""
+    errors: list[RecipesError] = []
     try:
-        document = read(path)
-        kind = document.kind
-        if kind == "recipe":
-            return _check_recipe(document, full)
-        if kind == "study":
-            return _check_study(path, full)
-        if kind == "accelerate":
-            return [*judge(AccelerateConfig, document, accelerate_rules)[1]], []
-        if kind == "profile":
-            from recipes_lib.slurm.profile import load_profile
-
-            load_profile(str(path))
-        elif kind == "judge":
-            from recipes_lib.evals.recipe import load_judge_file
-
-            load_judge_file(path)
-        elif kind == "eval":
-            from recipes_lib.evals.questions import local_questions
-            from recipes_lib.evals.recipe import load_eval
-
-            local_questions(load_eval(path))
-        elif kind != "lm_eval_task":  # it is seen with the eval recipe that names it
-            raise wrong_kind(document, "recipe")
+        errors.extend(_faults(path, full, notes))
     except RecipeError as error:
-        return [*error.errors], []
+        errors += error.errors
     except DataError as error:
-        return [error], []
-    return [], []
+        errors.append(error)
+    return errors
 
 
-def _check_recipe(document: Document, full: bool) -> Findings:
+def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[RecipesError]:
+    document = read(path)
+    kind = document.kind
+    if kind == "recipe":
+        yield from _recipe_faults(document, full, notes)
+    elif kind == "study":
+        from recipes_lib.study.config import load_study
+        from recipes_lib.study.run import unmet
+
+        study = load_study(path)
+        yield from unmet(study, study.arms)
+        for arm in study.arms if full else ():
+            for variant in (arm, *arm.candidates):
+                yield from check_upstream(variant.recipe, notes=notes)
+    elif kind == "accelerate":
+        yield from judge(AccelerateConfig, document, accelerate_rules)[1]
+    elif kind == "profile":
+        from recipes_lib.slurm.profile import load_profile
+
+        load_profile(str(path))
+    elif kind == "judge":
+        from recipes_lib.evals.recipe import load_judge_file
+
+        load_judge_file(path)
+    elif kind == "eval":
+        from recipes_lib.evals.questions import local_questions
+        from recipes_lib.evals.recipe import load_eval
+
+        local_questions(load_eval(path))
+    elif kind != "lm_eval_task":  # it is seen with the eval recipe that names it
+        raise wrong_kind(document, "recipe")
+
+
+def _recipe_faults(
+    document: Document, full: bool, notes: list[RecipeError]
+) -> Iterator[RecipesError]:
     file, wrong = check_recipe(document)
+    yield from wrong
     if file is None or document.is_base:
-        return [*wrong], []
-    try:
-        recipe = recipe_of(file, document)
-    except RecipeError as error:  # a run's name
-        return [*wrong, error], []
-    notes: list[RecipeError] = []
-    errors: list[RecipesError] = [*wrong]
+        return
+    recipe, errors = recipe_of(file, document), list[RecipeError]()
     folder = Path(recipe.model.name_or_path)
     if not wrong and (full or folder.is_dir()):
-        from recipes_lib.config.preflight import check_model_files, check_upstream
-
         errors += check_upstream(recipe, notes=notes) if full else check_model_files(recipe, folder)
-    if wrong or not errors:
-        errors += check_rows(recipe)
-    return errors, notes
-
-
-def _check_study(path: Path, full: bool) -> Findings:
-    from recipes_lib.config.preflight import check_upstream
-    from recipes_lib.study.config import load_study
-    from recipes_lib.study.run import unmet
-
-    study, warnings = load_study(path), list[RecipeError]()
-    errors = [*unmet(study, study.arms)]
-    for arm in study.arms if full else ():
-        for variant in (arm, *arm.candidates):
-            errors += check_upstream(variant.recipe, notes=warnings)
-    return errors, warnings
+        yield from errors
+    if not errors:
+        yield from check_rows(recipe)
+    try:
+        if recipe.data.chat_template:
+            chat_template(recipe.data, None)
+    except DataError as error:
+        yield place(recipe, error)
 
 
 def _files(path: Path) -> Iterable[Path]:

@@ -22,7 +22,7 @@ def run_study_plan(study: _StudyWord, overrides: Sequence[str]) -> int:
     """Show what is left to do and what it takes; change nothing."""
     loaded = studies.with_choices(load_study(study, overrides))
     studies.refuse_unmet(loaded)
-    say("\n".join(studies.plan_lines(loaded)))
+    say(*studies.plan_lines(loaded))
     return _next("run", loaded)
 
 
@@ -43,7 +43,7 @@ def run_study_run(
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         folder = studies.study_folder(loaded)
         answer = (object_or_none(folder / "comparison.json") or {}).get("answer", [])
-        say("\n".join(["", *answer]))
+        say("", *answer)
         if (page := folder / "report" / "report.html").is_file():
             say(f"report: {shown_path(page)}")
     _next("run" if code else "report", loaded)
@@ -58,7 +58,7 @@ def run_study_status(study: _StudyWord, overrides: Sequence[str], *, json: Json 
         return print_json({"study": loaded.name, "states": states})
     left = [row for row in states.items() if row[1] != "done"]
     say(f"{len(states) - len(left)} of {len(states)} trainings and results done")
-    say("\n".join(aligned(left) if left else []))
+    say(*aligned(left) if left else [])
     return _next("run" if left else "report", loaded)
 
 
@@ -80,20 +80,20 @@ def run_study_report(
         if json:
             print_json({"exit_code": int(code), "lines": lines})
         else:
-            say("\n".join(lines))
+            say(*lines)
         return code
     with run_lock(studies.study_folder(loaded)):
         conclusion, missing = report_study(loaded)
     if json:
         return print_json(conclusion.to_dict())
-    say("\n".join(conclusion_lines(conclusion)))
+    say(*conclusion_lines(conclusion))
     say(f"\nreport: {shown_path(studies.study_folder(loaded) / 'report' / 'report.html')}")
     if missing:
         return _next("run", loaded)
     first = studies.study_trainings(loaded)[0].run
-    return next_step("recipes", "export", first, "--to", f"{first}-export")
+    return next_step("export", first, "--to", f"{first}-export")
 
 
 def _next(action: str, study: Study) -> int:
-    """Name the next command, with the words of this one; return the code of what is done."""
-    return next_step("recipes", "study", action, study.document.file, *study.words)
+    """Name the next command, with the words of this one."""
+    return next_step("study", action, study.document.file, *study.words)

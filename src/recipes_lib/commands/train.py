@@ -56,7 +56,7 @@ def run_data(
     overrides: Sequence[str] = (),
     *,
     show: Annotated[int, "print N training rows as the model sees them (default 3)", 0] = 3,
-    against: Annotated[list[str], "evals whose questions must not be in the training rows"] = [],  # noqa: B006 (it is not changed)
+    against: Annotated[list[str], "evals whose questions must not be in the training rows"] = [],
 ) -> int:
     """Prepare the recipe's data, print the audit and some rows."""
     from recipes_lib.data.prepare import prepare_data
@@ -65,6 +65,7 @@ def run_data(
     words = [*overrides, *(word for word in against if "=" in word)]
     loaded = load_recipe(recipe, words)
     evals = [load_eval(word) for word in against if "=" not in word]
+    quiet_libraries()
     tokenizer = load_tokenizer(loaded)
     data = prepare_data(loaded, tokenizer)
     _say_audit(data.audit, f" (split: {data.splits['method']})")
@@ -78,7 +79,7 @@ def run_data(
     for row in data.train.select(range(min(show, len(data.train)))):
         _show_row(row, tokenizer)
     say()
-    return next_step("recipes", "train", recipe, *words)
+    return next_step("train", recipe, *words)
 
 
 def _say_audit(audit: DataAudit, split: str = "") -> None:
@@ -87,10 +88,10 @@ def _say_audit(audit: DataAudit, split: str = "") -> None:
     say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
     say(f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}")
     form = f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}"
-    say("\n".join([form, *audit.notes]))
+    say(form, *audit.notes)
     keys = ("total", "median", "max")
     cells = [[title, *(f"{of[key]:,}" for key in keys)] for title, of in audit.tokens.items()]
-    say("\n".join(["", *aligned([("tokens", *keys), *cells])]))
+    say("", *aligned([("tokens", *keys), *cells]))
     for note in audit.warnings:
         say(f"note: {note}")
 
@@ -123,7 +124,7 @@ def run_plan(
     if gpu not in (None, "cpu"):
         card_named(gpu)  # an unknown card is refused before torch is imported
     loaded = load_recipe(recipe, overrides)
-    # they import torch, and what is refused above does not wait for it
+    quiet_libraries()
     from recipes_lib.plan.plan import advise, launch_and_card, plan_of, rows_shown
     from recipes_lib.plan.plan import table as table_lines
 
@@ -134,18 +135,18 @@ def run_plan(
     if json:
         return print_json({key: value for _, _, values in rows for key, value in values.items()})
     lines = [f"{label:<9} {text}" for label, text, _ in rows if text]
-    say("\n".join([*lines, *(table_lines(plan, overrides) if table else ())]))
+    say(*lines, *(table_lines(plan, overrides) if table else ()))
     path = shown_path(loaded.path)
     say(f"$ {launch_line(plan.launch, path, overrides)}")
     if advice and "launch." in advice[0]:
         given = {}  # a flag would win over it
     words = [path, *(f"--{name}={value}" for name, value in given.items() if value), *overrides]
     if plan.fits:
-        return next_step("recipes", "train", *words)
+        return next_step("train", *words)
     if advice is None:
-        return next_step("recipes ls")
+        return next_step("ls")
     card = [f"--gpu={gpu}"] if gpu else []
-    return next_step(f"{shlex.join(['recipes', 'plan', *words, *card])} {advice[0]}")
+    return next_step("plan", *words, *card, *shlex.split(advice[0]))
 
 
 # ---- train ----
@@ -171,19 +172,19 @@ def run_train(
     loaded = load_recipe(recipe, overrides)
     launch = plan_launch(loaded.launch, accelerate, gpus, nodes)
     launch = place_machine(launch, machine_rank, main_process_ip, main_process_port)
-    this_command = shlex.join(["recipes", *(word for word in typed if word != "--dry-run")])
+    again = [word for word in typed if word != "--dry-run"]
     flags = flag_words(
         resume_anyway=resume_anyway, trust_remote_code=trust_remote_code, debug=debug
     )
     command = launch.command(["-m", "recipes_lib.train", recipe, *overrides, *flags])
     say(f"$ {shlex.join(command)}")
     if dry_run:
-        return next_step(this_command)
+        return next_step(*again)
     if launch.rank:
         say(f"machine {launch.rank} of {launch.machines}: the training prints on machine 0")
     code = supervise(command, loaded, launch)
     if code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
-        next_step(this_command)
+        next_step(*again)
     return code
 
 
@@ -192,8 +193,7 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
 
     A first Ctrl-C or SIGTERM asks for a checkpoint through the STOP file: the launcher would kill
     its ranks 30 s after a signal. A second one ends everything at once; so does the first before
-    the first step, when there is nothing to save. The ranks end with their launcher
-    (`stopping.end_with_launcher`).
+    the first step, when there is nothing to save.
     """
     run = RunDirectory(recipe.name)
     earlier = _steps_began(run)
@@ -223,7 +223,7 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
                 os.killpg(launcher.pid, signal.SIGKILL)
                 launcher.wait()
             time.sleep(_POLL_S)
-        text = report.read_text(encoding="utf-8") if report.is_file() else ""
+        text = report.read_text("utf-8") if report.is_file() else ""
         if text.isdecimal():
             return int(text)
         # rank 0 cannot report where the disk is full or it was killed
@@ -290,7 +290,7 @@ def run_chat(
                 form = f" in {recipe.base_format}" if recipe.base_format else ""
                 title = f"{name} {recipe.model.name_or_path}{form}"
             say(f"{title}\n{text or '(empty answer)'}\n")
-    return next_step("recipes", "export", runs[0], "--to", f"{trained[0].run.name}-export")
+    return next_step("export", runs[0], "--to", f"{trained[0].run.name}-export")
 
 
 def answer(family: Family, name: str, messages: Sequence[Message], sampling: Sampling) -> str:

@@ -32,7 +32,7 @@ def run_merge(
         f" them by {record['difference']:.3g}, which is {record['lost']:.1%} of that (allowed"
         f" {LOST_LIMIT:.0%})"
     )
-    return next_step("recipes", "export", run, "--to", f"{trained.run.name}-merged", "--merged")
+    return next_step("export", run, "--to", f"{trained.run.name}-merged", "--merged")
 
 
 def run_export(
@@ -47,7 +47,7 @@ def run_export(
     files = export(finished_run(open_run(run), remote_code=True), to, merged)
     mib = sum(file.stat().st_size for file in files) / 2**20
     say(f"exported {len(files)} files, {mib:,.1f} MiB: {to}")
-    say("\n".join(f"  {file.name}" for file in files))
+    say(*(f"  {file.name}" for file in files))
     if push_to_hub:
         say(f"pushed: {push(to.expanduser(), push_to_hub, public)}")
-    return next_step("less", to / "README.md")
+    return next_step(to / "README.md", program="less")

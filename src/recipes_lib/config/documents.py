@@ -36,20 +36,28 @@ for _name, _pattern in {
 }.items():
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), [None])
 
-# Kind of a file -> the top-level keys that give it away. The first with a key of the file is it.
+# Kind of a file -> top-level keys; the first kind with one of the file's is it.
 KINDS: dict[str, tuple[str, ...]] = {
     "eval": ("suite", "generation"),
     "study": ("question", "factors", "arms", "seeds", "tune"),
     "profile": ("sbatch", "stages", "setup", "srun", "max_requeues"),
     "judge": ("judge", "thresholds"),
     "lm_eval_task": ("task", "output_type", "doc_to_text"),
-    "foreign": ("base_model", "finetuning_type", "checkpointer", "peft", "beta", "reward_funcs"),
+    "foreign": (
+        *("base_model", "finetuning_type", "stage", "checkpointer", "peft", "beta", "reward_funcs"),
+        *("num_generations", "max_completion_length", "max_prompt_length"),
+    ),
     "recipe": SECTIONS,
     "accelerate": ("compute_environment", "distributed_type"),
     "flat": ("model_name_or_path", "dataset_name", "output_dir"),
 }
-_FOREIGN = "configs of axolotl, LLaMA-Factory, oumi, torchtune, DPO and GRPO are not supported"
-_HINTS = {"foreign": _FOREIGN, "flat": "recipes migrate turns a flat TRL config into a recipe"}
+_HINTS = {
+    "foreign": "configs of axolotl, LLaMA-Factory, oumi, torchtune, DPO and GRPO are not supported",
+    "flat": "recipes migrate turns a flat TRL config into a recipe",
+    "study": "use recipes study",
+    "eval": "use recipes eval",
+}
+_ROWS = "to train on rows: recipes new NAME --from RECIPE --data FILE"
 
 
 class MissingRows(RecipeError):
@@ -94,7 +102,7 @@ class Document:
         """The file's kind by its top-level keys, empty for none."""
         if not isinstance(self.values, dict) or not self.values:
             what = "is not a mapping of keys" if self.values else "is empty"
-            raise RecipeError(what, "to train on rows, set data.source in a recipe", file=self.file)
+            raise RecipeError(what, _ROWS, file=self.file)
         return next((kind for kind, keys in KINDS.items() if self.values.keys() & {*keys}), "")
 
     def origin(self, key: str | KeyPath | int) -> Origin:
@@ -134,10 +142,6 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 
     Mappings merge key by key, lists and scalars replace, `null` sets null. Several parents are
     applied in the order given, each file once.
-
-    Args:
-        path: the file, or the short name of a shipped recipe.
-        overrides: from the command line.
     """
     path = recipe_path(path)
     files = _with_parents(path, ())
@@ -159,10 +163,13 @@ def _with_parents(path: Path, below: tuple[Path, ...]) -> list[Document]:
     names = part.values.pop("extends", []) if isinstance(part.values, dict) else []
     parts: list[Document] = []
     for name in map(str, names if isinstance(names, list) else [names]):
-        parent = path.parent / name if (path.parent / name).is_file() else recipe_path(name)
+        beside = path.parent / name
+        parent = beside if beside.is_file() else recipe_path(name)
+        if ".." in Path(name).parts:
+            parent = parent.parent.resolve() / parent.name
         if not parent.is_file():
             what = f"extends a file that does not exist: {name}"
-            raise part.error("extends", what, *near_file(path.parent / name))
+            raise part.error("extends", what, *near_file(beside))
         if parent.resolve() in circle:
             steps = " -> ".join(step.name for step in (*circle, parent))
             raise part.error("extends", f"circular extends: {steps}")
@@ -199,6 +206,8 @@ def _read_file(path: Path) -> Document:
     document = Document(path)
     if not path.is_file():  # a pipe or a device may never end
         raise RecipeError("is not a file", file=path) if path.exists() else no_such_file(path)
+    if path.suffix in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
+        raise RecipeError("is a file of rows, not YAML", _ROWS, file=document.file)
     try:
         document.text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -218,8 +227,11 @@ def _compose(document: Document, at: KeyPath) -> None:
     try:
         node = yaml.compose(document.text, Loader=_Loader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "context_mark", None) or getattr(error, "problem_mark", None)
-        what = f"YAML: {getattr(error, 'context', '') or ''} {getattr(error, 'problem', error)}"
+        context = getattr(error, "context", None) or ""
+        # an open quote or bracket is wrong where it begins
+        is_open = "flow" in context or "scanning" in context
+        mark = getattr(error, "context_mark" if is_open else "problem_mark", None)
+        what = f"YAML: {context} {getattr(error, 'problem', error)}"
         hints = ["indent with spaces; YAML allows no tabs"] if "\t" in document.text else []
         raise document.error(mark.line + 1 if mark else 1, " ".join(what.split()), *hints) from None
     if node is not None:
@@ -230,6 +242,8 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     """Return the value of a node; note the place of each key and item in it, and what is wrong."""
     line = node.start_mark.line + 1
     document.origins.setdefault(at, document.origin(line))
+    if len(document.origins) > 100_000 or len(at) > 100:  # an alias may hold itself
+        raise document.error(line, "too many values, or nested too deeply")
     if node.tag not in _TAGS:
         raise document.error(line, "YAML tags are not allowed")
     if isinstance(node, yaml.SequenceNode):
@@ -275,12 +289,12 @@ def near_file(path: Path) -> list[str]:
 
 def no_such_file(path: Path) -> RecipeError:
     """Return the error for a file that does not exist, with one of a similar name."""
-    hint = "all recipes: recipes ls"
-    return RecipeError("no such file or recipe", *near_file(path), hint, file=shown_path(path))
+    hints = (*near_file(path), "all recipes: recipes ls")
+    return RecipeError("no such file or recipe", *hints, file=shown_path(path))
 
 
 def wrong_kind(document: Document, expected: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
-    kind, keys = document.kind, ", ".join(document.values)
+    kind, keys = document.kind, value_text([*document.values], 200)
     what = f"expected a YAML of kind {expected}, found {kind or 'unknown'}: its keys are {keys}"
     return RecipeError(what, *filter(None, [_HINTS.get(kind)]), file=document.file)

@@ -62,15 +62,14 @@ def new_recipe(
     """Return the text of a recipe called `name` that extends `origin` and will lie at `target`.
 
     Args:
-        model: another base model: what the origin says for its own (template, layers) is undone.
-        rows: the user's own rows, and the prompt formats that can read them. Steps become shares
-            of the training: the origin's were for other rows.
-        method: what is trained. Between adapter and full, the learning rate changes by ten.
+        rows: the user's own, and the prompt formats that can read them. Steps become shares of the
+            training.
     """
     values: Values = {"model": {}, "quantization": {}, "lora": {}, "data": {}, "train": {}}
     train, lora = origin.train, origin.lora
     if model is not None:
-        values["model"]["name_or_path"] = model
+        folder = Path(model).expanduser()
+        values["model"]["name_or_path"] = _relative(target, folder) if folder.is_dir() else model
         values["data"] |= {"chat_template": None} if origin.data.chat_template else {}
         values["train"] |= {"eos_token": None} if train.get("eos_token") else {}
         values["lora"] |= {"target_modules": "all-linear"} if lora else {}
@@ -112,12 +111,7 @@ def _relative(target: Path, file: Path) -> str:
 
 
 def migrate(path: Path, head: str) -> tuple[str, list[str]]:
-    """Return the text of the recipe that a flat TRL config becomes, and a line for each change.
-
-    Args:
-        path: the flat file, with each key on a line of its own.
-        head: the recipe's first line.
-    """
+    """Return the recipe of a flat TRL config, below `head`, and a line for each change."""
     flat = read(path)
     if flat.kind != "flat":
         raise wrong_kind(flat, "flat")
@@ -198,7 +192,8 @@ def _why_left_out(key: str, home: str, flat: Values) -> str:
 def _todays(key: str, value: Any) -> Any:
     """Return a value in the form that is read today."""
     if key == "dataset_mixture":
-        return [_source(part) for part in value["datasets"]]
+        parts = value.get("datasets") if isinstance(value, dict) else value
+        return [_source(part) for part in parts] if isinstance(parts, list) else parts
     if key in ("run_name", "output_dir"):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
     if key == "lora_target_modules":
@@ -207,8 +202,10 @@ def _todays(key: str, value: Any) -> Any:
     return {"text": value} if key == "dataset_text_field" else "bfd" if value == "ffd" else value
 
 
-def _source(part: Values) -> Values:
+def _source(part: Any) -> Any:
     """Return a part of a mixture of the alignment handbook as one of ours."""
+    if not isinstance(part, dict):
+        return part
     names = {"id": "source", "config": "subset", "split": "source_split", "weight": "weight"}
     return {ours: part[name] for name, ours in names.items() if part.get(name) not in (None, 1)}
 

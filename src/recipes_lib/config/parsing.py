@@ -17,7 +17,7 @@ from recipes_lib.config.documents import (
     value_text,
     wrong_kind,
 )
-from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
+from recipes_lib.core.errors import RecipeError, RecipeErrors
 
 _MAX_NAMES = 20  # that a message lists
 
@@ -56,20 +56,14 @@ Rule = Callable[[M, Document], Iterable[RecipeError]]
 
 def parse(model: type[M], document: Document, *rules: Rule[M]) -> M:
     """Return a document as `model`, or raise everything that is wrong, each at its file and line.
-
-    Args:
-        model: the kind of file; its `FilePath` fields become absolute.
-        rules: what must hold between keys; each yields errors, or adds warnings to the document.
+    `rules` yield what is wrong between keys.
     """
     expected = getattr(model, "kind", "")
     if expected and document.kind not in ("", expected):
         raise wrong_kind(document, expected)
     value, errors = judge(model, document, *rules)
     if value is None or errors:
-        failure = RecipeErrors(errors)
-        if all(error.exit_code == ExitCode.DATA for error in errors):
-            failure.exit_code = ExitCode.DATA
-        raise failure
+        raise RecipeErrors(errors)
     return value
 
 
@@ -153,6 +147,7 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         return _unknown(model, path)
     what = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
     what = what.replace("or Input should be", "or").replace("Value error, ", "")
+    what = what.partition(" or instance of ")[0]
     if what.count("'") > 2 * _MAX_NAMES:
         what = f"not one of the choices (recipes explain {name})"
     return [f"{name}: {what}, got {value_text(value, 60)}"]

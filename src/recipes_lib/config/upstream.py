@@ -66,12 +66,13 @@ _NOT_OURS = {
 _AtLeast1 = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
-_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
 _STARTS = "^(gaussian|orthogonal|olora|pissa)$"
 # Types that are narrower than upstream's annotation: what it accepts and cannot work with.
 _NARROWER: dict[str, dict[str, object]] = {
     "train": {
-        **dict.fromkeys((*_SIZES, "gradient_accumulation_steps"), _AtLeast1),
+        "per_device_train_batch_size": _AtLeast1,
+        "per_device_eval_batch_size": _AtLeast1,
+        "gradient_accumulation_steps": _AtLeast1,
         **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
         **dict.fromkeys(("num_train_epochs", "save_steps", "learning_rate"), _Positive),
         # a negative one turns gradients round, or lets weights grow
@@ -126,7 +127,7 @@ if TYPE_CHECKING:
     TrainSection = Section
     LoraSection = Section
 else:
-    _FIELDS = json.loads(UPSTREAM_FILE.read_text(encoding="utf-8"))
+    _FIELDS = json.loads(UPSTREAM_FILE.read_text("utf-8"))
     TrainSection, LoraSection = (_section(name, _FIELDS[name]) for name in CLASSES)
 
 
@@ -154,9 +155,7 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
         "save_total_limit": None,
     }
     config = _built(recipe, "train", lambda: SFTConfig(**values))
-    # One process on a machine with several GPUs: transformers would spread each micro-batch over
-    # all of them (nn.DataParallel), so that a step had as many times the examples that were
-    # declared.
+    # one process on several GPUs: transformers would spread each micro-batch (DataParallel)
     config._n_gpu = min(config.n_gpu, 1)
     _check_optimizer(recipe, config)
     return config

@@ -10,7 +10,7 @@ import sys
 import warnings
 
 from recipes_lib.core.project import project_root
-from recipes_lib.core.terminal import mask_secrets
+from recipes_lib.core.terminal import count, mask_secrets
 
 PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate"),
@@ -59,11 +59,13 @@ def describe_devices() -> list[str]:
     if torch.cuda.is_available():
         cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         return [f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards]
-    return [f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    return [f"CPU, {os.cpu_count()} cores, {count(torch.get_num_threads(), 'thread')}"]
 
 
 def quiet_libraries() -> None:
     """Let libraries report only errors. Call it before torch is imported."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        print("loading torch ...", file=sys.stderr, flush=True)
     # not by its functions: an evaluation whose answers are stored does without its 0.6 s
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -50,7 +50,7 @@ class RecipeError(RecipesError):
     """Wrong usage, or a recipe (or another YAML of ours) that cannot be accepted."""
 
     exit_code = ExitCode.USAGE
-    _errors: list[RecipeError] | None = None
+    _errors: list | None = None
 
     @property
     def errors(self) -> list[RecipeError]:
@@ -59,12 +59,13 @@ class RecipeError(RecipesError):
 
 
 class RecipeErrors(RecipeError):
-    """Several recipe errors reported together, in the order of file and line."""
+    """Several errors reported together, in the order of file and line."""
 
-    def __init__(self, errors: Iterable[RecipeError]) -> None:
+    def __init__(self, errors: Iterable[RecipesError]) -> None:
         self._errors = sorted(errors, key=lambda error: (str(error.file or ""), error.line or 0))
         super().__init__(f"{len(self._errors)} errors")
         self.args = (self._errors,)  # what pickle makes it from again, on the other ranks
+        self.exit_code = min(error.exit_code for error in self._errors)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.errors))
@@ -104,7 +105,7 @@ _FAULT = re.compile(
     "No space left on device|Disk quota exceeded|File too large|StorageFull|unexpected pos"
     r"|PytorchStreamWriter|Read-only file system|Input/output error|\(os error |Os \{ code: "
     "|(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc|MemoryError"
-    "|failed to map segment|can't start new thread"
+    "|failed to map segment|can't start new thread|iostream error"
 )
 
 

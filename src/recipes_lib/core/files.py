@@ -161,7 +161,7 @@ def remembered_hash(path: Path) -> str:
     memory = cache_root() / "digests" / stamp[:32]
     if not memory.is_file():
         write_text(memory, file_hash(path))
-    return memory.read_text(encoding="utf-8")
+    return memory.read_text("utf-8")
 
 
 def model_fingerprint(model: str | Path, revision: str | None = None) -> str:

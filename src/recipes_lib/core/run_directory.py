@@ -23,8 +23,6 @@ from recipes_lib.core.project import check_run_name, runs_root, shown_path
 from recipes_lib.core.terminal import say
 
 State = Literal["created", "running", "stopped", "failed", "finished"]
-LOCK_NOTE = "lock.json"
-_PROBE_S = 0.5  # `is_held` of another process has a free lock for a moment
 # An earlier try of a Slurm job is asked to save and stop; a step and a save of a large model take
 # minutes, and so does a file server until it gives up the locks of a machine that is lost.
 REQUEUE_WAIT_S = 600.0
@@ -100,13 +98,14 @@ def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     With `wait` it is waited for, so that nothing is made twice. A Slurm job that was queued again
     asks its earlier try to stop, and waits up to ten minutes for its end.
     """
-    lock, note = FileLock(folder / ".lock"), folder / LOCK_NOTE
+    lock, note = FileLock(folder / ".lock"), folder / "lock.json"
     job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         holder = object_or_none(note) or {}
         is_earlier_try = job and holder.get("job") == job and holder.get("restarts", 0) < restarts
-        wait_s = -1 if wait else REQUEUE_WAIT_S if is_earlier_try else _PROBE_S  # -1: for ever
+        # -1: for ever; 0.5: `is_held` of another process has a free lock for a moment
+        wait_s = -1 if wait else REQUEUE_WAIT_S if is_earlier_try else 0.5
         if (wait or is_earlier_try) and is_held(folder):
             say(f"{folder} is still in use{describe_holder(folder)}: waiting for it")
             if not wait:
@@ -142,5 +141,5 @@ def is_held(folder: Path) -> bool:
 
 def describe_holder(folder: Path) -> str:
     """Return ` by process 4711 on host gpu3 since ...`, or an empty string if there is no note."""
-    holder = (object_or_none(folder / LOCK_NOTE) or {}).get("holder")
+    holder = (object_or_none(folder / "lock.json") or {}).get("holder")
     return f" by {holder}" if holder else ""

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_SHORTEST_SECRET = 8  # a shorter value may be a word of any sentence
 _SECRET_NAME = re.compile(
     "(^|_)(TOKEN|KEY|SECRET|PASSWORD)$|^(hub_|hf_)?token$|(api_key|secret|password)$"
 )
@@ -36,7 +35,7 @@ def mask_secrets(text: str) -> str:
     """Return a text with stars for each secret in it, and for values of secret variables."""
     values = {value for name, value in os.environ.items() if is_secret_name(name)}
     for value in sorted(values, key=len, reverse=True):  # so that none hides a part of another
-        if len(value) >= _SHORTEST_SECRET:
+        if len(value) >= 8:  # a shorter one may be a word of any sentence
             text = text.replace(value, "***")
     return _SECRETS.sub("***", text)
 
@@ -47,9 +46,9 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), masked)
 
 
-def count(n: int, noun: str, plural: str | None = None) -> str:
+def count(n: int, noun: str) -> str:
     """Return a number with its noun: 1 item, 1,200 items."""
-    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+    return f"{n:,} {noun}{'' if n == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def shown_duration(seconds: float) -> str:
@@ -63,10 +62,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def say(text: str = "") -> None:
+def say(*lines: str) -> None:
     """Print on stdout and flush; if the reader has closed it (`| head`), drop the rest."""
     try:
-        print(printable(text), flush=True)
+        print(printable("\n".join(lines)), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -77,7 +76,7 @@ def print_json(value: object) -> int:
     return 0
 
 
-def next_step(*words: str | Path) -> int:
-    """Name the next command (one text as it stands, several words quoted); return exit code 0."""
-    say(f"next: {words[0] if len(words) == 1 else shlex.join(map(str, words))}")
+def next_step(*words: str | Path, program: str = "recipes") -> int:
+    """Name the next command, and return exit code 0."""
+    say(f"next: {shlex.join([program, *map(str, words)])}")
     return 0

@@ -124,7 +124,7 @@ def _undated_template(section: DataSection, tokenizer: Any) -> str:
     shipped = trl_templates()
     path = shipped.get(given) or Path(given).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         what = f"{shown_path(path)} cannot be read: {one_line(error)}"
         hint = f"give a .jinja file, the template itself, or one of TRL's: {', '.join(shipped)}"

@@ -112,7 +112,7 @@ def load_rubric(path: Path) -> Rubric:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise RecipeError(f"cannot be read: {reason}", file=path) from None

@@ -407,7 +407,8 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
         name = getattr(data, key) or ""
         place, at = Path(document.absolute(f"data.{key}", name)), document.origin(f"data.{key}")
         has_rows = key in ("questions", "references")
-        may_be_elsewhere = has_rows and (":" in name or place.suffix not in SUFFIXES)
+        is_id = "/" in name and place.suffix not in SUFFIXES
+        may_be_elsewhere = has_rows and (":" in name or is_id or name in HELD_OUT)
         if name and not may_be_elsewhere and not place.exists():
             what = f"data.{key}: no such file: {shown_path(place)}"
             yield MissingRows(what, *near_file(place), file=at.file, line=at.line)

@@ -328,7 +328,7 @@ def say_results(logs: Sequence[EvalLog]) -> None:
             lines += [f"  {log.target}: {text}" for text in log.notes]
         lines += ["", *suite.table(same)]
         lines += [f"$ {log.lm_eval_command}" for log in same if log.lm_eval_command]
-        say("\n".join([*lines, ""]))
+        say(*lines, "")
     for log in logs:
         say(f"kept in {shown_path(log.file)}")
 

@@ -202,13 +202,13 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
     for name, tasks in states.items():
         say(name)
         table = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
-        say("\n".join(aligned([("job", "task", "what", "state", ""), *table])))
+        say(*aligned([("job", "task", "what", "state", ""), *table]))
         for task in tasks:
             errors = sorted((folders[name] / f"{task.label}.errors").glob("*"))
             if errors and task.exit_code:  # the first rank's that failed
                 say(f"  {task.label}: {errors[0].read_text(errors='replace').strip()}")
         say(f"  logs: {shown_path(folders[name])}")
-    return 0 if states else next_step("recipes launch RECIPE --profile example --dry-run")
+    return 0 if states else next_step("launch", "RECIPE", "--profile", "example", "--dry-run")
 
 
 def cancel(names: Sequence[str]) -> int:
@@ -221,7 +221,7 @@ def cancel(names: Sequence[str]) -> int:
         if ids:
             run_slurm(["scancel", *ids])
         say(f"{name}: cancelled {', '.join(ids) or 'nothing: no job is queued or runs'}")
-    return next_step(f"recipes launch status {names[0]}")
+    return next_step("launch", "status", names[0])
 
 
 def launched(names: Sequence[str]) -> dict[str, Path]:

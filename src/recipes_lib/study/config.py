@@ -17,7 +17,7 @@ from recipes_lib.analysis.differences import OF_RUN
 from recipes_lib.config.documents import COMMAND_LINE, Document, KeyPath, did_you_mean, read
 from recipes_lib.config.launch import AccelerateConfigName, Launch, check_launch, plan_launch
 from recipes_lib.config.parsing import Section, parse
-from recipes_lib.config.recipe import Recipe, load_recipe, recipe_keys
+from recipes_lib.config.recipe import Recipe, RecipeFile, keys_of, load_recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import recipe_path
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
@@ -239,7 +239,7 @@ class _Reader:
             if name not in arms:
                 what, near = f"{place[0]}: there is no arm '{name}'", did_you_mean(name, arms)
                 self.wrong(place, what, *near, f"arms: {', '.join(arms)}")
-        known = recipe_keys().keys() | {*_SET_BY_LAUNCH}
+        known = keys_of(RecipeFile).keys() | {*_SET_BY_LAUNCH}
         for factor, own in keys.factors.items():
             for key in [key for key in own if key not in known]:
                 what = f"factor '{factor}': there is no key '{key}'"

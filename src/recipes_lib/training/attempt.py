@@ -148,7 +148,7 @@ class Attempt:
         run.write_state("finished", exit_code=0, error=None, summary=summary, weights_check=check)
         equal = f"{check['tensors']} trained tensors equal the files, byte for byte"
         say(f"finished: {self.weights} ({equal})")
-        next_step(f"recipes chat {run.name}")
+        next_step("chat", run.name)
 
 
 @contextmanager

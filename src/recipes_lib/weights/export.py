@@ -234,7 +234,7 @@ def write_card(
         if isinstance(value, int | float)
     }
     blocks = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
-    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("card.md.jinja").read_text("utf-8")
     card = blocks.from_string(template).render(
         header=header,
         recipe=recipe,

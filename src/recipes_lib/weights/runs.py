@@ -82,7 +82,7 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
     state = run.read_state()["state"]
     if state != "finished":
         what = f"run '{run.name}' is {state}, not finished"
-        raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
+        raise RecipeError(what, f"go on, or wait for its end: {run.train_command()}")
     recipe = load_recipe(run.path / RECIPE_FILE)
     if recipe.model.trust_remote_code and not remote_code:
         what = f"the model of run '{run.name}' runs code that ships with it"
