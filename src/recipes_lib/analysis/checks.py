@@ -211,8 +211,8 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
         metrics = _metrics(log for _, _, log in logs)
         yield from _different_judges(name, logs, metrics)
         if kin := {arm: each for arm, run, log in logs if (each := _kinship(log, run))}:
-            who = sentence_list([f"{arm} by {each}" for arm, each in kin.items()])
-            title, remedy = f"Judged in {name}: {who}", "use an unrelated judge"
+            who = sentence_list([f"{arm} was judged by {each}" for arm, each in kin.items()])
+            title, remedy = f"{who} in {name}", "use an unrelated judge"
             yield Finding("self-judged", "error", title, (), remedy, (*kin,), metrics, of_any=True)
         for arm, _, log in logs:
             single = {
