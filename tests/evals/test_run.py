@@ -140,9 +140,6 @@ def test_against_the_base_has_files_of_its_own_and_against_itself_is_one_half(qu
     assert all(sample.by_rule for sample in metric(same, "win_rate").samples)
 
 
-REFERENCES = "evals/quickstart/mt_bench/reference_answer.jsonl"
-
-
 def test_mt_bench_grades_two_turns(quick, make_run, tmp_path):
     one = make_run("one", 1)
     recipe = quick("mt_bench")
@@ -153,7 +150,7 @@ def test_mt_bench_grades_two_turns(quick, make_run, tmp_path):
     heat = {row["question_id"]: row["decoding"]["temperature"] for row in rows}
     assert heat == {"1": 0.7, "3": 0.0, "4": 0.0, "8": 0.1}  # FastChat's, by category
     half = tmp_path / "half.jsonl"  # references of the first turns
-    for row in map(json.loads, (PROJECT / REFERENCES).open()):
+    for row in map(json.loads, Path(str(recipe.data.references)).read_text().splitlines()):
         row["choices"][0]["turns"].pop()
         half.write_text(json.dumps(row) + "\n")
     for references in ("null", half):

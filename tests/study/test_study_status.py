@@ -98,6 +98,7 @@ def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
 ) -> None:
     heldout = "suite: {name: heldout_loss}\ndata: {questions: test}\n"
     (study_folder / "heldout.yaml").write_text(heldout)
+    (study_folder / "bare.json").write_text('[{"instruction": "Why?"}]')
     cases = [
         ("alpaca_eval", "judge.yaml", "nowhere.yaml", r"alpaca_eval.yaml:\d+: .*nowhere.yaml", 2),
         ("alpaca_eval", "questions.json", "nowhere.json", r"alpaca_eval.yaml:.*nowhere.json", 2),
@@ -111,6 +112,7 @@ def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
         ),
         ("r4", "rows.jsonl", "nowhere.jsonl", r"r4.yaml:3: .*nowhere.jsonl", 4),
         ("tiny", "lm_eval.yaml", "heldout.yaml", "tiny.yaml:9: .*no test rows are held out", 2),
+        ("alpaca_eval", "questions.json", "bare.json", "no reference output: 0", 2),
         ("alpaca_eval", "pairs: 1", "pairs: 1, against: a/b", r"eval.yaml:6: .* no run 'a/b'", 2),
     ]
     wrong = []

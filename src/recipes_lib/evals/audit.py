@@ -102,8 +102,6 @@ def audit(
     """Return a judge's scorecard.
 
     Args:
-        rows: stored judgments of one judge.
-        limits: what it must reach.
         labels: outcomes that people gave (win, loss, tie), by the id of the pair.
         probes: its judgments of probes, with those of the pairs they were made of.
     """

@@ -107,7 +107,7 @@ def ask_missing(
 
     Args:
         requests: by the key of their row.
-        complete: an engine; errors are completions. It reads a request when it sends it.
+        complete: an engine; errors are completions. It takes a request when it sends it.
         read: makes a reply the row.
         noun: what a row is (answer, judgment), and `name` what it is about.
     """
@@ -144,7 +144,7 @@ class HFEngine:
 
     Args:
         using: gives a context with the model in eval mode, the wanted adapter active.
-        fingerprint: hash of the weights and their precision.
+        fingerprint: of the weights and their precision.
         batch_tokens: padded tokens, prompt and answer, per batch to begin with.
     """
 

@@ -382,8 +382,8 @@ def text_hash(text: str) -> str:
 
 class Store(dict[str, Row]):
     """The rows of a JSON-lines file that is appended to and never changed, by their `key`, a hash
-    of everything that makes them. A kill or a power cut leaves at most a last line without its end,
-    which the next append cuts. Whoever appends holds the folder (`run_lock`).
+    of everything that makes them. A kill leaves at most a last line without its end, which the next
+    append cuts. Whoever appends holds the folder (`run_lock`).
     """
 
     def __init__(self, path: str | Path) -> None:

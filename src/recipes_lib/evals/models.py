@@ -49,7 +49,7 @@ from recipes_lib.evals.engine import (
     ask_missing,
 )
 from recipes_lib.evals.log import REFERENCE, AnswerFacts, Store
-from recipes_lib.evals.questions import TEMPERATURES, Question, read_answer_file
+from recipes_lib.evals.questions import TEMPERATURES, Question, local_questions, read_answer_file
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import (
@@ -215,10 +215,9 @@ def common_base(recipes: Sequence[Recipe]) -> Model:
 def evaluated_bases(
     sections: Mapping[str, Any], root: Path, fingerprint: str | None
 ) -> list[RunDirectory]:
-    """Return the runs of a base that was evaluated already, the newest last. Needs no torch.
+    """Return the runs of the base that a recipe's sections name, the newest last. Needs no torch.
 
     Args:
-        sections: of a recipe that trains it, or of a run's resolved recipe.
         fingerprint: of the base's files; None where they are not known.
     """
 
@@ -471,11 +470,18 @@ def reference_answers(questions: Sequence[Question]) -> Answers:
     """Return the outputs that come with the questions, as an opponent."""
     missing = [question.id for question in questions if not question.reference]
     if missing:
-        what = f"no reference output of {len(missing)} questions: {', '.join(missing[:8])}"
+        what = f"{len(missing)} questions have no reference output: {', '.join(missing[:8])}"
         raise RecipeError(what, "name an opponent: --against RUN, or --against FILE")
     texts = {(question.id, 1): str((question.reference or [""])[0]) for question in questions}
     models = tuple(sorted({question.generator for question in questions}))
     return Answers(REFERENCE, None, texts, AnswerFacts(name=REFERENCE, models=models))
+
+
+def check_questions(recipe: EvalRecipe) -> None:
+    """Refuse questions that cannot be read, or lack the reference outputs that are needed."""
+    chosen = local_questions(recipe)
+    if chosen and recipe.opponent(None) == REFERENCE:
+        reference_answers(chosen.questions)
 
 
 def answers_in_file(path: Path, questions: Sequence[Question]) -> Answers:

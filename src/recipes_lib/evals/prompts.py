@@ -139,7 +139,7 @@ def build_prompt(
     Both answers are cut at the same length; the instruction, the reference and the rubric never.
 
     Args:
-        code: the fence's code, from `fence_code`.
+        code: from `fence_code`.
         count_tokens: tokens of a text for the judge; None for a prompt of any length.
         max_tokens: what the whole prompt may take.
     """
@@ -224,7 +224,6 @@ def parse_verdict(
     """Return the verdict in a judge's text.
 
     Args:
-        text: what the judge wrote after the prompt.
         allowed: CHOICES or GRADES.
         finish_reason: "length" if it was cut off; such a text has no verdict, however it ends.
         as_json: whether the text is `{"feedback": ..., "result": ...}`.

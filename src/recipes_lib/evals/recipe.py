@@ -389,6 +389,9 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
         if owner != suite.name:
             hint = "remove it; the number of questions is data.max_questions"
             yield document.error(key, f"{key} is a key of {owner}, not of {suite.name}", hint)
+    if not facts.row and generation.engine == "openai":
+        what = f"{suite.name} needs the weights in this process"
+        yield document.error("generation.engine", what, "set engine: transformers")
     if suite.name == "lm_eval":
         if not suite.tasks:
             what = "suite.tasks is missing"

@@ -124,7 +124,7 @@ def evaluate(
     """Evaluate models with every eval recipe; return the logs, recipe after recipe.
 
     Args:
-        words: runs, models, `base` (of the runs beside it), or files with answers.
+        words: runs, models, `base` or files with answers.
         against: the opponent in the suites that compare; None for each recipe's.
         options: of `evaluate_tasks`.
     """
@@ -175,12 +175,8 @@ def evaluate_tasks(
 def _prepare(task: EvalTask, remote_code: bool) -> None:
     """Resolve the words of a task, load its questions, and find who each is compared with."""
     recipe = task.recipe
-    has_questions = bool(SUITES[recipe.suite.name].row)
     check_allowed([recipe], remote_code)
-    if not has_questions and recipe.generation.engine == "openai":
-        what = f"{recipe.suite.name} needs the weights in this process"
-        raise recipe.document.error("generation.engine", what, "set engine: transformers")
-    chosen = load_questions(recipe) if has_questions else QuestionSet((), 0)
+    chosen = load_questions(recipe) if SUITES[recipe.suite.name].row else QuestionSet((), 0)
     task.suite = suite_class(recipe.suite.name)(recipe, chosen)
     opponent = recipe.opponent(task.against)
     named = [*task.words, *([opponent] if opponent not in (None, REFERENCE, BASE) else [])]

@@ -38,7 +38,7 @@ from recipes_lib.data.rows import check_rows, source_hashes
 from recipes_lib.evals.judge import Judge
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.log import REFERENCE, is_current, log_file
-from recipes_lib.evals.models import common_base, evaluated_bases, known_by
+from recipes_lib.evals.models import check_questions, common_base, evaluated_bases, known_by
 from recipes_lib.evals.questions import answer_count, question_count
 from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.plan.cards import devices_here
@@ -307,7 +307,7 @@ def unmet(study: Study, arms: Sequence[Arm], fetch: bool = False) -> Iterator[Re
     """Yield errors: rows unreadable, with an eval's questions, or not held out."""
     known = {BASE_ARM, REFERENCE, *(training.run for training in study_trainings(study))}
     for number, recipe in enumerate(study.evals):
-        question_count(recipe)  # raises where they cannot be read
+        check_questions(recipe)
         rival = recipe.opponent(None) or BASE_ARM
         if rival not in known and not (runs_root() / rival / "run.json").is_file():
             yield recipe.document.error("metrics.against", f"there is no run '{rival}'")

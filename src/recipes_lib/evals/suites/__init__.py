@@ -23,7 +23,7 @@ class Suite:
     """A suite for the models of one eval recipe.
 
     One with questions turns answers into a log (`log`), or has a judge decide (`JudgedSuite`); one
-    without measures a loaded model (`measure`). `run` adds who answered, the key and the file.
+    without measures a loaded model (`measure`).
     """
 
     title: ClassVar[str] = ""
