@@ -124,9 +124,7 @@ def test_nothing_else_renames_what_others_read() -> None:
     assert names == {"core/files.py", "study/run.py", "training/resume_guard.py"}
 
 
-def test_what_a_training_a_merge_and_an_export_write_is_on_the_disk_and_as_private_as_umask_says(
-    tiny_recipe, tmp_path, disk
-):
+def test_what_is_written_is_on_the_disk_and_as_private_as_umask_says(tiny_recipe, tmp_path, disk):
     from recipes_lib.evals.log import Store
     from recipes_lib.train import main
 

@@ -152,7 +152,7 @@ class DataSection(Section):
     """For `chat`: a .jinja file, its text, or TRL's (trl:llama3). Default: the tokenizer's."""
     chat_template_kwargs: Values = {}
     """For `chat`: arguments of the template, such as {enable_thinking: false}; a row's own win."""
-    template_date: str | None = None
+    template_date: str | None = Field(None, pattern=r"^\d{4}-[01]\d-[0-3]\d$")
     """For `chat`: the date that a template prints as today's. Default: the run's start."""
     system_prompt: str | None = None
     """For `chat`: a system message put before conversations that have none."""

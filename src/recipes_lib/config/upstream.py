@@ -73,6 +73,8 @@ _NARROWER: dict[str, dict[str, object]] = {
         "per_device_train_batch_size": _AtLeast1,
         "per_device_eval_batch_size": _AtLeast1,
         "gradient_accumulation_steps": _AtLeast1,
+        "dataloader_num_workers": Annotated[int, Field(ge=0)],
+        "neftune_noise_alpha": Annotated[float, Field(ge=0)] | None,
         **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
         **dict.fromkeys(("num_train_epochs", "save_steps", "learning_rate"), _Positive),
         # a negative one turns gradients round, or lets weights grow
@@ -90,7 +92,7 @@ _NARROWER: dict[str, dict[str, object]] = {
     },
     "lora": {
         "task_type": Literal["CAUSAL_LM"],
-        "r": _AtLeast1,
+        **dict.fromkeys(("r", "lora_alpha"), _AtLeast1),
         # eva, corda, loftq and others need a config and rows of their own; pissa_niter changes the
         # base by random numbers, by others at each loading
         "init_lora_weights": bool | Annotated[str, Field(pattern=_STARTS)],

@@ -46,7 +46,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer; without a padding token it pads with the end token, as in TRL."""
     from transformers import AutoTokenizer
 
-    local_folder(recipe)  # or an error
+    local_folder(recipe)
     path = model_path(recipe.model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(recipe.model))
