@@ -22,6 +22,7 @@ BAD_LINES = [
     ("train", "num_train_epochs: true", "train.num_train_epochs number true"),
     ("train", "dataloader_num_workers: -1", "train.dataloader_num_workers"),
     ("train", "neftune_noise_alpha: -5", "train.neftune_noise_alpha"),
+    ("train", "adam_beta2: 1.0", "train.adam_beta2 less than 1"),
     ("lora", "lora_alpha: 0", "lora.lora_alpha"),
     ("data", "template_date: today", "data.template_date"),
     ("train", f"data_seed: {2**40}", "train.data_seed"),

@@ -193,7 +193,7 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
 
     A first Ctrl-C or SIGTERM asks for a checkpoint through the STOP file: the launcher would kill
     its ranks 30 s after a signal. A second one ends everything at once; so does the first before
-    the first step, when there is nothing to save.
+    the first step.
     """
     run = RunDirectory(recipe.name)
     earlier = _steps_began(run)
@@ -244,9 +244,7 @@ def _steps_began(run: RunDirectory) -> str | None:
 
 
 def _record_end(run: RunDirectory, killed: str, ended: str, code: int) -> None:
-    """Record how a training ended that could not do so itself, unless another process holds it:
-    `killed` by us, or `ended` by itself.
-    """
+    """Record how a training ended that could not do so itself, unless another process holds it."""
     end = time.monotonic() + _LETTING_GO_S
     while is_held(run.path) and time.monotonic() < end:
         time.sleep(_POLL_S)

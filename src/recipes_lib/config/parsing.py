@@ -106,7 +106,7 @@ def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
 
 def _validated(model: type[M], values: Any) -> tuple[M | None, dict[KeyPath, list[Any]]]:
     """Return the values as a model, or None and what it refuses, by key; of a union, what is wrong
-    with a part of the value, where an alternative says so.
+    in a part of it.
     """
     refused: dict[KeyPath, list[Any]] = {}
     try:

@@ -65,6 +65,7 @@ _NOT_OURS = {
 
 _AtLeast1 = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
 _STARTS = "^(gaussian|orthogonal|olora|pissa)$"
 # Types that are narrower than upstream's annotation: what it accepts and cannot work with.
@@ -74,11 +75,12 @@ _NARROWER: dict[str, dict[str, object]] = {
         "per_device_eval_batch_size": _AtLeast1,
         "gradient_accumulation_steps": _AtLeast1,
         "dataloader_num_workers": Annotated[int, Field(ge=0)],
-        "neftune_noise_alpha": Annotated[float, Field(ge=0)] | None,
+        "neftune_noise_alpha": _NotNegative | None,
         **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
         **dict.fromkeys(("num_train_epochs", "save_steps", "learning_rate"), _Positive),
         # a negative one turns gradients round, or lets weights grow
-        **dict.fromkeys(("max_grad_norm", "weight_decay"), Annotated[float, Field(ge=0)]),
+        **dict.fromkeys(("max_grad_norm", "weight_decay", "adam_epsilon"), _NotNegative),
+        **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)]),
         # "best" leaves a killed run without a checkpoint to go on from
         "save_strategy": Literal["no", "steps", "epoch"],
         "seed": _Seed,
