@@ -102,7 +102,6 @@ def train(
         trainer = build_trainer(recipe, args, model, tokenizer, data, run, stop, guard)
         if world_size() > 1:
             _KEPT.append(trainer)
-        # what was promised before the model was loaded
         launch_check.check_launch(launch_check.what_runs(trainer.accelerator))
         for line in (f"run {run.path}", *start_up_lines(trainer, launch_line)):
             say_once(line)

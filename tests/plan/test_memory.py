@@ -99,6 +99,16 @@ def test_every_change_that_saves_memory_saves_it_in_the_plan(llama):
     assert not [change for change, gib in needed.items() if gib >= llama.needed]
 
 
+def test_the_state_of_an_optimizer_is_counted_as_it_is_kept(llama):
+    full = plan(*LLAMA, "lora=null", "train.optim=adamw_8bit")
+    embeddings = full.trace.vocabulary * full.trace.hidden  # in float32
+    kept = [(full, 8 * embeddings + 2.1 * (full.trace.trained - embeddings))]
+    for name, of_each in (("ademamix", 12), ("lion_32bit", 4), ("rmsprop_bnb", 4), ("sgd", 0.1)):
+        kept.append((plan(*LLAMA, f"train.optim={name}"), of_each * llama.trace.trained))
+    for made, expected in kept:
+        assert made.memory["optimizer"] * 2**30 == pytest.approx(expected, rel=0.01)
+
+
 def test_a_packed_row_has_a_mask_in_every_block_on_a_gpu():
     words = ("train.per_device_train_batch_size=1", "train.activation_checkpointing=false")
     plain, packed = (plan(*LLAMA, *words, f"train.packing={is_on}") for is_on in ("false", "true"))
@@ -108,7 +118,6 @@ def test_a_packed_row_has_a_mask_in_every_block_on_a_gpu():
 
 
 def test_a_local_model_is_planned_by_its_own_config(tiny_recipe, tiny_model_dir, tmp_path):
-    """transformers writes infinity as a mapping that its own reader knows."""
     folder = build_family("granitemoehybrid", tmp_path / "granite", tiny_model_dir)
     assert "Infinity" in (folder / "config.json").read_text()
     assert plan(tiny_recipe, f"model.name_or_path={folder}", gpu="cpu").trace.layers == 2

@@ -253,7 +253,6 @@ def test_a_refused_resume_changes_no_record_and_other_settings_can_be_insisted_o
 def test_rows_tokens_and_base_that_changed_under_the_same_names_are_refused(
     tiny_recipe, tiny_model_dir, tmp_path, monkeypatch, capsys
 ) -> None:
-    """White space at the end of an answer, a tokenizer that cuts texts elsewhere, other weights."""
     source = yaml.safe_load(tiny_recipe.read_text())["data"]["source"]
     rows, model = tmp_path / "rows.jsonl", tmp_path / "model"
     shutil.copyfile(tiny_recipe.parent / source, rows)

@@ -50,7 +50,6 @@ def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs) -> Non
 
 
 def test_a_run_whose_adapter_changes_the_base_has_it_for_itself(runs, tiny_recipe, recipes) -> None:
-    """PEFT takes out of the base's weights what `pissa` puts into the adapter."""
     runs("lora")
     words = ["lora.init_lora_weights=pissa", "train.max_steps=1", "train.learning_rate=1e-12"]
     assert train([str(tiny_recipe), *words, "run.name=pissa"]) == 0
@@ -59,7 +58,6 @@ def test_a_run_whose_adapter_changes_the_base_has_it_for_itself(runs, tiny_recip
     assert code == 0 and headings(out, "base", "pissa", "lora") == ["pissa", "base", "lora"]
     answers = [part.partition("\n")[2] for part in out.split("\n\n")[:3]]
     assert answers[0] == answers[1]  # it has learned nothing
-    assert [*recipes("chat", "lora", *words)[1].split("\n\n")[1:2]] == [out.split("\n\n")[2]]
 
 
 def test_answers_are_computed_in_the_precision_of_the_training(runs) -> None:

@@ -55,7 +55,8 @@ NF4, NF4_NESTED = 0.5 + 4 / 64, 0.5 + (1 + 4 / 256) / 64
 CHARACTERS_PER_TOKEN = 4
 ASSUMED_ROWS, ASSUMED_TOKENS = 15_000, 200  # of data that is not on this machine
 # bytes of an optimizer's state for each trained weight, by its name in `train.optim`; else AdamW's
-OPTIMIZERS = {"8bit": 2.1, "paged": 8, "bnb": 8, "sgd": 0.1, "adafactor": 0.1}
+OPTIMIZERS = {"ademamix_8bit": 3.1, "ademamix": 12, "lion_8bit": 1.1, "lion": 4, "8bit": 2.1}
+OPTIMIZERS |= {"rmsprop": 4, "adagrad": 4, "paged": 8, "bnb": 8, "sgd": 0.1, "adafactor": 0.1}
 FOUR_BITS = [
     "quantization.load_in_4bit=true",
     "quantization.bnb_4bit_quant_type=nf4",
@@ -64,7 +65,6 @@ FOUR_BITS = [
     "quantization.bnb_4bit_quant_storage=bfloat16",  # FSDP2 shares out no other
 ]
 _ON_GPUS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
-# of a recipe's `train` section, what decides about speed
 _SPEED_KEYS = ["bf16", "fp16", "activation_checkpointing", "packing", "padding_free"]
 _SPEED_KEYS += ["per_device_train_batch_size", "torch_compile"]
 
@@ -181,7 +181,9 @@ def _memory(plan: Plan) -> dict[str, float]:
             trained = 4 * traced.trained  # FSDP2 keeps them in float32 for autocast
     name = str(recipe.train.get("optim", ""))
     known = (of_each for word, of_each in OPTIMIZERS.items() if word in name)
-    optimizer = next(known, 2 * trained / traced.trained)
+    optimizer = next(known, 2 * trained / traced.trained) * traced.trained
+    if full and "8bit" in name:  # bitsandbytes keeps that of embeddings in float32
+        optimizer *= 1 + 2.8 * traced.vocabulary * traced.hidden / traced.trained
     gradients = trained / shards
     if sharded and steps.accumulation > 1 and not sync_each_batch(recipe):
         gradients = 4 * traced.trained  # whole until the step's last backward pass
@@ -198,28 +200,25 @@ def _memory(plan: Plan) -> dict[str, float]:
 
     # activations, and what is there beside them: logits, or one block that is computed again
     tokens, kept, block = steps.largest, traced.per_token, traced.block
-    # sdpa makes its mask anew in each block and keeps it; on a CPU, where each example is attended
-    # alone, blocks with a window have one
+    # each block keeps a mask of sdpa; on a CPU, with an example at a time, those with a window
     on_cpu = plan.card.name == "cpu"
     is_masked = steps.per_device > 1 or bool(recipe.train.get("packing"))
     masked = traced.windows if on_cpu else traced.layers * is_masked
     if masked and (recipe.model.attn_implementation or "sdpa") in ("sdpa", "eager"):
         kept, block = kept + masked * steps.row * width, block + steps.row * width
     activations = tokens * kept + traced.constant
-    at_work = float(tokens * (4 + 2 * width) * traced.hidden)
+    at_work = tokens * (4.0 + 2 * width) * traced.hidden
     if plan.checkpointing:
         activations = tokens * traced.checkpointed
         at_work += tokens * block + traced.constant / traced.layers
     # a tile of logits with its gradient; in float32 the gradients of the head's input and of it
     logits = TILE * traced.vocabulary * (width + 8) + 4 * tokens * traced.hidden
-    if full and not sharded:
-        logits += 4 * traced.vocabulary * traced.hidden
-
+    logits += 4 * traced.vocabulary * traced.hidden * (full and not sharded)
     memory = {
         "weights": base / shards / GIB,
         "trained": trained / shards / GIB,
         "gradients": gradients / GIB,
-        "optimizer": optimizer * traced.trained / shards / GIB,
+        "optimizer": optimizer / shards / GIB,
         "gathered": gathered / GIB,
         "activations": activations / GIB,
         "temporary": max(logits, at_work) / GIB,

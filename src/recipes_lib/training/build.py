@@ -32,7 +32,7 @@ from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.load import load_model
 
-MOST_GRAPHS = 32  # of one kind of block (gradients, windows, lengths); torch compiles no more then
+MOST_GRAPHS = 32  # of one kind of block: gradients, windows, lengths
 
 
 def read_model(

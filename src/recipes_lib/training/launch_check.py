@@ -95,7 +95,7 @@ def shard_on_cpus() -> None:
     """Let this process shard on CPUs where it was launched with an FSDP config.
 
     accelerate (1.15) turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an
-    FSDP config silently becomes DDP. The missing branch is added to `AcceleratorState.__init__`.
+    FSDP config silently becomes DDP.
     """
     import torch
     from accelerate import state

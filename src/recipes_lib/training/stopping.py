@@ -27,7 +27,7 @@ NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
 STOPPING = "stopping once a checkpoint or the weights are saved (Ctrl-C again ends at once) ..."
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
-ALL_FAIL_WITHIN_S = 2.0  # where all ranks fail for one reason
+ALL_FAIL_WITHIN_S = 2.0
 _POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
@@ -141,7 +141,7 @@ def _failures(more: int) -> int:
 
 
 def _as_defect(error: Exception, run: Path | None) -> RecipesError:
-    """Keep the traceback of a defect in the run's folder: to come to it again may take days."""
+    """Keep the traceback of a defect in the run's folder."""
     where = "--debug shows where"
     if run is not None and run.is_dir():
         with suppress(OSError):
