@@ -109,11 +109,12 @@ def test_a_study_becomes_an_array_of_arms_and_a_job_that_evaluates_what_is_train
     assert {"tiny--r4.yaml", "tiny--r8.yaml"} == {file.name for file in root.rglob("*.yaml")}
     assert (root / "tiny/slurm/train.sbatch").read_text().count("recipes_lib.train") == 2
     # launches one after another: both at once would be over the limit
-    own = "launch.accelerate=ddp_cpu, train.per_device_train_batch_size=2"
-    arm = f"  r8: {{recipe: r8.yaml, overrides: [{own}]}}"
+    own = study.with_name("cpu.yaml")  # another file of the same name
+    own.write_text((PROJECT / "accelerate_configs" / "cpu.yaml").read_text())
+    arm = f"  r8: {{recipe: r8.yaml, accelerate: {own}}}"
     study.write_text(study.read_text().replace("  r8: r8.yaml", arm))
     said = launch(*words, "--dry-run")
-    assert "afterany:${train_cpu_1x1} " in said and "x1}:${train_ddp_cpu_1x2} " in said
+    assert "afterany:${train_1} " in said and "${train_1}:${train_2} " in said
 
 
 def test_a_chain_whose_later_job_is_refused_leaves_nothing_queued(

@@ -60,7 +60,7 @@ class Job:
 
 @dataclass
 class JobPlan:
-    """Everything that a submission for a run or a study needs."""
+    """What the submission of a run or a study needs."""
 
     name: str
     jobs: list[Job] = field(default_factory=list)
@@ -136,17 +136,18 @@ class Planner:
             what = f"study '{study.name}' tunes its arms: what they train is known only afterwards"
             raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
         refuse_unmet(study)
-        plan, groups = JobPlan(study.name), dict[str, list[StudyRun]]()
+        plan, groups = JobPlan(study.name), dict[object, list[StudyRun]]()
         left = [training for training in study_trainings(study) if not is_trained(training)]
         for training in left if "train" in self.stages else ():
             launch = training.arm.launch
-            name = f"train-{launch.config.path.stem}-{launch.machines}x{launch.per_machine}"
-            groups.setdefault(name, []).append(training)
-        for name, trainings in groups.items():
+            key = launch.config.path, launch.machines, launch.per_machine
+            groups.setdefault(key, []).append(training)
+        for number, trainings in enumerate(groups.values(), 1):
             recipes = {f"{training.run}.yaml": training.recipe for training in trainings}
-            # groups one after another, or together they would exceed the limit
+            # one after another: together they would exceed the limit
             before = plan.jobs[-1:] if self.profile.max_concurrent_arms else []
-            label, launch = name if len(groups) > 1 else "train", trainings[0].arm.launch
+            label = f"train-{number}" if len(groups) > 1 else "train"
+            launch = trainings[0].arm.launch
             plan.jobs.append(self._train_job(plan, label, recipes, launch, before))
         if {"eval", "report"} & {*self.stages} and missing_of(study):
             gpus = not all(arm.launch.config.use_cpu for arm in study.arms)
