@@ -1,10 +1,10 @@
-"""From a recipe and a tokenizer to data sets that TRL trains on as they are: the token ids of each
-row, their labels, and an audit that counts and names what would happen silently.
+"""From a recipe and a tokenizer to data sets for TRL: the token ids of each row, their labels, and
+an audit that counts and names what would happen silently.
 
 Loss is found in 3 ways, as in TRL:
 
-1. Text pairs: the completion begins where the tokens of prompt and completion together part from
-   those of the prompt alone.
+1. Text pairs: the completion begins where the tokens of both texts together differ from those of
+   the prompt alone.
 2. Conversations under a template with `{% generation %}` markers, or TRL's training template: the
    markers say what the assistant wrote.
 3. Conversations under any other template: the text between the prompt that asks for a turn and the

@@ -1,10 +1,10 @@
 """The rows of a recipe: read from a local file, a folder, a Hub data set, or a mixture of these (a
-local path wins over a Hub id of the same name), named, chosen, and divided into those that train,
-validate and test. Columns of any spelling become our fields (texts, or messages); errors name rows
-by file and line, or a key of the recipe.
+local path wins over a Hub id of the same name), selected, and split into training, validation and
+test. Columns of any spelling become our fields (texts, or messages); errors name rows by file and
+line, or a key of the recipe.
 
-Nothing is converted, which is why `datasets` reads no text: its CSV reader turns the answer "NA"
-into null and "007" into 7, and its JSON reader names no line.
+Values are not converted, so `datasets` reads no text: its CSV reader turns the answer "NA" into
+null and "007" into 7, and its JSON reader names no line.
 """
 
 from __future__ import annotations

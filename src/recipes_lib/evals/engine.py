@@ -1,10 +1,9 @@
 """The two engines, a model in this process and a server with OpenAI's interface: requests in,
 completions out as they are finished; and what is missing in a store asked of them.
 
-Sampling in this process is seeded per request and not per batch: noise is drawn row by row from the
-request's own generator and the largest noisy probability is taken, which is exact sampling. An
-answer therefore does not depend on what else was in its batch, apart from the rounding of other
-matrix shapes.
+Sampling in this process is seeded per request: the noise of a row comes from the request's own
+generator, and the largest noisy probability is taken, which is exact sampling. So an answer does
+not depend on the rest of its batch, apart from the rounding of other matrix shapes.
 """
 
 from __future__ import annotations

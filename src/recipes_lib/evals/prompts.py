@@ -1,13 +1,13 @@
 """What a judge reads, and the verdict in what it writes: grading (1-5) or comparison (A or B).
 
-The form is that of the Prometheus 2 models; the wording stands in evals/prompts/ (Jinja templates)
-and evals/rubrics/. An answer cannot speak to the judge: it stands, as it was written, between two
-lines with a code that it cannot know. `package:prometheus-eval` reads the authors' sentences
-from their wheel, and adds one line, the fence's.
+The form is that of the Prometheus 2 models; the wording is in evals/prompts/ (Jinja templates) and
+evals/rubrics/. An answer stands unchanged between two lines with a code that it cannot know, so it
+cannot speak to the judge. `package:prometheus-eval` reads the authors' sentences from their wheel,
+and adds one line about these lines.
 
-A verdict stands at the end of the text, in a form that the parser of prometheus-eval takes
-(`[RESULT] 4`, `score of 3 out of 5`, `Result: B`), or what chat models make of it: Markdown around
-it, `[RESULT]: A`, `[[A]]`, a full stop. Different verdicts in one text are a conflict.
+A verdict is at the end of the text, in a form that prometheus-eval's parser takes (`[RESULT] 4`,
+`score of 3 out of 5`, `Result: B`), or as chat models write it: in Markdown, `[RESULT]: A`,
+`[[A]]`, with a full stop. Different verdicts in one text are a conflict.
 
 Source: Kim et al. (2024), "Prometheus 2: An Open Source Language Model Specialized in Evaluating
 Other Language Models"; prometheus-eval 0.1.20, `prometheus_eval/prompts.py`.

@@ -1,10 +1,10 @@
-"""Which Slurm jobs a recipe or a study becomes, which of them waits for which, and their scripts.
+"""The Slurm jobs of a recipe or a study, their order, and their scripts.
 
     a recipe   train -> an evaluation each -> report
     a study    arrays of `recipes train`, one for each launch -> `recipes study run`
 
 Every job runs a command that can be run again, as an argument list: no shell reads a value of a
-recipe. What all scripts do alike (signals, requeues, exit codes) stands in launch/job.sh.
+recipe. What all scripts share (signals, requeues, exit codes) is in launch/job.sh.
 """
 
 from __future__ import annotations
