@@ -92,19 +92,13 @@ def tiny(recipe: Recipe, tiny_model_dir: Path, folder: Path) -> Path:
     text = trl_templates()[text].read_text() if text in trl_templates() else text
     # the end of turns that a recipe sets itself, for a base whose own token ends a document
     # and the token that the tokenizer class of Qwen adds by itself
-    ends = [
-        end,
-        "<|endoftext|>",
-        recipe.train.get("eos_token"),
-        *re.findall(r"<\|?[a-z_]+\|?>", text),
-    ]
+    ends = [end, "<|endoftext|>", recipe.train.get("eos_token")]
+    ends += re.findall(r"<\|?[a-z_]+\|?>", text)
     tokens = sorted({token for token in ends if token} - set(tokenizer.all_special_tokens))
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tokenizer.chat_template = text if template else None
     if template:
-        tokenizer.chat_template = text
         tokenizer.eos_token = end
-    else:
-        tokenizer.chat_template = None
     tokenizer.save_pretrained(folder / "tokenizer")
     sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     return build_family(family, folder / "model", folder / "tokenizer", **sizes)
@@ -163,12 +157,7 @@ SHAPES: dict[str, Callable[[int, dict[str, str]], dict[str, Any]]] = {
     },
     "HuggingFaceTB/smoltalk2": lambda number, task: {
         "messages": multi_turn(task),
-        "chat_template_kwargs": {
-            "custom_instructions": "",
-            "enable_thinking": False,
-            "python_tools": None,
-            "xml_tools": None,
-        },
+        "chat_template_kwargs": {"custom_instructions": "", "enable_thinking": False},
         "source": "smoltalk",
     },
     "HuggingFaceH4/Multilingual-Thinking": thinking,
