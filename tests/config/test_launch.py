@@ -21,6 +21,7 @@ FSDP = f"distributed_type: FSDP\nfsdp_config: {SHARDS}\n"
 BAD_CONFIGS = [
     ("distributed_type: DEEPSPEED\n", "distributed_type: Input should be"),
     ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "num_processes: Input should be"),
+    ("distributed_type: MULTI_GPU\nnum_procesess: 2\n", "without num_processes starts 1"),
     (FSDP.replace("fsdp_version: 2", "fsdp_version: 1"), "FSDP1 is deprecated"),
     (FSDP.replace("FULL", "SHARDED"), "writes no adapter"),
     (FSDP.replace("fsdp_version", "fsdp_verson"), "did you mean fsdp_config.fsdp_version"),

@@ -1,5 +1,5 @@
-"""Reading YAML: the values of a file and of all that it extends, and where each was written. Verbs
-that only list files need no more, and no pydantic; for the others `parsing.parse` follows.
+"""Reading YAML: the values of a file and of all that it extends, and where each was written. Needs
+no pydantic; `parsing.parse` checks the values.
 """
 
 from __future__ import annotations

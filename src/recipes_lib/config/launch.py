@@ -90,6 +90,9 @@ def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[R
         if document.values.get(key):
             hint = "use distributed_type: FSDP (accelerate_configs/fsdp.yaml)"
             yield document.error(key, f"{key} cannot be used here", hint)
+    if config.distributed_type != "NO" and "num_processes" not in config.model_fields_set:
+        what = f"{config.distributed_type} without num_processes starts 1 process"
+        yield document.error("distributed_type", what, "set num_processes")
     for key in config.fsdp_config.keys() - _FSDP_KEYS:
         near = did_you_mean(key, _FSDP_KEYS, "fsdp_config.{}".format)
         yield document.error(f"fsdp_config.{key}", f"unknown key 'fsdp_config.{key}'", *near)

@@ -1,5 +1,5 @@
-"""The text of a recipe that is new: it extends another one and writes out what is different, or it
-is what a flat TRL config (ScriptArguments, ModelConfig and SFTConfig in one mapping) becomes.
+"""The text of a new recipe: one that extends another, or what a flat TRL config (ScriptArguments,
+ModelConfig and SFTConfig in one mapping) becomes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""The sections `train` and `lora`: TRL's and PEFT's own classes, as `make schema` wrote them into
-`upstream.json`, so that a recipe is checked without torch. The functions at the end build the real
-objects: upstream has the last word.
+"""The sections `train` and `lora`: TRL's and PEFT's own classes, as `make schema` wrote them to
+`upstream.json`, so that `check` needs no torch. The functions at the end build the real objects.
 """
 
 from __future__ import annotations

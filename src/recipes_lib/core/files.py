@@ -1,8 +1,8 @@
 """Files that are either whole or absent, and the one reader and writer of JSON and JSON lines.
 
 A rename reaches the disk before the bytes it names, unless those were flushed first: after a power
-cut the name is there and the file is full of zeros. So whatever gets its final name by a rename
-gets it here, from `write_bytes` or `publish`.
+cut the name is there and the file is full of zeros. So every final name is given here, by
+`write_bytes` or `publish`.
 """
 
 from __future__ import annotations
