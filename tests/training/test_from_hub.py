@@ -150,7 +150,7 @@ MODEL = "model.name_or_path=org/"
 REFUSED = [
     ([f"{MODEL}tinny"], 5, ["no model 'org/tinny'", "check the name"]),
     ([f"{MODEL}gated-tiny"], 5, ["'org/gated-tiny' is gated", "hf auth login"]),
-    (["data.source=org/rowz"], 4, ["is 'org/rowz'", "check the name"]),
+    (["data.source=org/rowz"], 4, ["'org/rowz' is not a file or folder", "check the name"]),
     (["data.source=org/rows", "data.source_split=trian"], 4, ["trian", "train"]),
 ]
 
