@@ -14,7 +14,7 @@ import recipes_lib
 ROOT = Path(recipes_lib.__file__).parent
 ORDER = (
     ("core", "stats"),
-    ("models",),
+    ("models", "doctor"),
     ("config",),
     ("data",),
     ("weights",),

@@ -59,7 +59,7 @@ MORE = {
     "judge": ("evaluate", "audit a judge on labelled pairs; print a scorecard"),
     "compare": ("evaluate", "compare any runs, or results of lm-eval and alpaca_eval"),
     "prefetch": ("cluster", "download models, data and judges for offline nodes"),
-    "doctor": ("doctor", "check versions, device, disk and token, and say what to fix"),
+    "doctor": ("overview", "check versions, device, disk and token, and say what to fix"),
 }
 VERBS = {**START_HERE, **MORE}
 ACTIONS = {"study": ("plan", "run", "status", "report"), "judge": ("audit",)}

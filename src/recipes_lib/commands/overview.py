@@ -1,4 +1,4 @@
-"""`recipes ls` and `recipes status`: what recipes and what runs there are. They only read files."""
+"""`recipes ls`, `status` and `doctor`: the recipes, the runs and the machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 from recipes_lib.commands import Json
 from recipes_lib.config.documents import read
-from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.files import Row, read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import (
@@ -18,6 +18,7 @@ from recipes_lib.core.run_directory import (
     open_run,
 )
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
+from recipes_lib.doctor import FAIL, diagnose
 
 _START = "start-here"
 
@@ -125,3 +126,12 @@ def _show_run(run: RunDirectory, as_json: bool) -> int:
     if state == "finished":
         return next_step("chat", run.name)
     return next_step("train", shown_path(run.path / "resolved.yaml"))
+
+
+def run_doctor() -> int:
+    """Print the findings; exit 5 when something cannot work."""
+    failed = False
+    for topic, (level, text, remedy) in diagnose():
+        say(f"{level:<5} {topic:<13} {text}{f' -> {remedy}' if remedy else ''}")
+        failed |= level == FAIL
+    return ExitCode.ENVIRONMENT if failed else next_step("ls")

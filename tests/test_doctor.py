@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from recipes_lib import doctor
 from recipes_lib.cli import main
-from recipes_lib.commands import doctor
 from recipes_lib.core.environment import describe_devices, quiet_libraries
 
 

@@ -1,4 +1,4 @@
-"""`recipes doctor`: is this machine ready? One line per finding, with the remedy."""
+"""What `recipes doctor` finds on this machine, with the remedies."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from recipes_lib.core.environment import PACKAGES, describe_devices, installed_version
-from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import project_root, runs_root
-from recipes_lib.core.terminal import next_step, say
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 REINSTALL = "make setup"
@@ -19,19 +17,15 @@ DISK_GIB = 15  # Llama-2-7B takes 13
 DoctorLine = tuple[str, str, str]  # level, what is so, what to do
 
 
-def run_doctor() -> int:
-    """Print the findings; exit 5 when something cannot work."""
-    failed = False
+def diagnose() -> Iterator[tuple[str, DoctorLine]]:
+    """Yield the topic of each finding, and the finding."""
     for check in DOCTOR_CHECKS:
         topic = check.__name__.removeprefix("check_")
         try:
             findings = list(check())
         except Exception as error:  # a broken installation fails in its own ways
             findings = [(FAIL, f"{type(error).__name__}: {error}", REINSTALL)]
-        for level, text, remedy in findings:
-            say(f"{level:<5} {topic:<13} {text}{f' -> {remedy}' if remedy else ''}")
-            failed |= level == FAIL
-    return ExitCode.ENVIRONMENT if failed else next_step("ls")
+        yield from ((topic, finding) for finding in findings)
 
 
 def check_versions() -> Iterator[DoctorLine]:
