@@ -79,8 +79,10 @@ def test_other_few_shots_stop_the_verdict_and_other_arguments_are_named(tmp_path
     conclusion = compared(first, shots)
     assert conclusion.claims[0].verdict == "no verdict"
     assert any("few-shot" in line for line in conclusion.findings[0].evidence)
-    half = lm_eval(tmp_path / "c", values, config={"model_args": "pretrained=c,dtype=float16"})
+    half = lm_eval(tmp_path / "c", values, config={"model_args": "pretrained=c"})
     assert any("model arguments" in each.title for each in compared(first, half).findings)
+    sampled = lm_eval(tmp_path / "d", values, config={"gen_kwargs": {"temperature": 1}})
+    assert "gen_kwargs" in compared(first, sampled).claims[0].sentence
 
 
 def test_the_newest_results_are_read_and_damage_is_named(tmp_path: Path) -> None:

@@ -65,6 +65,8 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path, monkeypatch
         "margins": ("seeds:", "margins: {win_rate: 2 points}\nseeds:"),
         "primary": ("seeds:", "primary: mt_bench/grade\nseeds:"),
         "arms.r4 changed": ("seeds:", "overrides: [train.learning_rate=0.5]\nseeds:"),
+        "r4 changed since": ("seeds:", "overrides: [train.max_grad_norm=0]\nseeds:"),
+        "opponents changed": ("seeds:", "baseline: r4\nseeds:"),
         "arms.more changed": ("  r8: r8.yaml", "  r8: r8.yaml\n  more: r8.yaml"),
         "evals.study--lm_eval changed": (", lm_eval.yaml", ""),
     }

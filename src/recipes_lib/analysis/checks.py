@@ -28,7 +28,7 @@ from recipes_lib.training.resume_guard import flatten
 Severity = Literal["error", "confound", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
-# What only an audit asks; the rest is measured from the judgments themselves.
+# What only an audit asks; the rest is measured from the judgments.
 ASKED_IN_AUDIT = {*PROBES.values(), HUMAN}
 UNAUDITED = "judge-not-audited"  # stands in the sentences that it touches
 MANY_ARMS = 5
@@ -44,11 +44,10 @@ _ONE_FORMAT = (
     " factors: {format: [data.prompt_format]}"
 )
 AUDIT_COMMAND = "recipes judge audit --judge JUDGE.yaml --labels FILE"
-# Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
-# check of its own.
+# Parts of an eval recipe that say how fast or where it runs; the judge has its own check.
 _FREE = re.compile(
-    r"name|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine|batch_tokens"
-    r"|base_url|api_key_variable|concurrency|timeout_s|max_retries|num_processes)"
+    r"name|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine"
+    r"|base_url|api_key_variable|concurrency|timeout_s|max_retries)"
 )
 _Logged = tuple[str, Run, EvalLog]  # the arm first
 
@@ -192,8 +191,7 @@ def check_former_opponents(arms: Arms) -> Iterator[Finding]:
             title = f"{arm} was judged in {log.eval} against outdated answers of {run.name}"
             lines = (f"{run_place(log.file)}: weights {judged[:12]}", f"now {min(now)[:12]}")
             remedy = f"recipes eval EVAL {log.file.parents[2].name} --against {run.name}"
-            metrics = tuple(metric.name for metric in log.metrics if metric.opponent)
-            both = (arm, rival)
+            both, metrics = (arm, rival), tuple(m.name for m in log.metrics if m.opponent)
             yield Finding("former-opponent", "error", title, lines, remedy, both, metrics, rival)
 
 
@@ -310,7 +308,7 @@ def check_answers(arms: Arms) -> Iterator[Finding]:
         for what, (times, n) in answer_faults(log).items():
             if log.suite == "checks" and what == CUT:
                 continue  # a cut answer that fails has failed: the limit is part of the question
-            key, share = (arm, log.eval, what), times / n if n else 0.0
+            key, share = (arm, log.eval, what), times / n
             if times > 2 and share > max(SOME_DEGENERATE, worst.get(key, (0.0,))[0]):
                 worst[key] = share, _degenerate(arm, log, what, times, n)
     yield from (finding for _, finding in worst.values())

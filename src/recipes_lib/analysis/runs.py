@@ -335,19 +335,21 @@ def _lm_eval(folder: Path, path: Path) -> Run:
         given = dict(part.split("=", 1) for part in str(given or "").split(",") if "=" in part)
     arguments = {str(key).strip(): str(value) for key, value in given.items()}
     model = str(content.get("model_name") or arguments.get("pretrained") or path.parent.name)
-    settings = {key: config.get(key) for key in ("limit", "gen_kwargs") if config.get(key)}
+    limit = config.get("limit")
+    settings = {"limit": limit} if limit else {}
+    settings["gen_kwargs"] = str(config.get("gen_kwargs") or "none")
     free = {key: value for key, value in arguments.items() if key not in _MODEL}
     facts = {
         "lm_eval": content.get("lm_eval_version"),
         "transformers": content.get("transformers_version"),
-        "model arguments": ", ".join(f"{key}={free[key]}" for key in sorted(free)),
+        "model arguments": ", ".join(f"{key}={free[key]}" for key in sorted(free)) or "none",
         "chat template": content.get("chat_template_sha") or "none",
         "prompts": hash_of(prompts)[:12],
     }
     log = EvalLog(
         target=model,
         n=sum(metric.n for metric in metrics if not metric.parts),
-        subset=f"limit {config['limit']}" if config.get("limit") else None,
+        subset=f"limit {limit}" if limit else None,
         metrics=metrics,
         answers=AnswerFacts(name=model, models=(model,), dtype=free.get("dtype")),
         recipe={"suite": settings},

@@ -261,9 +261,8 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
     metrics = [metric for _, metric in kept]
     row = _row(first, second, metrics, len(kept), opponent=second.name, head_to_head=True)
     row.higher_is_better = True
-    ids = {id(metric) for metric in metrics}
-    others = [(run.name, metric.opponent) for run, metric in measured if id(metric) not in ids]
-    row.flags = _left_out([f"{run} against {other}" for run, other in others])
+    others = [each for each in measured if each not in kept]
+    row.flags = _left_out([f"{run.name} against {metric.opponent}" for run, metric in others])
     items = _items(metrics)
     row.n = len(items)
     values = _values(metrics, items)

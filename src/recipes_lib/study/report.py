@@ -25,13 +25,12 @@ from recipes_lib.training.resume_guard import differences, flatten
 
 _LOCK = "design.json"
 # Where a job runs makes no other arm; seeds are listed.
-_FREE_OF_ARM = ("train.seed", "launch.accelerate", "launch.gpus", "launch.nodes")
+_FREE = {"train.seed", "launch.accelerate", "launch.gpus", "launch.nodes"}
 
 
 def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     """Return what was measured, what the study declares, and what may be said."""
-    missing = tuple(runs.missing_of(study))
-    design = replace(study.design, missing=missing, changed=changes(study))
+    design = replace(study.design, missing=tuple(runs.missing_of(study)), changed=changes(study))
     arms = measured_arms(study)
     conclusion = conclude(arms, study.aims, design)
     names = {file.stem for file in runs.study_folder(study).glob("*/*.yaml")}
@@ -76,13 +75,16 @@ def design_values(study: Study) -> dict[str, Any]:
     """Return what must not change once verdicts were seen."""
 
     def hashed(arm: Arm) -> str:
-        every = arm.resolved().items()  # a later version adds empty ones
-        values = {key: value for key, value in every if value and key not in _FREE_OF_ARM}
-        return hash_in(study.document.path.parent, values)
+        values, written = arm.resolved(), flatten(arm.recipe.document.values)
+        # later versions add empty ones
+        keys = [key for key in values.keys() - _FREE if values[key] or key in written]
+        return hash_in(study.document.path.parent, {key: values[key] for key in keys})
 
+    rivals = [each.opponent(None) for each in study.evals]
     return {
         "arms": {arm.name: hashed(arm) for arm in study.arms},
         "evals": {recipe.name: recipe.settings_key(code=None) for recipe in study.evals},
+        "opponents": [f"{rival} {study.baseline}" for rival in rivals if rival],
         "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
         "base": study.file.include_base,
         "primary": study.aims.primary,
@@ -93,21 +95,20 @@ def design_values(study: Study) -> dict[str, Any]:
 def changes(study: Study) -> tuple[str, ...]:
     """Return what differs from the design of the first report with verdicts."""
     locked = object_or_none(runs.study_folder(study) / _LOCK) or {}
-    now, since = design_values(study) if locked else {}, str(locked.get("written"))[:10]
-    changed = differences(flatten({key: locked.get(key) for key in now}), flatten(now))
-    return tuple(f"{key} changed since {since}" for key in changed)
+    now = {key: value for key, value in design_values(study).items() if key in locked}
+    changed = differences(flatten({key: locked[key] for key in now}), flatten(now))
+    return tuple(f"{key} changed since {str(locked.get('written'))[:10]}" for key in changed)
 
 
 def gate(study: Study) -> tuple[ExitCode, list[str]]:
     """Return 6 and what is missing; 1 and each arm that is worse than the baseline (also where a
     finding stops the sentence) or not shown to hold its margin; or 0.
     """
-    _, design, conclusion = conclude_study(study)
+    _, design, report = conclude_study(study)
     baseline, failed = study.baseline, list[str]()
     missing = [f"missing: {what}" for what in design.missing]
     for arm in (arm.name for arm in study.arms if arm.name != baseline):
-        claims = [c for c in conclusion.claims if {arm, baseline} == {*c.row.arms}]
-        claims = [claim for claim in claims if not claim.row.aside]
+        claims = [c for c in report.claims if {arm, baseline} == {*c.row.arms} and not c.row.aside]
         if not design.missing and not any(claim.row.is_tested for claim in claims):
             missing.append(f"no comparison of {arm} with {baseline} can be tested: see the report")
         failed += [claim.sentence for claim in claims if claim.worse_than(baseline)]
@@ -115,8 +116,7 @@ def gate(study: Study) -> tuple[ExitCode, list[str]]:
             held = [c for c in claims if c.row.margin is not None and is_named(word, c.row.metric)]
             unsure = [c for c in held if not (c.worse_than(baseline) or c.not_worse_than(baseline))]
             failed += [f"not shown: {claim.sentence}" for claim in unsure]
-            failed += [] if held else [f"not shown: no comparison of {arm} on {word}"]
+            failed += [f"not shown: no comparison of {arm} on {word}"] * (not held)
     lines = [*missing, *failed] or [f"passed: no arm is shown to be worse than {baseline}"]
-    lines += [f"next: {design.command}"] if design.missing else []
-    code = ExitCode.EVALUATION_INCOMPLETE if missing else ExitCode(bool(failed))
-    return code, lines
+    lines += [f"next: {design.command}"] * bool(design.missing)
+    return ExitCode.EVALUATION_INCOMPLETE if missing else ExitCode(bool(failed)), lines
