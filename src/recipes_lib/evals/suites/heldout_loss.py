@@ -75,7 +75,7 @@ class HeldoutLoss(Suite):
         lengths, metrics = list(map(len, supervised)), []
         num_bytes = [len(text.encode(errors="replace")) for text in texts]
         for metric, label, instead_of, unit, scale, sizes, read in (
-            ("loss", "loss per token", "", "tokens", 1.0, lengths, tokens),
+            ("loss", "loss per token", "", "tokens", 1.0, lengths, keys),
             ("bits_per_byte", "bits per byte", "loss", "bytes", math.log(2), num_bytes, texts),
         ):
             mean = scale * sum(sizes) / len(sizes)
