@@ -414,6 +414,10 @@ def test_a_base_measured_under_another_protocol_is_not_beaten(two: Folders) -> N
     change(base / "run.json", lambda state: state.update(kind="base"))
     folders = {"base": [base], **two}
     assert claim_of(compared(folders)).verdict == "better"
+    for folder, weights in ((base, "b"), (two["two"][0], "b"), (write_run(base.parent, "c"), "c")):
+        change(folder / "run.json", lambda state, w=weights: state.update(base_fingerprint=w))
+    found = compared({"base": [base], "two": [*two["two"], base.with_name("c")]}).findings
+    assert ("base: b, two: c",) in [each.evidence for each in found]
     for folder, prompt in ((base, "another format"), (two["two"][0], "its format")):
         facts = {"prompt_format_hash": prompt}
         change(folder / RESULT, lambda result, facts=facts: result["answers"].update(facts))
@@ -473,17 +477,15 @@ def test_answers_made_differently_take_the_cause_of_a_comparison_head_to_head(ra
         write_judged(folder, 200, against=rival.name, skill=0.9, flips=0.0)
 
     def direct() -> Claim:
-        claims = compared(ranks, design=RANK).claims
-        return next(claim for claim in claims if claim.row.head_to_head)
+        return next(c for c in compared(ranks, design=RANK).claims if c.row.head_to_head)
 
     assert direct().verdict == "better" and direct().cause
-    for folder in ranks["r32"]:
-        for file in folder.glob("evals/*/result*.json"):
-            change(file, lambda result: result["answers"].update(dtype="float16"))
+    files = [file for folder in ranks["r32"] for file in folder.glob("evals/*/result*.json")]
+    for file in files:
+        change(file, lambda result: result["answers"].update(dtype="float16"))
     assert direct().verdict == "better" and "precision" in direct().no_cause
-    for folder in ranks["r32"]:
-        for file in folder.glob("evals/*/result*.json"):
-            change(file, lambda result: result["answers"].update(decoding={"temperature": 1}))
+    for file in files:
+        change(file, lambda result: result["answers"].update(decoding={"temperature": 1}))
     assert direct().verdict == "no verdict"
 
 

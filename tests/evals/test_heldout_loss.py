@@ -78,7 +78,7 @@ def test_other_tokens_have_bits_per_byte_of_the_same_text(
 ):
     words = ["train.max_steps=1", "train.max_length=400"]
     assert train([str(tiny_recipe), "run.name=one", *words]) == 0
-    whole = ["run.name=whole", "train.completion_only_loss=false"]  # the prompts' tokens count
+    whole = ["run.name=whole", "train.completion_only_loss=false"]
     assert train([str(tiny_recipe), *words, *whole]) == 0
     assert "not comparable" in recipes("eval", eval_file, "one", "whole")[1]
     words.append(f"model.name_or_path={other_tiny_model_dir}")

@@ -117,7 +117,7 @@ def _by_eval(arms: Arms) -> dict[str, list[_Logged]]:
 
 def check_copies(arms: Arms) -> Iterator[Finding]:
     """Yield arms that share a run, final weights or all answers, and seeds of equal weights."""
-    # arm -> title and what is identical -> run -> where it was seen
+    # arm -> title and what is identical -> run -> place
     seen: dict[str, dict[tuple[str, str], dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for name, title, known, run, place in _identities(arms):
         seen[name][title, known][run] = place
@@ -473,7 +473,7 @@ def check_base(arms: Arms) -> Iterator[Finding]:
     for base, arm in itertools.permutations(arms, 2):
         now, then = weights[base.name], weights[arm.name]
         if base.is_base and not arm.is_base and now and then and now != then:
-            lines = (f"{base.name}: {min(now)}, {arm.name}: {min(then)}",)
+            lines = (f"{base.name}: {min(now)}, {arm.name}: {min(then - now or then)}",)
             title = f"{arm.name} was trained on different weights than {base.name}"
             remedy = "evaluate its base"
             yield Finding("other-base", "error", title, lines, remedy, (arm.name, base.name))
