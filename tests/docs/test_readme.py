@@ -49,7 +49,8 @@ def blocks(page: Path) -> list[tuple[list[str], list[str]]]:
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What a fresh checkout holds for the commands; what they write stays in it."""
     for folder in ("recipes", "accelerate_configs", "evals", "schema", "tests/config/flat_configs"):
-        shutil.copytree(PROJECT / folder, tmp_path / folder)
+        own = shutil.ignore_patterns("my-*")  # what a reader of the page made here
+        shutil.copytree(PROJECT / folder, tmp_path / folder, ignore=own)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("recipes_lib.evals.recipe.project_root", lambda: tmp_path)
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
