@@ -1,5 +1,5 @@
-"""The size of the house and its surface are agreed on: what is new here fails until a person has
-weighed it and changed this file.
+"""The surface of the house is agreed on: a new verb or a new top-level key of ours fails here until
+a person has weighed it and changed this file. The two ceilings are no targets.
 """
 
 from __future__ import annotations
@@ -11,27 +11,11 @@ from recipes_lib.cli import VERBS
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCE = PROJECT / "src" / "recipes_lib"
 
-# Lines of Python, after the formatter, docstrings included: what each package may have.
-LINES = {
-    "commands": 1500,
-    "core": 800,
-    "config": 1900,
-    "models": 450,
-    "data": 1650,
-    "training": 1700,
-    "weights": 900,
-    "plan": 750,
-    "evals": 4300,
-    "analysis": 3000,
-    "study": 950,
-    "slurm": 800,
-}
-# Modules beside the packages, counted with the one that they serve.
-BESIDE = {"commands": ["cli.py"], "training": ["train.py"], "analysis": ["stats.py"]}
-DOCTOR = SOURCE / "doctor.py"  # counted by itself
-DOCTOR_LINES = 120
-ALL_LINES, ALL_FILES, ALL_BYTES = 20_000, 95, 850_000
-TEST_LINES, BENCHMARK_LINES = 16_000, 1_000
+# Lines of Python with docstrings and comments: room for what the issues ask for, and air.
+MOST_SOURCE_LINES = 26_000
+MOST_TEST_LINES = 21_000
+# A longer file has more than one job.
+MOST_LINES_OF_A_FILE = 720  # 600 once data/rows.py is split
 KNOWN_VERBS = {
     *("new", "ls", "show", "check", "migrate", "explain", "doctor"),
     *("data", "plan", "train", "status", "chat", "merge", "export"),
@@ -39,29 +23,23 @@ KNOWN_VERBS = {
 }
 
 
-def lines(*files: Path) -> int:
-    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+def line_count(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
-def test_no_package_is_larger_than_it_may_be() -> None:
-    assert {path.parent.name for path in SOURCE.glob("*/__init__.py")} == LINES.keys()
-    too_large = {}
-    for package, most in LINES.items():
-        files = [*(SOURCE / package).rglob("*.py")]
-        files += [SOURCE / name for name in BESIDE.get(package, [])]
-        if (size := lines(*files)) > most:
-            too_large[package] = f"{size} of {most} lines"
-    assert not too_large
-    assert lines(DOCTOR) <= DOCTOR_LINES
+def total_lines(folder: Path) -> int:
+    return sum(line_count(path) for path in folder.rglob("*.py"))
 
 
-def test_source_tests_and_benchmarks_do_not_grow() -> None:
-    files = [*SOURCE.rglob("*.py")]
-    assert lines(*files) <= ALL_LINES
-    assert len(files) <= ALL_FILES
-    assert sum(path.stat().st_size for path in files) <= ALL_BYTES
-    assert lines(*(PROJECT / "tests").rglob("*.py")) <= TEST_LINES
-    assert lines(*(PROJECT / "benchmarks").rglob("*.py")) <= BENCHMARK_LINES
+def test_source_and_tests_stay_under_their_ceilings() -> None:
+    assert total_lines(SOURCE) <= MOST_SOURCE_LINES
+    assert total_lines(PROJECT / "tests") <= MOST_TEST_LINES
+
+
+def test_no_file_of_the_source_has_more_than_one_job() -> None:
+    sizes = {path.relative_to(SOURCE).as_posix(): line_count(path) for path in SOURCE.rglob("*.py")}
+    too_long = {name: size for name, size in sizes.items() if size > MOST_LINES_OF_A_FILE}
+    assert not too_long
 
 
 def test_no_verb_is_new() -> None:
