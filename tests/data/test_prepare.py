@@ -15,9 +15,11 @@ from conversation_samples import MARKED
 from recipes_lib.config.recipe import SplitSection
 from recipes_lib.core.errors import DataError, ExitCode
 from recipes_lib.data import prepare as preparing
+from recipes_lib.data.errors import SettingError
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.prompts import generation_prompt, template_date
-from recipes_lib.data.rows import DataRow, SettingError, split_rows
+from recipes_lib.data.rows import DataRow
+from recipes_lib.data.splits import split_rows
 
 NO_SPLIT = {"method": "none"}
 TURNS = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."}]
@@ -288,7 +290,7 @@ def test_a_second_start_reads_the_rows_that_the_first_one_kept(
     from datasets import Dataset
 
     rows = Dataset.from_list(tasks(60))
-    for module in ("prepare", "rows"):
+    for module in ("prepare", "sources"):
         monkeypatch.setattr(f"recipes_lib.data.{module}.hub_data_set", lambda source: rows)
     for source in (write_jsonl(tasks(60)), "somebody/rows"):
         first = prepare(source, split={"test": 0.1})

@@ -6,8 +6,8 @@ import pytest
 from conversation_samples import encode_row
 
 from recipes_lib.config.recipe import DataSection
+from recipes_lib.data.errors import SettingError
 from recipes_lib.data.prompts import chat_template, format_hash, generation_prompt, task_prompt
-from recipes_lib.data.rows import SettingError
 
 ASKED = {"role": "user", "content": "a"}
 TURNS = [ASKED, {"role": "assistant", "content": "b"}]

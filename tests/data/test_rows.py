@@ -14,20 +14,12 @@ from pyarrow import parquet
 
 from recipes_lib.config.recipe import DataSection
 from recipes_lib.core.errors import DataError
-from recipes_lib.data.rows import (
-    BadRow,
-    BadRows,
-    SettingError,
-    check_roles,
-    conversation_of,
-    data_files,
-    formats_of,
-    message_texts,
-    read_data,
-    read_file,
-    read_messages,
-    template_values,
-)
+from recipes_lib.data.conversations import check_roles, message_texts, read_messages
+from recipes_lib.data.errors import BadRow, BadRows, SettingError
+from recipes_lib.data.readers import read_file
+from recipes_lib.data.reading import formats_of, read_data
+from recipes_lib.data.rows import conversation_of, template_values
+from recipes_lib.data.sources import data_files
 
 TASK = {"instruction": "Größe?", "response": 'Say "é",\nthen stop.'}
 TASKS = [{**TASK, "instruction": f"{i}?"} for i in range(3)]

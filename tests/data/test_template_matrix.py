@@ -10,8 +10,8 @@ import pytest
 from conversation_samples import FOLDER, TURNS, encode_row, learned, tokenizer_with
 
 from recipes_lib.config.recipe import DataSection
+from recipes_lib.data.errors import BadRow
 from recipes_lib.data.prompts import training_template
-from recipes_lib.data.rows import BadRow
 
 OF_PICTURES = {"idefics3", "smolvlm", "llava_next"}  # a content must be a list of parts
 FILES = {file.stem for file in FOLDER.glob("*.jinja") if not file.stem.endswith("_training")}

@@ -6,8 +6,8 @@ import pytest
 from conversation_samples import FOLDER, MARKED, TURNS, encode_row, learned, tokenizer_with
 
 from recipes_lib.config.recipe import DataSection
+from recipes_lib.data.errors import BadRow
 from recipes_lib.data.prompts import chat_template, training_template
-from recipes_lib.data.rows import BadRow
 
 SECOND = ["Second.</s>"]
 BOTH = ["First\n  answer.</s>", *SECOND]

@@ -17,7 +17,7 @@ from tests.families import build_family
 
 from recipes_lib.config.launch import load_accelerate_config
 from recipes_lib.config.recipe import Recipe, load_recipe, trl_templates
-from recipes_lib.data.rows import listed_sources
+from recipes_lib.data.sources import listed_sources
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.data.rows import source_hashes
+from recipes_lib.data.sources import source_hashes
 from recipes_lib.training.resume_guard import guarded_values
 
 COMMAND = [sys.executable, "-m", "tests.study.stand_in"]

@@ -53,8 +53,9 @@ from recipes_lib.core.errors import (
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, recipe_path, shown_path
 from recipes_lib.core.terminal import aligned, count, next_step, say
+from recipes_lib.data.errors import place
 from recipes_lib.data.prompts import chat_template
-from recipes_lib.data.rows import check_rows, formats_of, place
+from recipes_lib.data.reading import check_rows, formats_of
 from recipes_lib.training.resume_guard import differences, flatten
 
 # ---- new ----

@@ -31,9 +31,9 @@ from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, is_held, open_run
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
+from recipes_lib.data.conversations import Message
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.data.rows import Message
 from recipes_lib.evals.engine import HFEngine, Request, Sampling
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import load_eval

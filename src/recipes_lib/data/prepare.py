@@ -33,6 +33,8 @@ from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import file_hash, hash_of, read_object, sync_tree, write_json
 from recipes_lib.core.project import cache_root
 from recipes_lib.core.ranks import on_main_rank
+from recipes_lib.data.conversations import THOUGHTS
+from recipes_lib.data.errors import NUM_LISTED, BadRow, BadRows, SettingError, listed, place
 from recipes_lib.data.prompts import (
     GENERATION,
     Span,
@@ -43,28 +45,10 @@ from recipes_lib.data.prompts import (
     training_template,
     unread_argument,
 )
-from recipes_lib.data.rows import (
-    NUM_LISTED,
-    SPLITS,
-    THOUGHTS,
-    TRAIN,
-    BadRow,
-    BadRows,
-    DataRow,
-    Rows,
-    SettingError,
-    conversation_of,
-    first_in_hash_order,
-    hub_data_set,
-    is_on_hub,
-    listed,
-    listed_sources,
-    place,
-    read_data,
-    source_hashes,
-    split_rows,
-    template_values,
-)
+from recipes_lib.data.reading import Rows, read_data
+from recipes_lib.data.rows import DataRow, conversation_of, template_values
+from recipes_lib.data.sources import hub_data_set, is_on_hub, listed_sources, source_hashes
+from recipes_lib.data.splits import SPLITS, TRAIN, first_in_hash_order, split_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -16,7 +16,9 @@ from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.recipe import TRL, DataSection, is_inline, trl_templates
 from recipes_lib.core.errors import one_line
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.rows import BadRow, DataRow, Message, SettingError, with_system_prompt
+from recipes_lib.data.conversations import Message, with_system_prompt
+from recipes_lib.data.errors import BadRow, SettingError
+from recipes_lib.data.rows import DataRow
 
 # The prompt of a task without and with a context.
 HEADINGS = {

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipesError
 from recipes_lib.core.files import Row, hash_of, valid_texts
 from recipes_lib.core.terminal import count
-from recipes_lib.data.rows import Message
+from recipes_lib.data.conversations import Message
 from recipes_lib.evals.log import Store
 from recipes_lib.evals.recipe import ServerSection
 from recipes_lib.models.families import has_plain_head

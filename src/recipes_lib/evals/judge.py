@@ -25,7 +25,7 @@ from recipes_lib.core.files import Row, hash_of, model_fingerprint, write_json
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import count
-from recipes_lib.data.rows import Message
+from recipes_lib.data.conversations import Message
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, by_item, probe_items, sample_of
 from recipes_lib.evals.engine import (
     Completion,

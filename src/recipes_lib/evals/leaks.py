@@ -9,8 +9,11 @@ from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.core.files import hash_of, read_object, read_rows
 from recipes_lib.core.project import shown_path
+from recipes_lib.data.errors import BadRows
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
-from recipes_lib.data.rows import BadRows, conversation_of, needs_hub, read_data, train_rows
+from recipes_lib.data.reading import read_data, train_rows
+from recipes_lib.data.rows import conversation_of
+from recipes_lib.data.sources import needs_hub
 from recipes_lib.evals.log import EvalLog
 from recipes_lib.evals.questions import load_questions, local_questions
 from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe

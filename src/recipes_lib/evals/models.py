@@ -38,8 +38,8 @@ from recipes_lib.core.files import (
 )
 from recipes_lib.core.project import cache_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, run_lock
+from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
-from recipes_lib.data.rows import Message
 from recipes_lib.evals.engine import (
     Completion,
     Engine,

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from recipes_lib.core.errors import DataError, EnvironmentFault, one_line
 from recipes_lib.core.files import Row, valid_texts
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.rows import BadRow, BadRows, read_file
+from recipes_lib.data.errors import BadRow, BadRows
+from recipes_lib.data.readers import read_file
 from recipes_lib.evals.recipe import SUITES, EvalRecipe
 from recipes_lib.evals.suites.checks import AnswerRule, rule_of
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here

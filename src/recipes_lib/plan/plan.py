@@ -33,8 +33,10 @@ from recipes_lib.core.errors import DataError, RecipesError, one_line
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.terminal import aligned, shown_duration
+from recipes_lib.data.errors import BadRows, place
 from recipes_lib.data.prepare import prepare_data
-from recipes_lib.data.rows import BadRows, needs_hub, place, read_data
+from recipes_lib.data.reading import read_data
+from recipes_lib.data.sources import needs_hub
 from recipes_lib.models.families import known_config
 from recipes_lib.plan.cards import DEFAULT, Card, card_named
 from recipes_lib.plan.trace import Trace, trace

@@ -14,7 +14,7 @@ from recipes_lib.config.recipe import ModelSection, SourcePart, load_recipe
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
-from recipes_lib.data.rows import listed_sources, load_rows
+from recipes_lib.data.sources import listed_sources, load_rows
 from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
 from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here

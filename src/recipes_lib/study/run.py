@@ -34,7 +34,8 @@ from recipes_lib.core.files import Row, read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, describe_holder, is_held, run_lock
 from recipes_lib.core.terminal import count, say
-from recipes_lib.data.rows import check_rows, source_hashes
+from recipes_lib.data.reading import check_rows
+from recipes_lib.data.sources import source_hashes
 from recipes_lib.evals.judge import Judge
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.log import REFERENCE, is_current, log_file

@@ -21,7 +21,7 @@ from recipes_lib.core.ranks import killed_rank, meet, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, State, run_lock
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.prepare import PreparedData
-from recipes_lib.data.rows import source_hashes
+from recipes_lib.data.sources import source_hashes
 from recipes_lib.training import metrics, resume_guard
 from recipes_lib.training.build import count_quantized
 from recipes_lib.training.resume_guard import differences, recipe_differences, set_aside

@@ -20,8 +20,9 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError,
 from recipes_lib.core.files import file_hash, object_or_none, publish, read_object, write_json
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import say
+from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.data.rows import Message, listed_sources
+from recipes_lib.data.sources import listed_sources
 from recipes_lib.models.families import needs_of, short_name
 from recipes_lib.models.packaged import SOURCE
 from recipes_lib.weights.load import (

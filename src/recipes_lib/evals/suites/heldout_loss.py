@@ -15,7 +15,8 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import hash_of
 from recipes_lib.core.terminal import aligned
 from recipes_lib.data.prepare import prepare_data
-from recipes_lib.data.rows import TRAIN, source_hashes
+from recipes_lib.data.sources import source_hashes
+from recipes_lib.data.splits import TRAIN
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.models import Model
 from recipes_lib.evals.recipe import HELD_OUT

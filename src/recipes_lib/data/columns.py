@@ -1,0 +1,117 @@
+"""Columns of any spelling become our fields: texts, or messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from recipes_lib.config.documents import did_you_mean
+from recipes_lib.config.recipe import DataSection
+from recipes_lib.data.conversations import check_roles, read_messages
+from recipes_lib.data.errors import BadRow, BadRows, SettingError
+from recipes_lib.data.rows import DataRow, conversation_of
+from recipes_lib.data.values import checked_text, is_blank, parsed_json
+
+# The sets of fields that a prompt format can read, the best first.
+FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "dolly": (("instruction", "response"),),
+    "alpaca": (("instruction", "response"),),
+    "raw": (("prompt", "completion"), ("text",)),
+    "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
+}
+OF_CHAT = ("system", "tools", "chat_template_kwargs")
+# The names that files use for our fields.
+COLUMNS = {
+    **{name: (name,) for name in ("id", "prompt", "completion", "text", "chat_template_kwargs")},
+    "instruction": ("instruction", "question"),
+    "context": ("context", "input"),
+    "response": ("response", "output", "answer"),
+    "messages": ("messages", "conversations"),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools", "functions"),
+}
+
+
+def fields_by_format(
+    columns: Mapping[Any, str], present: Sequence[str]
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
+    """Return our names -> columns, as mapped or by their usual names; and for each prompt format
+    that can read such rows, the first set of fields.
+    """
+    usual = {name: [each for each in COLUMNS[name] if each in present] for name in COLUMNS}
+    names = {name: known[0] for name, known in usual.items() if known} | {**columns}
+    sets = {
+        prompt_format: [fields for fields in choices if {*fields} <= names.keys()]
+        for prompt_format, choices in FIELDS.items()
+    }
+    return names, {prompt_format: fields[0] for prompt_format, fields in sets.items() if fields}
+
+
+def map_columns(
+    rows: Sequence[DataRow], section: DataSection, columns: Mapping[Any, str], bad: BadRows
+) -> list[DataRow]:
+    """Give the rows of one source our fields in place of its columns (`columns`: our name -> the
+    file's), and return the usable rows.
+    """
+    prompt_format = section.prompt_format
+    present = [*dict.fromkeys(name for row in rows for name in row.fields)]
+    for name, column in columns.items():
+        if column not in present:
+            what = f"data.columns.{name}: the data has no column '{column}'"
+            hints = did_you_mean(column, present) or [f"columns are {', '.join(present)}"]
+            raise SettingError("data.columns", what, *hints)
+    names, fields = fields_by_format(columns, present)
+    if prompt_format not in fields:
+        expected = " / ".join("+".join(each) for each in FIELDS[prompt_format])
+        what = f"columns are {', '.join(present)}; expected {expected}"
+        fitting = [f"data.prompt_format: {other}" for other in fields]
+        hint = " or ".join([*fitting, "data.columns: {<our name>: <your column>}"])
+        raise SettingError("data.prompt_format", what, f"set {hint}")
+    read = {*fields[prompt_format], "id", *(OF_CHAT if prompt_format == "chat" else ())}
+    read |= {"context"} if "instruction" in read else set()
+    names = {name: names[name] for name in names if name in read}
+    usable = []
+    for row in rows:
+        values, row.fields = row.fields, {}
+        try:
+            _fill(row, values, names, is_chat=prompt_format == "chat")
+            usable.append(row)
+        except BadRow as reason:
+            bad.add(row, reason)
+    return usable
+
+
+def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_chat: bool) -> None:
+    fields = row.fields
+    for name, column in names.items():
+        value, what = values.get(column), f"column '{column}'"
+        is_half = is_chat and name in ("prompt", "completion") and isinstance(value, list)
+        if name == "id":
+            row.id = str(value) if isinstance(value, str | int) else ""
+        elif name in ("tools", "chat_template_kwargs"):
+            fields |= {} if is_blank(value) else {name: _json_text(name, value, what)}
+        elif name == "messages" or is_half:
+            fields[name] = read_messages(value, what)
+        elif value is not None or name not in ("context", "system"):
+            fields[name] = checked_text(value, what)
+    if isinstance(fields.get("prompt"), list) != isinstance(fields.get("completion"), list):
+        raise BadRow("prompt and completion: one is text, the other a list of messages")
+    if is_chat:
+        check_roles(conversation_of(row, None))
+
+
+def _json_text(name: str, value: Any, what: str) -> str:
+    """Return tools in OpenAI's spelling (also of bare functions), or template arguments without
+    those that are null, as JSON text.
+    """
+    if name == "tools":
+        tools = [parsed_json(tool, dict, what) for tool in parsed_json(value, list, what)]
+        functions = [parsed_json(tool.get("function", tool), dict, what) for tool in tools]
+        if not all(isinstance(function.get("name"), str) for function in functions):
+            raise BadRow(f"{what}: a tool is not a function with a name")
+        value = [{"type": "function", "function": function} for function in functions]
+    else:
+        given = parsed_json(value, dict, what)
+        value = {key: inner for key, inner in given.items() if inner is not None}
+    return checked_text(json.dumps(value, ensure_ascii=False), what)

@@ -1,0 +1,92 @@
+"""All rows of a recipe: read from its sources, checked, named, selected and split."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes_lib.config.recipe import DataSection, Recipe, SourcePart
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.project import shown_path
+from recipes_lib.data.columns import fields_by_format, map_columns
+from recipes_lib.data.errors import BadRows, SettingError, place
+from recipes_lib.data.readers import read_file
+from recipes_lib.data.rows import DataRow, content_hash
+from recipes_lib.data.sources import (
+    listed_sources,
+    load_rows,
+    needs_hub,
+    source_files,
+    source_hashes,
+)
+from recipes_lib.data.splits import TRAIN, first_in_hash_order, split_rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The usable rows of all sources in file order."""
+
+    rows: list[DataRow]  # their ids are unique
+    sources: list[SourcePart]
+    num_read: int  # rows in the files, those that cannot be used included
+
+
+def read_data(section: DataSection, bad: BadRows) -> Rows:
+    """Read, check and name the rows of all sources; those that cannot be used go to `bad`."""
+    rows, num_read, sources = list[DataRow](), 0, listed_sources(section)
+    for number, source in enumerate(sources):
+        num_bad = len(bad)
+        read = load_rows(source, bad)
+        num_read += len(read) + len(bad) - num_bad
+        if not read:
+            raise bad.error() if bad else SettingError("data.source", f"0 rows in {source.source}")
+        usable = map_columns(read, section, source.columns or {}, bad)
+        for row in usable:
+            row.source, row.content = number, content_hash(row.fields)
+        taken = round(min(len(usable), source.max_examples or len(usable)) * min(source.weight, 1))
+        rows += first_in_hash_order(usable, max(taken, 1), section.split.seed)
+    times = Counter[str]()
+    for row in rows:  # ids are labels: the file's or a hash, numbered where they repeat
+        row.id = row.id or row.content[:8].hex()
+        times[row.id] += 1
+        while (number := times[row.id]) > 1:
+            row.id += f"#{number}"
+            times[row.id] += 1
+    used = first_in_hash_order(rows, section.max_examples, section.split.seed)
+    return Rows(used, sources, num_read)
+
+
+def train_rows(section: DataSection, files: object = None) -> list[DataRow]:
+    """Return the usable rows that train, without a tokenizer, and so before `max_tokens`; an error
+    where the files are not those that a run recorded (`source_hashes`).
+    """
+    if files is not None and source_hashes(section) != files:
+        raise DataError("the data has changed since the run was trained")
+    return split_rows(read_data(section, BadRows()).rows, section.split)[TRAIN]
+
+
+def check_rows(recipe: Recipe) -> list[DataError]:
+    """Return the errors in rows that are all in local files, without a tokenizer."""
+    bad, section = BadRows(), recipe.data
+    try:
+        read = None if needs_hub(section) else read_data(section, bad)
+        if read and bad and (section.on_bad_row == "error" or not read.rows):
+            raise bad.error(read.num_read)
+        if read and len(read.sources) == 1:  # of a mixture, rows may repeat
+            split_rows(read.rows, section.split, recipe.run.global_batch_size or 1)
+    except DataError as error:
+        return [place(recipe, error)]
+    return []
+
+
+def formats_of(data: Path) -> tuple[str, ...]:
+    """Return the prompt formats that can read the first row of a file or folder, best first."""
+    file = source_files(SourcePart.model_construct(source=str(data)))[0]
+    names = [name for row in read_file(file)[:1] for name in row.fields]
+    formats = tuple(fields_by_format({}, names)[1])
+    if not formats:
+        what = f"columns {', '.join(names)} are not understood" if names else "0 rows or columns"
+        hint = "docs/data.md lists the known ones; or start without --data and set data.columns"
+        raise DataError(what, hint, file=shown_path(file), line=1)
+    return formats
