@@ -92,6 +92,7 @@ setup(
     package_data={
         **{package: ["**/*"] for package in SHIPPED},
         "recipes_lib.analysis": ["templates/*"],
+        "recipes_lib.config": ["*.json"],
         "recipes_lib.weights": ["*.jinja"],
     },
     python_requires=">=3.11,<3.14",

@@ -109,6 +109,14 @@ _FAULT = re.compile(
 )
 
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def _is_ours(filename: object) -> bool:
+    """Whether a file belongs to this package, so that no disk and no user is to blame."""
+    return isinstance(filename, str | Path) and Path(filename).is_relative_to(_PACKAGE)
+
+
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
     """Return an error of memory, a disk or a file as one that says what to do, else None."""
     cause: BaseException | None = error
@@ -117,6 +125,9 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
             remedy = "halve train.per_device_train_batch_size; train.activation_checkpointing: true"
             return EnvironmentFault(f"out of GPU memory: {text}", remedy)
+        if isinstance(cause, FileNotFoundError) and _is_ours(cause.filename):
+            what = f"this installation is not whole: {cause.filename} is missing"
+            return EnvironmentFault(what, "install the package again: pip install recipes-lib")
         if _FAULT.search(text) or (cause is error and isinstance(error, OSError) and error.errno):
             remedy = "free space (disk, quota, job memory) or make the file accessible, then rerun"
             return EnvironmentFault(f"cannot read, write or allocate: {text}", remedy)
