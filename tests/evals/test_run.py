@@ -211,6 +211,27 @@ def test_a_served_run_is_asked_with_its_own_tokens_and_resumes(quick, make_run, 
     assert again.metrics == log.metrics
 
 
+def test_a_result_records_the_engine_the_server_and_the_thresholds(quick, make_run):
+    make_run(MODEL, 1)
+    (here,) = evaluate([quick("alpaca_eval")], [MODEL])
+    assert (here.answers.engine, here.answers.served_model) == ("transformers", None)
+    assert here.judge is not None
+    assert (here.judge.engine, here.judge.address) == ("transformers", None)
+    assert here.recipe["thresholds"]["unparsed_max"] == 0.05
+    with FaultyServer(answer="Fine. [RESULT] A") as server:
+        words = ["generation.engine=openai", f"generation.base_url={server.url}"]
+        words += ["judge.engine=openai", f"judge.base_url={server.url}?version=2"]
+        words += [f"judge.model={MODEL}", "judge.mode=generate"]
+        served = evaluate([quick("alpaca_eval", *words)], [MODEL, f"owner/{MODEL}"])
+    assert [log.answers.engine for log in served] == ["openai", "openai"]
+    log = read_eval_log(served[1].file)
+    # of a run or a base the weights are known, so its name on the server says nothing
+    assert served[0].answers.served_model is None
+    assert log.answers.served_model == MODEL
+    assert log.judge is not None and log.judge.engine == "openai"
+    assert log.judge.address == server.url  # without the query, where a key may stand
+
+
 def test_a_model_that_fails_does_not_stop_the_others(quick, make_run):
     make_run("one", 1), make_run("two", 2)
     weights = make_run("broken", 3) / "adapter/adapter_model.safetensors"

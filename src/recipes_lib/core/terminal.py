@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 _SECRET_NAME = re.compile(
     "(^|_)(TOKEN|KEY|SECRET|PASSWORD)$|^(hub_|hf_)?token$|(api_key|secret|password)$"
@@ -38,6 +39,13 @@ def mask_secrets(text: str) -> str:
         if len(value) >= 8:  # a shorter one may be a word of any sentence
             text = text.replace(value, "***")
     return _SECRETS.sub("***", text)
+
+
+def bare_address(url: str) -> str:
+    """Return a URL without user info, query and fragment, the places where secrets stand."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def printable(text: str) -> str:

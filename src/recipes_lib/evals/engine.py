@@ -91,6 +91,7 @@ class Completion:
     text: str = ""
     finish_reason: str = "stop"  # or "length" (cut at max_new_tokens) or "prompt_too_long"
     error: str | None = None  # why there is no answer
+    model: str | None = None  # the name that a server gave the model in its reply
     probabilities: Mapping[str, float] | None = None  # of the next token, in place of a text
 
 
@@ -147,7 +148,9 @@ class HFEngine:
         batch_tokens: padded tokens, prompt and answer, per batch to begin with.
     """
 
+    name = "transformers"
     version = None
+    served_name = ""
 
     def __init__(
         self,
@@ -310,11 +313,14 @@ class OpenAIEngine:
         fingerprint: `answered_by` of the answers; a judge's are known by its own.
     """
 
+    name = "openai"
+
     def __init__(self, server: ServerSection, model: str, fingerprint: str = "") -> None:
         import openai  # half a second, which stored judgments do without
 
         self._openai = openai
         self.server, self.model, self.fingerprint = server, model, fingerprint
+        self.served_name = model
         name = server.api_key_variable
         key = os.environ.get(name, "").strip() if name else "no-key-needed"
         if not (key and key.isascii() and key.isprintable()):
@@ -407,9 +413,12 @@ class OpenAIEngine:
 
     def _read(self, request: Request, reply: Any) -> Completion:
         """Read a reply of either endpoint. No text is an empty one, as of a model that declines."""
-        name, asked = getattr(reply, "model", None), re.escape(self.model.rsplit("/", 1)[-1])
-        if isinstance(name, str) and name and not re.search(rf"(?i)(^|/){asked}(?![\w.])", name):
-            raise ValueError(f"asked for '{self.model}', but '{name[:100]}' answered")
+        model = getattr(reply, "model", None)
+        if not isinstance(model, str):
+            model = ""
+        asked = re.escape(self.model.rsplit("/", 1)[-1])
+        if model and not re.search(rf"(?i)(^|/){asked}(?![\w.])", model):
+            raise ValueError(f"asked for '{self.model}', but '{model[:100]}' answered")
         choice = reply.choices[0]
         message = getattr(choice, "message", None)
         text = (message.content or "") if message else choice.text
@@ -417,7 +426,8 @@ class OpenAIEngine:
         if finish.lower() in ("abort", "aborted", "cancelled", "error"):
             raise ValueError(f"the server cut it short (finish_reason {finish})")
         text, finish = valid_texts(text.strip()), valid_texts(finish)
-        return Completion(key=request.key, text=text, finish_reason=finish)
+        served = valid_texts(model[:200]) or None
+        return Completion(key=request.key, text=text, finish_reason=finish, model=served)
 
 
 Engine: TypeAlias = HFEngine | OpenAIEngine

@@ -24,7 +24,7 @@ from recipes_lib.core.errors import EnvironmentFault, one_line
 from recipes_lib.core.files import Row, hash_of, model_fingerprint, write_json
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import run_lock
-from recipes_lib.core.terminal import count
+from recipes_lib.core.terminal import bare_address, count
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, by_item, probe_items, sample_of
 from recipes_lib.evals.engine import (
@@ -206,9 +206,14 @@ class Judge:
 
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
+        address = None
+        if self.is_served:  # as the recipe has it: with_judge.sh takes another port each time
+            address = bare_address(str(self.section.base_url))
         return JudgeFacts(
             name=self.section.model,
             fingerprint=self.fingerprint,
+            engine=self.section.engine,
+            address=address,
             server=getattr(self._engine, "version", None),
             weights=self.weights,
             model=self.section.model,

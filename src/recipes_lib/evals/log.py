@@ -132,7 +132,9 @@ class AnswerFacts:
     decoding: dict[str, Any] | None = None
     dtype: str | None = None
     quantized: bool | None = None
+    engine: str | None = None  # which program computed them: "transformers", "openai"
     server: str | None = None  # its version, where a server answered
+    served_model: str | None = None  # the name in its replies, where it alone knows the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,8 @@ class JudgeFacts:
     fingerprint: str = ""
     model: str = ""
     mode: str | None = None
+    engine: str | None = None  # which program it ran in: "transformers", "openai"
+    address: str | None = None  # of its server, as the recipe names it
     server: str | None = None  # its version
     weak: str | None = None  # why its numbers mean little
     weights: str | None = None  # their hash, where they are here

@@ -406,6 +406,7 @@ def answer_all(
     by_category = recipe.suite.name == "mt_bench" and section.temperature is None
     texts: dict[Place, str] = {}
     cut: set[Place] = set()
+    served_models: set[str] = set()  # as the replies name them
     model.record()
     with run_lock(model.folder(recipe.name), wait=True):
         store = Store(model.folder(recipe.name) / "generations.jsonl")
@@ -434,11 +435,15 @@ def answer_all(
                     texts[place] = row["answer"]
                     if row["finish_reason"] != "stop":
                         cut.add(place)
+                    if model.prompt is None:
+                        served_models.add(row.get("served_model") or engine.served_name)
     facts = dataclasses.replace(
         model.facts(),
         fingerprint=engine.fingerprint,
         decoding=usual.to_dict() | ({"temperature": "by category"} if by_category else {}),
+        engine=engine.name,
         server=engine.version,
+        served_model=", ".join(sorted(served_models)) or None,
     )
     return Answers(model.name, model.run, texts, facts, frozenset(cut))
 
@@ -463,7 +468,10 @@ def _request(
 
 
 def _row(request: Request, reply: Completion) -> Row:
-    return {**request.row, "answer": reply.text, "finish_reason": reply.finish_reason}
+    row = {**request.row, "answer": reply.text, "finish_reason": reply.finish_reason}
+    if reply.model is not None:
+        row["served_model"] = reply.model
+    return row
 
 
 def reference_answers(questions: Sequence[Question]) -> Answers:

@@ -256,8 +256,9 @@ def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManage
         log = replace(suite.log(answers), subset=suite.chosen.subset, answers=answers.facts)
     else:
         model.record()
+        facts = replace(model.facts(), engine=HFEngine.name)
         with run_lock(model.folder(recipe.name), wait=True), using() as network:
-            log = replace(suite.measure(model, network), answers=model.facts())
+            log = replace(suite.measure(model, network), answers=facts)
     words = task.words_with(model)
     file = log_file(model.run.path, recipe.name, None)
     log = replace(log, target=model.name, key=_key(task, words[0]), file=file)
