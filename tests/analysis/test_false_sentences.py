@@ -413,7 +413,7 @@ def test_a_base_measured_under_another_protocol_is_not_beaten(two: Folders) -> N
     base = two.pop("one")[0].rename(two["two"][0].with_name("base--model"))
     change(base / "run.json", lambda state: state.update(kind="base"))
     folders = {"base": [base], **two}
-    assert claim_of(compared(folders)).verdict == "better"
+    assert claim_of(compared(folders)).verdict == "higher"
     for folder, weights in ((base, "b"), (two["two"][0], "b"), (write_run(base.parent, "c"), "c")):
         change(folder / "run.json", lambda state, w=weights: state.update(base_fingerprint=w))
     found = compared({"base": [base], "two": [*two["two"], base.with_name("c")]}).findings
@@ -431,6 +431,27 @@ def test_one_training_each_is_about_these_two_models(two: Folders) -> None:
         assert "better than" in claim.sentence and "is better" not in claim.sentence
         assert "One training each" in claim.sentence
     assert silent(compared(two, design=replace(RANK, missing=("another seed",))))
+
+
+def test_better_than_a_base_needs_two_trainings(ranks: Folders, tmp_path: Path) -> None:
+    """One training against its base is about this model; two are about its recipe."""
+    base = write_run(tmp_path, "base--model")
+    write_judged(base, 200, skill=0.1, flips=0.0)
+    for number in (1, 2):
+        folders = {"base": [base], "r32": ranks["r32"][:number]}
+        claim = claim_of(compared(folders))
+        assert claim.row.trainings == (number, 0)
+        assert claim.verdict == ("higher", "better")[number - 1]
+        clause = claim.sentence.endswith("One training: another seed may differ.")
+        assert clause == claim.sentence.startswith("The r32 run scored better than base in ")
+        assert clause == (number == 1)
+    values = [float(n % 2) for n in range(400)]
+    write_values(base, values)
+    write_values(ranks["r32"][0], [*values[:-2], 1.0, 0.0])
+    aims = Aims(margins={"pass_rate": Margin(0.2)})
+    conclusion = compared({"base": [base], "r32": ranks["r32"][:1]}, aims)
+    claim = claim_of(conclusion, "pass_rate")
+    assert claim.within == "equivalent" and claim.sentence.endswith("another seed may differ.")
 
 
 def test_a_cause_needs_declared_keys_alone(ranks: Folders) -> None:

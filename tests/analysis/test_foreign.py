@@ -66,7 +66,9 @@ def test_two_folders_of_lm_eval_are_compared_in_pairs(tmp_path: Path) -> None:
     second = [value if rng.random() < 0.7 else 1.0 for value in first]
     conclusion = compared(lm_eval(tmp_path / "a", first), lm_eval(tmp_path / "b", second))
     (claim,) = conclusion.claims
-    assert claim.verdict == "better" and claim.row.first == "b" and claim.row.n == 300
+    assert claim.verdict == "higher" and claim.row.first == "b" and claim.row.n == 300
+    assert claim.sentence.startswith("b scored better than a in ")
+    assert claim.sentence.endswith("about these two models; another seed may differ.")
     assert claim.row.metric == "lm_eval/arc_easy/acc" and claim.row.unit == "share"
     runs = [Run("llama", tmp_path / name) for name in ("a", "b")]  # told apart by their folders
     assert list(arms_of(runs).by_name) == ["llama-a", "llama-b"]

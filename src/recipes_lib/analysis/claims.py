@@ -2,7 +2,7 @@
 
 A claim is data; its text is made last and nothing reads it. What is never said: a verdict before
 everything declared is there or after the design was changed, one that a finding stops, "better" of
-one training of each arm, a cause where anything but the declared keys differs.
+an arm that was trained once, a cause where anything but the declared keys differs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Within = Literal["", "equivalent", "not worse", "not better"]
 class Claim:
     """What a row shows, of the first arm against the second.
 
-    "higher" and "lower" are about two trainings and no more. `stopped_by` are the findings that
+    "higher" and "lower" are about these two models and no more. `stopped_by` are the findings that
     leave no verdict, `descriptive` is why nothing of this table has one. `cause` are the declared
     keys that alone differ.
     """
@@ -177,7 +177,7 @@ def _shown(
         return Claim(row, "not shown", within)
     trained = min(row.trainings) > 0
     one_recipe = trained and design is not None and all(each.level == "note" for each in between)
-    if one_recipe or row.trainings == (1, 1):
+    if one_recipe or not several_trainings(row):
         verdict: Verdict = "higher" if direction > 0 else "lower"
         return Claim(row, verdict, within, one_recipe=one_recipe)
     claim = Claim(row, "better" if direction > 0 else "worse", within)
@@ -190,6 +190,16 @@ def _shown(
     if why:
         return replace(claim, no_cause="; ".join(why))
     return replace(claim, cause=tuple(each for each in between if each.level in ("cause", "tuned")))
+
+
+def several_trainings(row: TableRow) -> bool:
+    """Return whether each trained arm of a row was trained at least twice, and one was trained.
+
+    How far apart two seeds lie is known from two trainings on. A base was never trained here, so
+    beside a trained arm it needs none. Of two models that were not trained here nobody knows.
+    """
+    trained = [number for number in row.trainings if number > 0]
+    return bool(trained) and min(trained) > 1
 
 
 def _direction(row: TableRow) -> int:
@@ -231,11 +241,22 @@ def _sentence(claim: Claim) -> str:
     inside = " The difference lies within the margin." if claim.within == "equivalent" else ""
     if claim.verdict in ("higher", "lower"):
         score = "scored better" if claim.verdict == "higher" else "scored worse"
-        why = "One training each: this is about these two models; another seed may differ."
+        why = _about_these_models(row)
         if claim.one_recipe:
-            why = "Both were trained with one recipe: the difference is chance."
-        return f"The {first} run {score} than the {second} run in {where}: {numbers}.{inside} {why}"
+            why = " Both were trained with one recipe: the difference is chance."
+        subject = f"The {first} run" if row.trainings[0] else first
+        rival = f"the {second} run" if row.trainings[1] else second
+        return f"{subject} {score} than {rival} in {where}: {numbers}.{inside}{why}"
     return f"{first} is {claim.verdict} than {second} in {where}: {numbers}.{inside}{_cause(claim)}"
+
+
+def _about_these_models(row: TableRow) -> str:
+    """What a sentence about arms that were trained once adds; nothing of several trainings."""
+    if several_trainings(row):
+        return ""
+    if row.trainings in ((1, 1), (0, 0)):
+        return " One training each: this is about these two models; another seed may differ."
+    return " One training: another seed may differ."
 
 
 def _not_shown(claim: Claim, numbers: str) -> str:
@@ -244,7 +265,7 @@ def _not_shown(claim: Claim, numbers: str) -> str:
     margin = difference_text(row.margin, row.unit, signed=False)
     if row.head_to_head and row.margin is not None:
         margin = f"{margin} of 50%"
-    models = " One training each: this is about these two models." * (row.trainings == (1, 1))
+    models = _about_these_models(row)
     if claim.within == "equivalent":
         return f"{first} and {second} are equivalent within {margin} in {where}: {numbers}.{models}"
     if claim.within:
