@@ -11,6 +11,7 @@ import pytest
 from tests.analysis import made_up
 
 from recipes_lib.analysis.aims import Aims, Margin
+from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.runs import Arms, load_arms
 from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode
@@ -18,6 +19,7 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import report as reporting
 from recipes_lib.study.config import Arm, Study, load_study
 from recipes_lib.study.report import gate, report_study
+from recipes_lib.study.run import evaluations, study_trainings
 from recipes_lib.study.run import study_folder as folder_of
 
 
@@ -97,6 +99,59 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path, monkeypatch
         if what not in report.descriptive:
             wrong.append(f"{what}: {report.descriptive}")
     assert not wrong
+
+
+def test_an_arm_that_was_trained_once_is_no_two_trainings_by_a_baseline_of_two(
+    study_folder: Path, tmp_path: Path
+) -> None:
+    """Each arm meets both trainings of the baseline, whose seeds are others."""
+    file = study_folder / "tiny.yaml"
+    text = file.read_text().partition("factors")[0] + (
+        "factors: {rank: [lora.r, lora.lora_alpha]}\nbaseline: r4\nevals: [alpaca_eval.yaml]\n"
+        "arms:\n  r4: {recipe: r4.yaml, seeds: [1, 2]}\n  r8: {recipe: r8.yaml, seeds: [3]}\n"
+        "  r16: {recipe: r8.yaml, overrides: [lora.r=16], seeds: [3]}\n"
+    )
+    file.write_text(text)
+    study = load_study(file)
+    folders: dict[str, list[Path]] = {}
+    for training in study_trainings(study):
+        rank = int(training.arm.name[1:])
+        seed, arm = training.seed, training.arm.name
+        folder = made_up.write_run(tmp_path / "runs", training.run, seed=seed, rank=rank)
+        folders.setdefault(arm, []).append(folder)
+    folders["base"] = [made_up.write_run(tmp_path / "runs", "base--model")]
+    met = [result for result in evaluations(study) if result.against]
+    assert sum(result.run.startswith("tiny--r8") for result in met) == 2
+    rates = {"tiny--r16--seed3": 0.9, "tiny--r8--seed3": 0.4}
+    for result in met:
+        run = result.run if result.run.startswith("tiny") else "base--model"
+        wins = [float(n % 100 < 100 * rates.get(run, 0.1)) for n in range(200)]
+        values = wins if result.against.endswith("seed1") else wins[::-1]
+        made_up.write_judged(tmp_path / "runs" / run, 200, against=result.against, values=values)
+    claims = conclude(load_arms(folders), design=study.design).claims
+    trainings = {claim.row.arms: claim.row.trainings for claim in claims}
+    assert trainings["r16", "r8"] == (1, 1)
+    assert trainings["r8", "base"] == (1, 0)
+    (claim,) = (claim for claim in claims if claim.row.arms == ("r16", "r8"))
+    assert "The r16 run scored better than the r8 run" in claim.sentence
+    assert claim.row.opponent == "r4" and claim.row.difference == pytest.approx(0.5)
+    assert "trainings each" not in claim.sentence and "training seed" not in claim.sentence
+    scores = conclude(load_arms(folders)).table.scores
+    assert {score.trainings for score in scores if score.arm == "r8"} == {1}
+
+
+def test_win_rates_against_two_trainings_of_an_opponent_are_not_compared(tmp_path: Path) -> None:
+    """r8 met one training of r4 and r16 the other: r4's seeds are not the arms' difference."""
+    folders: dict[str, list[Path]] = {"r4": [], "r8": [], "r16": []}
+    for arm, seed in (("r4", 1), ("r4", 2), ("r8", 1), ("r16", 2)):
+        folders[arm].append(made_up.write_run(tmp_path, f"{arm}--{seed}", seed=seed))
+    for arm, skill in (("r8", 0.2), ("r16", 0.9)):
+        (folder,) = folders[arm]
+        made_up.write_judged(folder, 200, against=folder.name.replace(arm, "r4"), skill=skill)
+    claims = conclude(load_arms(folders)).claims
+    (claim,) = (claim for claim in claims if set(claim.row.arms) == {"r8", "r16"})
+    assert claim.verdict == "no verdict"
+    assert "no two of their trainings met the same training of r4" in claim.sentence
 
 
 def gated(file: Path, baseline: str) -> Study:

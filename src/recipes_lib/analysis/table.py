@@ -10,6 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -35,8 +36,39 @@ FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample
 MANY_TESTS, FEWEST_OF_MANY = 20, 30
 _Key = tuple[tuple[str, str, str], str | None]  # eval, task, metric; opponent
 _Item = tuple[str, int]  # question, turn
-_Measured = list[tuple[Run, Metric]]  # one metric of an arm, by training
+_Measured = list[tuple[Run, Metric]]  # one metric of an arm, by training and opponent's run
 _Values: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """One training's results on a metric, by the opponent's run; "" where there is no opponent."""
+
+    run: Run
+    by_opponent: Mapping[str, Metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """Two trainings, each with its results against the opponents' runs that both have met."""
+
+    first: _Training
+    second: _Training
+
+    @property
+    def opponents(self) -> list[str]:
+        """The opponents' runs that both were judged against."""
+        return [name for name in self.first.by_opponent if name in self.second.by_opponent]
+
+    @property
+    def first_metrics(self) -> list[Metric]:
+        """The results of the first training."""
+        return [self.first.by_opponent[name] for name in self.opponents]
+
+    @property
+    def second_metrics(self) -> list[Metric]:
+        """The results of the second training."""
+        return [self.second.by_opponent[name] for name in self.opponents]
 
 
 @dataclass(kw_only=True)
@@ -197,7 +229,11 @@ def _rows(
 
 
 def _row(
-    first: ArmRuns, second: ArmRuns, metrics: Sequence[Metric], trainings: int, **values: Any
+    first: ArmRuns,
+    second: ArmRuns,
+    metrics: Sequence[Metric],
+    trainings: tuple[int, int],
+    **values: Any,
 ) -> TableRow:
     """A row with what its metrics say."""
     metric = metrics[0]
@@ -212,7 +248,10 @@ def _row(
         second=second.name,
         unit=metric.unit if len(units) == 1 else "number",
         higher_is_better=metric.higher_is_better if len(directions) == 1 else None,
-        trainings=(0 if first.is_base else trainings, 0 if second.is_base else trainings),
+        trainings=(
+            0 if first.is_base else trainings[0],
+            0 if second.is_base else trainings[1],
+        ),
         files=_files(metrics),
         **values,
     )
@@ -227,22 +266,37 @@ def _side_by_side(
 ) -> TableRow:
     """Both arms on the same items; what only one of them has counts as without a verdict."""
     pairs, flags = _paired_trainings(first, second, first_runs, second_runs)
-    sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-    metrics = [*sides[0], *sides[1]]
-    row = _row(first, second, metrics, len(pairs), opponent=opponent)
-    asked = [{sample.id for metric in side for sample in metric.samples} for side in sides]
-    common = asked[0] & asked[1]
+    if not pairs:
+        row = _row(first, second, [metric for _, metric in first_runs], (0, 0), opponent=opponent)
+        row.why_not = f"no two of their trainings met the same training of {opponent}"
+        row.flags = tuple(flags)
+        return row
+    first_metrics = [metric for pair in pairs for metric in pair.first_metrics]
+    second_metrics = [metric for pair in pairs for metric in pair.second_metrics]
+    metrics = [*first_metrics, *second_metrics]
+    trainings = (
+        len({_identity(pair.first.run) for pair in pairs}),
+        len({_identity(pair.second.run) for pair in pairs}),
+    )
+    row = _row(first, second, metrics, trainings, opponent=opponent)
+    first_asked = {sample.id for metric in first_metrics for sample in metric.samples}
+    second_asked = {sample.id for metric in second_metrics for sample in metric.samples}
+    common = first_asked & second_asked
     items = _items(metrics, common)
     row.n = len(items)
     if not items:
-        row.first_value, row.second_value = map(_mean_reported, sides)
-        totals = "only totals are known, not the items behind them"
-        row.why_not = "the two arms answered different questions" if all(asked) else totals
+        row.first_value = _mean_reported(first_metrics)
+        row.second_value = _mean_reported(second_metrics)
+        row.why_not = "only totals are known, not the items behind them"
+        if first_asked and second_asked:
+            row.why_not = "the two arms answered different questions"
         return row
-    if len(common) < max(map(len, asked)):
-        flags.append(f"{len(common)} common questions of {max(map(len, asked))}")
+    most = max(len(first_asked), len(second_asked))
+    if len(common) < most:
+        flags.append(f"{len(common)} common questions of {most}")
     row.flags = tuple(flags)
-    values, other_values = (_values(side, items) for side in sides)
+    values = _values_by_training([pair.first_metrics for pair in pairs], items)
+    other_values = _values_by_training([pair.second_metrics for pair in pairs], items)
     known = ~(np.isnan(values) | np.isnan(other_values)).any(axis=0)
     scale = _scale(row.unit, values, other_values)
     if scale is None and not known.all():
@@ -259,7 +313,8 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
     target, rival = (second, first) if turned else (first, second)
     kept = _each_training_once(measured, target, rival)
     metrics = [metric for _, metric in kept]
-    row = _row(first, second, metrics, len(kept), opponent=second.name, head_to_head=True)
+    trainings = (len(kept), len(kept))  # each stands once in `kept`
+    row = _row(first, second, metrics, trainings, opponent=second.name, head_to_head=True)
     row.higher_is_better = True
     others = [each for each in measured if each not in kept]
     row.flags = _left_out([f"{run.name} against {metric.opponent}" for run, metric in others])
@@ -287,25 +342,56 @@ def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) ->
     return kept
 
 
+def _trainings_of(measured: _Measured) -> list[_Training]:
+    """The trainings behind an arm's results, each once however many opponents' runs it met."""
+    runs: dict[tuple[str, Path], Run] = {}
+    metrics: dict[tuple[str, Path], dict[str, Metric]] = defaultdict(dict)
+    for run, metric in measured:
+        runs[_identity(run)] = run
+        metrics[_identity(run)][metric.opponent or ""] = metric
+    return [_Training(run=run, by_opponent=metrics[key]) for key, run in runs.items()]
+
+
+def _identity(run: Run) -> tuple[str, Path]:
+    """What tells one run from another: files of two programs may share a name or a folder."""
+    return run.name, run.folder
+
+
 def _paired_trainings(
     first: ArmRuns, second: ArmRuns, first_runs: _Measured, second_runs: _Measured
-) -> tuple[list[tuple[Metric, Metric]], list[str]]:
-    """Pair trainings by seed, a base with each of them, and name what is left out."""
-    if second.is_base:
-        second_runs = second_runs * len(first_runs) if len(second_runs) == 1 else second_runs
-    elif first.is_base:
-        first_runs = first_runs * len(second_runs) if len(first_runs) == 1 else first_runs
-    of_seed = {run.seed: (run, metric) for run, metric in second_runs if run.seed is not None}
-    pairs = [(each, of_seed[each[0].seed]) for each in first_runs if each[0].seed in of_seed]
+) -> tuple[list[_Pair], list[str]]:
+    """Pair trainings by seed, a base with each of them, and name what is left out.
+
+    Both of a pair were judged against the same runs: a stronger training of the opponent would
+    else count against one of them.
+    """
+    ours, theirs = _trainings_of(first_runs), _trainings_of(second_runs)
     flags = []
-    if not pairs or first.is_base or second.is_base:
-        pairs = list(zip(first_runs, second_runs, strict=False))
-        seeds = [run.seed for pair in pairs for run, _ in pair]
-        if None not in seeds and not any(run.foreign for run, _ in first_runs):
-            flags.append("different seeds in each arm")
-    paired = {id(run) for pair in pairs for run, _ in pair}
-    left_out = [run.name for run, _ in (*first_runs, *second_runs) if id(run) not in paired]
-    return [(a, b) for (_, a), (_, b) in pairs], [*flags, *_left_out(left_out)]
+    is_base = first.is_base or second.is_base
+    by_seed = [
+        (left, right)
+        for left, right in itertools.product(ours, theirs)
+        if left.run.seed is not None and left.run.seed == right.run.seed
+    ]
+    if by_seed and not is_base:
+        sides = by_seed
+    elif second.is_base and len(theirs) == 1:
+        sides = [(training, theirs[0]) for training in ours]
+    elif first.is_base and not second.is_base and len(ours) == 1:
+        sides = [(ours[0], training) for training in theirs]
+    else:
+        sides = list(zip(ours, theirs, strict=False))
+    pairs = [_Pair(first=left, second=right) for left, right in sides]
+    pairs = [pair for pair in pairs if pair.opponents]
+    runs = [run for pair in pairs for run in (pair.first.run, pair.second.run)]
+    have_seeds = bool(runs) and not any(run.foreign or run.seed is None for run in runs)
+    if have_seeds and not (by_seed or is_base):
+        flags.append("different seeds in each arm")
+    paired = {_identity(run) for run in runs}
+    names = [
+        training.run.name for training in (*ours, *theirs) if _identity(training.run) not in paired
+    ]
+    return pairs, [*flags, *_left_out(names)]
 
 
 def _left_out(names: Sequence[str]) -> tuple[str, ...]:
@@ -329,6 +415,11 @@ def _values(metrics: Sequence[Metric], items: Sequence[_Item]) -> _Values:
             if number is not None and sample.value is not None:
                 values[row, number] = sample.value
     return values
+
+
+def _values_by_training(trainings: Sequence[Sequence[Metric]], items: Sequence[_Item]) -> _Values:
+    """The values of each training by item: the mean over the opponent's runs that it met."""
+    return np.stack([_values(metrics, items).mean(axis=0) for metrics in trainings])
 
 
 def _questions(metrics: Sequence[Metric], items: Sequence[_Item]) -> list[str]:
@@ -442,9 +533,10 @@ def _correct(rows: Sequence[TableRow]) -> None:
 
 def _score(arm: ArmRuns, opponent: str | None, measured: _Measured) -> Score:
     metrics = [metric for _, metric in measured]
+    trainings = [list(training.by_opponent.values()) for training in _trainings_of(measured)]
     metric = metrics[0]
     items = _items(metrics)
-    values = _values(metrics, items)
+    values = _values_by_training(trainings, items)
     known = ~np.isnan(values).any(axis=0)
     table, questions = values[:, known], list(itertools.compress(_questions(metrics, items), known))
     scale = _scale(metric.unit, table)
@@ -458,6 +550,6 @@ def _score(arm: ArmRuns, opponent: str | None, measured: _Measured) -> Score:
         interval=mean_interval(table, questions, scale) if table.size else None,
         n=len(items) or metric.n,
         unresolved=int((~known).sum()),
-        trainings=0 if arm.is_base else len(metrics),
+        trainings=0 if arm.is_base else len(trainings),
         files=_files(metrics),
     )
