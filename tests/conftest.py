@@ -4,10 +4,16 @@ folder when it is there.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import hashlib
+import inspect
 import multiprocessing
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -63,15 +69,33 @@ def shared_data() -> Path:
     return folder
 
 
+def kept_tiny_model(config: pytest.Config, vocabulary: int) -> Path:
+    """Return the folder of a tiny model that pytest's cache keeps: building it imports torch and
+    trains a tokenizer, which would be most of the time of a single quick test.
+    """
+    made_of = [inspect.getsource(build_tiny_model), str(DENSE), str(vocabulary)]
+    made_of += [version(name) for name in ("torch", "transformers", "tokenizers")]
+    made_of += [path.read_text(encoding="utf-8") for path in TINY_TEXT if path.is_file()]
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    kept = config.cache.mkdir("tiny-models") / key
+    if not kept.is_dir():
+        # built beside its place: several pytest workers may build it at one time
+        building = Path(tempfile.mkdtemp(dir=kept.parent))
+        build_tiny_model(building, vocabulary=vocabulary)
+        with contextlib.suppress(OSError):  # another worker was first; its bytes are the same
+            building.rename(kept)
+    return kept
+
+
 @pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model_dir(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a randomly initialised 2-layer Llama (hidden 64) and a 512-token BPE tokenizer
     with <s>, </s> and a chat template.
 
     A small vocabulary, because TRL's loss scores every position over the whole vocabulary.
     """
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
-    build_tiny_model(folder)
+    shutil.copytree(kept_tiny_model(pytestconfig, vocabulary=512), folder)
     return folder
 
 
@@ -112,10 +136,12 @@ def build_tiny_model(folder: Path, seed: int = 0, vocabulary: int = 512) -> None
 
 
 @pytest.fixture(scope="session")
-def other_tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_tiny_model_dir(
+    pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The tiny model again, with other tokens: its tokenizer has 400."""
     folder = tmp_path_factory.mktemp("tiny") / "other-tokens"
-    build_tiny_model(folder, vocabulary=400)
+    shutil.copytree(kept_tiny_model(pytestconfig, vocabulary=400), folder)
     return folder
 
 
