@@ -28,6 +28,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special  # not scipy.stats, whose import takes a second more
 
 ALPHA, POWER, LONG_TAIL = 0.05, 0.8, 1.5  # the last: a skewness
+# Of alpha, where a table has primary tests and others: 4% and 1%.
+PRIMARY_SHARE, OTHER_SHARE = 0.8, 0.2
 Limits = tuple[float, float]
 # Assumed of a metric: the variance of two arms' difference on one question, half of which is new in
 # each training, and the standard deviation of a training's mean over seeds.
@@ -244,7 +246,7 @@ def compare(
 def adjust(ps: Sequence[float], primary: Sequence[bool]) -> list[float]:
     """Return p values by Holm (1979): primary ones at 4%, others at 1%; one family at 5%."""
     out, both = [1.0] * len(ps), any(primary) and not all(primary)
-    for family, share in ((True, 0.8), (False, 0.2)):
+    for family, share in ((True, PRIMARY_SHARE), (False, OTHER_SHARE)):
         places = sorted(
             (i for i, is_primary in enumerate(primary) if is_primary == family), key=ps.__getitem__
         )

@@ -611,6 +611,24 @@ def test_no_difference_is_not_said_beside_a_small_p(tmp_path: Path) -> None:
     assert claim.row.mde and claim.row.mde > claim.row.test.mde()  # of nine tests
 
 
+def test_rows_that_can_have_no_verdict_cost_the_others_nothing(two: Folders) -> None:
+    """One small difference among nine comparisons that other judges stop."""
+    values = [1.0] * 60 + [0.0] * 140, [1.0] * 50 + [0.0] * 150
+    for (folder,), right in zip(two.values(), values, strict=True):
+        judge = JudgeFacts(name="own", fingerprint=folder.name, model=f"judge/{folder.name}")
+        write_values(folder, right, name="mine")
+        write_judged(folder, 100, skill=0.5, judge=judge)
+        for number in range(8):
+            write_judged(folder, 100, skill=0.5, name=f"judged{number}", judge=judge)
+    conclusion = compared(two)
+    without_verdict = [claim.row for claim in conclusion.claims if claim.stopped_by]
+    assert len(without_verdict) == 9 and all(row.test for row in without_verdict)
+    row = claim_of(conclusion, "mine/pass_rate").row
+    assert conclusion.table.tests == row.tests == 2  # this one and that of `checks`
+    assert row.test and row.p and row.test.p <= row.p <= 2 * row.test.p
+    assert all(row.p is not None for row in without_verdict)  # the gate of a study reads them
+
+
 def test_rows_of_few_questions_have_no_verdict_among_many(tmp_path: Path) -> None:
     for number in range(20):
         folders = valued(tmp_path, [0.0] * 20, [1.0] * 20, name=f"eval{number}")

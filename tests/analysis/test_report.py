@@ -129,13 +129,30 @@ def test_every_number_has_its_n_and_its_file(folders, tmp_path) -> None:
         assert row["n"] is not None, row
         assert row["kind"] in ("answers", "judge audit") or row["file"], row
     (row,) = (each for each in rows if each["kind"] == "comparison" and "win" in each["metric"])
-    assert row["low"] < row["difference"] < row["high"] and row["verdict"] == "higher"
+    low, high = row["low_95_not_corrected"], row["high_95_not_corrected"]
+    assert low < row["difference"] < high and row["verdict"] == "higher"
     with (tmp_path / "report/numbers.csv").open(newline="") as file:
         cells = [list(row.values()) for row in csv.DictReader(file)]
     assert len(cells) == len(rows)
     assert not [cell for row in cells for cell in row if cell.startswith("=")]
     text = (tmp_path / "report/report.md").read_text()
     assert "\n".join(f"    {line}".rstrip() for line in conclusion_lines(conclusion)) in text
+
+
+def test_intervals_say_that_they_are_not_corrected_and_the_tests_at_which_level(folders) -> None:
+    arms = load_arms(folders)
+    for aims, said in (
+        (Aims(), "2 tests, corrected together (Holm), at 5%."),
+        (
+            Aims("win_rate"),
+            "2 tests, corrected together (Holm): 1 of the primary metric at 4%, 1 other at 1%.",
+        ),
+    ):
+        conclusion = conclude(arms, aims)
+        page, text = report_html(conclusion, arms), "\n".join(conclusion_lines(conclusion))
+        for shown in (page, text):
+            assert said in shown and "effect [95%, not corrected]" in shown
+            assert "effect [95%]" not in shown
 
 
 def test_a_page_of_two_runs_with_1_085_questions_is_small(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from recipes_lib.analysis.text import (
     sentence_list,
 )
 from recipes_lib.core.terminal import aligned, count, printable
-from recipes_lib.stats import ALPHA
+from recipes_lib.stats import ALPHA, OTHER_SHARE, PRIMARY_SHARE
 
+# The correction is of p alone: an interval speaks of its own row.
+EFFECT = "effect [95%, not corrected]"
 Verdict = Literal["better", "worse", "higher", "lower", "not shown", "no verdict", "not tested"]
 Within = Literal["", "equivalent", "not worse", "not better"]
 
@@ -128,8 +130,9 @@ class Conclusion:
 
 def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None) -> Conclusion:
     """Return the table with its findings, and what may be said; no cause without a design."""
-    table = build_table(arms, aims)
     findings = tuple(find(arms, design))
+    errors = [finding for finding in findings if finding.severity == "error"]
+    table = build_table(arms, aims, lambda row: any(error.touches(row) for error in errors))
     descriptive = why_descriptive(design)
     between = {
         row.arms: arm_differences(arms[row.first], arms[row.second], design) for row in table.rows
@@ -368,6 +371,8 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
         ]
     for (first, second), claims in conclusion.pairs.items():
         lines = [*lines, "", f"{first} against {second}", *pair_lines(claims)]
+    if conclusion.claims and not conclusion.descriptive:
+        lines = [*lines, "", tests_text(conclusion.table)]
     lines = [*lines, ""] if conclusion.findings else lines  # --json has their evidence
     for finding in conclusion.findings:
         lines.append(f"{finding.severity}: {finding.title}")
@@ -376,13 +381,30 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
     return [printable(line) for line in lines]
 
 
+def tests_text(table: TestedTable) -> str:
+    """Return how many tests are corrected together, and at which level."""
+    primaries, others = table.primary_tests, table.tests - table.primary_tests
+    if table.tests < 2:
+        return f"{count(table.tests, 'test')}, at {ALPHA:.0%}."
+    if not primaries or not others:
+        return f"{table.tests} tests, corrected together (Holm), at {ALPHA:.0%}."
+    return (
+        f"{table.tests} tests, corrected together (Holm):"
+        f" {primaries} of the primary metric at {ALPHA * PRIMARY_SHARE:.0%},"
+        f" {count(others, 'other')} at {ALPHA * OTHER_SHARE:.0%}."
+    )
+
+
 def pair_lines(claims: list[Claim]) -> list[str]:
     """Return the table of one pair of arms."""
-    table = [("metric", *claims[0].row.arms, "effect [95%]", "p (Holm)", "n", "verdict", "")]
+    columns = (EFFECT, "p (Holm)", "n", "verdict", "")
+    table = [("metric", *claims[0].row.arms, *columns)]
     for claim in claims:
         row = claim.row
         unresolved = f" ({row.test.unresolved} open)" if row.test and row.test.unresolved else ""
-        p = p_text(row.p).removeprefix("p ").removeprefix("= ") if row.is_tested else NONE
+        p = NONE
+        if row.is_counted:
+            p = p_text(row.p).removeprefix("p ").removeprefix("= ")
         table.append(
             (
                 where_text(row) + " (primary)" * row.primary,

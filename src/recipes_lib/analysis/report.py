@@ -38,6 +38,8 @@ MOST_CHARACTERS, LONGEST_TEXT = 330_000, 4_000
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # a spreadsheet would calculate it
 _PYTHON = re.compile(r"(?<!\S)\S*python[\d.]* -m (recipes_lib\.\w+)")
 _PATH = re.compile(r"(?<![\w./:~-])(?:/|(?:\.\./)+)(?:[^\s/'\",;)]+/)+([^\s/'\",;)]+)")
+# The correction for many tests is of p alone.
+_INTERVAL_COLUMNS = {"low": "low_95_not_corrected", "high": "high_95_not_corrected"}
 
 
 def write_report(
@@ -72,6 +74,7 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         "effect": claims.effect_text,
         "limits": claims.limits_text,
         "where": claims.where_text,
+        "tests": claims.tests_text,
         "interval": lambda limits, unit: text.interval_text(limits, unit, signed=False),
     }
     style, script = (
@@ -220,7 +223,8 @@ def _number(kind: str, values: dict[str, Any]) -> dict[str, Any]:
         values["low"], values["high"] = values.pop("interval") or (None, None)
     if "files" in values:
         values["file"] = " ".join(values.pop("files"))
-    return {"kind": kind, **values}
+    named = {_INTERVAL_COLUMNS.get(key, key): value for key, value in values.items()}
+    return {"kind": kind, **named}
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,6 +24,8 @@ from recipes_lib.evals.log import Metric
 from recipes_lib.evals.suites import UNIT_SCALES
 from recipes_lib.stats import (
     ALPHA,
+    OTHER_SHARE,
+    PRIMARY_SHARE,
     Comparison,
     Limits,
     adjust,
@@ -92,6 +94,7 @@ class TableRow:
     trainings: tuple[int, int] = (0, 0)  # of each arm; 0 of a model not trained here
     why_not: str = ""  # why it has no verdict
     aside: str = ""  # why it is shown and not tested
+    is_stopped: bool = False  # by an error among the findings: it can have no verdict
     primary: bool = False
     margin: float | None = None
     p: float | None = None  # corrected over the table
@@ -108,8 +111,13 @@ class TableRow:
 
     @property
     def is_tested(self) -> bool:
-        """Whether the row is one of the tests of the table."""
+        """Whether the row has a test that could carry a verdict."""
         return self.test is not None and not self.why_not and not self.aside
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether the row is one of the tests that are corrected together."""
+        return self.is_tested and not self.is_stopped
 
     @property
     def difference(self) -> float | None:
@@ -163,17 +171,31 @@ class TestedTable:
     @property
     def tests(self) -> int:
         """How many tests are corrected together."""
-        return sum(row.is_tested for row in self.rows)
+        return sum(row.is_counted for row in self.rows)
+
+    @property
+    def primary_tests(self) -> int:
+        """How many of these are about the primary metric."""
+        return sum(row.is_counted and row.primary for row in self.rows)
 
 
-def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
-    """Return the tested table; without aims all metrics are alike."""
+def build_table(
+    arms: Arms,
+    aims: Aims | None = None,
+    is_stopped: Callable[[TableRow], bool] = lambda row: False,
+) -> TestedTable:
+    """Return the tested table; without aims all metrics are alike.
+
+    Rows that `is_stopped` names can have no verdict, and the others do not pay for their tests.
+    """
     aims = aims or Aims()
     measured = {arm.name: _metrics_of(arms, arm) for arm in arms}
     words = {part for word in (aims.primary, *aims.margins) for part in metric_parts(word or "")}
     rows: list[TableRow] = []
     for first, second in _pairs(arms):
         rows += _rows(first, second, measured, words)
+    for row in rows:
+        row.is_stopped = is_stopped(row)
     _mark(rows, arms, aims)
     _correct(rows)
     pairs = list(dict.fromkeys(row.arms for row in rows))
@@ -501,25 +523,37 @@ def _mark(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
         if aims.primary and is_named(aims.primary, row.metric) and not row.aside:
             row.primary = row.arms not in marked
             marked.add(row.arms)
-    tested = [row for row in rows if row.is_tested]
+    tested = [row for row in rows if row.is_counted]
+    primaries = sum(row.primary for row in tested)
     for row in tested:
-        together = len(marked) if row.primary else len(tested)
+        together = primaries if row.primary else len(tested)
         if together >= MANY_TESTS and row.test and row.test.resolved.questions < FEWEST_OF_MANY:
             row.why_not = f"fewer than {FEWEST_OF_MANY} questions are too few for {together} tests"
 
 
 def _correct(rows: Sequence[TableRow]) -> None:
     """Correct p over the table, and set what each row would find."""
-    tested = [row for row in rows if row.is_tested]
-    adjusted = adjust([row.test.p for row in tested if row.test], [row.primary for row in tested])
-    primary = sum(row.primary for row in tested)
-    both = 0 < primary < len(tested)
+    counted = [row for row in rows if row.is_counted]
     for row in rows:
-        row.tests = len(tested)
-    for row, p in zip(tested, adjusted, strict=True):
+        row.tests = len(counted)
+    # A stopped row keeps the p that it would have as one of the tests: the gate of a study reads
+    # it. The others are corrected as if it were not there.
+    _correct_together([row for row in rows if row.is_tested])
+    _correct_together(counted)
+
+
+def _correct_together(rows: Sequence[TableRow]) -> None:
+    """Correct the p of these rows: of primary ones at 4% and others at 1%, or all at 5%."""
+    primaries = sum(row.primary for row in rows)
+    has_both = 0 < primaries < len(rows)
+    adjusted = adjust([row.test.p for row in rows if row.test], [row.primary for row in rows])
+    for row, p in zip(rows, adjusted, strict=True):
         assert row.test is not None
-        size = (primary if row.primary else len(tested) - primary) if both else len(tested)
-        share = (0.8 if row.primary else 0.2) if both else 1.0
+        size, share = len(rows), 1.0
+        if has_both and row.primary:
+            size, share = primaries, PRIMARY_SHARE
+        elif has_both:
+            size, share = len(rows) - primaries, OTHER_SHARE
         row.p = p
         mde = row.test.mde(ALPHA * share / size)
         row.mde = mde if mde < row.test.resolved.reach else None
