@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message = error if isinstance(error, RecipesError) else explain_fault(error)
+        verb = words[0] if words else ""
+        message = error if isinstance(error, RecipesError) else explain_fault(error, verb)
         if message is None:
             what = f"internal error: {type(error).__name__}: {one_line(error)}"
             message = RecipesError(what, "this is a bug; --debug shows where")

@@ -39,6 +39,21 @@ def test_a_fault_of_the_machine_says_what_it_is_and_what_to_do() -> None:
     assert fault and "out of GPU memory" in fault.what
 
 
+def test_out_of_memory_names_what_the_verb_can_change() -> None:
+    full = OutOfMemoryError("CUDA out of memory")
+    for verb, words in (
+        ("train", "per_device_train_batch_size"),
+        ("merge", "CUDA_VISIBLE_DEVICES="),
+        ("chat", "--max-new-tokens"),
+        ("eval", "generation.max_new_tokens"),
+        ("judge", "server"),
+        ("study", "end what else uses the GPU"),
+    ):
+        fault = explain_fault(full, verb)
+        assert fault and words in fault.hints[0], verb
+        assert ("train." in fault.hints[0]) == (verb == "train"), verb
+
+
 def test_other_errors_are_left_alone() -> None:
     tried = KeyError("key")
     tried.__context__ = PermissionError(errno.EACCES, "Permission denied", "/cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -123,3 +124,14 @@ def test_a_trace_is_made_once(tmp_path, monkeypatch):
     assert trace(config, LORA) == first
     monkeypatch.setattr("recipes_lib.plan.trace.trace_now", lambda *_: pytest.fail("traced again"))
     assert trace(config, LORA) == first
+
+
+def test_a_trace_is_made_again_when_the_code_that_builds_models_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
+    config = family_config("llama")
+    trace(config, LORA)
+    changed = tmp_path / "families.py"
+    changed.write_text(Path(families.__file__).read_text() + "# changed", encoding="utf-8")
+    monkeypatch.setattr(families, "__file__", str(changed))
+    trace(config, LORA)
+    assert len([*(tmp_path / "cache" / "traces").iterdir()]) == 2

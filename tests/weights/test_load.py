@@ -8,11 +8,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
+from tests.conftest import NF4
+from tests.weights.conftest import HALF
 
 from recipes_lib.config.recipe import ModelSection, load_recipe
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.weights.load import attach, base_fingerprint, explain_load_failure
+from recipes_lib.weights.load import (
+    ADAPTER_WEIGHTS,
+    attach,
+    base_fingerprint,
+    device_with_room,
+    explain_load_failure,
+    load_base,
+)
 
 
 def test_why_a_model_cannot_be_had_is_said_by_the_type_of_the_hubs_error() -> None:
@@ -54,3 +65,65 @@ def test_a_base_is_known_by_the_content_of_its_weights(
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert base_fingerprint(copy) != base_fingerprint(recipe)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+def test_an_adapter_answers_in_the_precision_it_was_trained_in(
+    precision, runs, tiny_model_dir
+) -> None:
+    """PEFT makes each adapter float32, which computes other answers than a bfloat16 one."""
+    from transformers import AutoModelForCausalLM
+
+    adapter = runs("lora") / "adapter"
+    file = adapter / ADAPTER_WEIGHTS
+    weights = {name: tensor.to(precision) for name, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    model = attach(base, {"default": adapter})
+    named = model.named_parameters()
+    assert {weight.dtype for name, weight in named if "lora_" in name} == {precision}
+
+
+@pytest.fixture
+def gpu_with(monkeypatch):
+    """Give torch's answers a GPU with some free bytes."""
+
+    def give(free: float) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free, 2 * free))
+        monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+
+    return give
+
+
+def test_a_model_goes_to_a_gpu_only_if_it_fits_in_the_precision_it_is_turned_into(
+    tiny_model_dir, gpu_with
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    gpu_with(1.5 * model.get_memory_footprint())
+    assert device_with_room(model).type == "cuda"
+    assert device_with_room(model, torch.bfloat16).type == "cuda"
+    assert device_with_room(model, torch.float32).type == "cpu"
+
+
+def test_a_4_bit_base_that_is_merged_is_read_where_its_dequantised_weights_fit(
+    tiny_recipe, tiny_model_dir, tiny_tokenizer, gpu_with, monkeypatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    recipe = load_recipe(tiny_recipe, [f"model.name_or_path={tiny_model_dir}", NF4, *HALF])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
+    devices: list[str] = []
+
+    def load_model(*args, empty=False, device="", **options):
+        if not empty:
+            devices.append(device)
+        return model
+
+    monkeypatch.setattr("recipes_lib.weights.load.load_model", load_model)
+    gpu_with(1.5 * model.get_memory_footprint())
+    for merged_in in (None, "auto", "float32"):
+        load_base(recipe, tiny_tokenizer, merged_in)
+    assert devices == ["cuda:0", "cuda:0", "cpu"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,27 @@ def test_a_merged_model_answers_like_the_adapter_and_is_not_made_twice(runs, rec
         assert (merged_logits(run) - logits_on(model, ROWS)).abs().max() > 1e-3
     assert "already merged" in recipes("merge", "lora")[1]
     assert not (run / "merged" / "adapter_config.json").exists()
+
+
+def test_the_old_model_is_freed_before_the_merged_one_is_read(runs, recipes, monkeypatch) -> None:
+    runs("lora")
+    alive: list[int] = []
+    old: list[weakref.ref[torch.nn.Parameter]] = []
+    attach, load_saved = merging.attach, merging.load_saved
+
+    def attach_and_watch(*args):
+        model = attach(*args)
+        old.extend(map(weakref.ref, model.parameters()))
+        return model
+
+    def count_and_load(*args):
+        alive.append(sum(parameter() is not None for parameter in old))
+        return load_saved(*args)
+
+    monkeypatch.setattr(merging, "attach", attach_and_watch)
+    monkeypatch.setattr(merging, "load_saved", count_and_load)
+    assert recipes("merge", "lora")[0] == 0
+    assert old and alive == [0]
 
 
 @pytest.mark.slow

@@ -117,13 +117,29 @@ def _is_ours(filename: object) -> bool:
     return isinstance(filename, str | Path) and Path(filename).is_relative_to(_PACKAGE)
 
 
-def explain_fault(error: BaseException) -> EnvironmentFault | None:
-    """Return an error of memory, a disk or a file as one that says what to do, else None."""
+# What takes less of a GPU's memory, by what was done when it was full: each verb has other keys.
+_ON_CPU = "or on the CPU: CUDA_VISIBLE_DEVICES= before the command"
+_SMALLER = {
+    "train": "halve train.per_device_train_batch_size; train.activation_checkpointing: true",
+    "merge": f"end what else uses the GPU (nvidia-smi), {_ON_CPU}",
+    "chat": f"fewer runs at once, a shorter --max-new-tokens, {_ON_CPU}",
+    "eval": f"lower generation.max_new_tokens, in lm_eval suite.batch_size, {_ON_CPU}",
+    "judge": f"a smaller judge, or one behind a server (judges/openai-compatible.yaml), {_ON_CPU}",
+}
+
+
+def explain_fault(error: BaseException, verb: str = "train") -> EnvironmentFault | None:
+    """Translate an out-of-memory or I/O error into one that says what to do; None for others.
+
+    Args:
+        error: what was caught, with its causes.
+        verb: what was done, which decides what can be made smaller.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RecipesError):  # those say it themselves
         text = one_line(cause)
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
-            remedy = "halve train.per_device_train_batch_size; train.activation_checkpointing: true"
+            remedy = _SMALLER.get(verb, f"end what else uses the GPU, {_ON_CPU}")
             return EnvironmentFault(f"out of GPU memory: {text}", remedy)
         if isinstance(cause, FileNotFoundError) and _is_ours(cause.filename):
             what = f"this installation is not whole: {cause.filename} is missing"

@@ -59,7 +59,8 @@ def trace(config: Any, lora: peft.LoraConfig | None, *precision: Any) -> Trace:
         for key, value in lora.to_dict().items()
     }
     versions = [version(name) for name in ("torch", "transformers", "peft")]
-    code = Path(__file__).read_text("utf-8")
+    # families: which layers take an adapter, and which parts are trained
+    code = [Path(file).read_text("utf-8") for file in (__file__, families.__file__)]
     stamp = hash_of(config.to_dict(), adapter, precision, versions, code)
     file = cache_root() / "traces" / f"{stamp[:32]}.json"
     with suppress(TypeError):  # not there, or damaged

@@ -47,7 +47,10 @@ def read_model(
     reads_once = asked and active.distributed_type == "FSDP" and launch.one_rank_can_read(recipe)
     os.environ[launch.READS_ONCE_VARIABLE] = str(reads_once)  # accelerate and transformers ask it
     empty = reads_once and os.environ["LOCAL_RANK"] != "0"
-    model = load_model(recipe, tokenizer, build_quantization_config(recipe), empty=empty)
+    quantization = build_quantization_config(recipe)
+    # also of a recipe for the CPU (`train.use_cpu`) on a machine with GPUs
+    device = "cpu" if active.device == "cpu" else None
+    model = load_model(recipe, tokenizer, quantization, empty=empty, device=device)
     buffers = {*dict(model.named_buffers())} - {*dict(model.named_non_persistent_buffers())}
     if reads_once and buffers:
         # accelerate 1.15 takes every entry of the state dict, buffers too, for a parameter

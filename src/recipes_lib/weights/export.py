@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +82,16 @@ def merge(trained: TrainedRun, dtype: str | None) -> tuple[dict[str, Any], bool]
             shutil.rmtree(scratch, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class _Folded:
+    """What the model told that is not in memory any more, once its files are written."""
+
+    base: torch.Tensor  # logits without the adapter
+    adapter: torch.Tensor  # logits with it
+    dtype: str  # of the files
+
+
 def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, Any]:
-    import torch
     from transformers import AutoTokenizer
 
     recipe = trained.recipe
@@ -91,47 +100,16 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, An
     texts = [generation_prompt(trained.prompt_section, tokenizer, turns) for turns in asked]
     prompts = [tokenizer(text).input_ids for text in texts]
 
-    # the adapter in float32 on a fresh copy of its base, which is not quantized any more
-    say(f"loading {recipe.model.name_or_path} and the adapter ...")
-    plain: Any = load_base(recipe, tokenizer)
-    check_base_of(trained)  # again: until here its files may have been on the Hub alone
-    precision = getattr(torch, dtype) if dtype else plain.dtype
-    if recipe.quantization is not None and plain.config.model_type == "gpt2":
-        raise RecipeError("GPT-2 keeps its layers transposed: its 4-bit adapters cannot be merged")
-    if recipe.quantization is not None:
-        say(f"the {recipe.base_format} base is dequantised first; what it lost stays lost")
-        plain = plain.dequantize(dtype=precision)
-    model: Any = attach(plain.to(precision), {"default": trained.weights})
-    # what is folded into a shared weight (tied embeddings, Zamba2) would be in all places
-    parts = [*model.named_parameters(remove_duplicate=False)]
-    times = Counter(id(weight) for _, weight in parts)
-    shared = [name for name, weight in parts if times[id(weight)] > 1 and ".base_layer." in name]
-    if layers := [short_name(name) for name in shared if "token_adapter" not in name]:
-        what = f"the adapter cannot be merged: {layers[0]} shares its weight with another layer"
-        raise RecipeError(what, "use the adapter on its base: export, chat and eval take it")
-    for key, parameter in model.eval().named_parameters():
-        if "lora_" in key:
-            parameter.data = parameter.data.float()
-    with model.disable_adapter():
-        base = logits_on(model, prompts)
-    adapter = logits_on(model, prompts)
-
-    # base + adapter -> merged model -> files
-    folded = model.merge_and_unload(safe_merge=True)
-    written = str(folded.dtype).removeprefix("torch.")
-    say(f"writing {folded.get_memory_footprint() / 2**20:,.1f} MiB in {written} ...")
-    settings = folded.generation_config
-    if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
-        settings.do_sample = True  # Llama-2's file lacks it, and upstream refuses to save it so
-    folded.save_pretrained(folder, max_shard_size="5GB")
-    tokenizer.save_pretrained(folder)
-    del plain, model, folded
+    # base + adapter -> merged model -> files. What the model needs goes with the call that made it:
+    # one name left here would keep all of it beside the model that is read next.
+    folded = _fold(trained, tokenizer, prompts, dtype, folder)
     free_memory()
 
     # files -> model -> the same logits?
-    merged = logits_on(load_saved(folder, recipe, tokenizer, written).eval(), prompts)
+    merged = logits_on(load_saved(folder, recipe, tokenizer, folded.dtype).eval(), prompts)
     free_memory()
-    effect, difference = (float((x - adapter).abs().mean()) for x in (base, merged))
+    effect = float((folded.base - folded.adapter).abs().mean())
+    difference = float((merged - folded.adapter).abs().mean())
     lost = difference / effect if effect else float("inf")
     if not lost <= LOST_LIMIT:  # NaN is no agreement
         what = f"merging loses {lost:.0%} of what the adapter changes in the base's logits"
@@ -139,7 +117,7 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, An
         raise RecipesError(f"{what} ({LOST_LIMIT:.0%} is allowed)", hint)
     record = {
         "adapter_sha256": file_hash(trained.weights / ADAPTER_WEIGHTS),
-        "dtype": written,
+        "dtype": folded.dtype,
         "effect": effect,  # how far the adapter moves the base's logits, on average
         "difference": difference,  # how far merging moves the adapter's
         "lost": lost,
@@ -149,6 +127,60 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, An
     write_json(folder / RECORD, record)
     publish(folder, trained.merged)
     return record
+
+
+def _fold(
+    trained: TrainedRun, tokenizer: Any, prompts: list[list[int]], dtype: str | None, folder: Path
+) -> _Folded:
+    """Write the adapter, in float32, folded into a fresh copy of its base, not quantized any more;
+    return what base and adapter answered.
+    """
+    import torch
+
+    recipe = trained.recipe
+    say(f"loading {recipe.model.name_or_path} and the adapter ...")
+    plain: Any = load_base(recipe, tokenizer, merged_in=dtype or "auto")
+    check_base_of(trained)  # again: until here its files may have been on the Hub alone
+    precision = getattr(torch, dtype) if dtype else plain.dtype
+    if recipe.quantization is not None:
+        if plain.config.model_type == "gpt2":
+            what = "GPT-2 keeps its layers transposed: its 4-bit adapters cannot be merged"
+            raise RecipeError(what)
+        say(f"the {recipe.base_format} base is dequantised first; what it lost stays lost")
+        plain = plain.dequantize(dtype=precision)
+    model: Any = attach(plain.to(precision), {"default": trained.weights})
+    if layer := _shared_layer(model):
+        what = f"the adapter cannot be merged: {layer} shares its weight with another layer"
+        raise RecipeError(what, "use the adapter on its base: export, chat and eval take it")
+    for key, parameter in model.eval().named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.float()
+    with model.disable_adapter():
+        base = logits_on(model, prompts)
+    adapter = logits_on(model, prompts)
+
+    merged = model.merge_and_unload(safe_merge=True)
+    written = str(merged.dtype).removeprefix("torch.")
+    say(f"writing {merged.get_memory_footprint() / 2**20:,.1f} MiB in {written} ...")
+    settings = merged.generation_config
+    if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
+        settings.do_sample = True  # Llama-2's file lacks it, and upstream refuses to save it so
+    merged.save_pretrained(folder, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+    return _Folded(base=base, adapter=adapter, dtype=written)
+
+
+def _shared_layer(model: Any) -> str | None:
+    """Return a layer with an adapter whose weight another layer uses too (tied embeddings, Zamba2):
+    what is folded into it would be in all places.
+    """
+    named = [*model.named_parameters(remove_duplicate=False)]
+    times = Counter(id(weight) for _, weight in named)
+    for name, weight in named:
+        is_shared = times[id(weight)] > 1
+        if is_shared and ".base_layer." in name and "token_adapter" not in short_name(name):
+            return short_name(name)
+    return None
 
 
 def logits_on(model: Any, prompts: list[list[int]]) -> torch.Tensor:

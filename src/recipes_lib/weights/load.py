@@ -76,9 +76,16 @@ def load_model(
     quantization_config: Any = None,
     *,
     empty: bool = False,
+    device: str | None = None,
 ) -> PreTrainedModel:
-    """Load the base model in the recipe's precision and attention kernel; `empty` leaves the
-    weights out (meta device), but those of a checkpoint that is quantized.
+    """Load the base model in the recipe's precision and attention kernel.
+
+    Args:
+        recipe: says which model, and how.
+        tokenizer: decides how many rows the embeddings need.
+        quantization_config: bitsandbytes', for a base in 4 or 8 bits.
+        empty: leave the weights out (meta device), but those of a checkpoint that is quantized.
+        device: where a quantized base goes; without it, on this rank's GPU if there is one.
     """
     import torch
     import transformers
@@ -98,8 +105,10 @@ def load_model(
         packed = getattr(config, "quantization_config", None) or {}
         if quantization_config is not None:
             options["quantization_config"] = quantization_config
-            if torch.cuda.is_available():
-                options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+            if device is None and torch.cuda.is_available():
+                device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+            if device is not None and device != "cpu":
+                options["device_map"] = {"": device}
             if plain := not_quantized(config):
                 plain += quantization_config.llm_int8_skip_modules or ()
                 quantization_config.llm_int8_skip_modules = sorted({*plain})
@@ -122,15 +131,42 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     entries = len(tokenizer)
-    if section.resize_embeddings and entries > model.get_input_embeddings().weight.shape[0]:
+    if (
+        section.resize_embeddings
+        and not empty
+        and entries > model.get_input_embeddings().weight.shape[0]
+    ):
         model.resize_token_embeddings(entries)
     return model
 
 
-def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the base as its recipe says, on the GPU where one has room."""
-    base = load_model(recipe, tokenizer, build_quantization_config(recipe))
-    return base if recipe.quantization else base.to(device_with_room(base))
+def load_base(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, merged_in: str | None = None
+) -> PreTrainedModel:
+    """Load the base as its recipe says, on the GPU where one has room.
+
+    Args:
+        recipe: says which base, and in how many bits.
+        tokenizer: decides how many rows the embeddings need.
+        merged_in: the type, not quantized, that the caller converts the base into, and that needs
+            the room; "auto" is the base's own.
+    """
+    import torch
+
+    dtype = None
+    if merged_in not in (None, "auto"):
+        dtype = getattr(torch, str(merged_in))
+    quantization = build_quantization_config(recipe)
+    if quantization is None:
+        base = load_model(recipe, tokenizer)
+        return base.to(device_with_room(base, dtype))
+    if not torch.cuda.is_available():
+        return load_model(recipe, tokenizer, quantization)
+    # transformers quantizes on the device where the layers are to be
+    device = torch.device("cuda", torch.cuda.current_device())
+    if merged_in is not None:
+        device = device_with_room(load_model(recipe, tokenizer, empty=True), dtype)
+    return load_model(recipe, tokenizer, quantization, device=str(device))
 
 
 def load_saved(
@@ -143,11 +179,16 @@ def load_saved(
     return model.to(device_with_room(model))
 
 
-def device_with_room(model: PreTrainedModel) -> torch.device:
-    """Return this process's GPU, or the CPU where there is none with room for the model."""
+def device_with_room(model: PreTrainedModel, dtype: torch.dtype | None = None) -> torch.device:
+    """Return this process's GPU, or the CPU where there is none with room for the model, in `dtype`
+    where it is converted there.
+    """
     import torch
 
-    needed = 1.1 * model.get_memory_footprint()
+    needed = float(model.get_memory_footprint())
+    if dtype is not None:
+        needed = float(sum(weight.numel() * dtype.itemsize for weight in model.parameters()))
+    needed *= 1.1
     if not torch.cuda.is_available() or needed >= torch.cuda.mem_get_info()[0]:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
