@@ -40,10 +40,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
 START_HERE = {
     "new": ("recipes", "create your own recipe from an existing one"),
     "check": ("recipes", "check recipes and configs, files or folders"),
-    "data": ("train", "show what the model reads and which tokens carry loss"),
-    "plan": ("train", "estimate memory, steps and time; say what to change"),
+    "data": ("data", "show what the model reads and which tokens carry loss"),
+    "plan": ("plan", "estimate memory, steps and time; say what to change"),
     "train": ("train", "train a recipe, or resume its run"),
-    "chat": ("train", "chat with runs and their base model"),
+    "chat": ("chat", "chat with runs and their base model"),
     "eval": ("evaluate", "evaluate runs and models: judges, benchmarks, checks"),
     "study": ("study", "compare variants of a recipe: plan, run, status, report"),
     "export": ("weights", "write a folder to share: weights, tokenizer, model card"),
@@ -73,7 +73,8 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the help, with the words of recipes where the verb takes some."""
-        if "overrides" in parameters(self.get_default("function") or self.error):
+        function = self.get_default("function")
+        if function is not None and "overrides" in parameters(function):
             self.epilog = f"section.key=value arguments override the YAML. {self.epilog}"
         return super().format_help()
 
@@ -114,23 +115,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
-        for group, verbs in (("start here", START_HERE), ("more", MORE)):
-            lines += ["", group, *(f"  {verb:<9} {text}" for verb, (_, text) in verbs.items())]
-        say(*lines, "", "help for one verb: recipes VERB --help")
-        return next_step("ls")
+        return _say_help()
     if words[0] == "--version":
         say(__version__)
         return int(ExitCode.DONE)
     verb, *rest = words
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        hints = [f"did you mean recipes {near[0]}?"] if near else []
+        nearest = difflib.get_close_matches(verb, VERBS, n=1)
+        hints = [f"did you mean recipes {near}?" for near in nearest]
         raise RecipeError(f"recipes: unknown verb '{verb}'", *hints, "all verbs: recipes")
     function, arguments = parse_words(verb, rest)
-    given = {"debug": debug, "typed": list(words)}
-    arguments |= {name: given[name] for name in given.keys() & parameters(function)}
+    if "debug" in parameters(function):
+        arguments["debug"] = debug
+    if "typed" in parameters(function):
+        arguments["typed"] = list(words)
     return int(function(**arguments))
+
+
+def _say_help() -> int:
+    """Print every verb with what it does."""
+    lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
+    for group, verbs in (("start here", START_HERE), ("more", MORE)):
+        lines += ["", group]
+        for verb, (_, text) in verbs.items():
+            lines.append(f"  {verb:<9} {text}")
+    say(*lines, "", "help for one verb: recipes VERB --help")
+    return next_step("ls")
 
 
 def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], dict[str, object]]:

@@ -8,7 +8,7 @@ import io
 import sys
 from typing import Any
 
-from recipes_lib.commands import train as verbs
+from recipes_lib.commands import chat as verbs
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.data.prompts import generation_prompt

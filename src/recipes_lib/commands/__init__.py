@@ -1,4 +1,4 @@
-"""The verbs of the command line: one module per verb, whose function's parameters are its words."""
+"""The verbs of the command line. A verb is a function; its parameters are its words and flags."""
 
 from __future__ import annotations
 
@@ -29,33 +29,51 @@ def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> No
         if name in GIVEN:
             continue
         annotated, text, *least = get_args(hints[name])
-        kind = next(part for part in (*get_args(annotated), annotated) if part is not NoneType)
-        kind = annotated if get_origin(annotated) in (list, Literal) else kind
         is_flag = parameter.kind is parameter.KEYWORD_ONLY
         optional = parameter.default is not parameter.empty
-        options: dict[str, Any] = {"help": text, "default": parameter.default if optional else None}
-        if kind is bool:
-            options["action"] = "store_true"
-        elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
-        else:
-            word = name.rstrip("_").upper()
-            options["metavar"] = word.rpartition("_")[2] if is_flag else word
-            if kind is int:
-                options |= {"type": at_least(*least or [1]), "metavar": "N"}
-            elif get_origin(kind) is list:
-                options["metavar"] = options["metavar"].removesuffix("S")
-                options["nargs"] = "*" if optional and not is_flag else "+"
-                options |= {"action": "extend"} if is_flag else {}
-            elif kind is not str:
-                options["type"] = kind
+        options = _options_of(name, _without_none(annotated), is_flag, optional)
+        options["help"] = text
+        options["default"] = parameter.default if optional else None
+        if options.get("metavar") == "N":
+            options["type"] = at_least(least[0] if least else 1)
         if is_flag:
             flag = f"--{name.rstrip('_').replace('_', '-')}"
             parser.add_argument(flag, dest=name, required=not optional, **options)
-        elif optional and "nargs" not in options:
-            parser.add_argument(name, nargs="?", **options)
-        else:
-            parser.add_argument(name, **options)
+            continue
+        if optional and "nargs" not in options:
+            options["nargs"] = "?"
+        parser.add_argument(name, **options)
+
+
+def _without_none(annotated: Any) -> Any:
+    """Return `T` of `T | None`; lists and literals as they are."""
+    if get_origin(annotated) in (list, Literal):
+        return annotated
+    parts = [part for part in get_args(annotated) if part is not NoneType]
+    return parts[0] if parts else annotated
+
+
+def _options_of(name: str, kind: Any, is_flag: bool, optional: bool) -> dict[str, Any]:
+    """Return what argparse is told of a parameter of this type, but its help and default."""
+    if kind is bool:
+        return {"action": "store_true"}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if kind is int:
+        return {"metavar": "N"}
+    metavar = name.rstrip("_").upper()
+    if is_flag:  # --max-new-tokens TOKENS
+        metavar = metavar.rpartition("_")[2]
+    if get_origin(kind) is list:
+        options: dict[str, Any] = {"metavar": metavar.removesuffix("S"), "nargs": "+"}
+        if is_flag:
+            options["action"] = "extend"  # the flag may be given again
+        elif optional:
+            options["nargs"] = "*"
+        return options
+    if kind is str:
+        return {"metavar": metavar}
+    return {"metavar": metavar, "type": kind}
 
 
 def parameters(function: Callable[..., int]) -> Mapping[str, inspect.Parameter]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from recipes_lib.commands import Json
-from recipes_lib.config.documents import read
+from recipes_lib.config.documents import Document, read
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.files import Row, read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path
@@ -26,13 +26,18 @@ _START = "start-here"
 def run_ls(*, json: Json = False) -> int:
     """Print one line per recipe; nothing is checked or planned."""
     folders = {folder.resolve(): folder for folder in (project_root() / "recipes", Path("recipes"))}
-    files = [(file, folder) for folder in folders.values() for file in folder.rglob("[!_]*.yaml")]
-    recipes = [row for file, folder in files if (row := _recipe_line(file, folder))]
+    recipes = []
+    for folder in folders.values():
+        for file in folder.rglob("[!_]*.yaml"):
+            row = _recipe_line(file, folder)
+            if row is not None:
+                recipes.append(row)
     recipes.sort(key=lambda row: (_START not in row["tags"], row["name"]))
     if json:
         return print_json(recipes)
     titles = ("name", "method", "launch", "model")
-    say(*aligned([titles, *([row[title] for title in titles] for row in recipes)]))
+    cells = [[row[title] for title in titles] for row in recipes]
+    say(*aligned([titles, *cells]))
     return next_step("new", "my-first", "--from", recipes[0]["name"])
 
 
@@ -46,18 +51,31 @@ def _recipe_line(file: Path, folder: Path) -> Row | None:
         return {"name": name, "model": error, "method": "-", "launch": "-", "tags": []}
     if document.kind != "recipe" or document.is_base:
         return None
-    model, lora, quantization, run, launch = (
-        value if isinstance(value := document.values.get(key), dict) else {}
-        for key in ("model", "lora", "quantization", "run", "launch")
-    )
-    kind = "DoRA" if lora.get("use_dora") else "LoRA"
+    tags = _section(document, "run").get("tags")
     return {
         "name": name,
-        "model": str(model.get("name_or_path", "?")),
-        "method": f"{'Q' * bool(quantization)}{kind} r={lora.get('r', 8)}" if lora else "full",
-        "launch": str(launch.get("accelerate", "single_gpu")),
-        "tags": list(map(str, tags)) if isinstance(tags := run.get("tags"), list) else [],
+        "model": str(_section(document, "model").get("name_or_path", "?")),
+        "method": _method(document),
+        "launch": str(_section(document, "launch").get("accelerate", "single_gpu")),
+        "tags": [str(tag) for tag in tags] if isinstance(tags, list) else [],
     }
+
+
+def _section(document: Document, name: str) -> Row:
+    """A section of a recipe that was not checked: empty where it is absent or no mapping."""
+    values = document.values.get(name)
+    return values if isinstance(values, dict) else {}
+
+
+def _method(document: Document) -> str:
+    """What is trained: full, LoRA r=8, QDoRA r=16."""
+    lora = _section(document, "lora")
+    if not lora:
+        return "full"
+    method = "DoRA" if lora.get("use_dora") else "LoRA"
+    if _section(document, "quantization"):
+        method = f"Q{method}"
+    return f"{method} r={lora.get('r', 8)}"
 
 
 def run_status(
@@ -68,15 +86,17 @@ def run_status(
     """Print the table of all runs, or one run."""
     if run:
         return _show_run(open_run(run), json)
-    rows = [_run_line(known) for known in all_runs()]
+    rows = [_run_line(directory) for directory in all_runs()]
     if json:
         return print_json(rows)
     if not rows:
         say(f"no runs in {runs_root()}")
         return next_step("train", "quickstart/lora-r8")
     titles = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
-    say(*aligned([titles, *([_cell(value) for value in row.values()] for row in rows)]))
-    return next_step("status", max(rows, key=lambda row: row["updated"])["run"])
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    say(*aligned([titles, *cells]))
+    newest = max(rows, key=lambda row: row["updated"])
+    return next_step("status", newest["run"])
 
 
 def _run_line(run: RunDirectory) -> Row:
@@ -92,9 +112,13 @@ def _run_line(run: RunDirectory) -> Row:
 
 
 def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4f}" if value < 10 else f"{value:,.0f}"
-    return "-" if value is None else str(value)
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    if value < 10:  # a loss
+        return f"{value:,.4f}"
+    return f"{value:,.0f}"
 
 
 def _facts(run: RunDirectory) -> Row:
@@ -114,7 +138,8 @@ def _show_run(run: RunDirectory, as_json: bool) -> int:
     state = facts["state"]
     if as_json:
         return print_json(facts)
-    say(f"{run.name}: {state}{describe_holder(run.path) if state == 'running' else ''}")
+    holder = describe_holder(run.path) if state == "running" else ""
+    say(f"{run.name}: {state}{holder}")
     for key in ("exit_code", "error", "launch", "attempts"):
         if facts.get(key) is not None:
             say(f"  {key}: {facts[key]}")
@@ -132,6 +157,12 @@ def run_doctor() -> int:
     """Print the findings; exit 5 when something cannot work."""
     failed = False
     for topic, (level, text, remedy) in diagnose():
-        say(f"{level:<5} {topic:<13} {text}{f' -> {remedy}' if remedy else ''}")
-        failed |= level == FAIL
-    return ExitCode.ENVIRONMENT if failed else next_step("ls")
+        line = f"{level:<5} {topic:<13} {text}"
+        if remedy:
+            line += f" -> {remedy}"
+        say(line)
+        if level == FAIL:
+            failed = True
+    if failed:
+        return ExitCode.ENVIRONMENT
+    return next_step("ls")

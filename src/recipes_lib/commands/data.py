@@ -1,0 +1,93 @@
+"""`recipes data`: what the model reads, and which tokens carry loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from recipes_lib.commands import RecipeWord
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.core.environment import quiet_libraries
+from recipes_lib.core.errors import RecipeErrors
+from recipes_lib.core.terminal import aligned, next_step, say
+from recipes_lib.data.leaks import NUM_KEPT
+from recipes_lib.evals.leaks import leak_error, search_recipe
+from recipes_lib.evals.recipe import EvalRecipe, load_eval
+from recipes_lib.weights.load import load_tokenizer
+
+if TYPE_CHECKING:
+    from recipes_lib.data.prepare import DataAudit
+
+
+def run_data(
+    recipe: RecipeWord,
+    overrides: Sequence[str] = (),
+    *,
+    show: Annotated[int, "print N training rows as the model sees them (default 3)", 0] = 3,
+    against: Annotated[list[str], "evals whose questions must not be in the training rows"] = [],
+) -> int:
+    """Prepare the recipe's data, print the audit and some rows."""
+    from recipes_lib.data.prepare import prepare_data
+
+    # `--against` takes every word that follows it, an override of the recipe too
+    late_overrides = [word for word in against if "=" in word]
+    eval_names = [word for word in against if "=" not in word]
+    words = [*overrides, *late_overrides]
+    loaded = load_recipe(recipe, words)
+    evals = [load_eval(name) for name in eval_names]
+    quiet_libraries()
+    tokenizer = load_tokenizer(loaded)
+    data = prepare_data(loaded, tokenizer)
+    _say_audit(data.audit, data.splits["method"])
+    if evals:
+        _refuse_leaks(loaded, evals)
+    num_shown = min(show, len(data.train))
+    for row in data.train.select(range(num_shown)):
+        _show_row(row, tokenizer)
+    say()
+    return next_step("train", recipe, *words)
+
+
+def _refuse_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
+    """Say for each eval how many of its questions the training rows hold; raise where too many."""
+    leaks_of = search_recipe(recipe, evals, fetch=True)
+    for name, leaks in leaks_of.items():
+        if leaks.found:
+            say(str(leak_error(name, leaks, recipe)))
+        else:
+            say(leaks.summary(name))
+    errors = [
+        leak_error(name, leaks, recipe, limit=NUM_KEPT)
+        for name, leaks in leaks_of.items()
+        if leaks.is_error
+    ]
+    if errors:
+        raise RecipeErrors(errors)
+
+
+def _say_audit(audit: DataAudit, split_method: str) -> None:
+    rows = audit.rows
+    filtered = ""
+    if rows["too_long"]:
+        filtered = f", {rows['too_long']} filtered by max_tokens"
+    say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
+    sides = f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test"
+    say(f"{sides} (split: {split_method})")
+    say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}", *audit.notes)
+    columns = ("total", "median", "max")
+    table = [["tokens", *columns]]
+    for title, numbers in audit.tokens.items():
+        table.append([title, *(f"{numbers[column]:,}" for column in columns)])
+    say("", *aligned(table))
+    for note in audit.warnings:
+        say(f"note: {note}")
+
+
+def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:
+    """Print one training row: text with loss in [[...]], the end token marked."""
+    from recipes_lib.data.prepare import IGNORED, decoded_spans
+
+    num_supervised = sum(label != IGNORED for label in row["labels"])
+    say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
+    spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
+    say("".join(f"[[{text}]]" if has_loss else text for text, has_loss in spans).rstrip())

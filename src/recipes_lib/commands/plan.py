@@ -1,0 +1,60 @@
+"""`recipes plan`: memory, steps and time of a training before it starts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Annotated
+
+from recipes_lib.commands import Accelerate, Gpu, Gpus, Json, Nodes, RecipeWord
+from recipes_lib.commands.recipes import launch_line
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.environment import quiet_libraries
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.terminal import next_step, print_json, say
+from recipes_lib.plan.cards import card_named
+
+
+def run_plan(
+    recipe: RecipeWord,
+    overrides: Sequence[str],
+    *,
+    gpu: Gpu = None,
+    gpus: Gpus = None,
+    nodes: Nodes = None,
+    accelerate: Accelerate = None,
+    table: Annotated[bool, "compare other settings, methods and cards"] = False,
+    json: Json = False,
+) -> int:
+    """Plan and print."""
+    if gpu not in (None, "cpu"):
+        card_named(gpu)  # an unknown card is refused before torch is imported
+    loaded = load_recipe(recipe, overrides)
+    quiet_libraries()
+    from recipes_lib.plan.plan import advise, launch_and_card, plan_of, rows_shown
+    from recipes_lib.plan.plan import table as table_lines
+
+    launch, card = launch_and_card(loaded, gpu, accelerate=accelerate, gpus=gpus, nodes=nodes)
+    plan = plan_of(loaded, launch, card)
+    advice = advise(plan, overrides)
+    rows = rows_shown(plan, advice)
+    if json:
+        return print_json({key: value for _, _, values in rows for key, value in values.items()})
+    say(*(f"{label:<9} {text}" for label, text, _ in rows if text))
+    if table:
+        say(*table_lines(plan, overrides))
+    path = shown_path(loaded.path)
+    say(f"$ {launch_line(plan.launch, path, overrides)}")
+
+    flags = {"accelerate": accelerate, "gpus": gpus, "nodes": nodes}
+    if advice and "launch." in advice[0]:
+        flags = {}  # they would win over the advised launch
+    flag_words = [f"--{name}={value}" for name, value in flags.items() if value]
+    words = [path, *flag_words, *overrides]
+    if plan.fits:
+        return next_step("train", *words)
+    if advice is None:
+        return next_step("ls")
+    if gpu:
+        words.append(f"--gpu={gpu}")
+    return next_step("plan", *words, *shlex.split(advice[0]))
