@@ -17,7 +17,7 @@ from recipes_lib.config.launch import accumulation_steps, load_accelerate_config
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.study.config import load_study
-from recipes_lib.study.run import study_trainings
+from recipes_lib.study.trainings import study_trainings
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]

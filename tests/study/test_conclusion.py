@@ -1,4 +1,4 @@
-"""The end of a study: its design is locked with the first verdicts; the gate goes by them."""
+"""The end of a study: its design is locked before its first result; the gate goes by verdicts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.runs import Arms, load_arms
 from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.files import utc_now, write_json, write_text
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import report as reporting
 from recipes_lib.study.config import Arm, Study, load_study
-from recipes_lib.study.report import gate, report_study
-from recipes_lib.study.run import evaluations, study_trainings
-from recipes_lib.study.run import study_folder as folder_of
+from recipes_lib.study.lock import lock_design, read_lock
+from recipes_lib.study.report import gate, report_study, without_duels
+from recipes_lib.study.run import evaluations
+from recipes_lib.study.trainings import study_folder as folder_of
+from recipes_lib.study.trainings import study_trainings
 
 
 @pytest.fixture
@@ -38,31 +41,153 @@ def file(study_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return study_folder / "tiny.yaml"
 
 
-def test_the_first_verdicts_lock_the_design_and_an_interim_look_has_none(
+def train(study: Study) -> None:
+    """Leave what trainings leave: finished runs with weights."""
+    for training in study_trainings(study):
+        run = RunDirectory(training.run)
+        run.write_state("finished")
+        weights = run.weights(full_finetuning=False) / "adapter_model.safetensors"
+        write_text(weights, "weights")
+
+
+def evaluate(study: Study) -> None:
+    """Leave a result in every run, as an evaluation does."""
+    for training in study_trainings(study):
+        result = RunDirectory(training.run).path / "evals" / "own" / "result.json"
+        write_json(result, {"written": utc_now()})
+
+
+def measure(file: Path) -> Study:
+    """Train, lock and evaluate a study, as `recipes study run` does."""
+    study = load_study(file)
+    train(study)
+    lock_design(study)
+    evaluate(study)
+    return study
+
+
+def test_before_the_design_is_whole_a_report_compares_no_arms(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = load_study(file, ["seeds=[42, 43]"])
-    lock = folder_of(study) / "design.json"
+    folder = folder_of(study)
     with monkeypatch.context() as early:
         early.setattr(reporting.runs, "missing_of", lambda study: ["training tiny--r8"])
         report, missing = report_study(study)
-    assert missing and report.answer[0].startswith("Interim") and not lock.exists()
-    written = json.loads((folder_of(study) / "comparison.json").read_text())
-    assert "recipes study run" in written["cannot_say"][0]
+        assert main(["study", "report", str(file), "--json"]) == ExitCode.DONE
+    said = json.loads(capsys.readouterr().out)
+    written = json.loads((folder / "comparison.json").read_text())
+    for content in (said, written):
+        assert content["rows"] == [] and content["scores"]
+        assert content["answer"][0].startswith("Interim: 1 training or result still missing")
+        assert "recipes study run" in content["cannot_say"][0]
+    assert missing and not report.claims and not report.table.rows
+    assert "comparison" not in (folder / "report" / "numbers.csv").read_text()
+    assert "Interim: 1 training" in (folder / "report" / "report.html").read_text()
     first, _ = report_study(study)
-    assert not first.descriptive and lock.is_file()
-    assert "r8 is better than r4" in first.answer[0]
+    assert not first.descriptive and "r8 is better than r4" in first.answer[0]
     assert main(["study", "report", str(file), "seeds=[43, 42]"]) == ExitCode.DONE
-    assert first.answer[0] in (said := capsys.readouterr().out)
-    assert said.splitlines()[-1].startswith("next: recipes export tiny--r4--seed43 --to ")
-    assert (folder_of(study) / "report" / "report.html").is_file()
+    text = capsys.readouterr().out
+    assert first.answer[0] in text
+    assert text.splitlines()[-1].startswith("next: recipes export tiny--r4--seed43 --to ")
+
+
+def test_a_win_rate_between_two_arms_is_no_value_of_one_arm(tmp_path: Path) -> None:
+    folders = {name: [made_up.write_run(tmp_path, name)] for name in ("one", "two")}
+    made_up.write_values(folders["one"][0], [1.0] * 20, against="two")
+    made_up.write_values(folders["two"][0], [1.0] * 20)
+    arms = load_arms(folders)
+    assert [log.against for _, log in arms.logs] == ["two", None]
+    assert [name for name, _ in without_duels(arms).logs] == ["two"]
+
+
+def test_a_design_is_locked_anew_until_the_first_result_and_never_after(file: Path) -> None:
+    study = load_study(file)
+    train(study)
+    lock_design(study)
+    hashes = [read_lock(study)["hash"]]
+    text = file.read_text()
+    file.write_text(text.replace("beat rank 4", "beat rank four"))
+    lock_design(load_study(file))
+    hashes.append(read_lock(study)["hash"])
+    assert hashes[0] != hashes[1]
+    for training in study_trainings(study):
+        assert training.state["design_locks"] == {"tiny": hashes[1]}
+    evaluate(study)
+    file.write_text(text)
+    lock_design(load_study(file))
+    assert read_lock(study)["hash"] == hashes[1]
+    assert "question changed" in report_study(load_study(file))[0].descriptive
+
+
+@pytest.mark.parametrize("damage", ["emptied", "halved", "zeros", "a list", "a key gone", "gone"])
+def test_a_lock_that_is_lost_or_damaged_beside_results_sets_no_study_free(file, damage) -> None:
+    study = measure(file)
+    assert not report_study(study)[0].descriptive
+    lock = folder_of(study) / "design.json"
+    whole = lock.read_text()
+    content = json.loads(whole)
+    del content["primary"]
+    damaged = {
+        "emptied": "",
+        "halved": whole[: len(whole) // 2],
+        "zeros": "\0" * len(whole),
+        "a list": "[1]",
+        "a key gone": json.dumps(content),
+    }
+    if damage == "gone":
+        lock.unlink()
+    else:
+        lock.write_text(damaged[damage])
+    file.write_text(f"{file.read_text()}primary: mt_bench/grade\n")
+    for _ in range(2):  # nor does a second report
+        report, _ = report_study(load_study(file))
+        assert report.descriptive.startswith("Exploratory") and "design.json" in report.descriptive
+    lock.write_text(whole)
+    assert "primary changed since" in report_study(load_study(file))[0].descriptive
+
+
+def test_results_of_another_lock_of_another_study_or_of_before_the_lock_are_seen(file) -> None:
+    study = measure(file)
+    state = RunDirectory("tiny--r4").state_file
+    whole = json.loads(state.read_text())
+    result = state.parent / "evals" / "own" / "result.json"
+    cases = {
+        "tiny--r4 was evaluated under another design.json": {"tiny": "0" * 64},
+        "tiny--r4 was evaluated in the study other": {"other": "0" * 64},
+        "tiny--r4 was evaluated before the design was locked": {},
+    }
+    write_json(result, {"written": "2026-01-01T00:00:00+00:00"})
+    for words, copies in cases.items():
+        write_json(state, {**whole, "design_locks": copies})
+        assert words in report_study(study)[0].descriptive
+    write_json(result, {"written": "2999-01-01T00:00:00+00:00"})  # by hand, after the lock
+    assert not report_study(study)[0].descriptive
+    # trained again since
+    replaced = state.parents[1] / ".replaced" / "tiny--r4--1764680000000000000"
+    shutil.copytree(state.parent, replaced)
+    write_json(replaced / "run.json", {**whole, "design_locks": {"tiny": "0" * 64}})
+    assert "tiny--r4 was evaluated under another" in report_study(study)[0].descriptive
+
+
+def test_a_study_of_an_earlier_version_says_why_it_has_no_verdict(file: Path) -> None:
+    study = load_study(file)
+    train(study)
+    evaluate(study)
+    report, _ = report_study(study)
+    assert "tiny--r4 has results and the study has no design.json" in report.descriptive
+    write_json(folder_of(study) / "design.json", {"written": utc_now(), "primary": "win_rate"})
+    report, _ = report_study(study)
+    assert "written by an earlier version" in report.descriptive
 
 
 def test_a_design_changed_after_the_verdicts_leaves_none(file: Path, monkeypatch) -> None:
     text = file.read_text().replace("seeds: [42]", "seeds: [42, 43]")
     file.write_text(text)
-    report_study(load_study(file))
+    measure(file)
     changes_of = {
+        "question changed": ("beat rank 4", "win against rank 4"),
+        "factors.rank changed": ("[lora.r, lora.lora_alpha]", "[lora]"),
         "seeds.r4 changed": ("seeds: [42, 43]", "seeds: [42, 43, 44]"),
         "margins": ("seeds:", "margins: {win_rate: 2 points}\nseeds:"),
         "primary": ("seeds:", "primary: mt_bench/grade\nseeds:"),
@@ -85,6 +210,13 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path, monkeypatch
         place.write_text(before)
         if "evals.study--alpaca_eval changed" not in report.descriptive:
             wrong.append((new, report.descriptive))
+    rows = file.with_name("rows.jsonl")
+    before = rows.read_text()
+    rows.write_text(before.replace("the", "The"))
+    report, _ = report_study(load_study(file))
+    rows.write_text(before)
+    if "data.r4.data 1 rows.jsonl changed" not in report.descriptive:
+        wrong.append(("rows", report.descriptive))
     there = file.parents[1] / "elsewhere" / file.parent.name
     shutil.copytree(file.parent, there)
     assert not report_study(load_study(there / file.name))[0].descriptive

@@ -11,7 +11,7 @@ from recipes_lib.analysis.runs import ArmRuns
 from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.study.config import load_study
-from recipes_lib.study.run import study_trainings
+from recipes_lib.study.trainings import study_trainings
 
 
 def test_in_a_controlled_study_nothing_differs_but_the_declared_factors() -> None:

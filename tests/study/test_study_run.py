@@ -20,9 +20,10 @@ from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import run as running
 from recipes_lib.study.config import load_study
-from recipes_lib.study.run import (
+from recipes_lib.study.lock import design_values
+from recipes_lib.study.run import StudyRunner
+from recipes_lib.study.trainings import (
     REPLACED,
-    StudyRunner,
     is_trained,
     study_trainings,
     validation_loss,
@@ -251,6 +252,8 @@ def test_each_arm_tries_its_grid_and_is_trained_anew_at_the_best_value(
     assert run_tuned()[0] == [*tries(*RATES), "tiny--r4 0.01", "tiny--r8 0.01"]
     study = with_choices(load_study(tuned))
     assert {arm.recipe.train["learning_rate"] for arm in study.arms} == {0.01}
+    # what tuning chose is a result, so the lock holds the grid alone
+    assert design_values(study)["arms"] == design_values(load_study(tuned))["arms"]
     assert {arm.tuning.losses for arm in study.arms if arm.tuning} == {tuple(RATES.values())}
     assert run_tuned()[0] == []
     monkeypatch.setenv("LOSSES", json.dumps({"2.0": 1.0}))

@@ -86,6 +86,7 @@ class Conclusion:
     findings: tuple[Finding, ...]
     claims: tuple[Claim, ...]
     descriptive: str = ""
+    waiting: str = ""  # for what a study is not complete without: its arms are not compared yet
 
     @property
     def pairs(self) -> dict[tuple[str, str], list[Claim]]:
@@ -98,6 +99,8 @@ class Conclusion:
     @property
     def answer(self) -> list[str]:
         """One sentence for each pair of arms, about the primary metric."""
+        if self.waiting:
+            return [self.waiting]
         tested = ([each for each in claims if not each.row.aside] for claims in self.pairs.values())
         return [claims[0].sentence for claims in tested if claims]
 
@@ -134,6 +137,14 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
     errors = [finding for finding in findings if finding.severity == "error"]
     table = build_table(arms, aims, lambda row: any(error.touches(row) for error in errors))
     descriptive = why_descriptive(design)
+    names = sentence_list([arm.name for arm in arms])
+    question = question_text(design.question) if design else f"How do {names} compare?"
+    if design is not None and design.missing and table.rows:
+        # Who sees differences can still choose arms, seeds and evals by them.
+        alone = TestedTable((), table.scores)
+        left = count(len(design.missing), "training or result")
+        waiting = f"Interim: {left} still missing. The arms are compared when all are there."
+        return Conclusion(question, alone, findings, (), descriptive, waiting)
     between = {
         row.arms: arm_differences(arms[row.first], arms[row.second], design) for row in table.rows
     }
@@ -143,8 +154,6 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         claim = _shown(row, touching, between[row.arms], design, descriptive)
         unaudited = any(finding.code == UNAUDITED for finding in touching)
         claims.append(replace(claim, unaudited=unaudited))
-    names = sentence_list([arm.name for arm in arms])
-    question = question_text(design.question) if design else f"How do {names} compare?"
     return Conclusion(question, table, findings, tuple(claims), descriptive)
 
 
@@ -155,7 +164,8 @@ def why_descriptive(design: Design | None) -> str:
     if design.changed:
         changes = sentence_list(design.changed, 3)
         remedy = "a new study name, with new seeds or questions, can have verdicts again"
-        return f"Exploratory: the design changed after results were seen ({changes}); {remedy}."
+        what = "this design is not shown to have stood before results were seen"
+        return f"Exploratory: {what} ({changes}); {remedy}."
     if design.missing:
         remedy = f" Fix: {design.command}." if design.command else ""
         return f"Interim: {sentence_list(design.missing, 3)} still missing.{remedy}"

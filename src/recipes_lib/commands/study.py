@@ -13,6 +13,7 @@ from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.study import run as studies
 from recipes_lib.study.config import Study, load_study
+from recipes_lib.study.trainings import study_folder, study_trainings, with_choices
 
 # section.key=value words override a value in every arm's recipe; key=value words the study's own
 _StudyWord = Annotated[str, "study file or name in recipes/studies/, then overrides: seeds=[1,2]"]
@@ -20,7 +21,7 @@ _StudyWord = Annotated[str, "study file or name in recipes/studies/, then overri
 
 def run_study_plan(study: _StudyWord, overrides: Sequence[str]) -> int:
     """Show what is left to do and what it takes; change nothing."""
-    loaded = studies.with_choices(load_study(study, overrides))
+    loaded = with_choices(load_study(study, overrides))
     studies.refuse_unmet(loaded)
     say(*studies.plan_lines(loaded))
     return _next("run", loaded)
@@ -37,11 +38,11 @@ def run_study_run(
     """Train, evaluate and report what is not done yet; run it again to continue."""
     from recipes_lib.study.report import report_study
 
-    loaded = studies.with_choices(load_study(study, overrides))
+    loaded = with_choices(load_study(study, overrides))
     flags = flag_words(trust_remote_code=trust_remote_code)
     code = studies.StudyRunner(loaded, report_study, jobs, flags, not no_train).run()
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
-        folder = studies.study_folder(loaded)
+        folder = study_folder(loaded)
         answer = (object_or_none(folder / "comparison.json") or {}).get("answer", [])
         say("", *answer)
         if (page := folder / "report" / "report.html").is_file():
@@ -52,7 +53,7 @@ def run_study_run(
 
 def run_study_status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
     """Show every training and result that is not done."""
-    loaded = studies.with_choices(load_study(study, overrides))
+    loaded = with_choices(load_study(study, overrides))
     states = studies.progress_of(loaded)
     if json:
         return print_json({"study": loaded.name, "states": states})
@@ -74,7 +75,7 @@ def run_study_report(
     from recipes_lib.study.report import gate as gate_of
     from recipes_lib.study.report import report_study
 
-    loaded = studies.with_choices(load_study(study, overrides))
+    loaded = with_choices(load_study(study, overrides))
     if gate:
         code, lines = gate_of(loaded)
         if json:
@@ -82,15 +83,15 @@ def run_study_report(
         else:
             say(*lines)
         return code
-    with run_lock(studies.study_folder(loaded)):
+    with run_lock(study_folder(loaded)):
         conclusion, missing = report_study(loaded)
     if json:
         return print_json(conclusion.to_dict())
     say(*conclusion_lines(conclusion))
-    say(f"\nreport: {shown_path(studies.study_folder(loaded) / 'report' / 'report.html')}")
+    say(f"\nreport: {shown_path(study_folder(loaded) / 'report' / 'report.html')}")
     if missing:
         return _next("run", loaded)
-    first = studies.study_trainings(loaded)[0].run
+    first = study_trainings(loaded)[0].run
     return next_step("export", first, "--to", f"{first}-export")
 
 

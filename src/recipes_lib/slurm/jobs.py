@@ -24,7 +24,8 @@ from recipes_lib.evals.leaks import refuse_leaks_of
 from recipes_lib.evals.recipe import EvalRecipe, check_allowed, load_eval
 from recipes_lib.slurm.profile import STAGES, Profile
 from recipes_lib.study.config import load_study, study_file
-from recipes_lib.study.run import StudyRun, is_trained, missing_of, refuse_unmet, study_trainings
+from recipes_lib.study.run import missing_of, refuse_unmet
+from recipes_lib.study.trainings import StudyRun, is_trained, study_trainings
 
 _DEFAULT_EVALS = ("evals/alpaca_eval.yaml", "evals/mt_bench.yaml", "evals/lm_eval.yaml")
 # What only a node of several knows; bash puts it in there. On one node the launcher finds a port.

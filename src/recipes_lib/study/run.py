@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -18,8 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
 from queue import Queue
@@ -27,15 +25,12 @@ from queue import Queue
 from recipes_lib.analysis.differences import arm_differences
 from recipes_lib.analysis.runs import ArmRuns
 from recipes_lib.analysis.text import question_text, sentence_list
-from recipes_lib.config.launch import LaunchSection
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.core.files import Row, read_rows
-from recipes_lib.core.project import project_root, runs_root, shown_path
+from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, describe_holder, is_held, run_lock
 from recipes_lib.core.terminal import count, say
 from recipes_lib.data.reading import check_rows
-from recipes_lib.data.sources import source_hashes
 from recipes_lib.evals.judge import Judge
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.log import REFERENCE, is_current, log_file
@@ -44,119 +39,21 @@ from recipes_lib.evals.questions import answer_count, question_count
 from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.plan.cards import devices_here
 from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
-from recipes_lib.training.resume_guard import differences, recipe_differences
+from recipes_lib.study.lock import lock_design
+from recipes_lib.study.trainings import (
+    REPLACED,
+    StudyRun,
+    is_trained,
+    study_folder,
+    study_trainings,
+    study_tunings,
+    what_changed,
+    with_choices,
+)
 from recipes_lib.training.stopping import handling
 from recipes_lib.weights.load import base_fingerprint
 
 RECIPES = [sys.executable, "-m", "recipes_lib.cli"]
-REPLACED = ".replaced"
-
-
-@dataclass(frozen=True)
-class StudyRun:
-    """One training of a study: an arm, or one value of its grid, with one seed."""
-
-    study: str
-    arm: Arm
-    seed: int
-
-    @property
-    def run(self) -> str:
-        """The name of its run; an added seed changes no other's, and so trains nothing again."""
-        own = self.seed == self.arm.recipe.train.get("seed", 42)
-        return f"{self.study}--{self.arm.name}" + ("" if own else f"--seed{self.seed}")
-
-    @property
-    def state(self) -> Row:
-        """What run.json says; empty where there is no run."""
-        directory = RunDirectory(self.run)
-        return directory.read_state() if directory.exists() else {}
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """What it is trained with: the arm's recipe with name, seed and launch."""
-        recipe, launch = self.arm.recipe, self.arm.launch
-        path = launch.config.path
-        is_shipped = path.parent == project_root() / "accelerate_configs"
-        name = path.stem if is_shipped else str(path.resolve())
-        section = LaunchSection(accelerate=name, gpus=launch.per_machine, nodes=launch.machines)
-        run = recipe.run.model_copy(update={"name": self.run})
-        train = {**recipe.train, "seed": self.seed}
-        return replace(recipe, name=self.run, run=run, train=train, launch=section)
-
-
-def study_folder(study: Study) -> Path:
-    """Return runs/<study>, where logs, records and the report lie."""
-    return runs_root() / study.name
-
-
-# ---- Trainings ----
-
-
-def study_trainings(study: Study) -> list[StudyRun]:
-    """Return the runs of all arms and seeds, in order."""
-    return [StudyRun(study.name, arm, seed) for arm in study.arms for seed in arm.seeds]
-
-
-def study_tunings(study: Study) -> list[StudyRun]:
-    """Return the trainings of the grids that arms choose their values from."""
-    tried = [value for arm in study.arms for value in arm.candidates]
-    return [StudyRun(study.name, value, value.seeds[0]) for value in tried]
-
-
-def with_choices(study: Study) -> Study:
-    """Return the study with each tuned arm at the value of its lowest loss, the first if equal."""
-    arms = list(study.arms)
-    for place, arm in enumerate(arms):
-        tried = study_tunings(replace(study, arms=(arm,)))
-        if arm.tuning and all(map(is_trained, tried)):
-            losses = [validation_loss(RunDirectory(training.run)) for training in tried]
-            tuning = replace(arm.tuning, losses=tuple(losses))
-            if finite := [loss for loss in losses if loss is not None]:
-                best = losses.index(min(finite))
-                tuning = replace(tuning, chosen=tuning.values[best])
-                arm = replace(arm, recipe=arm.candidates[best].recipe)
-            arms[place] = replace(arm, tuning=tuning)
-    return replace(study, arms=tuple(arms))
-
-
-def validation_loss(run: RunDirectory) -> float | None:
-    """Return the validation loss of the weights that were kept: of the best step, or the end."""
-    summary = run.read_state().get("summary") or {}
-    losses = {row["step"]: row["eval_loss"] for row in read_rows(run.metrics) if "eval_loss" in row}
-    loss = losses.get(summary.get("best_step"), summary.get("last_validation_loss"))
-    return float(loss) if loss is not None and math.isfinite(loss) else None
-
-
-def is_trained(training: StudyRun) -> bool:
-    """Whether a run is finished, or diverged as a value of a grid, as the study has it now."""
-    state = training.state
-    diverged = (state.get("state"), state.get("exit_code")) == ("failed", ExitCode.NUMERICS)
-    ended = state.get("state") == "finished" or (diverged and "--tune-" in training.run)
-    return ended and not what_changed(training)
-
-
-def what_changed(training: StudyRun) -> list[str]:
-    """Return what of a run is not as the study has it now, a phrase for each."""
-    state, launch, phrases = training.state, training.arm.launch, list[str]()
-    if guard := state.get("guard"):
-        changed = recipe_differences(training.recipe, guard)
-        names = {re.sub("/[^']*/", "", str(at)) for at in changed.get("data.source", ())}
-        if len(names) == 1:  # only the folders differ: what the files hold is compared below
-            del changed["data.source"]
-        phrases += [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
-        world, kind = guard["launch.world_size"], str(guard["launch.distribution"])
-        if world != launch.world_size or ("FSDP" in kind) != ("FSDP" in launch.distributed_type):
-            now = f"{launch.distributed_type} x {launch.world_size}"
-            phrases.append(f"launch {kind} x {world} -> {now}")
-    if before := state.get("data_files"):
-        with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
-            after = source_hashes(training.recipe.data)
-            phrases += [f"{name} changed" for name in differences(before, after)]
-    weights = RunDirectory(training.run).weights(training.recipe.lora is None)
-    if state.get("state") == "finished" and not any(weights.glob("*.safetensors")):
-        phrases.append("its weights are gone")
-    return phrases
 
 
 # ---- Evaluations ----
@@ -472,6 +369,7 @@ class StudyRunner:
                 groups.setdefault((result.recipe.name, result.against), []).append(result)
         if all(is_evaluated(result) for group in groups.values() for result in group):
             return
+        lock_design(study)
         from recipes_lib.evals.run import EvalTask, evaluate_tasks  # torch
 
         tasks = {

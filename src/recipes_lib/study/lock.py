@@ -1,0 +1,182 @@
+"""The design lock: what a study declares, kept before the first result can be looked at.
+
+`runs/<study>/design.json` is written before the first evaluation, with a hash of its own. Every run
+that is evaluated afterwards keeps a copy of that hash in its run.json. So a lock that is lost, cut
+or exchanged is seen, and leaves a study without verdicts instead of free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.files import Row, hash_of, object_or_none, utc_now, write_json
+from recipes_lib.core.project import runs_root
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.data.sources import source_hashes
+from recipes_lib.evals.recipe import hash_in
+from recipes_lib.study.config import Arm, Study
+from recipes_lib.study.trainings import (
+    REPLACED,
+    StudyRun,
+    is_trained,
+    study_folder,
+    study_trainings,
+)
+from recipes_lib.training.resume_guard import differences, flatten
+
+LOCK = "design.json"
+COPIES = "design_locks"  # in run.json: the name of a study -> the hash of its lock
+# Where a job runs makes no other arm; seeds are listed.
+_FREE = {"train.seed", "launch.accelerate", "launch.gpus", "launch.nodes"}
+
+
+# ---- Writing it ----
+
+
+def lock_design(study: Study) -> None:
+    """Write the lock while nothing is evaluated, and copy its hash into every run without a result.
+
+    A design that is changed before any result exists is locked anew. Beside results nothing is
+    ever written: a lock that is gone by then stays gone.
+    """
+    evaluated = {folder.name for folder in evaluated_folders(study)}
+    if not evaluated and changed_values(study, read_lock(study)):
+        content = {"written": utc_now(), **design_values(study)}
+        write_json(study_folder(study) / LOCK, {**content, "hash": hash_of(content)})
+    lock = read_lock(study)
+    if lock is None:
+        return
+    for training in study_trainings(study):
+        if training.run not in evaluated and is_trained(training):
+            _copy_hash(study, training, lock["hash"])
+
+
+def _copy_hash(study: Study, training: StudyRun, lock_hash: str) -> None:
+    state = training.state
+    copies = {**state.get(COPIES, {}), study.name: lock_hash}
+    if copies != state.get(COPIES):
+        RunDirectory(training.run).write_state(state["state"], **{COPIES: copies})
+
+
+def design_values(study: Study) -> dict[str, Any]:
+    """Return what must not change once a result was seen."""
+    rivals = [recipe.opponent(None) for recipe in study.evals]
+    return {
+        "question": study.file.question,
+        "factors": study.file.factors,
+        "arms": {arm.name: _hash_of_arm(study, arm) for arm in study.arms},
+        "data": {arm.name: hashes for arm in study.arms if (hashes := _hashes_of_rows(arm))},
+        "evals": {recipe.name: recipe.settings_key(code=None) for recipe in study.evals},
+        "opponents": [f"{rival} {study.baseline}" for rival in rivals if rival],
+        "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
+        "base": study.file.include_base,
+        "primary": study.aims.primary,
+        "margins": {word: margin.size for word, margin in study.aims.margins.items()},
+    }
+
+
+def _hash_of_arm(study: Study, arm: Arm) -> str:
+    """Return a hash of what an arm declares; the value that tuning chose is no part of that."""
+    values = arm.resolved()
+    written = flatten(arm.recipe.document.values)
+    free = {*_FREE, arm.tuning.key} if arm.tuning else _FREE
+    # later versions add empty ones
+    keys = [key for key in values.keys() - free if values[key] or key in written]
+    return hash_in(study.document.path.parent, {key: values[key] for key in keys})
+
+
+def _hashes_of_rows(arm: Arm) -> dict[str, str]:
+    """Return the hashes of an arm's local rows; none where they are not on this machine."""
+    with suppress(RecipesError):
+        return source_hashes(arm.recipe.data)
+    return {}
+
+
+# ---- Reading it ----
+
+
+def read_lock(study: Study) -> Row | None:
+    """Return the lock; None where there is none, or its hash is not that of its content."""
+    lock = object_or_none(study_folder(study) / LOCK) or {}
+    content = {key: value for key, value in lock.items() if key != "hash"}
+    return lock if content and lock.get("hash") == hash_of(content) else None
+
+
+def changed_values(study: Study, lock: Row | None) -> list[str]:
+    """Return the dotted keys whose values are not those of the lock; of no lock, all."""
+    now = design_values(study)
+    if lock is None:
+        return list(now)
+    # A lock of an earlier version has fewer keys. No other has: it is proven by its hash.
+    common = now.keys() & lock.keys()
+    before = {key: lock[key] for key in common}
+    after = {key: now[key] for key in common}
+    if "data" in common:  # rows that are not here cannot be compared, and cannot be trained on
+        after["data"] = {arm: now["data"].get(arm, old) for arm, old in before["data"].items()}
+    return list(differences(flatten(before), flatten(after)))
+
+
+def changes(study: Study) -> tuple[str, ...]:
+    """Return what speaks against a design that stood before its results; nothing if it did."""
+    evaluated = evaluated_folders(study)
+    lock = read_lock(study)
+    if lock is not None:
+        day = str(lock["written"])[:10]
+        changed = [f"{key} changed since {day}" for key in changed_values(study, lock)]
+        return (*changed, *_early_results(study, evaluated, lock))
+    if not evaluated:
+        return tuple(_early_results(study, [], {}))
+    file = study_folder(study) / LOCK
+    if not file.is_file():
+        return (f"{evaluated[0].name} has results and the study has no {LOCK}",)
+    if "hash" not in (object_or_none(file) or {"hash": ""}):
+        return (f"{LOCK} was shortened, or written by an earlier version, after the results",)
+    return (f"{LOCK} is damaged",)
+
+
+def _early_results(study: Study, evaluated: list[Path], lock: Row) -> Iterator[str]:
+    """Yield each run that was evaluated under another lock than this, or before it."""
+    for folder in (*evaluated, *_replaced_folders(study)):
+        name = folder.name.rpartition("--")[0] if folder not in evaluated else folder.name
+        copies = (object_or_none(folder / "run.json") or {}).get(COPIES) or {}
+        copy = copies.get(study.name)
+        if copy is not None and copy != lock.get("hash"):
+            yield f"{name} was evaluated under another {LOCK}"
+        elif copy is None and copies:
+            yield f"{name} was evaluated in the study {next(iter(copies))}"
+        elif copy is None and folder in evaluated and _first_result(folder) < lock["written"]:
+            yield f"{name} was evaluated before the design was locked"
+
+
+def _first_result(folder: Path) -> str:
+    """Return when the first result of a run was written, as our files note a time."""
+    logs = [object_or_none(file) or {} for file in folder.glob("evals/*/result*.json")]
+    return min(str(log.get("written")) for log in logs)
+
+
+# ---- The runs that were looked at ----
+
+
+def evaluated_folders(study: Study) -> list[Path]:
+    """Return the folders of the study's runs, dropped ones too, that have a result of any eval."""
+    folders = [runs_root() / name for name in sorted(run_names(study))]
+    return [folder for folder in folders if any(folder.glob("evals/*/result*.json"))]
+
+
+def _replaced_folders(study: Study) -> list[Path]:
+    """Return the folders of evaluated runs that were trained again since."""
+    replaced = runs_root() / REPLACED
+    folders = [folder for name in run_names(study) for folder in replaced.glob(f"{name}--*")]
+    evaluated = [folder for folder in folders if any(folder.glob("evals/*/result*.json"))]
+    return sorted(folder for folder in evaluated if folder.name.rpartition("--")[2].isdigit())
+
+
+def run_names(study: Study) -> set[str]:
+    """Return the runs of the study's arms, and of those it had before; not of their tuning."""
+    written = {file.stem for file in study_folder(study).glob("*/*.yaml")}
+    trained = {name for name in written if "--tune-" not in name}
+    return trained | {training.run for training in study_trainings(study)}
