@@ -124,10 +124,11 @@ def run_show(
     if diff is not None:
         say(*_differences(loaded, load_recipe(diff)))
         return ExitCode.DONE
-    # absolute paths make it a recipe anywhere
-    values, file = loaded.document.values, shown_path(loaded.path)
-    named = {**values.get("run", {}), "name": loaded.name}
-    lines = list(_lines(loaded, {**values, "train": loaded.train, "run": named}))
+    # paths are absolute in the document, so that the output is a recipe in any folder
+    values = {**loaded.document.values, "train": loaded.train}
+    values["run"] = {**values.get("run", {}), "name": loaded.name}
+    lines = list(_lines(loaded, values))
+    file = shown_path(loaded.path)
     say(f"# {loaded.name}: {file}")
     say(f"#   {launch_line(plan_launch(loaded.launch), file, overrides)}")
     width = max((len(text) for text, comment in lines if comment and len(text) < 60), default=0)
@@ -148,17 +149,23 @@ def launch_line(launch: Launch, file: str, overrides: Sequence[str]) -> str:
 
 def _differences(a: Recipe, b: Recipe) -> list[str]:
     """Return the table of the resolved values that differ, with the place of each."""
-    left, right = flatten(a.to_dict()), flatten(b.to_dict())
+    left = flatten(a.to_dict())
+    right = flatten(b.to_dict())
     if a.run.name is None and b.run.name is None:  # derived names differ by nature
         left["run.name"] = right["run.name"]
     rows = [["", shown_path(a.path), shown_path(b.path)]]
-    for key, values in differences(left, right).items():
-        cells = [
-            "-" if value is None else f"{value_text(value)}  ({recipe.origin_of(key)})"
-            for recipe, value in zip((a, b), values, strict=True)
-        ]
-        rows.append([key, *cells])
-    return aligned(rows) if len(rows) > 1 else ["no difference"]
+    for key, (value, other_value) in differences(left, right).items():
+        rows.append([key, _value_with_place(a, key, value), _value_with_place(b, key, other_value)])
+    if len(rows) == 1:
+        return ["no difference"]
+    return aligned(rows)
+
+
+def _value_with_place(recipe: Recipe, key: str, value: object) -> str:
+    """Return a value and the file and line that set it; a dash where nothing did."""
+    if value is None:
+        return "-"
+    return f"{value_text(value)}  ({recipe.origin_of(key)})"
 
 
 def _lines(
@@ -185,15 +192,7 @@ def run_explain(
     name = _full_name(key, keys) if key else ""
     inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
     if not inner:
-        schema, (section, _, word) = keys[name], name.partition(".")
-        source = f" ({CLASSES[section]})" if section in CLASSES else ""
-        if section == "train" and word in TRAIN_DEFAULTS:
-            source = " (project default, not TRL's)"
-        say(f"{name}: {_type_text(schema)}")
-        if source or "default" in schema:
-            say(f"  default {value_text(schema.get('default'))}{source}")
-        text = schema.get("description") or "no documentation upstream"
-        say(f"  {' '.join(text.split())}")
+        _say_key(name, keys[name])
         return ExitCode.DONE
     if name:
         say(f"{name}: {keys[name].get('description', '')}")
@@ -203,6 +202,21 @@ def run_explain(
         rows.append([f"  {key.rpartition('.')[2]}", text])
     say(*aligned(rows))
     return next_step("explain", next(iter(inner)) if name else "train")
+
+
+def _say_key(name: str, schema: JsonSchemaValue) -> None:
+    """Print a key's type, its default with who set it, and its documentation."""
+    section, _, word = name.partition(".")
+    source = ""
+    if section == "train" and word in TRAIN_DEFAULTS:
+        source = " (project default, not TRL's)"
+    elif section in CLASSES:
+        source = f" ({CLASSES[section]})"
+    say(f"{name}: {_type_text(schema)}")
+    if source or "default" in schema:
+        say(f"  default {value_text(schema.get('default'))}{source}")
+    text = schema.get("description") or "no documentation upstream"
+    say(f"  {' '.join(text.split())}")
 
 
 def _known_keys() -> dict[str, JsonSchemaValue]:
@@ -220,13 +234,22 @@ def _known_keys() -> dict[str, JsonSchemaValue]:
 def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
     """Return a key's dotted name, completed if only one section (first, of a recipe) has it."""
     plain = word.replace("-", "_")
-    for known in (keys_of(RecipeFile), keys):
-        ending = [key for key in known if key.endswith(f".{plain}")]
-        if plain in known or len(ending) == 1:
-            return plain if plain in known else ending[0]
-    gone = {**LoraSection.gone, **TrainSection.gone}.get(plain.rpartition(".")[2])
-    near = [key for key in keys if plain in key][:8]
-    hints = [gone] if gone else [f"keys: {', '.join(near)}"] if near else did_you_mean(plain, keys)
+    for candidates in (keys_of(RecipeFile), keys):
+        if plain in candidates:
+            return plain
+        ending = [key for key in candidates if key.endswith(f".{plain}")]
+        if len(ending) == 1:
+            return ending[0]
+
+    former_keys = {**LoraSection.gone, **TrainSection.gone}
+    remedy = former_keys.get(plain.rpartition(".")[2])
+    containing = [key for key in keys if plain in key][:8]
+    if remedy:
+        hints = [remedy]
+    elif containing:
+        hints = [f"keys: {', '.join(containing)}"]
+    else:
+        hints = did_you_mean(plain, keys)
     raise RecipeError(f"unknown key '{word}'", *hints)
 
 
@@ -236,10 +259,12 @@ def _type_text(schema: JsonSchemaValue) -> str:
         return " or ".join(dict.fromkeys(map(_type_text, schema["anyOf"])))
     if "enum" in schema or "const" in schema:
         return ", ".join(map(str, schema.get("enum", [schema.get("const")])))
-    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    words = [f"{sign} {schema[word]:g}" for word, sign in bounds.items() if word in schema]
-    kind = {"array": "list", "object": "mapping", "string": "text"}.get(schema.get("type", ""))
-    return " ".join([kind or schema.get("type", "any value"), *words])
+    json_type = str(schema.get("type", "any value"))
+    words_of_yaml = {"array": "list", "object": "mapping", "string": "text"}
+    type_name = words_of_yaml.get(json_type, json_type)
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[word]:g}" for word, sign in signs.items() if word in schema]
+    return " ".join([type_name, *bounds])
 
 
 # ---- check ----
@@ -251,18 +276,26 @@ def run_check(
     full: Annotated[bool, "also build the objects of TRL and PEFT"] = False,
 ) -> int:
     """Check every file; print notes, then all errors."""
-    files = list(dict.fromkeys(file for path in paths for file in _files(Path(path))))
+    files: dict[Path, None] = {}  # each once, in order
+    for path in paths:
+        files.update(dict.fromkeys(_files(Path(path))))
     if full:
         quiet_libraries()
     notes: list[RecipeError] = []
-    checked = [check_file(file, full, notes) for file in files]
+    errors: dict[str, RecipesError] = {}  # by text: two recipes may share a base's error
+    num_wrong = 0
+    for file in files:
+        errors_of_file = check_file(file, full, notes)
+        errors.update({str(error): error for error in errors_of_file})
+        if errors_of_file:
+            num_wrong += 1
     for note in {note.what: note for note in notes}.values():
         print_error(note)
     num_files = count(len(files), "file")
-    if errors := {str(error): error for wrong in checked for error in wrong}:
+    if errors:
         failure = RecipeErrors(errors.values())
         print_error(failure)
-        print_error(f"{count(len(errors), 'error')} in {sum(map(bool, checked))} of {num_files}")
+        print_error(f"{count(len(errors), 'error')} in {num_wrong} of {num_files}")
         return failure.exit_code
     say(f"{num_files} ok")
     verbs = {"recipe": ("data",), "study": ("study", "plan")}
@@ -296,9 +329,10 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
 
         study = load_study(path)
         yield from unmet(study, study.arms)
-        for arm in study.arms if full else ():
-            for variant in (arm, *arm.candidates):
-                yield from check_upstream(variant.recipe, notes=notes)
+        if full:
+            for arm in study.arms:
+                for variant in (arm, *arm.candidates):
+                    yield from check_upstream(variant.recipe, notes=notes)
     elif kind == "accelerate":
         yield from judge(AccelerateConfig, document, accelerate_rules)[1]
     elif kind == "profile":
@@ -325,11 +359,14 @@ def _recipe_faults(
     yield from wrong
     if file is None or document.is_base:
         return
-    recipe, errors = recipe_of(file, document), list[RecipeError]()
+    recipe = recipe_of(file, document)
     folder = Path(recipe.model.name_or_path)
-    if not wrong and (full or folder.is_dir()):
-        errors += check_upstream(recipe, notes=notes) if full else check_model_files(recipe, folder)
-        yield from errors
+    errors: list[RecipeError] = []
+    if not wrong and full:
+        errors += check_upstream(recipe, notes=notes)
+    elif not wrong and folder.is_dir():
+        errors += check_model_files(recipe, folder)
+    yield from errors
     if not errors:
         yield from check_rows(recipe)
     try:
