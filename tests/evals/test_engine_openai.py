@@ -13,6 +13,7 @@ from tests.evals.faulty_server import MODEL, NONSENSE, Fault, FaultyServer
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.evals.engine import (
     Completion,
+    EvaluationIncomplete,
     OpenAIEngine,
     Request,
     Sampling,
@@ -62,11 +63,60 @@ def test_what_may_pass_is_tried_again_and_fails_alone_after_the_last_attempt():
 
 
 def test_what_a_server_refuses_is_asked_once_and_has_no_answer():
-    for status in ("400", "401", "402", "403", "404", "413", "422"):
+    for status in ("400", "401", "402", "403", "404"):
         with always(status) as server:
             (done,) = ask(engine_for(server))
             assert len(server.bodies) == 1
         assert f"made-up {status}" in str(done.error)
+
+
+# what servers say of one request that they will never answer -> its finish_reason
+FINAL = {
+    b'400:{"message": "This model\'s maximum context length is 2048 tokens"}': "prompt_too_long",
+    b'400:{"error": {"code": "context_length_exceeded", "message": "no"}}': "prompt_too_long",
+    b'400:{"error": {"message": "the request exceeds the available context size"}}': (
+        "prompt_too_long"
+    ),
+    b"413:Payload Too Large": "prompt_too_long",
+    b'400:{"error": {"code": "content_filter", "message": "no"}}': "refused",
+    b'422:{"detail": "cannot be processed"}': "refused",
+}
+
+
+def test_a_request_that_is_refused_for_good_is_no_fault_and_is_asked_once():
+    for fault, reason in FINAL.items():
+        with always(fault) as server:
+            (done,) = ask(engine_for(server))
+            assert len(server.bodies) == 1
+        assert (done.error, done.finish_reason, done.text) == (None, reason, ""), fault
+        assert done.refusal
+
+
+def test_refusals_are_stored_with_the_first_answer_and_never_where_there_is_none(tmp_path):
+    """A server that refuses everything is set up wrongly: that says nothing of the requests."""
+    refusal = b"422:no"
+    path = tmp_path / "answers.jsonl"
+    requests = {str(n): Request(key=str(n), prompt=f"Hi {n}") for n in range(30)}
+
+    def keep(request: Request, done: Completion) -> dict[str, str]:
+        return {"key": request.key, "text": done.text, "finish_reason": done.finish_reason}
+
+    def ask_all(server: FaultyServer) -> Store:
+        complete = partial(engine_for(server).complete, sampling=Sampling())
+        store = Store(path)
+        ask_missing(store, requests, complete, keep, "answer")
+        return store
+
+    nothing = pytest.raises(EvaluationIncomplete, match="the server refused every request")
+    with always(refusal) as server, nothing:
+        ask_all(server)
+    assert not len(Store(path))
+    with FaultyServer(faults=lambda number: refusal if number <= 25 else None) as server:
+        store = ask_all(server)
+    reasons = [row["finish_reason"] for row in store.values()]
+    assert reasons == ["refused"] * 25 + ["stop"] * 5
+    with always(refusal) as server:
+        assert len(ask_all(server)) == 30 and not server.bodies
 
 
 def test_no_reply_is_lost_when_too_many_requests_fail(tmp_path):
@@ -133,9 +183,11 @@ def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written_or_fail_alone():
     with always(b'200:{"choices": [{"message": null}]}') as server:
         assert ask(engine_for(server), **CHAT)[0].error
     for words in (b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}'):
-        with always(b"422:" + words) as server:
-            (done,) = ask(engine_for(server))
-        assert done.error and len(done.error.encode()) < 1000, words[:20]
+        for status in (b"422:", b"400:"):
+            with always(status + words) as server:
+                (done,) = ask(engine_for(server))
+            reason = done.error or done.refusal
+            assert reason and len(reason.encode()) < 1000, words[:20]
 
 
 def test_another_model_or_no_server_has_no_answer():

@@ -88,7 +88,7 @@ def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Pat
 def test_every_reply_gets_a_status_and_only_a_verdict_a_value(tmp_path: Path) -> None:
     cases = [
         ("truncated", reply("so [RESULT] A", finish_reason="length")),
-        ("truncated", reply(finish_reason="prompt_too_long")),  # in this process
+        ("truncated", reply(finish_reason="prompt_too_long")),
         ("empty", reply("")),
         ("unparsed", reply(probabilities={"A": float("nan"), "B": 0.5})),
         ("unparsed", reply(probabilities={"A": 0.2, "B": 0.2})),
@@ -97,6 +97,10 @@ def test_every_reply_gets_a_status_and_only_a_verdict_a_value(tmp_path: Path) ->
         store = Store(tmp_path / f"{number}.jsonl")
         rows = ask(pairs(1), FakeJudge(lambda request, given=given: given), store)
         assert {(row["status"], row["value"]) for row in rows} == {(status, None)}, given
+    refused = reply(finish_reason="refused", refusal="http://x: content_filter")
+    judge = FakeJudge(lambda request: refused if request.row["order"] == "AB" else sound(request))
+    first, second = ask(pairs(1), judge, Store(tmp_path / "refused.jsonl"))
+    assert (first["status"], first["value"], second["status"]) == ("refused", None, "ok")
     judge = FakeJudge(sound, lambda text: len(text.split()), max_context_tokens=570)
     rows = ask(pairs(2), judge, Store(tmp_path / "long.jsonl"))
     assert not judge.asked and {row["status"] for row in rows} == {"truncated"}

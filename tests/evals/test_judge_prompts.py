@@ -20,6 +20,7 @@ from recipes_lib.evals.prompts import (
     load_template,
     prometheus_is_here,
     template_of,
+    token_bound,
 )
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
@@ -131,3 +132,22 @@ def test_all_but_the_fence_is_the_packages_text() -> None:
                 assert bare == f"{system}\n{user}"
                 assert "<<begin c0de>>\nblue\n<<end c0de>>" in prompt.text
                 assert "\n5. " in prompt.text
+
+
+# texts with the number of tokens that SmolLM2's tokenizer makes of them
+COUNTED = {
+    "The quick brown fox jumps over the lazy dog, and nobody knows why.": 15,
+    "def rows_of(path: Path, limit: int = 10) -> list[dict]:\n"
+    "    return [json.loads(it) for it in path.open()][:limit]\n": 43,
+    "371.130, 7919; 0.142857\n742.260, 31676; 0.285714\n": 49,
+    "\u4eba\u5de5\u667a\u80fd\u6b63\u5728\u6539\u53d8\u6211\u4eec\u7684\u751f\u6d3b\u65b9\u5f0f\uff0c"
+    "\u8bb8\u591a\u4eba\u5bf9\u6b64\u611f\u5230\u65e2\u5174\u594b\u53c8\u62c5\u5fe7\u3002": 51,
+    "\U0001f600\U0001f680\U0001f525\U0001f389": 12,
+    "Die Geschwindigkeitsbegrenzung auf Autobahnen wird h\u00e4ufig \u00fcberschritten.": 30,
+    "| 1 | 22 | 333 |\n| 4 | 55 | 666 |\n": 28,
+}
+
+
+def test_the_bound_of_tokens_holds_for_code_numbers_and_other_scripts() -> None:
+    for text, tokens in COUNTED.items():
+        assert tokens <= token_bound(text) <= 2.2 * tokens, text

@@ -267,6 +267,25 @@ def test_a_judgment_that_is_missing_holds_back_its_own_model_alone(quick, make_r
         quick("alpaca_eval", *words, "judge.base_url=http://localhost:80a/v1")
 
 
+def test_a_judgment_that_a_server_refuses_for_good_has_no_verdict_and_holds_nothing_back(
+    quick, make_run
+):
+    make_run("one", 1)
+    too_long = b'400:{"message": "maximum context length is 4096 tokens, requested 5000"}'
+    with FaultyServer(answer="[RESULT] A") as server:
+        server.faults = lambda number: too_long if number == 1 else None
+        words = ["judge.engine=openai", f"judge.base_url={server.url}", f"judge.model={MODEL}"]
+        recipe = quick("alpaca_eval", *words, "judge.mode=generate", "judge.concurrency=1")
+        (log,) = evaluate([recipe], ["one"])
+        asked = len(server.bodies)
+        (again,) = evaluate([recipe], ["one"])
+        assert len(server.bodies) == asked
+    assert again.metrics == log.metrics
+    assert outcomes(log).count("unresolved") == 1 and metric(log, "win_rate").n == 3
+    (lost,) = (sample for sample in metric(log, "win_rate").samples if not sample.resolved)
+    assert "truncated" in lost.verdicts and any("prompt too long" in str(it) for it in lost.raws)
+
+
 def test_a_base_that_cannot_be_loaded_is_tried_once(quick, make_run, monkeypatch):
     make_run("one", 1), make_run("two", 2)
     tries, lost = [], []

@@ -46,6 +46,22 @@ _UNREADABLE = (AttributeError, TypeError, LookupError, ValueError, RecursionErro
 Asked = TypeVar("Asked")
 
 
+# Why a request that a server refused for good has no text, as `Completion.finish_reason`.
+TOO_LONG = "prompt_too_long"
+REFUSED = "refused"
+# what servers say of a prompt that their context does not hold (vLLM, llama.cpp, OpenAI, SGLang)
+_SAYS_TOO_LONG = re.compile(
+    r"context.{0,20}(length|size|window)|context_length|exceed\w*.{0,40}(context|length|tokens)"
+    r"|(prompt|input|request).{0,40}too (long|large)|longer than.{0,40}(context|length)"
+    r"|max_model_len|too many tokens",
+    re.IGNORECASE | re.DOTALL,
+)
+# what they say of a text that they may not answer (OpenAI, Azure, Mistral and others)
+_SAYS_REFUSED = re.compile(
+    r"content.?(filter|policy|management)|usage polic|moderation|safety|flagged", re.IGNORECASE
+)
+
+
 class EvaluationIncomplete(RecipesError):
     """Answers or judgments are missing; the same command continues."""
 
@@ -89,8 +105,9 @@ class Completion:
 
     key: str
     text: str = ""
-    finish_reason: str = "stop"  # or "length" (cut at max_new_tokens) or "prompt_too_long"
-    error: str | None = None  # why there is no answer
+    finish_reason: str = "stop"  # or "length" (cut at max_new_tokens), TOO_LONG or REFUSED
+    error: str | None = None  # why there is no answer, though there may be one later
+    refusal: str | None = None  # the words of a server that will never answer this request
     model: str | None = None  # the name that a server gave the model in its reply
     probabilities: Mapping[str, float] | None = None  # of the next token, in place of a text
 
@@ -117,18 +134,28 @@ def ask_missing(
     title = f"{noun}s of {name}" if name else f"{noun}s"
     reasons: Counter[str] = Counter()
     in_a_row = most = 0
+    # A server that refuses every request is set up wrongly, and its refusals say nothing of the
+    # requests: they are stored once it has answered one.
+    has_answered = any(map(_is_answer, store.values()))
+    refused: list[Completion] = []
     # what is on its way when too many have failed is waited for, and stored
     sent = takewhile(lambda _: most < MOST_FAILURES, waiting.values())
     with tqdm(total=len(waiting), desc=title, unit="") as bar, closing(complete(sent)) as replies:
         for reply in replies:
             if reply.error is None:
                 in_a_row = 0
-                store.append([read(waiting[reply.key], reply)])
-                bar.update()
+                has_answered = has_answered or reply.refusal is None
+                refused.append(reply)
+                if has_answered:
+                    store.append(read(waiting[each.key], each) for each in refused)
+                    bar.update(len(refused))
+                    refused.clear()
                 continue
             in_a_row += 1
             most = max(most, in_a_row)
             reasons[reply.error] += 1
+    for reply in refused:
+        reasons[f"the server refused every request: {reply.refusal}"] += 1
     if reasons:
         stored = sum(key in store for key in requests)
         ((reason, times),) = reasons.most_common(1)
@@ -136,6 +163,11 @@ def ask_missing(
         hint = f"{count(stored, noun)} stored; run the same command to continue"
         kind = EvaluationIncomplete if most < MOST_FAILURES else ServerGone
         raise kind(f"{what} ({count(times, 'time')})", hint, file=store.path)
+
+
+def _is_answer(row: Row) -> bool:
+    """Whether a stored row came from a reply with a text."""
+    return row.get("finish_reason") not in (None, TOO_LONG, REFUSED)
 
 
 class HFEngine:
@@ -180,7 +212,7 @@ class HFEngine:
             try:
                 with self.using() as model:
                     if len(batch[0].ids) >= _context(model):
-                        done = [Completion(key=batch[0].key, finish_reason="prompt_too_long")]
+                        done = [Completion(key=batch[0].key, finish_reason=TOO_LONG)]
                     else:
                         limit = self.batch_tokens or _BATCH_TOKENS.get(model.device.type, 8192)
                         batch = waiting[: max(1, min(MAX_ROWS, limit // max(width, 1)))]
@@ -380,7 +412,27 @@ class OpenAIEngine:
                 reply = await self._send(client, request, sampling)
             return self._read(request, reply)
         except (self._openai.OpenAIError, TimeoutError, *_UNREADABLE) as error:
-            return Completion(key=request.key, error=self._reason(error))
+            reason, why = self._reason(error), self._refusal(error)
+            if why is None:
+                return Completion(key=request.key, error=reason)
+            return Completion(key=request.key, finish_reason=why, refusal=reason)
+
+    def _refusal(self, error: Exception) -> str | None:
+        """Why the server will never answer this request; None where the same may pass later, or
+        where the fault is not the request's (a wrong key, an unknown model).
+        """
+        if not isinstance(error, self._openai.APIStatusError):
+            return None
+        said = f"{error} {error.body}"[:3000]
+        if error.status_code == 413:
+            return TOO_LONG
+        if error.status_code in (400, 422) and _SAYS_TOO_LONG.search(said):
+            return TOO_LONG
+        if error.status_code == 422:
+            return REFUSED
+        if error.status_code in (400, 403, 451) and _SAYS_REFUSED.search(said):
+            return REFUSED
+        return None
 
     def _reason(self, error: Exception) -> str:
         """What the client says, in one line; a server may send the key back."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import ModelSection
-from recipes_lib.core.errors import EnvironmentFault, one_line
+from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
 from recipes_lib.core.files import Row, hash_of, model_fingerprint, write_json
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import run_lock
@@ -28,6 +28,8 @@ from recipes_lib.core.terminal import bare_address, count
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, by_item, probe_items, sample_of
 from recipes_lib.evals.engine import (
+    REFUSED,
+    TOO_LONG,
     Completion,
     HFEngine,
     OpenAIEngine,
@@ -37,7 +39,14 @@ from recipes_lib.evals.engine import (
 )
 from recipes_lib.evals.log import EvalLog, JudgeFacts, Scorecard, Store, log_file, text_hash
 from recipes_lib.evals.models import Answers, bare_recipe
-from recipes_lib.evals.prompts import VERDICTS, build_prompt, fence_code, parse_verdict, verdict_row
+from recipes_lib.evals.prompts import (
+    VERDICTS,
+    build_prompt,
+    fence_code,
+    parse_verdict,
+    token_bound,
+    verdict_row,
+)
 from recipes_lib.evals.questions import TURNED, Question, pair_texts, read_labels
 from recipes_lib.evals.recipe import JudgeSection, load_judge_file
 from recipes_lib.evals.suites import Suite, metric_of
@@ -160,8 +169,12 @@ def rule_verdict(answers: Sequence[str]) -> Row | None:
 def read_reply(request: JudgeRequest, reply: Completion, mode: str) -> Row:
     """Return the stored form of a reply: its verdict and its text or probabilities."""
     allowed, shares = request.allowed, reply.probabilities
-    if reply.finish_reason == "prompt_too_long":
-        return verdict_row("truncated", "the prompt is longer than the judge's context")
+    if reply.finish_reason == TOO_LONG:
+        reason = "prompt too long: it is longer than the judge's context"
+        return verdict_row("truncated", reason) | {"finish_reason": TOO_LONG}
+    if reply.finish_reason == REFUSED:
+        reason = f"refused by the server: {reply.refusal}"
+        return verdict_row("refused", reason) | {"finish_reason": REFUSED}
     if shares is None:
         verdict = parse_verdict(reply.text, allowed, reply.finish_reason, mode == "json")
         return verdict | {"finish_reason": reply.finish_reason, "raw": reply.text}
@@ -201,8 +214,17 @@ class Judge:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of a judge in this process."""
-        return load_tokenizer(self._recipe)
+        """The judge's tokenizer; None where it is on the server's machine alone."""
+        if not self.is_served:
+            return load_tokenizer(self._recipe)
+        # The server is not asked (/tokenize): what is cut, and so the key of a stored judgment,
+        # would depend on whether it answers just now.
+        try:
+            if local_folder(self._recipe) is None:
+                return None
+            return load_tokenizer(self._recipe)
+        except RecipesError:  # a path on the server's machine, or a folder without a tokenizer
+            return None
 
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
@@ -222,9 +244,9 @@ class Judge:
         )
 
     def count_tokens(self, text: str) -> int:
-        """Return the tokens of a text; a careful guess where the server has the tokenizer."""
-        if self.is_served:
-            return len(text.encode(errors="replace")) // 3
+        """Return the tokens of a text; at most so many where only the server has the tokenizer."""
+        if self.tokenizer is None:
+            return token_bound(text)
         return len(self.tokenizer.encode(text))
 
     def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:

@@ -16,6 +16,7 @@ Other Language Models"; prometheus-eval 0.1.20, `prometheus_eval/prompts.py`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 from bisect import bisect_right
@@ -166,6 +167,39 @@ def build_prompt(
     lengths = range(max(map(len, answers)))
     num_fitting = bisect_right(lengths, max_tokens, key=lambda limit: count_tokens(text_at(limit)))
     return JudgePrompt(text_at(max(num_fitting - 1, 0)), cut=True, fits=num_fitting > 0)
+
+
+# A word in small letters with the capital before it, white space, or any other character.
+_PIECE = re.compile(r"[A-Z]?[a-z]+|\s+|.", re.DOTALL)
+# Letters of a token, at least, in ASCII words: English has above 4 in the tokenizers of today. Long
+# words are often of another language, or no words.
+_LETTERS_OF_A_TOKEN = 3
+_LONG_WORD = 8
+_LETTERS_IN_A_LONG_WORD = 2
+
+
+def token_bound(text: str) -> int:
+    """Return a number of tokens that a text seldom exceeds in a tokenizer over bytes.
+
+    English comes to about 1.6 times what it has; digits, signs and other scripts, where a token is
+    often one byte, count by the byte. Letters without words (base64) may have a third more.
+    """
+    num_tokens = 0
+    for match in _PIECE.finditer(text):
+        piece = match[0]
+        if piece == " ":
+            following = text[match.end() : match.end() + 1]
+            num_tokens += not following.isalpha()  # else it is part of the word's first token
+        elif piece.isspace():
+            num_tokens += math.ceil(len(piece) / _LETTERS_OF_A_TOKEN)
+        elif piece.isascii() and piece.isalpha():
+            letters = _LETTERS_OF_A_TOKEN
+            if len(piece) > _LONG_WORD:
+                letters = _LETTERS_IN_A_LONG_WORD
+            num_tokens += math.ceil(len(piece) / letters)
+        else:
+            num_tokens += len(piece.encode(errors="replace"))
+    return num_tokens
 
 
 # ---- the authors' wording ----
