@@ -188,6 +188,66 @@ def test_a_primary_metric_is_tested_where_another_stands_for_it(two: Folders) ->
     assert first.primary and first.metric == "heldout_loss/bits_per_byte"
 
 
+def test_a_primary_metric_or_margin_that_no_row_is_about_has_no_answer(two: Folders) -> None:
+    """The answer would be about another metric, and nobody would see it."""
+    for aims, what in (
+        (Aims("gsm8k/acc_normed"), "gsm8k/acc_normed, the primary metric"),
+        (Aims("win_rate", {"rouge": Margin(0.1)}), "rouge, which has a margin"),
+    ):
+        conclusion = compared(two, aims, RANK)
+        assert conclusion.answer == [f"No answer: no row of the table is about {what}."]
+        assert codes(conclusion) == {"no-such-metric"}
+        assert "Fix: name a metric that the table has: alpaca" in conclusion.cannot_say[0]
+        assert claim_of(conclusion).verdict == "higher"  # each row is about its own metric
+    interim = compared(two, Aims("gsm8k/acc"), replace(RANK, missing=("gsm8k of two",)))
+    assert not codes(interim) and interim.answer[0].startswith("Interim")
+
+
+def test_two_arms_without_the_primary_metric_have_no_answer_about_another(two, tmp_path) -> None:
+    third = write_run(tmp_path, "three", rank=64)
+    write_values(third, [1.0, 0.0] * 50)
+    conclusion = compared({**two, "three": [third]}, Aims("win_rate"))
+    assert len(conclusion.answer) == 3
+    assert sum(line.startswith("The two run scored better") for line in conclusion.answer) == 1
+    for arm in ("one", "two"):
+        line = f"No answer: three and {arm} share no win_rate, the primary metric."
+        assert line in conclusion.answer
+    verdicts = {claim.row.arms: claim.verdict for claim in conclusion.claims if claim.row.test}
+    assert verdicts["three", "two"] == "lower"
+
+
+def test_far_longer_answers_are_named_in_the_sentence(two: Folders) -> None:
+    """Side by side, head to head, and either way round; not where they are about as long."""
+    assert "times as long" not in claim_of(compared(two)).sentence
+
+    def longer(who: str, question: str) -> str:
+        parts = range(6 if who == "two" else 1)
+        return " ".join(plain_text(who, f"{question}{part}") for part in parts)
+
+    for target, rival, skill in (("two", "one", 0.8), ("one", "two", 0.2)):
+        write_judged(two[target][0], 100, against=rival, skill=skill, text=longer)
+        write_judged(two[target][0], 100, skill=skill, text=longer)
+    judged = [each for each in compared(two).claims if each.row.metric.endswith("win_rate")]
+    assert {each.row.head_to_head for each in judged} == {True, False}
+    for claim in judged:
+        assert "Answers of two are 6.0 times as long as those of one (medians" in claim.sentence
+
+
+def test_equivalence_near_an_end_of_the_scale_says_so(tmp_path: Path) -> None:
+    low = ([0.0] * 598 + [1.0, 1.0], [0.0] * 599 + [1.0])
+    high = ([1.0] * 598 + [0.0, 0.0], [1.0] * 599 + [0.0])
+    middle = ([0.0, 1.0] * 300, [0.0, 1.0] * 299 + [1.0, 1.0])
+    for place, (first, second), said in (
+        ("floor", low, "Both are below 2%, so the questions hardly tell them apart."),
+        ("ceiling", high, "Both are above 98%, so the questions hardly tell them apart."),
+        ("middle", middle, ""),
+    ):
+        folders = valued(tmp_path / place, first, second)
+        (claim,) = compared(folders, Aims(margins={"pass_rate": Margin(0.05)})).claims
+        assert claim.within == "equivalent"
+        assert said in claim.sentence and bool(said) == ("hardly tell" in claim.sentence)
+
+
 def test_other_prompt_formats_have_no_verdict_and_the_way_to_one_is_named(two: Folders) -> None:
     facts = read_eval_log(two["two"][0] / RESULT).answers
     asked = [replace(facts, prompt_format_hash=word) for word in ("dolly", "chat")]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from recipes_lib.analysis.aims import Aims, Design
+from recipes_lib.analysis.aims import Aims, Design, is_named
 from recipes_lib.analysis.checks import UNAUDITED, Finding, find
 from recipes_lib.analysis.differences import Difference, arm_differences
 from recipes_lib.analysis.runs import Arms
@@ -28,6 +28,9 @@ from recipes_lib.analysis.text import (
 from recipes_lib.core.terminal import aligned, count, printable
 from recipes_lib.stats import ALPHA, OTHER_SHARE, PRIMARY_SHARE
 
+NO_SUCH_METRIC = "no-such-metric"  # the code of a finding that stops the answer
+FAR_LONGER = 1.5  # times as long, by the median
+NEAR_END = 0.02  # from 0% or 100%
 # The correction is of p alone: an interval speaks of its own row.
 EFFECT = "effect [95%, not corrected]"
 Verdict = Literal["better", "worse", "higher", "lower", "not shown", "no verdict", "not tested"]
@@ -73,8 +76,13 @@ class Claim:
     @property
     def sentence(self) -> str:
         """The claim as a sentence."""
-        said = self.verdict not in ("no verdict", "not tested")
-        return _sentence(self) + " Its judge was not audited." * (self.unaudited and said)
+        text = _sentence(self)
+        if self.verdict in ("no verdict", "not tested"):
+            return text
+        text += _lengths(self.row)
+        if self.unaudited:
+            text += " Its judge was not audited."
+        return text
 
 
 @dataclass(frozen=True)
@@ -98,16 +106,28 @@ class Conclusion:
 
     @property
     def answer(self) -> list[str]:
-        """One sentence for each pair of arms, about the primary metric."""
+        """One sentence for each pair of arms, about the primary metric; none about another."""
         if self.waiting:
             return [self.waiting]
-        tested = ([each for each in claims if not each.row.aside] for claims in self.pairs.values())
-        return [claims[0].sentence for claims in tested if claims]
+        absent = [finding for finding in self.findings if finding.code == NO_SUCH_METRIC]
+        of_all = [finding for finding in absent if not finding.arms]
+        if of_all:
+            return [f"No answer: {_inside(finding.title)}." for finding in of_all]
+        of_pair = {finding.arms: finding for finding in absent}
+        sentences = []
+        for pair, claims in self.pairs.items():
+            tested = [claim for claim in claims if not claim.row.aside]
+            if pair in of_pair:
+                sentences.append(f"No answer: {of_pair[pair].title}.")
+            elif tested:
+                sentences.append(tested[0].sentence)
+        return sentences
 
     @property
     def cannot_say(self) -> list[str]:
-        """What prevents a verdict, each with its fix."""
-        stops = [finding for claim in self.claims for finding in claim.stopped_by]
+        """What prevents a verdict or an answer, each with its fix."""
+        stops = [finding for finding in self.findings if finding.code == NO_SUCH_METRIC]
+        stops += [finding for claim in self.claims for finding in claim.stopped_by]
         lines = [f"{each.title}." + f" Fix: {each.remedy}." * bool(each.remedy) for each in stops]
         return [*filter(None, [self.descriptive]), *dict.fromkeys(lines)]
 
@@ -145,6 +165,8 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         left = count(len(design.missing), "training or result")
         waiting = f"Interim: {left} still missing. The arms are compared when all are there."
         return Conclusion(question, alone, findings, (), descriptive, waiting)
+    if aims and table.rows and not descriptive:
+        findings = (*absent_metrics(table, aims), *findings)
     between = {
         row.arms: arm_differences(arms[row.first], arms[row.second], design) for row in table.rows
     }
@@ -155,6 +177,44 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         unaudited = any(finding.code == UNAUDITED for finding in touching)
         claims.append(replace(claim, unaudited=unaudited))
     return Conclusion(question, table, findings, tuple(claims), descriptive)
+
+
+def absent_metrics(table: TestedTable, aims: Aims) -> list[Finding]:
+    """Return an error for a primary metric or a margin that no row is about.
+
+    It stops the answer, which would be about another metric, and no row: each is about its own.
+    """
+    known = dict.fromkeys(row.metric for row in table.rows)
+    remedy = f"name a metric that the table has: {sentence_list([*known])}"
+    findings = []
+    for word in dict.fromkeys(filter(None, (aims.primary, *aims.margins))):
+        if not any(is_named(word, metric) for metric in known):
+            what = "the primary metric" if word == aims.primary else "which has a margin"
+            findings.append(
+                Finding(
+                    code=NO_SUCH_METRIC,
+                    severity="error",
+                    title=f"No row of the table is about {word}, {what}",
+                    remedy=remedy,
+                    metrics=(word,),
+                )
+            )
+    if findings or not aims.primary:
+        return findings
+    with_primary = {row.arms for row in table.rows if is_named(aims.primary, row.metric)}
+    pairs = dict.fromkeys(row.arms for row in table.rows)
+    return [
+        Finding(
+            code=NO_SUCH_METRIC,
+            severity="error",
+            title=f"{pair[0]} and {pair[1]} share no {aims.primary}, the primary metric",
+            remedy=f"evaluate both on {aims.primary}",
+            arms=pair,
+            metrics=(aims.primary,),
+        )
+        for pair in pairs
+        if pair not in with_primary
+    ]
 
 
 def why_descriptive(design: Design | None) -> str:
@@ -251,7 +311,9 @@ def _sentence(claim: Claim) -> str:
     numbers = f"{_values(row)}, {_evidence(row)}"
     if claim.verdict == "not shown":
         return _not_shown(claim, numbers)
-    inside = " The difference lies within the margin." if claim.within == "equivalent" else ""
+    inside = ""
+    if claim.within == "equivalent":
+        inside = f" The difference lies within the margin.{_near_end(row)}"
     if claim.verdict in ("higher", "lower"):
         score = "scored better" if claim.verdict == "higher" else "scored worse"
         why = _about_these_models(row)
@@ -272,19 +334,47 @@ def _about_these_models(row: TableRow) -> str:
     return " One training: another seed may differ."
 
 
+def _near_end(row: TableRow) -> str:
+    """What a sentence about a margin adds where both shares lie at one end of their scale."""
+    values = [value for value in (row.first_value, row.second_value) if value is not None]
+    if row.unit != "share" or row.head_to_head or not values:
+        return ""
+    if max(values) < NEAR_END:
+        return f" Both are below {NEAR_END:.0%}, so the questions hardly tell them apart."
+    if min(values) > 1 - NEAR_END:
+        return f" Both are above {1 - NEAR_END:.0%}, so the questions hardly tell them apart."
+    return ""
+
+
+def _lengths(row: TableRow) -> str:
+    """What a sentence adds where the answers of one arm are far longer: judges and rules see it."""
+    if row.first_length is None or row.second_length is None:
+        return ""
+    longer, shorter = row.first, row.second
+    most, least = row.first_length, row.second_length
+    if most < least:
+        longer, shorter = shorter, longer
+        most, least = least, most
+    factor = most / max(least, 1.0)
+    if factor <= FAR_LONGER:
+        return ""
+    medians = f"medians of {most:,.0f} and {least:,.0f} characters"
+    return f" Answers of {longer} are {factor:.1f} times as long as those of {shorter} ({medians})."
+
+
 def _not_shown(claim: Claim, numbers: str) -> str:
     row = claim.row
     first, second, where = row.first, row.second, where_text(row)
     margin = difference_text(row.margin, row.unit, signed=False)
     if row.head_to_head and row.margin is not None:
         margin = f"{margin} of 50%"
-    models = _about_these_models(row)
+    after = _near_end(row) + _about_these_models(row)
     if claim.within == "equivalent":
-        return f"{first} and {second} are equivalent within {margin} in {where}: {numbers}.{models}"
+        return f"{first} and {second} are equivalent within {margin} in {where}: {numbers}.{after}"
     if claim.within:
         word = "worse" if claim.within == "not worse" else "better"
         what = f"{first} is not {word} than {second} by more than {margin} in {where}"
-        return f"{what}: {numbers}.{models}"
+        return f"{what}: {numbers}.{after}"
     alone = row.test.p if row.test else 1.0
     if alone <= ALPHA:
         return (
@@ -362,7 +452,7 @@ def _evidence(row: TableRow) -> str:
 
 def _inside(title: str) -> str:
     """A title inside a sentence: its first word small unless it is a name."""
-    starts = ("The ", "All ", "Different ", "Comparisons ")
+    starts = ("The ", "All ", "Different ", "Comparisons ", "No row ")
     return title[0].lower() + title[1:] if title.startswith(starts) else title
 
 

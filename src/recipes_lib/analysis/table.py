@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -89,6 +90,8 @@ class TableRow:
     head_to_head: bool = False
     first_value: float | None = None
     second_value: float | None = None
+    first_length: float | None = None  # median characters of the first arm's answers
+    second_length: float | None = None
     test: Comparison | None = None
     n: int = 0
     trainings: tuple[int, int] = (0, 0)  # of each arm; 0 of a model not trained here
@@ -317,6 +320,8 @@ def _side_by_side(
     if len(common) < most:
         flags.append(f"{len(common)} common questions of {most}")
     row.flags = tuple(flags)
+    row.first_length = _median_length(_answers(first_metrics, common))
+    row.second_length = _median_length(_answers(second_metrics, common))
     values = _values_by_training([pair.first_metrics for pair in pairs], items)
     other_values = _values_by_training([pair.second_metrics for pair in pairs], items)
     known = ~(np.isnan(values) | np.isnan(other_values)).any(axis=0)
@@ -342,6 +347,12 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
     row.flags = _left_out([f"{run.name} against {metric.opponent}" for run, metric in others])
     items = _items(metrics)
     row.n = len(items)
+    answers = [sample.answer for metric in metrics for sample in metric.samples]
+    rivals = [sample.opponent for metric in metrics for sample in metric.samples]
+    if turned:
+        answers, rivals = rivals, answers
+    row.first_length = _median_length(answers)
+    row.second_length = _median_length(rivals)
     values = _values(metrics, items)
     values = 1 - values if turned else values
     row.test = compare(values, np.full((1, len(items)), 0.5), _questions(metrics, items))
@@ -349,6 +360,18 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
     row.second_value = None if row.first_value is None else 1 - row.first_value
     row.why_not = _why_not(row)
     return row
+
+
+def _answers(metrics: Sequence[Metric], questions: set[str]) -> list[str | None]:
+    """The answers of these metrics to some questions."""
+    samples = [sample for metric in metrics for sample in metric.samples]
+    return [sample.answer for sample in samples if sample.id in questions]
+
+
+def _median_length(answers: Iterable[str | None]) -> float | None:
+    """The median number of characters of answers; None where no text is known."""
+    lengths = [len(answer) for answer in answers if answer is not None]
+    return float(median(lengths)) if lengths else None
 
 
 def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) -> _Measured:
