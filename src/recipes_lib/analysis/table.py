@@ -10,7 +10,6 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
 
@@ -18,8 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipes_lib.analysis.aims import Aims, is_named, metric_parts
-from recipes_lib.analysis.runs import ArmRuns, Arms, Run, question_of
-from recipes_lib.analysis.text import sentence_list
+from recipes_lib.analysis.pairs import (
+    Measured,
+    identity_of,
+    left_out,
+    pair_trainings,
+    trainings_of,
+)
+from recipes_lib.analysis.runs import ArmRuns, Arms, question_of
 from recipes_lib.core.terminal import count
 from recipes_lib.evals.log import Metric
 from recipes_lib.evals.suites import UNIT_SCALES
@@ -39,39 +44,7 @@ FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample
 MANY_TESTS, FEWEST_OF_MANY = 20, 30
 _Key = tuple[tuple[str, str, str], str | None]  # eval, task, metric; opponent
 _Item = tuple[str, int]  # question, turn
-_Measured = list[tuple[Run, Metric]]  # one metric of an arm, by training and opponent's run
 _Values: TypeAlias = NDArray[np.float64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Training:
-    """One training's results on a metric, by the opponent's run; "" where there is no opponent."""
-
-    run: Run
-    by_opponent: Mapping[str, Metric]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pair:
-    """Two trainings, each with its results against the opponents' runs that both have met."""
-
-    first: _Training
-    second: _Training
-
-    @property
-    def opponents(self) -> list[str]:
-        """The opponents' runs that both were judged against."""
-        return [name for name in self.first.by_opponent if name in self.second.by_opponent]
-
-    @property
-    def first_metrics(self) -> list[Metric]:
-        """The results of the first training."""
-        return [self.first.by_opponent[name] for name in self.opponents]
-
-    @property
-    def second_metrics(self) -> list[Metric]:
-        """The results of the second training."""
-        return [self.second.by_opponent[name] for name in self.opponents]
 
 
 @dataclass(kw_only=True)
@@ -218,9 +191,9 @@ def _pairs(arms: Arms) -> list[tuple[ArmRuns, ArmRuns]]:
     return sorted(pairs, key=lambda pair: pair[1].is_base)
 
 
-def _metrics_of(arms: Arms, arm: ArmRuns) -> dict[_Key, _Measured]:
+def _metrics_of(arms: Arms, arm: ArmRuns) -> dict[_Key, Measured]:
     """An arm's metrics by name and opponent, with the trainings that have them."""
-    metrics: dict[_Key, _Measured] = defaultdict(list)
+    metrics: dict[_Key, Measured] = defaultdict(list)
     for run in arm.runs:
         for metric in run.metrics:
             metrics[metric.key, arms.opponent(metric.opponent)].append((run, metric))
@@ -231,7 +204,7 @@ def _metrics_of(arms: Arms, arm: ArmRuns) -> dict[_Key, _Measured]:
 
 
 def _rows(
-    first: ArmRuns, second: ArmRuns, measured: Mapping[str, dict[_Key, _Measured]], words: set[str]
+    first: ArmRuns, second: ArmRuns, measured: Mapping[str, dict[_Key, Measured]], words: set[str]
 ) -> Iterator[TableRow]:
     """Yield the rows of two arms: first what was judged head to head, then what both have."""
     of_first, of_second = measured[first.name], measured[second.name]
@@ -286,11 +259,11 @@ def _side_by_side(
     first: ArmRuns,
     second: ArmRuns,
     opponent: str | None,
-    first_runs: _Measured,
-    second_runs: _Measured,
+    first_runs: Measured,
+    second_runs: Measured,
 ) -> TableRow:
     """Both arms on the same items; what only one of them has counts as without a verdict."""
-    pairs, flags = _paired_trainings(first, second, first_runs, second_runs)
+    pairs, flags = pair_trainings(first, second, first_runs, second_runs)
     if not pairs:
         row = _row(first, second, [metric for _, metric in first_runs], (0, 0), opponent=opponent)
         row.why_not = f"no two of their trainings met the same training of {opponent}"
@@ -300,8 +273,8 @@ def _side_by_side(
     second_metrics = [metric for pair in pairs for metric in pair.second_metrics]
     metrics = [*first_metrics, *second_metrics]
     trainings = (
-        len({_identity(pair.first.run) for pair in pairs}),
-        len({_identity(pair.second.run) for pair in pairs}),
+        len({identity_of(pair.first.run) for pair in pairs}),
+        len({identity_of(pair.second.run) for pair in pairs}),
     )
     row = _row(first, second, metrics, trainings, opponent=opponent)
     first_asked = {sample.id for metric in first_metrics for sample in metric.samples}
@@ -335,7 +308,7 @@ def _side_by_side(
     return row
 
 
-def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: bool) -> TableRow:
+def _head_to_head(first: ArmRuns, second: ArmRuns, measured: Measured, turned: bool) -> TableRow:
     """The first arm's win rate against the second. `turned` where the second one was the target."""
     target, rival = (second, first) if turned else (first, second)
     kept = _each_training_once(measured, target, rival)
@@ -344,7 +317,7 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
     row = _row(first, second, metrics, trainings, opponent=second.name, head_to_head=True)
     row.higher_is_better = True
     others = [each for each in measured if each not in kept]
-    row.flags = _left_out([f"{run.name} against {metric.opponent}" for run, metric in others])
+    row.flags = left_out([f"{run.name} against {metric.opponent}" for run, metric in others])
     items = _items(metrics)
     row.n = len(items)
     answers = [sample.answer for metric in metrics for sample in metric.samples]
@@ -374,9 +347,9 @@ def _median_length(answers: Iterable[str | None]) -> float | None:
     return float(median(lengths)) if lengths else None
 
 
-def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) -> _Measured:
+def _each_training_once(measured: Measured, target: ArmRuns, rival: ArmRuns) -> Measured:
     """The results in which no training stands twice: two seeds against one are not two pairs."""
-    kept: _Measured = []
+    kept: Measured = []
     seen: set[tuple[str, str]] = set()
     for run, metric in measured:
         sides = ((target, run.name), (rival, str(metric.opponent)))
@@ -385,62 +358,6 @@ def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) ->
             seen |= trained
             kept.append((run, metric))
     return kept
-
-
-def _trainings_of(measured: _Measured) -> list[_Training]:
-    """The trainings behind an arm's results, each once however many opponents' runs it met."""
-    runs: dict[tuple[str, Path], Run] = {}
-    metrics: dict[tuple[str, Path], dict[str, Metric]] = defaultdict(dict)
-    for run, metric in measured:
-        runs[_identity(run)] = run
-        metrics[_identity(run)][metric.opponent or ""] = metric
-    return [_Training(run=run, by_opponent=metrics[key]) for key, run in runs.items()]
-
-
-def _identity(run: Run) -> tuple[str, Path]:
-    """What tells one run from another: files of two programs may share a name or a folder."""
-    return run.name, run.folder
-
-
-def _paired_trainings(
-    first: ArmRuns, second: ArmRuns, first_runs: _Measured, second_runs: _Measured
-) -> tuple[list[_Pair], list[str]]:
-    """Pair trainings by seed, a base with each of them, and name what is left out.
-
-    Both of a pair were judged against the same runs: a stronger training of the opponent would
-    else count against one of them.
-    """
-    ours, theirs = _trainings_of(first_runs), _trainings_of(second_runs)
-    flags = []
-    is_base = first.is_base or second.is_base
-    by_seed = [
-        (left, right)
-        for left, right in itertools.product(ours, theirs)
-        if left.run.seed is not None and left.run.seed == right.run.seed
-    ]
-    if by_seed and not is_base:
-        sides = by_seed
-    elif second.is_base and len(theirs) == 1:
-        sides = [(training, theirs[0]) for training in ours]
-    elif first.is_base and not second.is_base and len(ours) == 1:
-        sides = [(ours[0], training) for training in theirs]
-    else:
-        sides = list(zip(ours, theirs, strict=False))
-    pairs = [_Pair(first=left, second=right) for left, right in sides]
-    pairs = [pair for pair in pairs if pair.opponents]
-    runs = [run for pair in pairs for run in (pair.first.run, pair.second.run)]
-    have_seeds = bool(runs) and not any(run.foreign or run.seed is None for run in runs)
-    if have_seeds and not (by_seed or is_base):
-        flags.append("different seeds in each arm")
-    paired = {_identity(run) for run in runs}
-    names = [
-        training.run.name for training in (*ours, *theirs) if _identity(training.run) not in paired
-    ]
-    return pairs, [*flags, *_left_out(names)]
-
-
-def _left_out(names: Sequence[str]) -> tuple[str, ...]:
-    return (f"left out: {sentence_list(names, 3)}",) if names else ()
 
 
 def _items(metrics: Sequence[Metric], questions: set[str] | None = None) -> list[_Item]:
@@ -588,9 +505,9 @@ def _correct_together(rows: Sequence[TableRow]) -> None:
 # ---- Scores ----
 
 
-def _score(arm: ArmRuns, opponent: str | None, measured: _Measured) -> Score:
+def _score(arm: ArmRuns, opponent: str | None, measured: Measured) -> Score:
     metrics = [metric for _, metric in measured]
-    trainings = [list(training.by_opponent.values()) for training in _trainings_of(measured)]
+    trainings = [list(training.by_opponent.values()) for training in trainings_of(measured)]
     metric = metrics[0]
     items = _items(metrics)
     values = _values_by_training(trainings, items)

@@ -1,0 +1,109 @@
+"""Trainings of two arms in pairs: by seed, and each judged against the same runs.
+
+A training counts once, however many trainings of an opponent it met.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from recipes_lib.analysis.runs import ArmRuns, Run
+from recipes_lib.analysis.text import sentence_list
+from recipes_lib.evals.log import Metric
+
+# One metric of an arm, by training and by the opponent's run.
+Measured: TypeAlias = list[tuple[Run, Metric]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training's results on a metric, by the opponent's run; "" where there is no opponent."""
+
+    run: Run
+    by_opponent: Mapping[str, Metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPair:
+    """Two trainings, each with its results against the opponents' runs that both have met."""
+
+    first: Training
+    second: Training
+
+    @property
+    def opponents(self) -> list[str]:
+        """The opponents' runs that both were judged against."""
+        return [name for name in self.first.by_opponent if name in self.second.by_opponent]
+
+    @property
+    def first_metrics(self) -> list[Metric]:
+        """The results of the first training."""
+        return [self.first.by_opponent[name] for name in self.opponents]
+
+    @property
+    def second_metrics(self) -> list[Metric]:
+        """The results of the second training."""
+        return [self.second.by_opponent[name] for name in self.opponents]
+
+
+def trainings_of(measured: Measured) -> list[Training]:
+    """Return the trainings behind an arm's results, each once whatever opponents it met."""
+    runs: dict[tuple[str, Path], Run] = {}
+    metrics: dict[tuple[str, Path], dict[str, Metric]] = defaultdict(dict)
+    for run, metric in measured:
+        runs[identity_of(run)] = run
+        metrics[identity_of(run)][metric.opponent or ""] = metric
+    return [Training(run=run, by_opponent=metrics[key]) for key, run in runs.items()]
+
+
+def identity_of(run: Run) -> tuple[str, Path]:
+    """Return what tells runs apart: two files of other programs may share a name or a folder."""
+    return run.name, run.folder
+
+
+def pair_trainings(
+    first: ArmRuns, second: ArmRuns, first_runs: Measured, second_runs: Measured
+) -> tuple[list[TrainingPair], list[str]]:
+    """Return trainings paired by seed, a base with each of them, and flags that name the rest.
+
+    Both of a pair were judged against the same runs: a stronger training of the opponent would
+    else count against one of them.
+    """
+    ours, theirs = trainings_of(first_runs), trainings_of(second_runs)
+    flags = []
+    is_base = first.is_base or second.is_base
+    by_seed = [
+        (left, right)
+        for left, right in itertools.product(ours, theirs)
+        if left.run.seed is not None and left.run.seed == right.run.seed
+    ]
+    if by_seed and not is_base:
+        sides = by_seed
+    elif second.is_base and len(theirs) == 1:
+        sides = [(training, theirs[0]) for training in ours]
+    elif first.is_base and not second.is_base and len(ours) == 1:
+        sides = [(ours[0], training) for training in theirs]
+    else:
+        sides = list(zip(ours, theirs, strict=False))
+    pairs = [TrainingPair(first=left, second=right) for left, right in sides]
+    pairs = [pair for pair in pairs if pair.opponents]
+    runs = [run for pair in pairs for run in (pair.first.run, pair.second.run)]
+    have_seeds = bool(runs) and not any(run.foreign or run.seed is None for run in runs)
+    if have_seeds and not (by_seed or is_base):
+        flags.append("different seeds in each arm")
+    paired = {identity_of(run) for run in runs}
+    trained = [training.run for training in (*ours, *theirs)]
+    names = [run.name for run in trained if identity_of(run) not in paired]
+    return pairs, [*flags, *left_out(names)]
+
+
+def left_out(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the flag of a row that names what it leaves out; none where that is nothing."""
+    if not names:
+        return ()
+    return (f"left out: {sentence_list(names, 3)}",)
