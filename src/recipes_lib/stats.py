@@ -4,12 +4,13 @@ One mechanism carries every statement: the mean paired difference, its variance 
 over training seeds, and Student's t. The interval, p, equivalence and the minimum detectable effect
 (MDE) come from one half width, so they cannot contradict each other. For small samples:
 
-- On a bounded scale (0/1, win/tie/loss, grades) the table gains two questions, one each way, of the
-  size that differences have. A few questions that all agree then do not show certainty.
+- On a bounded scale (0/1, win/tie/loss, grades) two pseudo-questions are added, one in each
+  direction, of the size that differences have, so that a few unanimous questions do not look
+  certain.
 - Without bounds (losses) the half width grows with the skewness of the differences.
 - No p is smaller than that of an exact sign test in which all questions agree.
 - A true mean of d needs at least n|d|/size questions that differ, which bounds the variance at the
-  far end of an interval from below: a margin is not shown by a few losses that happen to be alone.
+  far end of an interval from below, so that a handful of losses cannot prove non-inferiority.
 
 Sources: Miller (2024), "Adding Error Bars to Evals" (clustered paired differences); Howe (1974),
 JASA 69 (seeds crossed with questions); Agresti and Min (2005), Statistics in Medicine 24, Bonett
@@ -27,12 +28,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special  # not scipy.stats, whose import takes a second more
 
-ALPHA, POWER, LONG_TAIL = 0.05, 0.8, 1.5  # the last: a skewness
+ALPHA = 0.05
+POWER = 0.8  # of the stated detectable effect
+LONG_TAIL = 1.5  # a skewness
 # Of alpha, where a table has primary tests and others: 4% and 1%.
 PRIMARY_SHARE, OTHER_SHARE = 0.8, 0.2
 Limits = tuple[float, float]
-# Assumed of a metric: the variance of two arms' difference on one question, half of which is new in
-# each training, and the standard deviation of a training's mean over seeds.
+# Assumed per metric: the variance of the paired difference per question (half of it is new in each
+# training), and the standard deviation of an arm's mean over seeds.
 SPREADS = {"win_rate": (0.175, 0.01), "pass_rate": (0.25, 0.01)}
 
 
@@ -44,11 +47,14 @@ def _quantile(freedom: float, alpha: float) -> float:
 @lru_cache
 def detectable(freedom: float, alpha: float) -> float:
     """Return the difference, in estimated standard errors, that a t test finds with 80% power."""
-    shown = math.sqrt(2 / freedom) * float(special.poch(freedom / 2, 0.5))  # of a true deviation
-    return float(special.nctdtrinc(freedom, 1 - POWER, _quantile(freedom, alpha))) / shown
+    # The mean of an estimated deviation is this part of the true one (c4 of quality control).
+    seen_part = math.sqrt(2 / freedom) * float(special.poch(freedom / 2, 0.5))
+    # The noncentrality of t that exceeds the two-sided quantile in 80% of studies.
+    noncentrality = float(special.nctdtrinc(freedom, 1 - POWER, _quantile(freedom, alpha)))
+    return noncentrality / seen_part
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Estimate:
     """A mean paired difference with the variance of that mean, by source."""
 
@@ -67,52 +73,69 @@ class Estimate:
     var_rest: float  # the part of it that is new in each seed
     var_seeds: float  # over seeds
 
-    def _width(self, q: float, s: float, pooled: float, alpha: float) -> float:
-        """Combine q errors of questions and s of seeds (Howe), never below those of questions."""
-        if math.isinf(self.reach):  # Johnson's correction, on whichever side it hurts
+    def _width(self, of_questions: float, of_seeds: float, pooled: float, alpha: float) -> float:
+        """Return half a width of so many standard errors of questions and of seeds.
+
+        They are combined as Howe (1974) does for two crossed factors, and never give less than the
+        errors of questions alone.
+        """
+        if math.isinf(self.reach):
+            # Johnson (1978): a skewed mean shifts t by skewness (2 t^2 + 1) / (6 sqrt n), which is
+            # taken on whichever side it hurts.
             t = _quantile(self.freedom, alpha)
-            q += abs(self.skewness) * (2 * t * t + 1) / 6 / math.sqrt(self.questions)
-        crossed = q * q * max(pooled - self.var_rest, 0.0) + s * s * self.var_seeds
-        return math.sqrt(max(crossed, q * q * pooled)) + self.grain
+            shift = abs(self.skewness) * (2 * t * t + 1) / 6 / math.sqrt(self.questions)
+            of_questions += shift
+        shared = max(pooled - self.var_rest, 0.0)  # what the seeds of one question have in common
+        crossed = of_questions * of_questions * shared + of_seeds * of_seeds * self.var_seeds
+        return math.sqrt(max(crossed, of_questions * of_questions * pooled)) + self.grain
 
     def half_width(self, alpha: float = ALPHA, mean: float = 0.0) -> float:
         """Return half the interval at level 1 - alpha; infinite with too few questions for it.
 
         A true `mean` further out than that of the data has a variance of its own at least.
         """
-        if alpha < 2.0 ** (1 - self.questions):
+        if alpha < 2.0 ** (1 - self.questions):  # p of a sign test in which all questions agree
             return math.inf
         pooled = self.var_pooled
         if abs(mean) > abs(self.center) and math.isfinite(self.reach):
+            # If a share m / size of the questions differ, by `size` each, their variance is
+            # m (size - m); no pattern of differences of this size with this mean varies less.
             least = abs(mean) * max(self.size - abs(mean), 0.0)
             pooled = max(pooled, least / (self.questions + self.added))
-        t, s = _quantile(self.freedom, alpha), _quantile(max(1, self.seeds - 1), alpha)
-        return self._width(t, s, pooled, alpha)
+        of_questions = _quantile(self.freedom, alpha)
+        of_seeds = _quantile(max(1, self.seeds - 1), alpha)
+        return self._width(of_questions, of_seeds, pooled, alpha)
 
     def interval(self, alpha: float = ALPHA) -> Limits | None:
         """Return the interval at level 1 - alpha; None where the data allow none."""
         half = self.half_width(alpha)
         if not 1e-12 < half < math.inf:
             return None
-        ends = [self.center - half, self.center + half]
-        for _ in range(40 if math.isfinite(self.reach) else 0):  # outwards, to where both agree
-            low, high = (self.half_width(alpha, end) for end in ends)
-            moved = [self.center - low, self.center + high]
-            if max(abs(moved[0] - ends[0]), abs(moved[1] - ends[1])) < 1e-9:
+        low, high = self.center - half, self.center + half
+        steps = 0
+        if math.isfinite(self.reach):
+            steps = 40
+        # An end further out has a larger variance at least: move outwards to where both agree.
+        for _ in range(steps):
+            lower = self.center - self.half_width(alpha, low)
+            higher = self.center + self.half_width(alpha, high)
+            if max(abs(lower - low), abs(higher - high)) < 1e-9:
                 break
-            ends = moved
-        return max(ends[0], -self.reach), min(ends[1], self.reach)
+            low, high = lower, higher
+        return max(low, -self.reach), min(high, self.reach)
 
     def p(self, null: float = 0.0) -> float:
         """Return the two-sided p of the mean being `null`: the alpha whose interval touches it."""
         distance = abs(self.center - null)
         if distance == 0 or self.half_width() < 1e-12:  # nothing varies
             return 1.0
-        low, high = -12.0, 0.0  # log10 of alpha
+        low, high = -12.0, 0.0  # log10 of alpha, halved until the interval ends at `null`
         for _ in range(50):
             middle = (low + high) / 2
-            wide = self.half_width(10**middle, null) > distance
-            low, high = (middle, high) if wide else (low, middle)
+            if self.half_width(10**middle, null) > distance:
+                low = middle
+            else:
+                high = middle
         return float(10**high)
 
     def mde(self, alpha: float = ALPHA) -> float:
@@ -124,17 +147,22 @@ class Estimate:
         n = self.questions
         if alpha < 2.0 ** (1 - n):
             return math.inf
-        t, s = detectable(self.freedom, alpha), detectable(max(1, self.seeds - 1), alpha)
+        of_questions = detectable(self.freedom, alpha)
+        of_seeds = detectable(max(1, self.seeds - 1), alpha)
         shrunk = (n + self.added) / n  # the added questions draw the mean towards zero
-        d = self._width(t, s, self.var_plain * shrunk**2, alpha)
+        d = self._width(of_questions, of_seeds, self.var_plain * shrunk**2, alpha)
         if self.added:
+            # d^2 is this width squared at the d that the data have, plus `grows` for each unit of d
+            # further out and minus `falls` for each of d^2: solved for d.
             seen = math.sqrt(max(self.value**2 - self.var_plain, 0.0))  # d that the data have
             alike = max(0.0, 1 - 2 * (self.var_plain * n + self.value**2) / self.size**2)
-            grows = (t * shrunk) ** 2 / n * alike * self.size
-            falls = (t * shrunk) ** 2 / n / self.seeds
+            grows = (of_questions * shrunk) ** 2 / n * alike * self.size
+            falls = (of_questions * shrunk) ** 2 / n / self.seeds
             fixed = max(0.0, d * d - grows * seen + falls * seen * seen)
             d = (grows + math.sqrt(grows**2 + 4 * (1 + falls) * fixed)) / 2 / (1 + falls)
-        return d if d > 1e-12 else math.inf
+        if d <= 1e-12:
+            return math.inf
+        return d
 
     @property
     def tail_against(self) -> bool:
@@ -145,35 +173,71 @@ class Estimate:
 def estimate(table: NDArray[np.float64], questions: ArrayLike, reach: float = math.inf) -> Estimate:
     """Estimate the mean of a (seeds x items) table; the items of one question are one cluster."""
     codes = np.unique(np.asarray(questions), return_inverse=True)[1].reshape(-1)
-    sizes, mean = np.bincount(codes), float(table.mean())
+    sizes = np.bincount(codes)  # items of each question
+    mean = float(table.mean())
     sums = np.stack([np.bincount(codes, weights=row) for row in table])
     seeds, count = sums.shape
-    # A question with more items weighs more (linearised mean). A few large ones show only the part
-    # `shown` of the variance (Bell and McCaffrey 2002), and fewer degrees of freedom.
-    s2, s3, s4 = (float(((sizes / sizes.sum()) ** power).sum()) for power in (2, 3, 4))
-    shown = (1 + s2 - 2 * s3 / s2) / (1 - 1 / count) if count > 1 else 1.0
-    by_q = mean + (sums - mean * sizes) / sizes.mean() / math.sqrt(shown)
-    means, added = by_q.mean(axis=0), 2 if math.isfinite(reach) else 0
+
+    # A question with more items weighs more (linearised mean). A few large ones show only a part of
+    # the variance, and give fewer degrees of freedom (Bell and McCaffrey 2002).
+    weights = sizes / sizes.sum()
+    second, third, fourth = (float((weights**power).sum()) for power in (2, 3, 4))
+    seen_part = 1.0
+    if count > 1:
+        seen_part = (1 + second - 2 * third / second) / (1 - 1 / count)
+    by_question = mean + (sums - mean * sizes) / sizes.mean() / math.sqrt(seen_part)
+    means = by_question.mean(axis=0)  # over seeds
     differ = np.abs(sums.mean(axis=0)) > 1e-9
-    size = float(np.sqrt((means[differ] ** 2).mean())) if differ.any() else reach
+    size = reach
+    if differ.any():
+        size = float(np.sqrt((means[differ] ** 2).mean()))
     spread = float(means.var())
-    skewness = float(((means - mean) ** 3).mean()) / spread**1.5 if spread > 1e-24 else 0.0
-    if added:
-        by_q = np.hstack([by_q, np.tile([size, -size], (seeds, 1))])
-    center, total = float(by_q.mean()), by_q.shape[1]
-    one_size = seeds == 1 and added and count == table.size and np.ptp(np.abs(table)) < 1e-12
-    grain = size / total if one_size and differ.all() else 0.0
-    pooled = float(by_q.mean(axis=0).var(ddof=1)) / total if total > 1 else 0.0
-    rest = over_seeds = 0.0
+    skewness = 0.0
+    if spread > 1e-24:
+        skewness = float(((means - mean) ** 3).mean()) / spread**1.5
+
+    # Added pairs (Agresti and Min 2005; Bonett and Price 2012).
+    added = 0
+    if math.isfinite(reach):
+        added = 2
+        by_question = np.hstack([by_question, np.tile([size, -size], (seeds, 1))])
+    center = float(by_question.mean())
+    total = by_question.shape[1]
+    is_one_item_each = seeds == 1 and count == table.size
+    is_one_size = is_one_item_each and differ.all() and np.ptp(np.abs(table)) < 1e-12
+    grain = 0.0
+    if added and is_one_size:
+        grain = size / total
+
+    pooled = 0.0
+    if total > 1:
+        pooled = float(by_question.mean(axis=0).var(ddof=1)) / total
+    rest = 0.0
+    over_seeds = 0.0
     if min(total, seeds) > 1:
-        by_seed = by_q.mean(axis=1, keepdims=True)
-        squares = float(((by_q - by_q.mean(axis=0) - by_seed + center) ** 2).sum())
+        # Two-way analysis of variance without replication: what neither questions nor seeds say.
+        by_seed = by_question.mean(axis=1, keepdims=True)
+        squares = float(((by_question - by_question.mean(axis=0) - by_seed + center) ** 2).sum())
         rest = squares / (seeds - 1) / (total - 1) / (seeds * total)
+        # Means of a few items are rounded to steps; Sheppard: that hides step^2 / 12 of a variance.
         step = float(np.abs(table[table != 0]).min(initial=reach)) / table.shape[1]
-        over_seeds = (float(by_seed.var(ddof=1)) + step**2 / 12) / seeds  # Sheppard: rounding
-    variances = (spread / max(1, count - 1), pooled, rest, over_seeds)
-    shape = (count, max(1.0, s2 * s2 / s4 + added - 1), added, seeds, reach)
-    return Estimate(mean, center, *shape, size, skewness, grain, *variances)
+        over_seeds = (float(by_seed.var(ddof=1)) + step**2 / 12) / seeds
+    return Estimate(
+        value=mean,
+        center=center,
+        questions=count,
+        freedom=max(1.0, second * second / fourth + added - 1),
+        added=added,
+        seeds=seeds,
+        reach=reach,
+        size=size,
+        skewness=skewness,
+        grain=grain,
+        var_plain=spread / max(1, count - 1),
+        var_pooled=pooled,
+        var_rest=rest,
+        var_seeds=over_seeds,
+    )
 
 
 @dataclass(frozen=True)
@@ -188,13 +252,17 @@ class Comparison:
 
     @property
     def _cases(self) -> tuple[Estimate, ...]:
-        return (self.resolved, self.worst, self.best) if self.unresolved else (self.resolved,)
+        if not self.unresolved:
+            return (self.resolved,)
+        return self.resolved, self.worst, self.best
 
     @property
     def p(self) -> float:
         """The largest p of all cases; 1 where they point in different directions."""
-        one_way = len({np.sign(case.center) for case in self._cases}) == 1
-        return max(case.p() for case in self._cases) if one_way else 1.0
+        directions = {np.sign(case.center) for case in self._cases}
+        if len(directions) > 1:
+            return 1.0
+        return max(case.p() for case in self._cases)
 
     def p_within(self, margin: float) -> Limits:
         """Return the doubled one-sided p of a mean below -margin, and of one above margin."""
@@ -205,14 +273,19 @@ class Comparison:
     def interval(self, alpha: float = ALPHA) -> Limits | None:
         """Return the interval that spans those of all cases."""
         ends = [case.interval(alpha) or (-math.inf, math.inf) for case in self._cases]
-        low, high = min(low for low, _ in ends), max(high for _, high in ends)
-        return (low, high) if high < math.inf else None
+        low = min(low for low, _ in ends)
+        high = max(high for _, high in ends)
+        if math.isinf(high):
+            return None
+        return low, high
 
     def mde(self, alpha: float = ALPHA) -> float:
         """Return the difference found with 80% probability if all open items count against it."""
+        if not self.share:
+            return math.inf
         known = self.share * self.resolved.value
         effects = [case.mde(alpha) + abs(known - case.value) for case in self._cases[-2:]]
-        return max(effects) / self.share if self.share else math.inf
+        return max(effects) / self.share
 
 
 def compare(
@@ -223,46 +296,72 @@ def compare(
     `second` may have one row for all seeds (a base model; 0.5 for outcomes against the opponent).
     `scale` holds the smallest and the largest value; None stands for values without bounds.
     """
-    arms = (np.atleast_2d(np.asarray(values, dtype=float)) for values in (first, second))
-    a, b = np.broadcast_arrays(*arms)
-    valued, labels = np.isfinite(a) & np.isfinite(b), np.asarray(questions)
-    known, reach = valued.all(axis=0), math.inf
-    if scale is not None:  # a constant in the middle of the scale limits the reach
-        rival = float(b.flat[0]) if (b == b.flat[0]).all() else scale[0]
-        reach = max(scale[1] - rival, rival - scale[0])
-    if known.all():
-        case = estimate(a - b, labels, reach)
-        return Comparison(case, case, case)
-    if scale is None:
-        raise ValueError(f"{int((~known).sum())} items have no value on a scale without bounds")
-    worst, best = (
-        estimate(np.where(np.isnan(a), x, a) - np.where(np.isnan(b), y, b), labels, reach)
-        for x, y in (scale, scale[::-1])
+    a, b = np.broadcast_arrays(
+        np.atleast_2d(np.asarray(first, dtype=float)),
+        np.atleast_2d(np.asarray(second, dtype=float)),
     )
-    resolved = estimate((a - b)[:, known], labels[known], reach) if known.any() else worst
-    return Comparison(resolved, worst, best, int((~known).sum()), float(valued.mean()))
+    labels = np.asarray(questions)
+    has_value = np.isfinite(a) & np.isfinite(b)
+    known = has_value.all(axis=0)
+    unknown = int((~known).sum())
+    reach = math.inf
+    if scale is not None:
+        # The second arm may be a constant in the middle of the scale, which limits the reach.
+        rival = scale[0]
+        if (b == b.flat[0]).all():
+            rival = float(b.flat[0])
+        reach = max(scale[1] - rival, rival - scale[0])
+    if not unknown:
+        case = estimate(a - b, labels, reach)
+        return Comparison(resolved=case, worst=case, best=case)
+    if scale is None:
+        raise ValueError(f"{unknown} items have no value on a scale without bounds")
+    lowest, highest = scale
+    worst = estimate(_filled(a, lowest) - _filled(b, highest), labels, reach)
+    best = estimate(_filled(a, highest) - _filled(b, lowest), labels, reach)
+    resolved = worst
+    if known.any():
+        resolved = estimate((a - b)[:, known], labels[known], reach)
+    return Comparison(
+        resolved=resolved,
+        worst=worst,
+        best=best,
+        unresolved=unknown,
+        share=float(has_value.mean()),
+    )
+
+
+def _filled(values: NDArray[np.float64], value: float) -> NDArray[np.float64]:
+    """The values with `value` where there is none."""
+    return np.where(np.isnan(values), value, values)
 
 
 def adjust(ps: Sequence[float], primary: Sequence[bool]) -> list[float]:
     """Return p values by Holm (1979): primary ones at 4%, others at 1%; one family at 5%."""
-    out, both = [1.0] * len(ps), any(primary) and not all(primary)
+    adjusted = [1.0] * len(ps)
+    has_both = any(primary) and not all(primary)
     for family, share in ((True, PRIMARY_SHARE), (False, OTHER_SHARE)):
-        places = sorted(
-            (i for i, is_primary in enumerate(primary) if is_primary == family), key=ps.__getitem__
-        )
+        members = [place for place, is_primary in enumerate(primary) if is_primary == family]
+        members.sort(key=ps.__getitem__)
+        level = share if has_both else 1.0
         worst = 0.0
-        for rank, place in enumerate(places):
-            worst = max(worst, ps[place] * (len(places) - rank) / (share if both else 1.0))
-            out[place] = min(1.0, worst)
-    return out
+        for rank, place in enumerate(members):
+            worst = max(worst, ps[place] * (len(members) - rank) / level)
+            adjusted[place] = min(1.0, worst)
+    return adjusted
 
 
 def mean_interval(values: ArrayLike, questions: ArrayLike, scale: Limits | None) -> Limits | None:
     """Return the 95% interval of one arm's mean (on a bounded scale Agresti and Coull 1998)."""
     table = np.atleast_2d(np.asarray(values, dtype=float))
-    middle, reach = (sum(scale) / 2, (scale[1] - scale[0]) / 2) if scale else (0.0, math.inf)
+    middle, reach = 0.0, math.inf
+    if scale is not None:
+        middle = sum(scale) / 2
+        reach = (scale[1] - scale[0]) / 2
     ends = estimate(table - middle, questions, reach).interval()
-    return None if ends is None else (ends[0] + middle, ends[1] + middle)
+    if ends is None:
+        return None
+    return ends[0] + middle, ends[1] + middle
 
 
 def planned_effect(metric: str, questions: int, seeds: int, comparisons: float = 1) -> float | None:
@@ -273,7 +372,13 @@ def planned_effect(metric: str, questions: int, seeds: int, comparisons: float =
     if spreads is None or not questions:
         return None
     variance, spread = spreads
-    errors = [detectable(max(1, n - 1), ALPHA / comparisons) ** 2 for n in (questions, seeds)]
-    own, new = variance / 2 / questions, variance / 2 / questions / seeds
-    over_seeds = (2 * spread**2 / seeds + new) * (seeds > 1)
-    return math.sqrt(max(errors[0] * own + errors[1] * over_seeds, errors[0] * (own + new)))
+    alpha = ALPHA / comparisons
+    of_questions = detectable(max(1, questions - 1), alpha) ** 2
+    of_seeds = detectable(max(1, seeds - 1), alpha) ** 2
+    shared = variance / 2 / questions  # of the questions, the same in every training
+    new = variance / 2 / questions / seeds  # new in each training
+    over_seeds = 0.0
+    if seeds > 1:
+        over_seeds = 2 * spread**2 / seeds + new  # of two arms
+    crossed = of_questions * shared + of_seeds * over_seeds
+    return math.sqrt(max(crossed, of_questions * (shared + new)))
