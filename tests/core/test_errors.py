@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import pickle
+import pkgutil
 
-from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors, explain_fault
+import recipes_lib
+from recipes_lib.config.documents import MissingRows
+from recipes_lib.core.errors import (
+    ExitCode,
+    RecipeError,
+    RecipeErrors,
+    RecipesError,
+    explain_fault,
+)
+from recipes_lib.data.errors import BadRow, SettingError
 
 
 class OutOfMemoryError(RuntimeError):
@@ -60,6 +71,32 @@ def test_other_errors_are_left_alone() -> None:
     ours = RecipeError("the file system is full: No space left on device")
     for error in (ValueError("no"), ours, tried):
         assert explain_fault(error) is None
+
+
+def all_subclasses(kind: type) -> set[type]:
+    """Every class below one, however deep."""
+    direct = kind.__subclasses__()
+    return {*direct}.union(*map(all_subclasses, direct))
+
+
+def test_every_error_reaches_the_other_ranks_as_it_is() -> None:
+    for module in pkgutil.walk_packages(recipes_lib.__path__, "recipes_lib."):
+        if "templates" not in module.name:
+            importlib.import_module(module.name)
+    made_otherwise = {
+        RecipeErrors: lambda: RecipeErrors([SettingError("data.columns", "no column")]),
+        SettingError: lambda: SettingError("data.columns", "no column 'x'", "columns: a, b"),
+    }
+    kinds = all_subclasses(RecipesError)
+    assert {SettingError, BadRow, MissingRows} <= kinds
+    for kind in kinds:
+        make = made_otherwise.get(kind, lambda kind=kind: kind("what", "a hint", file="f", line=3))
+        error = make()
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is kind
+        assert str(copy) == str(error)
+        assert copy.exit_code == error.exit_code
+        assert vars(copy).keys() == vars(error).keys()
 
 
 def test_several_errors_are_in_the_order_of_their_places_and_survive_pickling() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import socket
 import sys
 import time
@@ -42,6 +43,76 @@ def fork_two(folder: Path, work: Callable[[], str]) -> list[str]:
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
     assert codes == [0, 0]
     return [(folder / str(rank)).read_text() for rank in range(2)]
+
+
+def fork_ranks(work: Callable[[], str], *, die: int | None = None) -> list[tuple[int, str]]:
+    """Run `work` on two ranks of one machine; rank `die` is killed after it has been seen. Return
+    each rank's exit status and the text or the error that it ended with.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    pipes = []
+    children = []
+    for rank in range(2):
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+            try:
+                ranks.meet()
+                if rank == die:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                text = work()
+            except BaseException as error:
+                text = f"{type(error).__name__}: {error}"
+            os.write(write, text.encode())
+            os._exit(0)
+        os.close(write)
+        pipes.append(read)
+        children.append(pid)
+    texts = []
+    for read in pipes:
+        with os.fdopen(read) as file:
+            texts.append(file.read())
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    return list(zip(statuses, texts, strict=True))
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_waits_sees_that_another_was_killed() -> None:
+    def wait_for_the_other() -> str:
+        ranks.meet()
+        return "met"
+
+    (status, said), (killed, _) = fork_ranks(wait_for_the_other, die=1)
+    assert killed == -signal.SIGKILL
+    assert status == 0
+    assert said.startswith("EnvironmentFault: rank 1 was killed (out of memory?)")
+
+
+@pytest.mark.timeout(60)
+def test_a_rank_that_waits_sees_that_another_has_failed() -> None:
+    def fail_on_rank_1() -> str:
+        if ranks.rank() == 1:
+            ranks.num_failed(1)
+            time.sleep(3)  # it is still there when rank 0 looks
+            return "failed"
+        ranks.meet()
+        return "met"
+
+    (_, said), _ = fork_ranks(fail_on_rank_1)
+    assert said == "AnotherRankFailed: another rank has failed"
+
+
+@pytest.mark.timeout(60)
+def test_a_result_that_cannot_be_sent_is_an_error_of_every_rank() -> None:
+    def unsendable() -> str:
+        return str(ranks.on_main_rank(lambda: lambda: None))
+
+    for _, said in fork_ranks(unsendable):
+        assert "pickle" in said.lower()
 
 
 def outcome(work: Callable[[], object]) -> str:

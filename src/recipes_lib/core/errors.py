@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from recipes_lib.core.terminal import mask_secrets, printable
 
@@ -38,12 +39,30 @@ class RecipesError(Exception):
         self, what: str, *hints: str, file: str | Path | None = None, line: int | None = None
     ) -> None:
         super().__init__(what)
-        self.what, self.hints, self.file, self.line = what, hints, file, line
+        self.what = what
+        self.hints = hints
+        self.file = file
+        self.line = line
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An error goes to the other ranks as it is. Pickle's own way would call `__init__` with
+        # `args`, which a subclass with other parameters does not take.
+        return _error_with, (type(self), self.args, vars(self))
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line is not None else self.file
         first = self.what if self.file is None else f"{place}: {self.what}"
         return mask_secrets("\n  ".join([first.strip(), *self.hints]))
+
+
+def _error_with(
+    kind: type[RecipesError], args: tuple[Any, ...], attributes: dict[str, Any]
+) -> RecipesError:
+    """Return an error of this class with these attributes, made without its `__init__`."""
+    error = kind.__new__(kind)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 class RecipeError(RecipesError):
@@ -64,7 +83,6 @@ class RecipeErrors(RecipeError):
     def __init__(self, errors: Iterable[RecipesError]) -> None:
         self._errors = sorted(errors, key=lambda error: (str(error.file or ""), error.line or 0))
         super().__init__(f"{len(self._errors)} errors")
-        self.args = (self._errors,)  # what pickle makes it from again, on the other ranks
         self.exit_code = min(error.exit_code for error in self._errors)
 
     def __str__(self) -> str:

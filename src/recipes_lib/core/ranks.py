@@ -19,7 +19,14 @@ from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.core.terminal import say
 
 T = TypeVar("T")
+
+
+class AnotherRankFailed(RecipesError):
+    """Why this rank ends, and not why the training does: that rank says it and records it."""
+
+
 _POLL_S = 0.05
+_LOOK_S = 1.0  # between two looks whether the other ranks are still there
 
 _working_alone = False
 _calls = itertools.count()
@@ -52,26 +59,35 @@ def on_main_rank(work: Callable[[], T]) -> T:
     if store is None:
         return work()
     key = f"recipes/{next(_calls)}"
+    result: Any = None
+    error: Exception | None = None
     if rank() != 0:
         _wait(lambda: store.check([key]))
         result, error = pickle.loads(store.get(key))
     else:
-        result, error = None, None
         _working_alone = True
         try:
             result = work()
+            message = pickle.dumps((result, None))
         except Exception as caught:
             error = caught
+            message = _error_message(caught)
         finally:
             _working_alone = False
-        is_ours = error is None or isinstance(error, RecipesError)
-        sent = error if is_ours else RuntimeError(f"{type(error).__name__}: {error}")
-        store.set(key, pickle.dumps((result, sent)))
+        store.set(key, message)
     if error is not None:
         meet()
-        error.on_every_rank = True  # so that only rank 0 prints it
+        error.on_every_rank = True  # type: ignore[attr-defined]  # so that only rank 0 prints it
         raise error
     return result
+
+
+def _error_message(error: Exception) -> bytes:
+    """Return what the other ranks read of an error: ours as it is, another library's as text."""
+    sent = error
+    if not isinstance(error, RecipesError):
+        sent = RuntimeError(f"{type(error).__name__}: {error}")
+    return pickle.dumps((None, sent))
 
 
 def meet() -> None:
@@ -80,12 +96,14 @@ def meet() -> None:
     """
     store = None if _working_alone else shared_store()
     if store is not None:
-        key, everybody = f"recipes/{next(_calls)}", world_size()
+        key = f"recipes/{next(_calls)}"
+        everybody = world_size()
         store.add(key, 1)
         _wait(lambda: store.add(key, 0) >= everybody)
         store.add(key, 1)
         if rank() == 0:
-            _wait(lambda: store.add(key, 0) == 2 * everybody)
+            # a rank that has left may already report the error for which all met here
+            _wait(lambda: store.add(key, 0) == 2 * everybody, unless_failed=False)
 
 
 def agree_on_largest(value: int) -> int:
@@ -110,24 +128,65 @@ def _rendezvous() -> Any:
     from torch.distributed.rendezvous import rendezvous
 
     store = next(rendezvous("env://"))[0]
-    store.set(f"recipes/pid/{rank()}", str(os.getpid()))
+    store.set(_pid_key(rank()), str(os.getpid()))
     return store
+
+
+def _pid_key(number: int) -> str:
+    """Where a rank leaves the number of its process."""
+    return f"recipes/pid/{number}"
 
 
 def killed_rank() -> EnvironmentFault | None:
     """Return an error that names a rank of this machine whose process is gone, if there is one."""
-    import psutil
-
-    with suppress(Exception):  # one process, all are there, or the store has ended with rank 0
-        first, local = rank() - int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        pids = {n: int(shared_store().get(f"recipes/pid/{n}")) for n in range(first, first + local)}
-        time.sleep(1)  # until the launcher has seen its end
-        gone = next(n for n, pid in pids.items() if not psutil.pid_exists(pid))
-        return EnvironmentFault(f"rank {gone} was killed (out of memory?); recipes train resumes")
+    store = shared_store()
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if store is None or local_world_size == 1:
+        return None
+    first = rank() - int(os.environ["LOCAL_RANK"])
+    for number in range(first, first + local_world_size):
+        with suppress(RuntimeError):  # the store has ended with rank 0
+            key = _pid_key(number)
+            if store.check([key]) and _has_ended(int(store.get(key))):
+                what = f"rank {number} was killed (out of memory?); recipes train resumes"
+                return EnvironmentFault(what)
     return None
 
 
-def _wait(arrived: Callable[[], bool]) -> None:
-    """Ask again and again, so that signals are handled meanwhile."""
+def _has_ended(pid: int) -> bool:
+    """Whether a process is gone; one that its parent has not reaped yet is."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def num_failed(more: int = 0) -> int:
+    """Return how many ranks have reported a failure, after `more` were added.
+
+    Raises:
+        RuntimeError: the store has ended with the rank that holds it.
+    """
+    return int(shared_store().add("recipes/failed", more))
+
+
+def _wait(arrived: Callable[[], bool], *, unless_failed: bool = True) -> None:
+    """Ask again and again, so that signals are handled meanwhile.
+
+    Raises:
+        EnvironmentFault: a rank of this machine was killed, so that nobody will arrive.
+        AnotherRankFailed: another rank has reported its failure, if `unless_failed`.
+    """
+    next_look = time.monotonic() + _LOOK_S
     while not arrived():
         time.sleep(_POLL_S)
+        if time.monotonic() < next_look:
+            continue
+        next_look = time.monotonic() + _LOOK_S
+        fault: RecipesError | None = killed_rank()
+        if fault is None and unless_failed and num_failed():
+            fault = AnotherRankFailed("another rank has failed")
+        if fault is not None and not arrived():  # it may have ended after its arrival
+            raise fault

@@ -17,7 +17,14 @@ from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, explain_fault
 from recipes_lib.core.files import Row, publish, sync, utc_now, write_json, write_text
-from recipes_lib.core.ranks import killed_rank, meet, on_main_rank, rank
+from recipes_lib.core.ranks import (
+    AnotherRankFailed,
+    killed_rank,
+    meet,
+    on_main_rank,
+    rank,
+    world_size,
+)
 from recipes_lib.core.run_directory import RunDirectory, State, run_lock
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.prepare import PreparedData
@@ -151,6 +158,9 @@ class Attempt:
         next_step("chat", run.name)
 
 
+_ENDING_S = 1.0
+
+
 @contextmanager
 def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Iterator[Attempt]:
     """Hold a run for one attempt: rank 0 has the lock, and all ranks leave together."""
@@ -161,9 +171,14 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
             attempt.finished, attempt.owns_records = on_main_rank(lambda: attempt.begin(stack))
             yield attempt
             meet()
+        except AnotherRankFailed:
+            raise
         except Exception as error:
             fault = error if isinstance(error, RecipesError) else explain_fault(error)
-            fault = fault or killed_rank()
+            if fault is None and world_size() > 1:
+                # a lost connection: give the kernel a moment to end the rank that was killed
+                time.sleep(_ENDING_S)
+                fault = killed_rank()
             code = int(fault.exit_code if fault else ExitCode.FAILED)
             if rank() == 0 or not getattr(error, "on_every_rank", False):
                 attempt.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))

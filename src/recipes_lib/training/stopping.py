@@ -21,7 +21,14 @@ from typing import NoReturn
 
 from recipes_lib.core import errors
 from recipes_lib.core.errors import ExitCode, RecipesError
-from recipes_lib.core.ranks import agree_on_largest, rank, shared_store, world_size
+from recipes_lib.core.ranks import (
+    AnotherRankFailed,
+    agree_on_largest,
+    num_failed,
+    rank,
+    shared_store,
+    world_size,
+)
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
@@ -123,20 +130,27 @@ def report(error: Exception, run: Path | None) -> int:
     """
     message = error if isinstance(error, RecipesError) else errors.explain_fault(error)
     message = message or _as_defect(error, run)
-    is_rank_0s, is_first = getattr(error, "on_every_rank", False), _failures(1) == 1
-    if rank() == 0 if is_rank_0s else is_first:
+    is_of_rank_0 = getattr(error, "on_every_rank", False)
+    is_first = _failures(1) == 1
+    says_it = rank() == 0 if is_of_rank_0 else is_first
+    if says_it:
         errors.print_error(message)
-    end = time.monotonic() + ALL_FAIL_WITHIN_S
-    while (failed := _failures(0)) < world_size() and time.monotonic() < end:
+    deadline = time.monotonic() + ALL_FAIL_WITHIN_S
+    num_ended = _failures(0)
+    while num_ended < world_size() and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    return exit_status(int(message.exit_code), on_every_rank=failed == world_size())
+        num_ended = _failures(0)
+    all_ended = num_ended == world_size()
+    if isinstance(error, AnotherRankFailed):  # whose exit code it is, too
+        return 0 if all_ended and EXIT_CODE_FILE in os.environ else int(ExitCode.FAILED)
+    return exit_status(int(message.exit_code), on_every_rank=all_ended)
 
 
 def _failures(more: int) -> int:
     """Return how many ranks have failed, after `more` were added."""
     with suppress(Exception):
-        if (store := shared_store()) is not None:
-            return int(store.add("recipes/failed", more))
+        if shared_store() is not None:
+            return num_failed(more)
     return rank() + 1 if more else world_size()  # alone, or the store has ended with rank 0
 
 
