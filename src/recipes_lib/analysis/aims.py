@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,16 +31,25 @@ class Margin:
     def read(cls, value: object) -> Margin | None:
         """Return a margin as it is written; None where it is none."""
         match = re.fullmatch(r"([0-9.eE+-]+)( ?points?)?", str(value).strip())
-        with suppress(ValueError):
-            if match and 0 < (size := float(match[1])) < math.inf:
-                return cls(size / 100, True) if match[2] else cls(size)
-        return None
+        if match is None:
+            return None
+        try:
+            size = float(match[1])
+        except ValueError:  # as 1e or 2-3
+            return None
+        if not 0 < size < math.inf:
+            return None
+        if match[2]:
+            return cls(size=size / 100, points=True)
+        return cls(size=size)
 
     def fits(self, metric: str, unit: str | None = None) -> str:
         """Return why the margin cannot be one of a metric; its name tells the unit without one."""
         last = metric.rpartition("/")[2]
-        if unit is None:
-            unit = "grade" if last == "grade" else "number" if last in NO_SHARES else "share"
+        if unit is None and last == "grade":
+            unit = "grade"
+        elif unit is None:
+            unit = "number" if last in NO_SHARES else "share"
         if self.points and unit != "share":
             return f"{metric} is not a share, so has no points: give a number in its unit"
         scale = UNIT_SCALES.get(unit)

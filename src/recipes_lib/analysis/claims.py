@@ -128,8 +128,14 @@ class Conclusion:
         """What prevents a verdict or an answer, each with its fix."""
         stops = [finding for finding in self.findings if finding.code == NO_SUCH_METRIC]
         stops += [finding for claim in self.claims for finding in claim.stopped_by]
-        lines = [f"{each.title}." + f" Fix: {each.remedy}." * bool(each.remedy) for each in stops]
-        return [*filter(None, [self.descriptive]), *dict.fromkeys(lines)]
+        lines = [self.descriptive] if self.descriptive else []
+        for finding in stops:
+            line = f"{finding.title}."
+            if finding.remedy:
+                line += f" Fix: {finding.remedy}."
+            if line not in lines:
+                lines.append(line)
+        return lines
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as plain values, for JSON."""
@@ -241,28 +247,42 @@ def _shown(
 ) -> Claim:
     """What a row shows; `between` is what differs between its arms."""
     if row.aside:
-        return Claim(row, "not tested")
+        return Claim(row=row, verdict="not tested")
     stopped_by = tuple(finding for finding in touching if finding.severity == "error")
     if not row.is_tested or stopped_by or descriptive:
-        return Claim(row, "no verdict", "", stopped_by, descriptive)
-    direction, within = _direction(row), _within(row)
+        return Claim(row=row, verdict="no verdict", stopped_by=stopped_by, descriptive=descriptive)
+    direction = _direction(row)
+    within = _within(row)
     if not direction:
-        return Claim(row, "not shown", within)
-    trained = min(row.trainings) > 0
-    one_recipe = trained and design is not None and all(each.level == "note" for each in between)
+        return Claim(row=row, verdict="not shown", within=within)
+    both_trained = min(row.trainings) > 0
+    is_one_recipe = all(difference.level == "note" for difference in between)
+    one_recipe = both_trained and design is not None and is_one_recipe
+    verdict: Verdict
     if one_recipe or not several_trainings(row):
-        verdict: Verdict = "higher" if direction > 0 else "lower"
-        return Claim(row, verdict, within, one_recipe=one_recipe)
-    claim = Claim(row, "better" if direction > 0 else "worse", within)
-    if not trained or design is None:
+        verdict = "higher" if direction > 0 else "lower"
+        return Claim(row=row, verdict=verdict, within=within, one_recipe=one_recipe)
+    verdict = "better" if direction > 0 else "worse"
+    claim = Claim(row=row, verdict=verdict, within=within)
+    if not both_trained or design is None:
         return claim
-    confounds = [each.what for each in between if each.level == "confound"]
-    others = [each for each in touching if each.severity == "confound"]
-    why = [f"they also differ in {sentence_list(confounds, 4)}"] if confounds else []
-    why += [_inside(each.title) for each in others if each.code != "undeclared-difference"]
-    if why:
-        return replace(claim, no_cause="; ".join(why))
-    return replace(claim, cause=tuple(each for each in between if each.level in ("cause", "tuned")))
+    no_cause = _why_no_cause(touching, between)
+    if no_cause:
+        return replace(claim, no_cause=no_cause)
+    declared = [difference for difference in between if difference.level in ("cause", "tuned")]
+    return replace(claim, cause=tuple(declared))
+
+
+def _why_no_cause(touching: Sequence[Finding], between: Sequence[Difference]) -> str:
+    """Why a difference between two arms cannot be laid to the declared keys, or nothing."""
+    reasons = []
+    confounds = [difference.what for difference in between if difference.level == "confound"]
+    if confounds:
+        reasons.append(f"they also differ in {sentence_list(confounds, 4)}")
+    # `undeclared-difference` says in other words what `between` has
+    others = [finding for finding in touching if finding.code != "undeclared-difference"]
+    reasons += [_inside(finding.title) for finding in others if finding.severity == "confound"]
+    return "; ".join(reasons)
 
 
 def several_trainings(row: TableRow) -> bool:
@@ -290,7 +310,11 @@ def _within(row: TableRow) -> Within:
     not_worse, not_better = (p <= ALPHA for p in row.p_margin)
     if not_worse and not_better:
         return "equivalent"
-    return "not worse" if not_worse else "not better" if not_better else ""
+    if not_worse:
+        return "not worse"
+    if not_better:
+        return "not better"
+    return ""
 
 
 # ---- The text ----
@@ -305,9 +329,12 @@ def _sentence(claim: Claim) -> str:
         kind = claim.descriptive.partition(":")[0]
         return f"{kind}: {first} and {second} in {where}: {_values(row)}, no verdict."
     if claim.verdict == "no verdict":
-        why = _inside(claim.stopped_by[0].title) if claim.stopped_by else row.why_not
-        shown = f" ({_values(row)})" if row.first_value is not None else ""
-        return f"No verdict about {first} and {second} in {where}{shown}: {why}."
+        why = row.why_not
+        if claim.stopped_by:
+            why = _inside(claim.stopped_by[0].title)
+        if row.first_value is not None:
+            where = f"{where} ({_values(row)})"
+        return f"No verdict about {first} and {second} in {where}: {why}."
     numbers = f"{_values(row)}, {_evidence(row)}"
     if claim.verdict == "not shown":
         return _not_shown(claim, numbers)
@@ -393,15 +420,20 @@ def _cause(claim: Claim) -> str:
     row = claim.row
     if claim.no_cause:
         return f" No cause is named: {claim.no_cause}."
-    own = [each for each in claim.cause if each.level == "cause"]
-    if not own:
-        return ""
-    what = sentence_list([each.text for each in own], 4)
-    verb, owner = ("differs", "its") if len(own) == 1 else ("differ", "their joint")
+    declared = [each.text for each in claim.cause if each.level == "cause"]
     tuned = [each.text for each in claim.cause if each.level == "tuned"]
-    best = f", each at its best {sentence_list(tuned)}" if tuned else ""
+    if not declared:
+        return ""
+    only = f"Only {sentence_list(declared, 4)} differ"
+    owner = "their joint"
+    if len(declared) == 1:
+        only += "s"
+        owner = "its"
+    only += " between them"
+    if tuned:
+        only += f", each at its best {sentence_list(tuned)}"
     seeds = count(min(row.trainings), "training seed")
-    return f" Only {what} {verb} between them{best}, so this is {owner} effect over {seeds}."
+    return f" {only}, so this is {owner} effect over {seeds}."
 
 
 def where_text(row: TableRow) -> str:
@@ -432,9 +464,9 @@ def limits_text(row: TableRow) -> str:
 def _values(row: TableRow) -> str:
     if row.head_to_head:
         return f"win rate {effect_text(row)} {limits_text(row)}".strip()
-    both = " against ".join(
-        metric_text(value, row.unit) for value in (row.first_value, row.second_value)
-    )
+    first = metric_text(row.first_value, row.unit)
+    second = metric_text(row.second_value, row.unit)
+    both = f"{first} against {second}"
     if row.test is None:
         return both
     return f"{both}, difference {effect_text(row)} {limits_text(row)}".strip()
@@ -442,18 +474,24 @@ def _values(row: TableRow) -> str:
 
 def _evidence(row: TableRow) -> str:
     assert row.test is not None
-    corrected = f"{p_text(row.p)} (Holm)" if row.tests > 1 else p_text(row.p)
-    n = count(row.test.resolved.questions, "row" if row.suite == "heldout_loss" else "question")
-    unresolved = f", {row.test.unresolved} without a verdict" if row.test.unresolved else ""
-    several = min(row.trainings) and max(row.trainings) > 1
-    trained = f", {count(max(row.trainings), 'training')} each" if several else ""
-    return f"{corrected}, n = {n}{unresolved}{trained}"
+    evidence = p_text(row.p)
+    if row.tests > 1:
+        evidence += " (Holm)"
+    unit = "row" if row.suite == "heldout_loss" else "question"
+    evidence += f", n = {count(row.test.resolved.questions, unit)}"
+    if row.test.unresolved:
+        evidence += f", {row.test.unresolved} without a verdict"
+    if min(row.trainings) > 0 and max(row.trainings) > 1:
+        evidence += f", {count(max(row.trainings), 'training')} each"
+    return evidence
 
 
 def _inside(title: str) -> str:
     """A title inside a sentence: its first word small unless it is a name."""
     starts = ("The ", "All ", "Different ", "Comparisons ", "No row ")
-    return title[0].lower() + title[1:] if title.startswith(starts) else title
+    if not title.startswith(starts):
+        return title
+    return title[0].lower() + title[1:]
 
 
 # ---- As lines: the terminal and report.md ----
@@ -463,21 +501,18 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
     """Return the answer, what cannot be said, the table by pairs of arms, and the findings."""
     lines = conclusion.answer if conclusion.claims else score_lines(conclusion)
     if conclusion.cannot_say:
-        lines = [
-            *lines,
-            "",
-            "What cannot be said:",
-            *(f"- {each}" for each in conclusion.cannot_say),
-        ]
+        lines += ["", "What cannot be said:"]
+        lines += [f"- {line}" for line in conclusion.cannot_say]
     for (first, second), claims in conclusion.pairs.items():
-        lines = [*lines, "", f"{first} against {second}", *pair_lines(claims)]
+        lines += ["", f"{first} against {second}", *pair_lines(claims)]
     if conclusion.claims and not conclusion.descriptive:
-        lines = [*lines, "", tests_text(conclusion.table)]
-    lines = [*lines, ""] if conclusion.findings else lines  # --json has their evidence
+        lines += ["", tests_text(conclusion.table)]
+    if conclusion.findings:
+        lines.append("")
     for finding in conclusion.findings:
         lines.append(f"{finding.severity}: {finding.title}")
         if finding.severity != "note" and finding.remedy:
-            lines.append(f"  {finding.remedy}")
+            lines.append(f"  {finding.remedy}")  # --json has the evidence
     return [printable(line) for line in lines]
 
 
@@ -501,18 +536,25 @@ def pair_lines(claims: list[Claim]) -> list[str]:
     table = [("metric", *claims[0].row.arms, *columns)]
     for claim in claims:
         row = claim.row
-        unresolved = f" ({row.test.unresolved} open)" if row.test and row.test.unresolved else ""
+        metric = where_text(row)
+        if row.primary:
+            metric += " (primary)"
+        items = NONE
+        if row.test:
+            items = f"{row.n:,}"
+            if row.test.unresolved:
+                items += f" ({row.test.unresolved} open)"
         p = NONE
         if row.is_counted:
             p = p_text(row.p).removeprefix("p ").removeprefix("= ")
         table.append(
             (
-                where_text(row) + " (primary)" * row.primary,
+                metric,
                 metric_text(row.first_value, row.unit),
                 metric_text(row.second_value, row.unit),
                 f"{effect_text(row)} {limits_text(row)}".strip(),
                 p,
-                f"{row.n:,}{unresolved}" if row.test else NONE,
+                items,
                 claim.says,
                 ", ".join(filter(None, [*row.flags, row.why_not])),
             )

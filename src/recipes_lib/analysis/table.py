@@ -172,7 +172,10 @@ def build_table(
         rows += _rows(first, second, measured, words)
     for row in rows:
         row.is_stopped = is_stopped(row)
-    _mark(rows, arms, aims)
+    _set_asides(rows, arms, aims)  # first: what is set aside has no margin and is not primary
+    _set_margins(rows, aims)
+    _set_primary(rows, aims)
+    _refuse_few_of_many(rows)
     _correct(rows)
     pairs = list(dict.fromkeys(row.arms for row in rows))
     rows.sort(key=lambda row: (pairs.index(row.arms), not row.primary, bool(row.aside)))
@@ -438,36 +441,58 @@ def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
 # ---- The whole table ----
 
 
-def _mark(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
-    """Mark what is shown and not tested, the primary rows, and the margins."""
+def _set_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
+    """Set aside the tasks of a group that is tested as one mean, but for those that are named."""
     metrics = {metric.name: metric for arm in arms for run in arm.runs for metric in run.metrics}
-    groups = {
-        (row.arms, row.eval, part): metrics[row.metric].task
-        for row in reversed(rows)
-        for part in metrics[row.metric].parts
-        if row.is_tested
-    }
-    words = [metric_parts(word) for word in (aims.primary, *aims.margins) if word]
+    group_of: dict[tuple[tuple[str, str], str, str], str] = {}
+    for row in rows:
+        if row.is_tested:
+            metric = metrics[row.metric]
+            for part in metric.parts:
+                group_of.setdefault((row.arms, row.eval, part), metric.task)
+    named = [metric_parts(word) for word in (aims.primary, *aims.margins) if word]
     for row in rows:
         task = metrics[row.metric].task
-        group = groups.get((row.arms, row.eval, task))
-        if group and not any(task in parts for parts in words):
+        group = group_of.get((row.arms, row.eval, task))
+        is_named_alone = any(task in parts for parts in named)
+        if group and not is_named_alone:
             row.aside = f"it is part of {group}, which is tested as one mean"
-    marked: set[tuple[str, str]] = set()  # the first tested row of two arms, head to head before
-    for row in sorted(rows, key=lambda row: not row.is_tested):
+
+
+def _set_margins(rows: Sequence[TableRow], aims: Aims) -> None:
+    """Set the margins of rows, and say where a margin cannot be one of its metric."""
+    for row in rows:
         margin = None if row.aside else aims.margin_of(row.metric)
-        if wrong := margin.fits(row.metric, row.unit) if margin else "":
+        if margin is None:
+            continue
+        wrong = margin.fits(row.metric, row.unit)
+        if wrong:
             row.flags = (*row.flags, f"no margin: {wrong}")
-        elif margin:  # a difference of x between two rates is x / 2 from one half
-            row.margin = margin.size / 2 if row.head_to_head else margin.size
-        if aims.primary and is_named(aims.primary, row.metric) and not row.aside:
-            row.primary = row.arms not in marked
+        elif row.head_to_head:
+            row.margin = margin.size / 2  # a difference of x between two rates: x / 2 from one half
+        else:
+            row.margin = margin.size
+
+
+def _set_primary(rows: Sequence[TableRow], aims: Aims) -> None:
+    """Mark one primary row of each two arms: the first that has a test; head to head is first."""
+    if not aims.primary:
+        return
+    marked: set[tuple[str, str]] = set()
+    for row in sorted(rows, key=lambda row: not row.is_tested):
+        if is_named(aims.primary, row.metric) and not row.aside and row.arms not in marked:
+            row.primary = True
             marked.add(row.arms)
-    tested = [row for row in rows if row.is_counted]
-    primaries = sum(row.primary for row in tested)
-    for row in tested:
-        together = primaries if row.primary else len(tested)
-        if together >= MANY_TESTS and row.test and row.test.resolved.questions < FEWEST_OF_MANY:
+
+
+def _refuse_few_of_many(rows: Sequence[TableRow]) -> None:
+    """Refuse a verdict to rows of few questions where many tests are corrected together."""
+    counted = [row for row in rows if row.is_counted]
+    primaries = sum(row.primary for row in counted)
+    for row in counted:
+        assert row.test is not None
+        together = primaries if row.primary else len(counted)
+        if together >= MANY_TESTS and row.test.resolved.questions < FEWEST_OF_MANY:
             row.why_not = f"fewer than {FEWEST_OF_MANY} questions are too few for {together} tests"
 
 
