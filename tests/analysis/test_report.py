@@ -213,6 +213,22 @@ def test_an_arm_without_anything_is_a_page_too(tmp_path: Path) -> None:
     assert conclusion.cannot_say == ["Interim: train.a still missing. Fix: go."]
 
 
+def test_an_interim_report_has_no_win_rate_of_one_arm_against_another(folders, tmp_path) -> None:
+    """It is their difference, in scores and by category; nor are there intervals of one arm."""
+    write_judged(folders["r32"][0], 60, against="study--r8", skill=0.8)
+    arms = load_arms(folders)
+    for missing in ((), ("training study--r64",)):
+        conclusion = conclude(arms, design=Design("study", "Does rank matter?", missing=missing))
+        write_report(tmp_path / "report", conclusion, arms)
+        rows = json.loads((tmp_path / "report/numbers.json").read_text())
+        kinds = {row["kind"] for row in rows}
+        assert ("category" in kinds) == ("comparison" in kinds) == (not missing)
+        scores = [row for row in rows if row["kind"] == "score"]
+        assert any(row["opponent"] == "r8" for row in scores) == (not missing)
+        has_intervals = any(row["low_95_not_corrected"] is not None for row in scores)
+        assert scores and has_intervals == (not missing)
+
+
 def test_a_question_that_states_something_is_marked_and_an_ordinary_one_is_not() -> None:
     asked = ["Is DDP vs. FSDP a wash?", "Which learning rate (1e-4, 2e-4) is best?"]
     asked += ["Does r=32, i.e. 4x more, help?"]

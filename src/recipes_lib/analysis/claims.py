@@ -166,8 +166,11 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
     names = sentence_list([arm.name for arm in arms])
     question = question_text(design.question) if design else f"How do {names} compare?"
     if design is not None and design.missing and table.rows:
-        # Who sees differences can still choose arms, seeds and evals by them.
-        alone = TestedTable((), table.scores)
+        # Who sees differences can still choose arms, seeds and evals by them. A win rate against
+        # another arm is one.
+        scores = [score for score in table.scores if score.opponent not in arms.by_name]
+        without_intervals = [replace(score, interval=None) for score in scores]
+        alone = TestedTable((), tuple(without_intervals))
         left = count(len(design.missing), "training or result")
         waiting = f"Interim: {left} still missing. The arms are compared when all are there."
         return Conclusion(question, alone, findings, (), descriptive, waiting)

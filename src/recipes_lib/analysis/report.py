@@ -101,7 +101,7 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         answers=answer_counts(arms),
         trainings=trainings(arms),
         tuned=design.tuned if design else {},
-        categories=categories(arms),
+        categories={} if conclusion.waiting else categories(arms),
         audits=_audits(arms),
         samples=samples,
         sample_data=Markup(script_json(samples)),
@@ -204,7 +204,8 @@ def number_rows(conclusion: Conclusion, arms: Arms) -> Iterator[dict[str, Any]]:
         yield _number("comparison", row | {"verdict": claim.verdict, "within": claim.within})
     for score in conclusion.table.scores:
         yield _number("score", asdict(score))
-    for rows in categories(arms).values():
+    by_category = {} if conclusion.waiting else categories(arms)
+    for rows in by_category.values():
         yield from (_number("category", row) for row in rows)
     yield from (_number("training", {"n": 1, **row}) for row in trainings(arms))
     for arm, name, faults in answer_counts(arms):
