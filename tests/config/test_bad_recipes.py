@@ -32,6 +32,11 @@ BAD_LINES = [
     ("train", "metric_for_best_model: accuracy", "train.metric_for_best_model 'loss'"),
     ("train", "logging_nan_inf_filter: true", "False"),
     ("train", "output: !!python/object/apply:os.system [ls]", "tags are not allowed"),
+    # upstream takes these, and they would do nothing
+    ("train", "dataloader_drop_last: true", "train.dataloader_drop_last own data loader"),
+    ("train", "eval_packing: false", "train.eval_packing validation is this project's own"),
+    ("train", "bf16_full_eval: true", "train.bf16_full_eval train.bf16"),
+    ("train", "length_column_name: len", "train.length_column_name prepared rows"),
     ("train", "hub_token: abc", "train.hub_token recipes export"),
     ("run", "notes: use hf_abcdefghijklmnopqrstuvwx", "secret"),
     ("run", "name: ../x", "run.name cannot be a folder name"),

@@ -26,7 +26,7 @@ EXPLODES = ["lora=null", "train.adam_epsilon=0", "train.lr_scheduler_type=consta
 FAILURES = {
     # an error of the data has a class of its own, which must reach the other rank as it is
     "wrong-column": (None, ["data.columns={instruction: nope}"], 4, "'nope'"),
-    "wrong-length": (None, ["train.max_length=4"], 4, "max_length"),
+    "wrong-length": (None, ["train.max_length=4"], 4, "no supervised token"),
     "no-rows": (None, ["data.filters={max_tokens: 1}"], 4, "max_tokens"),
     "every-rank": (None, EXPLODES, 3, "gradient norm is nan"),
     "in-step-3": ("fail_on_rank_1", [], 5, "out of memory"),

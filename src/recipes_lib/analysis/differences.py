@@ -33,7 +33,7 @@ _SAME_MATHEMATICS = (
     *("train.activation_checkpointing", "train.activation_checkpointing_kwargs"),
     *("train.gradient_checkpointing", "train.gradient_checkpointing_kwargs"),
     *("train.per_device_train_batch_size", "train.per_device_eval_batch_size"),
-    *("train.gradient_accumulation_steps", "train.eval_accumulation_steps"),
+    "train.gradient_accumulation_steps",
     *("train.ddp_find_unused_parameters", "train.torch_compile"),
     *("launch.accelerate", "launch.gpus", "launch.nodes"),
 )

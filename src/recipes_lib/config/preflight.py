@@ -23,7 +23,7 @@ from recipes_lib.models.packaged import MODEL, packaged_folder
 
 KEY = "model.name_or_path"
 DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
-_OF_GPUS = {"fp16", "fp16_full_eval", "tf32"}
+_OF_GPUS = {"fp16", "tf32"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 

@@ -48,6 +48,24 @@ RENAMES = {
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 _RENAMED = "renamed to train.{} in TRL 1 / transformers 5; for a whole old file: recipes migrate"
+_OWN_LOADER = "this project's own data loader decides it"
+_OWN_EVALUATION = "validation is this project's own: the loss of every token, in train.bf16 or fp16"
+# Keys that upstream would take, and that the trainer of this project never asks for.
+_WITHOUT_EFFECT = {
+    "dataloader_drop_last": _OWN_LOADER,
+    "dataloader_multiprocessing_context": _OWN_LOADER,
+    "dataloader_in_order": _OWN_LOADER,
+    "length_column_name": "lengths are those of the prepared rows",
+    "eval_packing": _OWN_EVALUATION,
+    "bf16_full_eval": _OWN_EVALUATION,
+    "fp16_full_eval": _OWN_EVALUATION,
+    "eval_accumulation_steps": _OWN_EVALUATION,
+    "eval_do_concat_batches": _OWN_EVALUATION,
+    "eval_use_gather_object": _OWN_EVALUATION,
+    "batch_eval_metrics": _OWN_EVALUATION,
+    "include_for_metrics": _OWN_EVALUATION,
+    "prediction_loss_only": _OWN_EVALUATION,
+}
 # What no recipe sets, by the beginning of its name, and why.
 _NOT_OURS = {
     "train": (
@@ -110,6 +128,8 @@ def _section(name: str, fields: dict[str, Values]) -> type[Section]:
     ours, renames = (TRAIN_DEFAULTS, RENAMES) if name == "train" else ({}, {})
     pattern, why = _NOT_OURS[name]
     gone = {key: why for key in fields if re.match(pattern, key)}
+    if name == "train":
+        gone |= _WITHOUT_EFFECT
     gone |= {old: _RENAMED.format(new) for old, new in renames.items()}
     keys = {
         key: (
@@ -141,7 +161,7 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     # the Trainer would compile the model as a whole; `training.compiled` does it block by block
     values = {key: recipe.train[key] for key in recipe.train if key not in COMPILE_KEYS}
     values["use_cpu"] = values.get("use_cpu", False) or not has_accelerator()
-    if values["use_cpu"] and (values.get("fp16") or values.get("fp16_full_eval")):
+    if values["use_cpu"] and values.get("fp16"):
         what = "train.fp16 does nothing on a CPU: it would silently train in float32"
         raise recipe.error("train.fp16", what, "use train.bf16: true")
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)

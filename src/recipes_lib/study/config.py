@@ -28,7 +28,7 @@ _SET_BY_STUDY = {"train.seed", "run.name"}
 _SET_BY_LAUNCH = ("launch.distributed_type", "launch.mixed_precision", "launch.world_size")
 # Keys that decide which tokens a validation loss is a mean over, and how.
 _OF_THE_LOSS = re.compile(
-    r"train\.(max_length|truncation_mode|\w+_only_loss|(eval_)?packing|(bf|fp)16(_full_eval)?)$"
+    r"train\.(max_length|truncation_mode|\w+_only_loss|packing|(bf|fp)16)$"
 )
 # Added to the recipe's seed: a training that won by its validation loss is flattered, so no arm's.
 _TUNING_SEED = 1000
