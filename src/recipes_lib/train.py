@@ -67,7 +67,7 @@ def train(
 
         # arguments -> tokenizer -> rows; rows without anything to learn from stop the run
         check_packages(recipe)
-        tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
+        tokenizer = load_checked_tokenizer(recipe, active, options.trust_remote_code)
         # A template that prints the date prints that of the run's first day in every attempt.
         date = on_main_rank(
             lambda: template_date(recipe.data, tokenizer, attempt.earlier.get("template_date"))

@@ -11,7 +11,8 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.config import upstream
-from recipes_lib.config.preflight import check_model_files, check_upstream
+from recipes_lib.config.launch import Active
+from recipes_lib.config.preflight import check_model_files, check_upstream, running_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
 
@@ -177,3 +178,17 @@ def test_a_causal_model_with_allowed_code_and_plain_weights_is_taken(write, mode
 def test_a_package_that_is_missing_is_named_before_anything_is_loaded(write_with, capsys):
     assert main(["check", "--full", str(write_with("train", "report_to: [swanlab]"))]) == 5
     assert "r.yaml:8: train.report_to: swanlab is not installed" in capsys.readouterr().err
+
+
+def test_the_launch_that_runs_is_checked_and_not_the_recipes_default(write, tiny_model_dir):
+    """`recipes train --accelerate cpu` of a recipe whose own launch is four GPUs, or FSDP."""
+    alone = running_launch(Active(world_size=1, distributed_type="one process", device="cpu"))
+    words = ["run.global_batch_size=8", "train.per_device_train_batch_size=4"]
+    four = local(write, tiny_model_dir, "launch={accelerate: ddp, gpus: 4}", *words)
+    assert any("multiple of" in str(error) for error in check_upstream(four))
+    assert not check_upstream(four, launch=alone)
+
+    quantized = "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4}"
+    sharded = local(write, tiny_model_dir, "launch.accelerate=fsdp", quantized)
+    assert any("FSDP keeps 4-bit" in str(error) for error in check_upstream(sharded))
+    assert not check_upstream(sharded, launch=alone)

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.config import upstream
-from recipes_lib.config.launch import AccelerateConfig, plan_launch
+from recipes_lib.config.launch import Active, plan_launch
 from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
@@ -22,25 +21,66 @@ from recipes_lib.models import families
 from recipes_lib.models.packaged import MODEL, packaged_folder
 
 KEY = "model.name_or_path"
+_WRAP_KEY = "fsdp_transformer_layer_cls_to_wrap"
 DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
 _OF_GPUS = {"fp16", "tf32"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckedLaunch:
+    """What the checks of a recipe ask about a launch: the recipe's default, or the running one."""
+
+    world_size: int
+    on_cpu: bool
+    is_sharded: bool  # by FSDP
+    wrapped_classes: str  # the layer classes that FSDP is told to wrap, with commas between them
+    source: str  # who tells it
+
+
+def default_launch(recipe: Recipe) -> CheckedLaunch:
+    """Return the launch that a recipe's own section describes."""
+    launch = plan_launch(recipe.launch)
+    return CheckedLaunch(
+        world_size=launch.world_size,
+        on_cpu=launch.config.use_cpu,
+        is_sharded=launch.config.distributed_type == "FSDP",
+        wrapped_classes=str(launch.config.fsdp_config.get(_WRAP_KEY) or ""),
+        source=launch.config.path.name,
+    )
+
+
+def running_launch(active: Active) -> CheckedLaunch:
+    """Return the launch of the processes that are running, whatever the recipe's section says."""
+    return CheckedLaunch(
+        world_size=active.world_size,
+        on_cpu=active.device == "cpu",
+        is_sharded=active.distributed_type.startswith("FSDP"),
+        wrapped_classes=os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ""),
+        source="the accelerate config",
+    )
+
+
 def check_upstream(
-    recipe: Recipe, *, remote_code: bool | None = None, notes: list[RecipeError] | None = None
+    recipe: Recipe,
+    *,
+    launch: CheckedLaunch | None = None,
+    remote_code: bool | None = None,
+    notes: list[RecipeError] | None = None,
 ) -> list[RecipeError]:
-    """Return what upstream, the model's files and the default launch have against a recipe.
+    """Return what upstream and the model's files have against a recipe and its launch.
 
     Args:
+        launch: the launch that it is about; None for the recipe's default.
         remote_code: whether the command line allowed the model's own code; None to load no model.
         notes: is given what could not be checked.
     """
     # it warns about optional kernels as soon as PEFT imports it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     errors, checkable = list[Any](), recipe
-    launch, folder = plan_launch(recipe.launch), local_folder(recipe)
-    if not (launch.config.use_cpu or upstream.has_accelerator()):  # it is meant for a GPU
+    launch = launch or default_launch(recipe)
+    folder = local_folder(recipe)
+    if not (launch.on_cpu or upstream.has_accelerator()):  # it is meant for a GPU
         train = {key: recipe.train[key] for key in recipe.train.keys() - _OF_GPUS}
         checkable = replace(recipe, train=train)
     for build in (
@@ -53,8 +93,7 @@ def check_upstream(
             build()
         except (RecipeError, EnvironmentFault) as error:
             errors += getattr(error, "errors", [error])
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked or launch.config.distributed_type == "FSDP":
+    if launch.is_sharded:
         errors += _changed_by_shards(recipe)
     wrong = list(check_model_files(recipe, folder, remote_code=remote_code)) if folder else []
     absent = folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -67,7 +106,7 @@ def check_upstream(
         return [*errors, *wrong]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return list(check_names(recipe, folder, launch.config))
+        return list(check_names(recipe, folder, launch))
 
 
 def _changed_by_shards(recipe: Recipe) -> Iterator[RecipeError]:
@@ -141,9 +180,7 @@ def weight_faults(folder: Path) -> Iterator[str]:
             yield f"{shard} is damaged or missing: {one_line(error)}"
 
 
-def check_names(
-    recipe: Recipe, folder: Path, accelerate: AccelerateConfig
-) -> Iterator[RecipeError]:
+def check_names(recipe: Recipe, folder: Path, launch: CheckedLaunch) -> Iterator[RecipeError]:
     """Yield names that a model does not have, and what its class cannot do; no code of it runs."""
     import torch
     import transformers
@@ -162,11 +199,10 @@ def check_names(
     if recipe.train.get(packs) and not wrapped and (why := families.why_rows_apart(model)):
         what = f"train.{packs}: {type(model).__name__} {why}"
         yield recipe.error(f"train.{packs}", what, f"set train.{packs}: false")
-    wrap = "fsdp_transformer_layer_cls_to_wrap"
     classes = {type(module).__name__ for module in model.modules()}
-    asked = re.split(r"\s*,\s*", str(accelerate.fsdp_config.get(wrap) or ""))
-    for layer in {*asked} - {""} - classes:
-        what = f"{wrap} '{layer}' of {accelerate.path.name} is not in the model"
+    wrapped_classes = {name.strip() for name in launch.wrapped_classes.split(",")}
+    for layer in wrapped_classes - {""} - classes:
+        what = f"{_WRAP_KEY} '{layer}' of {launch.source} is not in the model"
         hint = f"its layer classes: {', '.join(sorted(model._no_split_modules or classes))}"
         yield recipe.error("launch.accelerate", what, hint)
     try:

@@ -27,9 +27,7 @@ BASE_ARM = "base"
 _SET_BY_STUDY = {"train.seed", "run.name"}
 _SET_BY_LAUNCH = ("launch.distributed_type", "launch.mixed_precision", "launch.world_size")
 # Keys that decide which tokens a validation loss is a mean over, and how.
-_OF_THE_LOSS = re.compile(
-    r"train\.(max_length|truncation_mode|\w+_only_loss|packing|(bf|fp)16)$"
-)
+_OF_THE_LOSS = re.compile(r"train\.(max_length|truncation_mode|\w+_only_loss|packing|(bf|fp)16)$")
 # Added to the recipe's seed: a training that won by its validation loss is flattered, so no arm's.
 _TUNING_SEED = 1000
 ArmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")]

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.preflight import DEQUANTIZED, check_upstream, local_folder, no_tokenizer
+from recipes_lib.config.launch import Active
+from recipes_lib.config.preflight import (
+    DEQUANTIZED,
+    check_upstream,
+    local_folder,
+    no_tokenizer,
+    running_launch,
+)
 from recipes_lib.config.recipe import VARLEN, ModelSection, Recipe
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
@@ -58,13 +65,19 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer after upstream's check of the recipe, made again where files come now."""
+def load_checked_tokenizer(
+    recipe: Recipe, active: Active, remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer after upstream's check of the recipe under the launch that runs; the check
+    is made again where files come now.
+    """
     unchecked: list[RecipeError] = []
-    errors = check_upstream(recipe, remote_code=remote_code, notes=unchecked)
+    launch = running_launch(active)
+    errors = check_upstream(recipe, launch=launch, remote_code=remote_code, notes=unchecked)
     if not errors:
         tokenizer = load_tokenizer(recipe)
-        errors = check_upstream(recipe, remote_code=remote_code) if unchecked else []
+        if unchecked:
+            errors = check_upstream(recipe, launch=launch, remote_code=remote_code)
     if errors:
         raise RecipeErrors(errors)
     return tokenizer
