@@ -5,14 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.families import build_family
-from transformers import AutoModelForCausalLM
+from tests.tiers import in_ci
+from transformers import AutoModelForCausalLM, BioGptConfig, OPTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.models import families
+from recipes_lib.train import main
 from recipes_lib.training import attention
 
 EXAMPLES = [
     {"input_ids": ids, "labels": ids}
     for ids in ([5, 6, 7, 8, 9], [10], [*range(20, 43)], [*range(50, 57)])
+]
+
+
+# Classes of text alone whose attention goes by positions; GPT-OSS takes them and does not use them.
+JOINED = [
+    *("llama", "qwen2", "qwen3", "gemma3_text", "gemma4_text", "smollm3", "ministral3", "olmo3"),
+    *("phi3", "granite", "glm4", "cohere2", "gpt2", "llama4_text", "granitemoe", "qwen3_moe"),
+    *("mixtral", "phimoe", "glm4_moe", "deepseek_v3"),
 ]
 
 
@@ -38,6 +50,56 @@ def test_examples_in_one_row_are_kept_apart(family, by_document, tiny_model_dir,
         assert attention.use_document_attention(model)
     joined, alone = joined_and_alone(model)
     assert torch.allclose(joined, alone, atol=2e-5), (joined - alone).abs().max()
+
+
+def random_model(kind: str) -> torch.nn.Module:
+    """A random tiny model of a class without a place in tests/families.py."""
+    torch.manual_seed(0)
+    if kind == "opt":
+        sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
+        config = OPTConfig(vocab_size=128, num_hidden_layers=2, num_attention_heads=4, **sizes)
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
+        config = BioGptConfig(vocab_size=128, num_hidden_layers=2, num_attention_heads=4, **sizes)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["opt", "biogpt", "gpt_oss"])
+def test_examples_that_read_each_other_are_found_by_an_experiment(
+    kind, dtype, tiny_model_dir, tmp_path
+) -> None:
+    """These take positions, and do not hand them to their mask."""
+    if kind == "gpt_oss":
+        folder = build_family(kind, tmp_path / kind, tiny_model_dir)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    else:
+        model = random_model(kind)
+    model = model.to(dtype).train()
+    assert families.why_rows_apart(model) is None
+    assert attention.examples_are_read_by_others(model)
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", in_ci(JOINED, "llama", "gemma3_text", "mixtral"))
+def test_the_experiment_lets_families_share_rows_whose_examples_stay_apart(
+    family, dtype, tiny_model_dir, tmp_path
+) -> None:
+    folder = build_family(family, tmp_path / family, tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert not attention.examples_are_read_by_others(model)
+
+
+def test_packing_is_refused_where_examples_would_read_each_other(
+    tiny_recipe, tiny_model_dir, tmp_path, capsys
+) -> None:
+    folder = build_family("gpt_oss", tmp_path / "model", tiny_model_dir)
+    words = [f"model.name_or_path={folder}", "lora.target_modules=[q_proj]", "train.packing=true"]
+    assert main([str(tiny_recipe), *words]) == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert "train.packing: GptOssForCausalLM lets an example read those before it" in said
+    assert "set train.packing: false" in said
 
 
 def test_varlen_hands_bounds_window_and_scale_to_torchs_kernel(monkeypatch) -> None:

@@ -21,12 +21,16 @@ from trl import SFTConfig, pack_dataset
 from recipes_lib.config import launch
 from recipes_lib.config.recipe import VARLEN, Recipe
 from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config, build_quantization_config
-from recipes_lib.core.ranks import meet, say_once
+from recipes_lib.core.ranks import meet, on_main_rank, say_once
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import count
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.models import families, upstream_fixes
-from recipes_lib.training.attention import use_document_attention, use_varlen
+from recipes_lib.training.attention import (
+    examples_are_read_by_others,
+    use_document_attention,
+    use_varlen,
+)
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
@@ -142,15 +146,37 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
     by_document = on_cpu and use_document_attention(model)
     if varlen and not on_cpu:
         use_varlen(model)
-    decided = "padding_free" in recipe.train or args.packing
-    if decided or (args.per_device_train_batch_size == 1 and not varlen):
+    if recipe.train.get("padding_free") or args.packing:
+        why = _why_rows_apart(model)
+        if why:
+            key = "train.packing" if args.packing else "train.padding_free"
+            raise recipe.error(key, f"{key}: {type(model).__name__} {why}", f"set {key}: false")
+        return False
+    if args.per_device_train_batch_size == 1 and not varlen:
         return False
     name = str(model.config._attn_implementation)
-    apart = by_document if on_cpu else name in ("sdpa", VARLEN) or "flash" in name
-    if apart and (why := families.why_rows_apart(model)):
-        say_once(f"rows keep their padding: {type(model).__name__} {why}")
+    joins = by_document if on_cpu else name in ("sdpa", VARLEN) or "flash" in name
+    if not joins:
         return False
-    return apart
+    why = _why_rows_apart(model)
+    if why:
+        say_once(f"rows keep their padding: {type(model).__name__} {why}")
+    return not why
+
+
+def _why_rows_apart(model: PreTrainedModel) -> str | None:
+    """Why examples must not share a row of the loaded model, as the end of a sentence; or None."""
+    why = families.why_rows_apart(model)
+    if why is not None:
+        return why
+    name = str(model.config._attn_implementation)
+    needs_gpu = name == VARLEN or "flash" in name
+    if needs_gpu and model.device.type == "cpu":  # the trainer moves the model later
+        return None
+    # rank 0 has the weights, the others may not
+    if on_main_rank(lambda: examples_are_read_by_others(model)):
+        return f"lets an example read those before it in its row (attention {name})"
+    return None
 
 
 def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
