@@ -21,6 +21,7 @@ from recipes_lib.evals.log import (
     Check,
     EvalLog,
     JudgeFacts,
+    JudgmentRow,
     Metric,
     Sample,
     Scorecard,
@@ -70,6 +71,8 @@ def test_changed_files_are_found(tmp_path):
         "a line less": lambda text: "".join(text.splitlines(keepends=True)[1:]),
         "another value": lambda text: text.replace('"value": 1.0', '"value": 0.75'),
         "a line twice": lambda text: text + text.splitlines(keepends=True)[0],
+        "an outcome that is none": lambda text: text.replace('"win"', '"wim"'),
+        "an outcome of another value": lambda text: text.replace('"win"', '"tie"'),
         "no number": lambda text: text.replace('"value": 1.0', '"value": "one"'),
     }
     for what, change in changes.items():
@@ -87,6 +90,78 @@ def test_changed_files_are_found(tmp_path):
     log.file.write_text(json.dumps({**result, "format_version": 1}), "utf-8")
     with pytest.raises(DataError, match="another version"):
         read_eval_logs(tmp_path / "run")
+
+
+def test_items_that_are_gone_are_named_in_one_line(tmp_path):
+    log = log_of(tmp_path / "run")
+    write_log(log)
+    items_file(log.file).unlink()
+    with pytest.raises(DataError, match="is missing, though result"):
+        read_eval_log(log.file)
+
+
+def test_a_key_in_a_result_is_never_a_path(tmp_path):
+    log = log_of(tmp_path / "run")
+    for number, key in enumerate([str(tmp_path / "x"), "../../../y", "k" * 64]):
+        write_log(log)
+        stored = json.loads(log.file.read_text("utf-8"))
+        log.file.write_text(json.dumps({**stored, "key": key}), "utf-8")
+        write_log(log)
+        kept = list((log.file.parent / "earlier").glob("*/result*.json"))
+        assert len(kept) == number + (key != "k" * 64)
+        log.file.unlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def judgment(**changes) -> dict:
+    row = {"key": "1", "question_id": "q", "question": "q", "order": "AB", "probe": ""}
+    row |= {"judge": "j", "source": "judge", "cut": False, "status": "ok", "value": "A"}
+    return row | {"reason": None, "raw": "[RESULT] A"} | changes
+
+
+IMPOSSIBLE = [
+    {"value": "C"},
+    {"value": "D"},
+    {"value": 11, "order": "single"},
+    {"value": 0, "order": "single"},
+    {"value": 3},
+    {"value": None},
+    {"status": "fine"},
+    {"status": "empty"},
+    {"order": "AC"},
+    {"source": "nobody"},
+    {"cut": "no"},
+    {"question_id": None},
+    {"question": None},
+]
+
+
+def test_a_judgment_that_cannot_be_is_named_by_its_line(tmp_path):
+    path = tmp_path / "judgments.jsonl"
+    damaged = [judgment(**changes) for changes in IMPOSSIBLE]
+    for name in judgment():
+        damaged.append({key: value for key, value in judgment().items() if key != name})
+    for row in damaged[:-2]:  # the last two names may be absent
+        lines = [json.dumps(judgment(key="0")), json.dumps(row)]
+        path.write_text("\n".join(lines) + "\n")
+        with pytest.raises(DataError, match="damaged") as caught:
+            Store(path, JudgmentRow)
+            pytest.fail(str(row))
+        assert caught.value.line == 2 and "delete this line" in str(caught.value)
+    path.write_text(json.dumps(judgment(order="single", value=5)) + "\n")
+    assert len(Store(path, JudgmentRow)) == 1  # of an earlier version: no checksum
+
+
+def test_a_letter_that_was_changed_in_a_store_is_noticed(tmp_path):
+    path = tmp_path / "judgments.jsonl"
+    Store(path, JudgmentRow).append([judgment(), judgment(key="2", raw="half \ud83d")])
+    assert Store(path, JudgmentRow)["1"] == judgment()
+    text = path.read_text("utf-8", "surrogatepass")
+    for old, new in (('"value": "A"', '"value": "B"'), ("[RESULT] A", "[RESULT] B")):
+        path.write_text(text.replace(old, new, 1), "utf-8", "surrogatepass")
+        with pytest.raises(DataError, match="changed after it was written") as caught:
+            Store(path, JudgmentRow)
+        assert caught.value.line == 1
 
 
 def test_an_opponent_is_no_evaluation_that_was_begun(tmp_path):

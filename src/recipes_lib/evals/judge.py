@@ -37,7 +37,15 @@ from recipes_lib.evals.engine import (
     Sampling,
     ask_missing,
 )
-from recipes_lib.evals.log import EvalLog, JudgeFacts, Scorecard, Store, log_file, text_hash
+from recipes_lib.evals.log import (
+    EvalLog,
+    JudgeFacts,
+    JudgmentRow,
+    Scorecard,
+    Store,
+    log_file,
+    text_hash,
+)
 from recipes_lib.evals.models import Answers, bare_recipe
 from recipes_lib.evals.prompts import (
     VERDICTS,
@@ -384,7 +392,8 @@ def judge_model(
     items = [*suite.items(answers, opponent)]
     file = log_file(answers.run.path, recipe.name, against)
     with run_lock(file.parent, wait=True):
-        store = Store(file.with_name(f"judgments{file.name.removeprefix('result')}l"))
+        judgments = file.with_name(f"judgments{file.name.removeprefix('result')}l")
+        store = Store(judgments, JudgmentRow)
         rows = ask(items, judge, store, name)
         probed = [] if probes else [*probe_items(items, recipe.metrics.probe_pairs)]
         if probed:
@@ -450,7 +459,7 @@ def audit_on_labels(
     names = [re.sub(r"[^\w.-]+", "-", name) for name in (Path(judge).stem, labels.stem)]
     folder = runs_root() / f"judge--{names[0]}" / names[1]
     with run_lock(folder, wait=True), opened(file.judge) as opened_judge:
-        store = Store(folder / "judgments.jsonl")
+        store = Store(folder / "judgments.jsonl", JudgmentRow)
         rows = ask(items, opened_judge, store, "labelled pairs")
         probes = ask([*probe_items(items, probe_pairs)], opened_judge, store, "probes")
     known = {name: outcomes[texts] for name, texts in chosen.items()}

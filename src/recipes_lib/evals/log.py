@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import zlib
 from collections import defaultdict
@@ -21,9 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from recipes_lib.core.errors import DataError, EnvironmentFault
 from recipes_lib.core.files import (
@@ -41,12 +42,15 @@ from recipes_lib.data.leaks import Leaks
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 UNRESOLVED = "unresolved"
+# of pairs; of grades, losses and checks; of lm-eval's items
+OUTCOMES = (*SCORE, UNRESOLVED, "graded", "right", "wrong", "scored")
 REFERENCE = "reference"  # the opponent that is the questions' own reference answers
 RESULT_VERSION = 2
 EMPTY, CUT, LOOPS = "are empty", "hit the token limit", "repeat themselves"
 SAME = "are the same text"
 _MOST_REPETITION = 4.0  # bytes of a text for each of its compressed form
 _FEWEST_LETTERS = 20  # by a rule, fewer are the answer to many questions
+_HASH = re.compile("[0-9a-f]{64}")
 _AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is asked twice"
 
 
@@ -236,6 +240,8 @@ def write_log(log: EvalLog) -> None:
     items = items_file(log.file)
     key = str((object_or_none(log.file) or {}).get("key") or "")
     if key and key != log.key:
+        if not _HASH.fullmatch(key):  # of a damaged file: it may be any path
+            key = text_hash(key)
         folder = log.file.parent / "earlier" / key[:12]
         folder.mkdir(parents=True, exist_ok=True)
         for file in filter(Path.is_file, (items, log.file)):
@@ -298,10 +304,15 @@ def read_eval_log(file: Path) -> EvalLog:
         raise DataError("was written by another version of this project", _AGAIN, file=file)
     name, items = file.parent.name, items_file(file)
     log: EvalLog = _validated(EvalLog, {**row, "eval": name, "file": file}, file)
+    if not items.is_file() and any(metric.n for metric in log.metrics):
+        raise DataError(f"is missing, though {file.name} beside it is there", _AGAIN, file=items)
     samples: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for number, item in enumerate(read_rows(items), 1):
         place = str(item.pop("metric", "")), str(item.pop("task", ""))
-        samples[place].append(_validated(Sample, item, items, number))
+        sample = _validated(Sample, item, items, number)
+        if problem := _impossible(sample):
+            raise DataError(f"is damaged: {problem}", _AGAIN, file=items, line=number)
+        samples[place].append(sample)
     metrics = []
     for metric in log.metrics:
         own = tuple(samples[metric.metric, metric.task])
@@ -319,12 +330,29 @@ def _validated(kind: Any, row: Row, file: Path, line: int | None = None) -> Any:
         raise DataError(what, _AGAIN, file=file, line=line) from None
 
 
+def _impossible(sample: Sample) -> str:
+    """Return what of a sample cannot be, empty for a sound one."""
+    value = sample.value
+    if value is not None and not math.isfinite(value):
+        return f"the value {value} is no number"
+    if sample.outcome in SCORE and value != SCORE[sample.outcome]:
+        return f"outcome '{sample.outcome}' does not go with the value {value}"
+    if sample.outcome == UNRESOLVED and value is not None:
+        return f"an unresolved sample has the value {value}"
+    if sample.outcome not in OUTCOMES:
+        return f"outcome '{sample.outcome}' is none of {', '.join(OUTCOMES)}"
+    return ""
+
+
 def _check_samples(metric: Metric) -> None:
     """Refuse a metric whose samples are not those that its value was computed from."""
     if not metric.samples and (metric.unit == "number" or metric.parts):
         return
     values = [each.value for each in metric.samples if each.value is not None]
     mean = math.fsum(values) / len(values) if values else metric.value
+    if metric.unit == "grade" and not all(1 <= value <= 5 for value in values):
+        what = f"{metric.metric}: a grade is not from 1 to 5"
+        raise DataError(what, _AGAIN, file=items_file(metric.file))
     is_mean = metric.unit == "number" or abs((mean or 0.0) - (metric.value or 0.0)) <= 1e-6
     is_once = len({each.key for each in metric.samples}) == len(metric.samples)
     if not (is_mean and is_once and len(values) == metric.n):
@@ -384,32 +412,111 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+class StoredRow(BaseModel):
+    """What every line of a store has; a row may hold more."""
+
+    model_config = ConfigDict(strict=True)
+    key: str
+
+
+class AnswerRow(StoredRow):
+    """A line of generations.jsonl."""
+
+    question_id: str
+    turn: int = Field(ge=1)
+    answer: str
+    finish_reason: str
+
+
+class JudgmentRow(StoredRow):
+    """A line of judgments.jsonl."""
+
+    question_id: str  # of the item, and of a probe its own
+    question: str
+    order: Literal["single", "AB", "BA"]
+    probe: str
+    judge: str
+    source: Literal["rule", "judge", "limit"]
+    cut: bool
+    status: Literal["ok", "truncated", "empty", "unparsed", "refused"]
+    value: Literal["A", "B", "tie", 1, 2, 3, 4, 5] | None
+    raw: str | None = None
+    reason: str | None = None
+
+    @model_validator(mode="after")
+    def _has_the_value_of_its_order(self) -> Self:
+        if (self.status == "ok") != (self.value is not None):
+            raise ValueError(f"status '{self.status}' does not go with the value {self.value}")
+        is_grade = isinstance(self.value, int)
+        if self.value is not None and is_grade != (self.order == "single"):
+            raise ValueError(f"order '{self.order}' does not go with the value {self.value}")
+        return self
+
+
+# At the end of a stored line, of all before it: a changed letter is a verdict too.
+_CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"}\Z')
+
+
+def _with_checksum(row: Row) -> bytes:
+    """Return a row as a line that ends in its checksum."""
+    line = _lines([row]).removesuffix(b"\n")
+    return line[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(line)
+
+
+def _is_as_written(line: bytes) -> bool:
+    """Whether a line has the checksum that it ends in; those of earlier versions have none."""
+    end = _CHECKSUM.search(line)
+    return end is None or int(end[1], 16) == zlib.crc32(line[: end.start()] + b"}")
+
+
 class Store(dict[str, Row]):
     """The rows of a JSON-lines file that is appended to and never changed, by their `key`, a hash
     of everything that makes them. A kill leaves at most a last line without its end, which the next
     append cuts. Whoever appends holds the folder (`run_lock`).
+
+    Args:
+        shape: what each row must have. A row is refused too if its checksum is not that of the
+            row; rows of earlier versions have none.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, shape: type[StoredRow] = StoredRow) -> None:
         super().__init__()
         self.path = Path(path)
         self._size = 0  # of the whole lines
         *lines, _ = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
         for number, line in enumerate(lines, 1):
             row = parsed_line(line) or {}
-            if not isinstance(row.get("key"), str) or row["key"] in self:
-                what = "this line is damaged: not a stored row, or a duplicate"
+            row.pop("crc32", None)
+            problem = self._problem(row, shape)
+            if not problem and not _is_as_written(line):
+                problem = "it was changed after it was written"
+            if problem:
+                what = f"this line is damaged: {problem}"
                 remedy = "restore the file, or delete this line to have it made again"
                 raise DataError(what, remedy, file=self.path, line=number)
             self[row["key"]] = row
             self._size += len(line) + 1
+
+    def _problem(self, row: Row, shape: type[StoredRow]) -> str:
+        """Return why an object is no row of this store, empty for a sound one."""
+        if not isinstance(row.get("key"), str):
+            return "not a stored row"
+        if row["key"] in self:
+            return "a duplicate of an earlier one"
+        try:
+            _schema(shape).validate_python(row)
+        except ValidationError as error:
+            details = error.errors(include_url=False)[0]
+            name = ".".join(map(str, details["loc"][:1])) or "row"
+            return f"{name}: {details['msg']}"
+        return ""
 
     def append(self, rows: Iterable[Row]) -> None:
         """Append the rows with new keys: then all are on disk, or on an error none."""
         new = {row["key"]: row for row in rows if row["key"] not in self}
         if not new:
             return
-        content = _lines(new.values())
+        content = b"".join(map(_with_checksum, new.values()))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             file.truncate(self._size)

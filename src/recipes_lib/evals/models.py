@@ -48,7 +48,7 @@ from recipes_lib.evals.engine import (
     answered_by,
     ask_missing,
 )
-from recipes_lib.evals.log import REFERENCE, AnswerFacts, Store
+from recipes_lib.evals.log import REFERENCE, AnswerFacts, AnswerRow, Store
 from recipes_lib.evals.questions import TEMPERATURES, Question, local_questions, read_answer_file
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.models.families import ready_to_answer
@@ -409,7 +409,7 @@ def answer_all(
     served_models: set[str] = set()  # as the replies name them
     model.record()
     with run_lock(model.folder(recipe.name), wait=True):
-        store = Store(model.folder(recipe.name) / "generations.jsonl")
+        store = Store(model.folder(recipe.name) / "generations.jsonl", AnswerRow)
         # a later turn shows the answers to the earlier ones
         for turn in range(1, max(len(question.turns) for question in questions) + 1):
             wanted: dict[Sampling, dict[str, Request]] = defaultdict(dict)
