@@ -42,8 +42,8 @@ def test_every_shipped_recipe_has_a_sensible_plan(plan: Run) -> None:
         assert (made["card"] == "cpu") == on_cpu and made["fits"], path
         assert made["peak_gib"] < made["needed_gib"] < (8 if on_cpu else 80), path
         if not on_cpu:  # of a CPU nobody knows the speed before a first run
-            assert 20 < made["seconds"] < 4 * 3600, path
-        assert made["steps"] >= 12, path
+            assert 0.1 < made["seconds_per_1000_rows"] < 3600, path
+        assert made["steps"] is None or made["steps"] >= 12, path
 
 
 def test_a_plan_has_at_most_fifteen_lines_and_the_numbers_of_its_json(plan: Run) -> None:

@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 from tests.families import build_family
 from tests.plan.kept import bytes_of, counting_what_is_kept
+from transformers import AutoConfig
 
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.plan.plan import Plan, RowLengths, changed_plans, launch_and_card, plan_of
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.plan.plan import (
+    Plan,
+    RowLengths,
+    advise,
+    changed_plans,
+    launch_and_card,
+    plan_of,
+    rows_shown,
+)
 from recipes_lib.train import main
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3", "granite", "qwen3_moe")
@@ -148,3 +158,42 @@ def test_processes_without_gpus_share_the_memory_of_the_machine(tiny_recipe):
         plan(tiny_recipe, f"launch.accelerate={name}", gpu="cpu") for name in ("cpu", "ddp_cpu")
     )
     assert two.card.memory_gib == pytest.approx(alone.card.memory_gib / 2, rel=0.2)
+
+
+EIGHT_B = ("llama3.1-8b-tulu3/full", "run.global_batch_size=128")
+
+
+def test_what_ddp_cannot_hold_is_sharded_over_the_same_cards():
+    made = plan(*EIGHT_B, "launch.accelerate=ddp", gpus=8)
+    assert not made.fits
+    words, _, other = advise(made, EIGHT_B[1:])
+    assert "launch.accelerate=fsdp launch.gpus=8" in words
+    assert other.fits and other.launch.world_size == 8
+
+
+def test_a_quantized_base_is_whole_on_every_card_while_it_is_loaded():
+    words = ("llama2-7b-dolly/qlora-r32",)
+    ddp, sharded = (
+        plan(*words, f"launch.accelerate={name}", gpus=2) for name in ("ddp", "fsdp_qlora")
+    )
+    assert sharded.load_peak > ddp.memory["weights"] and ddp.load_peak == 0
+    assert sharded.load_peak <= sharded.needed <= ddp.needed
+
+
+def test_the_steps_of_a_shipped_recipe_are_of_the_rows_that_its_comments_name():
+    made = plan("llama3.1-8b-tulu3/full", gpus=8)
+    assert made.steps_known and made.steps.steps == pytest.approx(14_645, rel=0.01)
+    lines = {label: text for label, text, _ in rows_shown(made, None) if text}
+    assert "per 1,000 rows" in lines["time"]
+    unknown = plan("llama3.1-8b-tulu3/full", "data.source=someone/else", gpus=8)
+    lines = {label: text for label, text, _ in rows_shown(unknown, None) if text}
+    assert not unknown.steps_known and "per 1,000 rows" in lines["steps"]
+
+
+@pytest.mark.parametrize("family", ["mpt", "jetmoe"])
+def test_a_class_that_cannot_be_traced_is_one_clear_line(family, tiny_recipe, tmp_path):
+    config = AutoConfig.for_model(family, vocab_size=520)
+    config.save_pretrained(tmp_path)
+    words = (f"model.name_or_path={tmp_path}", "lora.target_modules=all-linear")
+    with pytest.raises(RecipeError, match="no plan: a pass of"):
+        plan(tiny_recipe, *words, gpu="cpu", rows=RowLengths((9,), 99, 0, "made up"))

@@ -246,6 +246,10 @@ def on_meta(
 def text_decoder(model: Any) -> torch.nn.Module:
     """Return the part of a model that reads text, without its head."""
     decoder = getattr(model, "get_base_model", lambda: model)().get_decoder()
+    if not hasattr(decoder, "get_output_embeddings"):
+        # ModernBertDecoderForCausalLM has a linear layer of this name before its head
+        whole = getattr(model, "get_base_model", lambda: model)()
+        return getattr(whole, whole.base_model_prefix)
     # Llama 4 returns a model that still has its head
     return decoder.model if decoder.get_output_embeddings() is not None else decoder
 

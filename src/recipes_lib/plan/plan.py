@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -27,16 +28,16 @@ from recipes_lib.config.launch import (
     sync_each_batch,
 )
 from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.recipe import MAX_LENGTH, RECIPE_FILE, Recipe, load_recipe
+from recipes_lib.config.recipe import MAX_LENGTH, RECIPE_FILE, DataSection, Recipe, load_recipe
 from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.errors import DataError, RecipesError, one_line
-from recipes_lib.core.files import object_or_none
-from recipes_lib.core.project import runs_root
+from recipes_lib.core.files import object_or_none, read_rows
+from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import aligned, shown_duration
 from recipes_lib.data.errors import BadRows, place
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.reading import read_data
-from recipes_lib.data.sources import needs_hub
+from recipes_lib.data.sources import listed_sources, needs_hub
 from recipes_lib.models.families import known_config
 from recipes_lib.plan.cards import DEFAULT, Card, card_named
 from recipes_lib.plan.trace import Trace, trace
@@ -80,6 +81,8 @@ class RowLengths:
     validation: int
     source: str  # where the numbers come from, for the reader
     counted: bool = False  # and not estimated
+    assumed: bool = False  # their lengths, and so the tokens and the time
+    number_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Plan:
     steps: Steps
     speed: float | None  # tokens per second of all processes, None where it is not known
     speed_source: str
-    seconds: float | None  # from start to end
+    seconds: float | None  # from start to end, if the rows were those that are assumed
 
     @cached_property
     def memory(self) -> dict[str, float]:
@@ -121,9 +124,31 @@ class Plan:
         return _memory(self)
 
     @property
+    def load_peak(self) -> float:
+        """GiB while the base is loaded: bitsandbytes makes a quantized one whole on every card, and
+        FSDP2 takes its shards of that (accelerate 1.15, fsdp_utils.py: `fsdp2_prepare_model`).
+        """
+        is_sharded = self.launch.distributed_type == "FSDP"
+        if not is_sharded or self.recipe.quantization is None or self.card.name == "cpu":
+            return 0.0
+        return self.trace.weight_bytes / GIB + CONTEXT_GIB + NCCL_GIB
+
+    @property
     def needed(self) -> float:
         """GiB that the card must have."""
-        return sum(self.memory.values())
+        return max(sum(self.memory.values()), self.load_peak)
+
+    @property
+    def steps_known(self) -> bool:
+        """Whether the number of steps does not rest on an assumed number of rows."""
+        return self.rows.number_known or int(self.recipe.train.get("max_steps", -1)) > 0
+
+    @property
+    def seconds_per_1000_rows(self) -> float | None:
+        """Of training alone, with the rows' mean length."""
+        if not self.speed:
+            return None
+        return 1000 * self.steps.tokens / (self.steps.steps * self.steps.examples) / self.speed
 
     @property
     def fits(self) -> bool:
@@ -152,6 +177,11 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
     except ValueError as error:
         key = "lora.target_modules" if lora else "model.name_or_path"
         raise recipe.error(key, f"{key}: {one_line(error)}") from None
+    except Exception as error:  # of a class whose steps depend on the tokens' values
+        what = f"no plan: a pass of {config.model_type} cannot be followed without its weights"
+        hint = "train a few steps: run.json says what they needed (peak_memory_gib)"
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise recipe.error("model.name_or_path", f"{what} ({reason})", hint) from None
     width = getattr(torch, half or dtype).itemsize
 
     # the rows and the speed
@@ -235,9 +265,14 @@ def _memory(plan: Plan) -> dict[str, float]:
 def rows_of(recipe: Recipe) -> RowLengths:
     """Return the rows, tokenised where data and tokenizer are on this machine, else estimated."""
     section, folder = recipe.data, local_folder(recipe)
-    if needs_hub(section):
-        rows, lengths = section.max_examples or ASSUMED_ROWS, [ASSUMED_TOKENS]
-        text = f"assumed {rows:,} rows of {ASSUMED_TOKENS}: the data are not on this machine"
+    is_assumed, number_known = needs_hub(section), True
+    if is_assumed:
+        known = known_rows(section)
+        number_known = known is not None
+        rows, lengths = known or ASSUMED_ROWS, [ASSUMED_TOKENS]
+        text = f"{rows:,} rows of an assumed {ASSUMED_TOKENS}: the data are not on this machine"
+        if not number_known:
+            text = f"assumed {text}"
     elif folder is not None and (folder / "tokenizer_config.json").is_file():
         data = prepare_data(recipe, load_tokenizer(recipe))  # kept for the training
         lengths = [*map(len, data.train["input_ids"])]
@@ -255,7 +290,31 @@ def rows_of(recipe: Recipe) -> RowLengths:
     if split.method != "none":
         validation = round(rows * split.validation)
         rows = max(round(rows * (1 - split.validation - split.test)), 1)
-    return RowLengths(tuple(lengths), rows, validation, text)
+    return RowLengths(
+        tokens=tuple(lengths),
+        train=rows,
+        validation=validation,
+        source=text,
+        assumed=is_assumed,
+        number_known=number_known,
+    )
+
+
+def known_rows(section: DataSection) -> int | None:
+    """Return the number of rows of data on the Hub, from `recipes/datasets.jsonl`, cut off at
+    `max_examples`; None where it is not known.
+    """
+    numbers: dict[tuple[str, str], int] = {}
+    for folder in (project_root() / "recipes", Path("recipes")):
+        for row in read_rows(folder / "datasets.jsonl"):
+            numbers[row["source"], row["split"]] = row["rows"]
+    total = 0.0
+    for part in listed_sources(section):
+        number = numbers.get((part.source, str(part.source_split)))
+        if number is None or part.subset is not None:
+            return section.max_examples
+        total += min(number, part.max_examples or number) * part.weight
+    return round(min(total, section.max_examples or total))
 
 
 def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
@@ -380,16 +439,25 @@ def _ways(plan: Plan) -> Iterator[tuple[list[str], str]]:
             words.append(f"train.gradient_accumulation_steps={accumulation}")
         return words
 
+    smaller = [
+        size for size in (4, 2, 1) if size < steps.per_device and steps.per_device % size == 0
+    ]
     if plan.fits and plan.checkpointing:
-        words = ["train.activation_checkpointing=false"]
-        yield words, "activations fit without computing every block twice"
-    for size in (4, 2, 1):
-        if size < steps.per_device and steps.per_device % size == 0:
-            yield batch(size, world_size), "smaller micro-batches of the same step"
+        off = "train.activation_checkpointing=false"
+        yield [off], "activations fit without computing every block twice"
+        for size in smaller:
+            words = [off, *batch(size, world_size)]
+            yield words, "activations of fewer examples fit without computing every block twice"
+    for size in smaller:
+        yield batch(size, world_size), "smaller micro-batches of the same step"
     again = [] if plan.checkpointing else ["train.activation_checkpointing=true"]
     if again:
         words = [*again, *batch(1, world_size)]
         yield words, "stores only the blocks' inputs and computes each block twice"
+    if plan.launch.distributed_type == "MULTI_GPU" and plan.card.name != "cpu":
+        for size in (steps.per_device, *smaller):
+            words = [*_sharded_alike(plan.launch), *batch(size, world_size)]
+            yield words, f"weights and optimizer sharded over the same {world_size} GPUs"
     again = [] if plan.fits else again
     for count in (2, 4, 8) if plan.card.name != "cpu" else ():
         if count > world_size and steps.examples % count == 0:
@@ -401,21 +469,35 @@ def _ways(plan: Plan) -> Iterator[tuple[list[str], str]]:
         yield words, "QLoRA, the base in 4 bits; a different experiment"
 
 
+def _sharded_alike(launch: Launch) -> list[str]:
+    """Return the words that shard a model over the GPUs of a launch with DDP."""
+    words = ["launch.accelerate=fsdp", f"launch.gpus={launch.per_machine}"]
+    if launch.machines > 1:
+        words = ["launch.accelerate=fsdp_multi_node", *words[1:], f"launch.nodes={launch.machines}"]
+    return words
+
+
 def advise(plan: Plan, overrides: Sequence[str] = ()) -> Advice | None:
     """Return the first change that fits; for what fits, only to keep activations."""
     if plan.fits and not plan.checkpointing:
         return None
-    for change in itertools.islice(changed_plans(plan, overrides), 1 if plan.fits else None):
-        if change[2].fits and change[2].memory != plan.memory:
+    for change in changed_plans(plan, overrides):
+        made = change[2]
+        if plan.fits and made.checkpointing:
+            continue
+        if made.fits and made.memory != plan.memory:
             return change
     return None
 
 
 def table(plan: Plan, overrides: Sequence[str] = ()) -> list[str]:
     """Return what every change does, a line for each."""
-    lines = [("GiB", "fits", "time", "change")]
+    time = "time of 1,000 rows" if plan.rows.assumed else "time"
+    lines = [("GiB", "fits", time, "change")]
     for words, why, made in changed_plans(plan, overrides):
         time = "-" if made.seconds is None else shown_duration(made.seconds)
+        if made.rows.assumed and made.seconds_per_1000_rows:
+            time = shown_duration(made.seconds_per_1000_rows)
         fits = "yes" if made.fits else "no"
         lines.append((f"{made.needed:.1f}", fits, time, f"{words}  ({why})"))
     return aligned(lines)
@@ -428,6 +510,9 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[tuple[str, str, dict[s
     training = f"{plan.recipe.name}: {plan.method} on {steps.world_size} x {card.name}, {kind}"
     batch = f"{steps.per_device} per device x {steps.accumulation} x {steps.world_size}"
     number = f"{steps.steps:,} of {steps.examples} examples ({batch})"
+    if not plan.steps_known:
+        per_1000 = 1000 / steps.examples
+        number = f"{per_1000:,.1f} per 1,000 rows, of {steps.examples} examples ({batch})"
     parts = ", ".join(f"{part} {size:.1f}" for part, size in plan.memory.items() if size >= 0.05)
     memory = {
         "memory_gib": plan.memory,
@@ -437,10 +522,24 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[tuple[str, str, dict[s
     room, source = f"the card has {card.memory_gib:.1f} GiB", plan.speed_source
     if card.name == "cpu":
         room = f"{card.memory_gib:.1f} GiB of this machine's memory are free for each process"
-    time = "not estimated: no run here measured it, and this device's peak is unknown"
+    time, seconds = (
+        "not estimated: no run here measured it, and this device's peak is unknown",
+        None,
+    )
+    if plan.seconds is not None and plan.rows.assumed:
+        of_1000 = shown_duration(plan.seconds_per_1000_rows or 0.0)
+        time = f"about {of_1000} per 1,000 rows of {ASSUMED_TOKENS} tokens (assumed); "
+    elif plan.seconds is not None:
+        seconds = plan.seconds
+        time = f"about {shown_duration(seconds)}; "
     if plan.seconds is not None:
-        time = f"about {shown_duration(plan.seconds)}; {plan.speed:,.0f} tokens/s, {source}"
-    speed = {"tokens_per_second": plan.speed, "speed": source, "seconds": plan.seconds}
+        time += f"{plan.speed:,.0f} tokens/s, {source}"
+    speed = {"tokens_per_second": plan.speed, "speed": source, "seconds": seconds}
+    speed |= {"seconds_per_1000_rows": plan.seconds_per_1000_rows}
+    tokens = plan.rows.source if plan.rows.assumed else f"{steps.tokens:,} ({plan.rows.source})"
+    loading = ""
+    if plan.load_peak > sum(plan.memory.values()):
+        loading = f"loading: {plan.load_peak:.1f} GiB, the whole base in 4 bits on every card first"
     change = "" if plan.fits else "no known change of this recipe makes it fit: use more memory"
     if advice is not None:
         words, why, other = advice
@@ -450,9 +549,10 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[tuple[str, str, dict[s
     return [
         ("training", training, of_card),
         ("model", text, {"model": name, **asdict(traced)}),
-        ("steps", number, asdict(steps)),
-        ("tokens", f"{steps.tokens:,} ({plan.rows.source})", {"rows": plan.rows.source}),
+        ("steps", number, asdict(steps) | ({} if plan.steps_known else {"steps": None})),
+        ("tokens", tokens, {"rows": plan.rows.source}),
         ("memory", f"{plan.needed:.1f} GiB: {parts}", memory),
+        ("", loading, {"load_peak_gib": plan.load_peak}),
         ("", "an upper estimate: layers with a state" if traced.carries_state else "", {}),
         ("fits" if plan.fits else "DOES NOT FIT", room, {"fits": plan.fits}),
         ("time", time, speed),

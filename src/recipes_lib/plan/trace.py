@@ -80,7 +80,29 @@ def trace_now(
     packed: float | None = None,  # bytes of a weight in quantized layers
 ) -> Trace:
     """Trace what a training of this model keeps, on fake tensors."""
-    model = families.on_meta(config, getattr(torch, dtype), lora, attention="traced")
+    try:
+        return _trace_with("traced", config, lora, dtype, half, packed)
+    except ValueError:
+        raise  # about names or types
+    except Exception as error:
+        # A class with a table of attentions of its own (Falcon), or one that reads its mask; sdpa
+        # keeps what flash attention keeps. Eager attention is not tried: what it keeps grows with
+        # the square of a row, and two short passes would make too little of it.
+        try:
+            return _trace_with("sdpa", config, lora, dtype, half, packed)
+        except Exception:
+            raise error from None
+
+
+def _trace_with(
+    attention: str,
+    config: Any,
+    lora: peft.LoraConfig | None,
+    dtype: str,
+    half: str | None,
+    packed: float | None,
+) -> Trace:
+    model = families.on_meta(config, getattr(torch, dtype), lora, attention=attention)
     text, blocks = config.get_text_config(), families.layers(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained if lora and packed and half == "bfloat16" else ():
