@@ -25,6 +25,7 @@ from recipes_lib.models.families import (
     short_name,
     why_rows_apart,
 )
+from recipes_lib.training.attention import examples_are_read_by_others
 
 
 @lru_cache
@@ -34,6 +35,15 @@ def without_weights(family: str) -> Any:
     config = family_config(family)
     with torch.device("meta"):
         return getattr(transformers, needs_of(config.model_type).auto_class).from_config(config)
+
+
+def with_weights(family: str) -> Any:
+    """A family's model with random weights."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = family_config(family)
+    return getattr(transformers, needs_of(config.model_type).auto_class).from_config(config)
 
 
 def adapted(family: str, **lora: Any) -> Any:
@@ -96,7 +106,10 @@ def row_of(family: str) -> str:
     left = ", ".join(left_out(adapted(family)))
     alone = "; experts " + ("adapted" if "experts" in adapters else "not")
     experts = any("experts" in name for name, _ in model.named_parameters())
-    together = "no: " + why if (why := why_rows_apart(model)) else "yes"
+    why = why_rows_apart(model)
+    if why is None and examples_are_read_by_others(with_weights(family)):
+        why = "one example reads another"
+    together = f"no: {why}" if why else "yes"
     rest = f"{left or '-'}{alone if experts else ''}"
     return f"| {family} | yes | yes | yes | {rest} | {together.partition(' from ')[0]} |"
 
@@ -134,14 +147,14 @@ REFUSED = (
 
 def complaints(family: str, *words: str, recipe: Path, tokenizer: Path, folder: Path) -> list[str]:
     """What `recipes check` says of a recipe for a family's model, whose weights are not there."""
-    from recipes_lib.config.launch import AccelerateConfig
-    from recipes_lib.config.preflight import check_names
+    from recipes_lib.config.preflight import check_names, default_launch
     from recipes_lib.config.recipe import load_recipe
 
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     family_config(family).save_pretrained(folder)
     words = ("lora.target_modules=all-linear", *words, f"model.name_or_path={folder}")
-    errors = check_names(load_recipe(recipe, list(words)), folder, AccelerateConfig())
+    loaded = load_recipe(recipe, list(words))
+    errors = check_names(loaded, folder, default_launch(loaded))
     return [error.what for error in errors]
 
 
