@@ -170,6 +170,61 @@ def test_task_files_of_somebody_else_need_permission_twice(small_task, make_run,
             load_eval(shipped, [f"suite.options={{{option}}}"])
 
 
+EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nf = lambda *_: 'x'\n"
+CALLS = TASK.replace('doc_to_text: "{{question}}:"', "doc_to_text: !function evil.f")
+
+
+@pytest.mark.parametrize("way", ["task", "relative", "include", "function", "class", "link"])
+def test_no_way_into_the_loader_runs_code_without_permission(
+    way, small_task, make_run, tmp_path, monkeypatch, capsys
+):
+    """A task as a path, or a file of this project that leads the loader out of it."""
+    make_run("one", 1)
+    project = tmp_path / "project"
+    outside = tmp_path / "elsewhere"
+    for folder in (project / "tasks", outside):
+        folder.mkdir(parents=True)
+    monkeypatch.setattr("recipes_lib.evals.recipe.project_root", lambda: project)
+    (outside / "evil.py").write_text(EVIL)
+    (outside / "task.yaml").write_text(CALLS)
+    within = {
+        "include": f"include: {outside}/task.yaml\n",
+        "function": CALLS.replace("evil.f", f"{outside}/evil.f"),
+        "class": f"task: tiny_choice\nclass: !function {outside}/evil.f\n",
+    }
+    file = project / "mine.yaml"
+    if way in ("task", "relative"):
+        task = "../elsewhere/task.yaml" if way == "relative" else f"{outside}/task.yaml"
+        file.write_text(f"suite: {{name: lm_eval, tasks: [{task}]}}\ndata: {{folder: .}}\n")
+    else:
+        file.write_text(
+            "suite: {name: lm_eval, tasks: [tiny_choice]}\ndata: {include_path: tasks, folder: .}\n"
+        )
+        if way == "link":
+            (project / "tasks/choice.yaml").symlink_to(outside / "task.yaml")
+        else:
+            (project / "tasks/choice.yaml").write_text(within[way])
+    key = "generation.trust_remote_code=true"
+    for words in (["check", file], ["prefetch", file, "--check"], ["eval", file, "one", key]):
+        assert main([str(word) for word in words]) == 2, words
+        said = capsys.readouterr().err
+        assert "task files are code" in said and str(outside) in said, said
+    assert not (outside / "ran").exists()
+
+
+def test_files_that_a_task_leads_to_are_part_of_what_was_asked(small_task, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/base.yaml").write_text(TASK)
+    (tmp_path / "other/task.yaml").write_text("include: base.yaml\n")
+    words = ["data.include_path=null", f"suite.tasks=[{tmp_path}/other/task.yaml]"]
+    keys = {load_eval(small_task, words).settings_key()}
+    (tmp_path / "other/base.yaml").write_text(TASK.replace("question", "query"))
+    keys.add(load_eval(small_task, words).settings_key())
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    keys.add(load_eval(small_task, words).settings_key())
+    assert len(keys) == 3
+
+
 def command_words(line: str) -> tuple[str, list[str]]:
     """The folder and the words of a printed command."""
     folder, _, command = line.removeprefix("(cd ").partition(" && ")

@@ -20,6 +20,7 @@ from recipes_lib.config.parsing import FilePath, IsPath, Section, parse
 from recipes_lib.core.errors import RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import file_hash, hash_of
 from recipes_lib.core.project import project_root, shown_path
+from recipes_lib.evals.lm_eval_files import TASK_SUFFIXES, files_read_by_tasks, is_trusted
 from recipes_lib.evals.prompts import (
     PROMETHEUS_PACKAGE,
     Rubric,
@@ -327,7 +328,8 @@ class EvalRecipe(Section):
         values = [self.name, self.model_dump(exclude=left_out, exclude_defaults=True)]
         keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
         files = [self.path_of(f"data.{key}") for key in keys]
-        files += _files_of_tasks(self.data)
+        if self.suite.name == "lm_eval":
+            files += _files_of_tasks(self)
         files += [file for key in TEXTS if self.judge and (file := self.judge.text(key))]
         read = [file_hash(file) for file in files if file.is_file()]
         return f"{hash_in(self.document.path.parent, values)[:32]}-{hash_of(read, code)[:32]}"
@@ -343,10 +345,16 @@ def hash_in(folder: Path, values: Any) -> str:
     return hash_of(text)
 
 
-def _files_of_tasks(data: EvalDataSection) -> list[Path]:
+def _files_of_tasks(recipe: EvalRecipe) -> list[Path]:
     """The files of tasks of one's own, and the files of rows that these name."""
+    data = recipe.data
     files = sorted(Path(data.include_path).rglob("*")) if data.include_path else []
-    texts = [file.read_text("utf-8", "replace") for file in files if file.suffix == ".yaml"]
+    for name in sorted(
+        files_read_by_tasks(recipe.suite.tasks or (), data.include_path, data.folder)
+    ):
+        if name not in files:
+            files.append(name)
+    texts = [file.read_text("utf-8", "replace") for file in files if file.suffix in TASK_SUFFIXES]
     names = {name or folder for text in texts for name, folder in _DATA.findall(text)}
     places = [Path(data.folder or ".", name) for name in sorted(names)]
     return [*files, *(file for place in places for file in (place, *sorted(place.rglob("*"))))]
@@ -422,10 +430,19 @@ def _code_errors(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError
     hint = "read it; then set generation.trust_remote_code: true and pass --trust-remote-code"
     for key in filter(str(recipe.suite.options).__contains__, _RUN_CODE):
         yield document.error("suite.options", f"suite.options: {key} lets lm-eval run code", hint)
-    folder = Path(recipe.data.include_path or project_root()).resolve()
-    if not folder.is_relative_to(project_root().resolve()):
+    own = project_root().resolve()
+    folder = Path(recipe.data.include_path or own).resolve()
+    if not folder.is_relative_to(own):
         what = f"data.include_path: task files are code, and {folder} is not the project's"
         yield document.error("data.include_path", what, hint)
+        return
+    read = files_read_by_tasks(
+        recipe.suite.tasks or (), recipe.data.include_path, recipe.data.folder
+    )
+    for file, key in sorted(read.items()):
+        if not is_trusted(file, own):
+            what = f"{key}: task files are code, and {file} is not the project's"
+            yield document.error(key, what, hint)
 
 
 def check_allowed(recipes: Sequence[EvalRecipe], remote_code: bool) -> None:
