@@ -8,16 +8,22 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conversation_samples import MARKED
 
-from recipes_lib.config.recipe import SplitSection
+from recipes_lib.config.recipe import DataSection, SplitSection, trl_templates
 from recipes_lib.core.errors import DataError, ExitCode
 from recipes_lib.data import prepare as preparing
 from recipes_lib.data.errors import SettingError
 from recipes_lib.data.prepare import prepare_data
-from recipes_lib.data.prompts import generation_prompt, template_date
+from recipes_lib.data.prompts import (
+    chat_template,
+    generation_prompt,
+    template_date,
+    training_template,
+)
 from recipes_lib.data.rows import DataRow
 from recipes_lib.data.splits import split_rows
 
@@ -333,3 +339,14 @@ def test_whatever_decides_the_rows_makes_them_anew(prepare, write_jsonl, tasks, 
     for keys in ({}, {"train": {"max_length": 99}}, {"prompt_format": "alpaca"}):
         prepare(write_jsonl(rows), **keys)
     assert len([*cache.iterdir()]) == 4
+
+
+def test_the_training_version_of_a_template_is_found_by_the_one_that_a_run_saved():
+    """A run saves its template with the date in it."""
+    asked = DataSection(source="x", prompt_format="chat", template_date="2026-11-28")
+    plain = trl_templates()["trl:gptoss"].read_text("utf-8")
+    of_base = SimpleNamespace(chat_template=plain)
+    of_run = SimpleNamespace(chat_template=chat_template(asked, of_base))
+    assert "strftime_now" not in of_run.chat_template
+    found = training_template(asked, of_base)
+    assert found is not None and training_template(asked, of_run) == found

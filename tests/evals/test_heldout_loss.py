@@ -11,10 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.evals.log import read_eval_logs
 from recipes_lib.evals.questions import QuestionSet
-from recipes_lib.evals.suites.heldout_loss import HeldoutLoss
+from recipes_lib.evals.suites.heldout_loss import HeldoutLoss, row_losses
 from recipes_lib.train import main as train
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -116,3 +118,64 @@ def test_a_file_is_searched_for_leaks(tiny_recipe, tiny_model_dir, tmp_path, eva
     assert log.banners[0] == log.leaks.summary(log.eval)
     code, out, err = recipes("eval", eval_file, "one", "data.max_questions=3")
     assert code == 0 and "subset, the first 3 rows" in out, err
+
+
+def test_rows_without_a_token_with_loss_are_one_line(tiny_recipe, tmp_path, eval_file, recipes):
+    words = ["train.max_steps=1", "model.dtype=float32"]
+    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
+    row = {"instruction": "word " * 2000, "context": "", "response": "yes"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    eval_file.write_text("suite: {name: heldout_loss}\ndata: {questions: mine.jsonl}\n")
+    code, _, err = recipes("eval", eval_file, "one")
+    assert code in (2, 4) and "ZeroDivisionError" not in err and "internal error" not in err, err
+    assert "mine.jsonl" in err or "has a token with loss" in err, err
+
+
+def test_no_supervised_token_is_refused_before_the_model_is_asked(monkeypatch):
+    rows = {"example_id": ["a"], "input_ids": [[1, 2]], "labels": [[-100, -100]]}
+
+    class Rows(dict):
+        def __getitem__(self, key: Any) -> Any:
+            return self if isinstance(key, slice) else dict.__getitem__(self, key)
+
+        def __len__(self) -> int:
+            return len(self["labels"])
+
+    prepared = SimpleNamespace(validation=Rows(rows))
+    place = "recipes_lib.evals.suites.heldout_loss.prepare_data"
+    monkeypatch.setattr(place, lambda *_: prepared)
+    data = SimpleNamespace(questions="validation", max_questions=None)
+    suite = HeldoutLoss(SimpleNamespace(data=data), QuestionSet((), 0))  # type: ignore[arg-type]
+    suite.split = "validation"
+    suite.recipes = {"one": None}
+    model: Any = SimpleNamespace(name="one", tokenizer=None)
+    with pytest.raises(
+        RecipeError, match="none of the 1 rows that one reads has a token with loss"
+    ):
+        suite.measure(model, None)
+
+
+def test_the_logits_of_a_row_are_in_float32_part_by_part(monkeypatch):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 1300, 50, dtype=torch.bfloat16)
+    labels = torch.randint(50, (1300,)).tolist()
+    labels[:700] = [-100] * 700
+
+    class Model:
+        device = torch.device("cpu")
+
+        def __call__(self, **_: Any) -> Any:
+            return SimpleNamespace(logits=logits)
+
+    wanted = torch.tensor(labels[1:])
+    whole = torch.nn.functional.cross_entropy(logits[0, :-1].float(), wanted, reduction="none")
+    real = torch.nn.functional.cross_entropy
+    sizes = []
+
+    def counted(values: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        sizes.append(len(values))
+        return real(values, *rest, **options)
+
+    monkeypatch.setattr("torch.nn.functional.cross_entropy", counted)
+    assert row_losses(Model(), [list(range(1300))], [labels]) == [float(whole.double().sum())]
+    assert sum(sizes) == 1299 and max(sizes) <= 512

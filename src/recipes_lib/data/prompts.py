@@ -171,7 +171,11 @@ def training_template(section: DataSection, tokenizer: Any) -> tuple[str, str] |
     template = _undated_template(section, tokenizer)
     for plain in () if GENERATION.search(template) else trl_templates().values():
         marked = plain.with_stem(f"{plain.stem}_training")
-        if marked.is_file() and plain.read_text("utf-8") == template:
+        if not marked.is_file():
+            continue
+        text = plain.read_text("utf-8")
+        # a run saves its template with the date in it
+        if template in (text, _with_date(text, section.template_date)):
             return marked.name, _with_date(marked.read_text("utf-8"), section.template_date)
     return None
 

@@ -22,6 +22,8 @@ from recipes_lib.evals.models import Model
 from recipes_lib.evals.recipe import HELD_OUT
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
+_POSITIONS = 512  # of a row, whose logits are in float32 at the same time
+
 
 class HeldoutLoss(Suite):
     """The held-out loss of the models of one eval recipe."""
@@ -67,6 +69,12 @@ class HeldoutLoss(Suite):
         rows = rows[:limit]
         names, tokens, labels = (rows[key] for key in ("example_id", "input_ids", "labels"))
         supervised = [[label for label in row[1:] if label != -100] for row in labels]
+        if not any(supervised):
+            raise RecipeError(
+                f"none of the {len(rows):,} rows that {model.name} reads has a token with loss",
+                "look at them: recipes data RECIPE --show 1; raise train.max_length if rows are cut"
+                " before the answer begins",
+            )
         texts = model.tokenizer.batch_decode(supervised, skip_special_tokens=True)
         texts = [text.strip() for text in texts]
         first: dict[str, str] = {}  # the first row with these tokens
@@ -79,6 +87,8 @@ class HeldoutLoss(Suite):
             ("loss", "loss per token", "", "tokens", 1.0, lengths, keys),
             ("bits_per_byte", "bits per byte", "loss", "bytes", math.log(2), num_bytes, texts),
         ):
+            if not any(sizes):
+                continue  # the supervised tokens are all special: no text, so no bytes
             mean = scale * sum(sizes) / len(sizes)
             samples = [
                 Sample(
@@ -109,6 +119,8 @@ class HeldoutLoss(Suite):
         lines = [["model", "rows", "loss per token [95%]", "bits per byte"]]
         for log in logs:
             rates = [shown_rate(metric, 4, metric.unit) for metric in log.metrics]
+            if len(rates) == 1:
+                rates.append("-")  # no text, so no bytes
             lines.append([log.target, f"{log.n:,}", *rates])
         if len({log.metrics[0].task for log in logs}) == 1:
             return aligned(lines)
@@ -124,9 +136,18 @@ def row_losses(
 
     losses = []
     for row, targets in zip(input_ids, labels, strict=True):
-        ids, wanted = (torch.tensor(values, device=model.device) for values in (row, targets[1:]))
+        ids = torch.tensor(row, device=model.device)
+        wanted = torch.tensor(targets[1:], device=model.device)
         with torch.inference_mode():
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-            each = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        losses.append(float(each.double().sum()))
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+            # float32 for some positions at a time: for all of 8,192 and 152,000 words it is 5 GB,
+            # and as much again for the softmax
+            parts = []
+            for start in range(0, len(wanted), _POSITIONS):
+                part = slice(start, start + _POSITIONS)
+                each = torch.nn.functional.cross_entropy(
+                    logits[part].float(), wanted[part], reduction="none"
+                )
+                parts.append(each.double())
+        losses.append(float(torch.cat(parts).sum()) if parts else 0.0)
     return losses
