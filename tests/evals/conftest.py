@@ -46,7 +46,9 @@ def make_run(runs_folder, tiny_model_dir):
         }
         (folder / "resolved.yaml").write_text(yaml.safe_dump(recipe))
         state = {"format_version": 1, "name": name, "created": "", "updated": ""}
-        state |= {"weights_check": {"sha256": recorded_hashes(folder / "adapter")}}
+        autocast = "bfloat16" if dtype == "bfloat16" else None
+        hashes = recorded_hashes(folder / "adapter")
+        state |= {"weights_check": {"sha256": hashes, "autocast": autocast}}
         state |= {"state": "finished"}
         (folder / "run.json").write_text(json.dumps(state))
         return folder

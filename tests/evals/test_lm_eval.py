@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tests.families import BOTH_TASKS, CHOICE_TASK
 
@@ -18,7 +19,7 @@ from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.evals.recipe import load_eval
 from recipes_lib.evals.run import evaluate
-from recipes_lib.evals.suites.lm_eval import load_tasks
+from recipes_lib.evals.suites.lm_eval import _short_probes, load_tasks
 
 PROJECT = Path(__file__).resolve().parents[2]
 TASK = CHOICE_TASK + BOTH_TASKS
@@ -223,6 +224,60 @@ def test_files_that_a_task_leads_to_are_part_of_what_was_asked(small_task, tmp_p
     (tmp_path / "rows.jsonl").write_text("{}\n")
     keys.add(load_eval(small_task, words).settings_key())
     assert len(keys) == 3
+
+
+def test_a_run_computes_in_the_precision_of_its_training(small_task, make_run, monkeypatch):
+    """As in the other suites; lm_eval turns off the autocast that it runs inside."""
+    from transformers import LlamaForCausalLM
+
+    seen = []
+    forward = LlamaForCausalLM.forward
+
+    def watched(*args, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(*args, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
+    make_run("full", 1)
+    make_run("half", 1, dtype="bfloat16")
+    for name, wanted in (("full", None), ("half", "bfloat16")):
+        seen.clear()
+        (log,) = evaluate([load_eval(small_task)], [name], remote_code=True)
+        assert set(seen) == {wanted is not None}, name
+        config = yaml.safe_load(Path(command_words(str(log.lm_eval_command))[1][-1]).read_text())
+        assert config["model_args"].get("mixed_precision_dtype") == wanted
+
+
+def test_a_batch_that_fits_is_sought_for_requests_as_long_as_these(
+    tiny_model_dir, tiny_tokenizer, monkeypatch
+):
+    """Not for the model's whole context, which for many is a hundred times as long."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    harness = _short_probes(HFLM)(pretrained=model, tokenizer=tiny_tokenizer, batch_size="auto")
+    context = harness.max_length
+    tried = []
+
+    def call(batch, **_):
+        tried.append(tuple(batch.shape))
+        if len(batch) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return torch.zeros(1, 1, 2)
+
+    monkeypatch.setattr(harness, "_model_call", call)
+    asked = {"until": ["\n"], "max_gen_toks": 3}
+    requests = [
+        Instance(request_type="generate_until", doc={}, arguments=(text, asked), idx=0)
+        for text in ("one", "one two three")
+    ]
+    assert len(harness.generate_until(requests)) == 2
+    wanted = len(harness.tok_encode("one two three")) + 3
+    assert {length for _, length in tried} == {wanted} and wanted < context
+    assert tried[-1][0] == 4
+    assert harness.max_length == context
 
 
 def command_words(line: str) -> tuple[str, list[str]]:

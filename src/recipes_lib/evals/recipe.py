@@ -31,7 +31,7 @@ from recipes_lib.evals.prompts import (
 )
 
 HELD_OUT = ("test", "validation")
-CODE_VERSION = 4  # raised when a change of the code or of a default changes results
+CODE_VERSION = 5  # raised when a change of the code or of a default changes results
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 # what changes no answer and no verdict
 _ONLY_SPEED = {

@@ -60,10 +60,12 @@ class LMEval(Suite):
             settings = asdict(EvaluatorConfig.from_config(file))
             network.tie_weights = lambda *_, **__: None
             try:
-                harness = HFLM(
+                harness = _short_probes(HFLM)(
                     pretrained=network,
                     tokenizer=model.tokenizer,
                     batch_size=config["batch_size"],
+                    # else lm_eval (0.4.13) turns off the autocast that it runs inside
+                    mixed_precision_dtype=config["model_args"].get("mixed_precision_dtype"),
                     chat_template_args=dict(model.recipe.data.chat_template_kwargs),
                 )
             finally:
@@ -152,6 +154,44 @@ def _inside(recipe: EvalRecipe) -> Iterator[None]:
         logging.disable(before)
 
 
+def _short_probes(harness: type[Any]) -> type[Any]:
+    """lm-eval's model whose `batch_size: auto` tries batches as long as the requests, where lm_eval
+    (0.4.13) tries the model's whole context for generation: with 131,072 tokens it ends at batches
+    of 1, whatever the requests need.
+    """
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    class ShortProbes(harness):
+        longest: int | None = None  # prompt and answer of the longest request to generate
+        _max_length: int | None
+
+        def generate_until(self, requests: Sequence[Any], *args: Any, **options: Any) -> Any:
+            if self.batch_size == "auto" and requests:
+                self.longest = max(map(self._length, requests))
+            try:
+                return super().generate_until(requests, *args, **options)
+            finally:
+                self.longest = None
+
+        def _length(self, request: Any) -> int:
+            prompt, asked = request.args
+            most = normalize_gen_kwargs(dict(asked), self.max_gen_toks)["max_gen_toks"]
+            return len(self.tok_encode(prompt)) + int(most)
+
+        def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+            if requests or self.longest is None:
+                return int(super()._detect_batch_size(requests, pos))
+            before = self._max_length
+            # for the probe alone: no request is cut by it
+            self._max_length = min(self.longest, self.max_length)
+            try:
+                return int(super()._detect_batch_size(requests, pos))
+            finally:
+                self._max_length = before
+
+    return ShortProbes
+
+
 # ---- results ----
 
 
@@ -229,6 +269,7 @@ def _config(recipe: EvalRecipe, model: Model, needs_merge: bool) -> dict[str, An
     arguments = {
         "pretrained": str(path.resolve() if path.is_dir() else path),
         "dtype": section.dtype,
+        "mixed_precision_dtype": trained.saved.get("autocast") if trained else None,
         "peft": adapter,
         "tokenizer": adapter,
         "revision": section.revision,
