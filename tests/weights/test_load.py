@@ -15,7 +15,7 @@ from tests.conftest import NF4
 from tests.weights.conftest import HALF
 
 from recipes_lib.config.recipe import ModelSection, load_recipe
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.weights.load import (
     ADAPTER_WEIGHTS,
     attach,
@@ -23,6 +23,7 @@ from recipes_lib.weights.load import (
     device_with_room,
     explain_load_failure,
     load_base,
+    load_saved,
 )
 
 
@@ -106,6 +107,21 @@ def test_a_model_goes_to_a_gpu_only_if_it_fits_in_the_precision_it_is_turned_int
     assert device_with_room(model).type == "cuda"
     assert device_with_room(model, torch.bfloat16).type == "cuda"
     assert device_with_room(model, torch.float32).type == "cpu"
+
+
+def test_a_model_that_answers_is_never_sent_to_the_cpu_in_silence(
+    tiny_recipe, tiny_model_dir, tiny_tokenizer, gpu_with
+) -> None:
+    recipe = load_recipe(tiny_recipe, [f"model.name_or_path={tiny_model_dir}"])
+    gpu_with(1000)
+    for load in (
+        lambda: load_base(recipe, tiny_tokenizer),
+        lambda: load_saved(tiny_model_dir, recipe, tiny_tokenizer),
+    ):
+        with pytest.raises(EnvironmentFault, match=r"needs .* GiB of GPU memory; 0\.0 GiB of 0\.0"):
+            load()
+    merged = load_base(recipe, tiny_tokenizer, merged_in="float32")
+    assert merged.device.type == "cpu"  # which takes minutes, and ends
 
 
 def test_a_4_bit_base_that_is_merged_is_read_where_its_dequantised_weights_fit(

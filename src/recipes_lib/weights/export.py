@@ -106,7 +106,9 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, An
     free_memory()
 
     # files -> model -> the same logits?
-    merged = logits_on(load_saved(folder, recipe, tokenizer, folded.dtype).eval(), prompts)
+    merged = logits_on(
+        load_saved(folder, recipe, tokenizer, folded.dtype, on_cpu_if_full=True).eval(), prompts
+    )
     free_memory()
     effect = float((folded.base - folded.adapter).abs().mean())
     difference = float((merged - folded.adapter).abs().mean())

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHTS = "*.safetensors"
+_ROOM = 1.1  # what a model takes on a GPU, over its weights: buffers, and a small answer
 
 
 def model_path(section: ModelSection) -> str:
@@ -172,6 +173,8 @@ def load_base(
     quantization = build_quantization_config(recipe)
     if quantization is None:
         base = load_model(recipe, tokenizer)
+        if merged_in is None:
+            return base.to(device_to_answer(base))
         return base.to(device_with_room(base, dtype))
     if not torch.cuda.is_available():
         return load_model(recipe, tokenizer, quantization)
@@ -183,13 +186,45 @@ def load_base(
 
 
 def load_saved(
-    folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: str | None = None
+    folder: Path,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str | None = None,
+    *,
+    on_cpu_if_full: bool = False,
 ) -> PreTrainedModel:
-    """Load a whole model (a full fine-tuning, or a merged one) from its folder alone."""
+    """Load a whole model (a full fine-tuning, or a merged one) from its folder alone; on the CPU
+    where the GPU has no room, if so asked, else that is an error.
+    """
     values = {"name_or_path": str(folder), "revision": None, "resize_embeddings": False}
     section = recipe.model.model_copy(update=values | ({"dtype": dtype} if dtype else {}))
     model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
-    return model.to(device_with_room(model))
+    if on_cpu_if_full:
+        return model.to(device_with_room(model))
+    return model.to(device_to_answer(model))
+
+
+def device_to_answer(model: PreTrainedModel) -> torch.device:
+    """Return this process's GPU, or the CPU of a machine without one.
+
+    Raises:
+        EnvironmentFault: the GPU has no room for the model now; on the CPU beside it a model of
+            billions of parameters would answer for days.
+    """
+    import torch
+
+    device = device_with_room(model)
+    if device.type == "cpu" and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        needed = _ROOM * model.get_memory_footprint()
+        gib = [f"{size / 2**30:.1f} GiB" for size in (needed, free, total)]
+        what = f"the model needs {gib[0]} of GPU memory; {gib[1]} of {gib[2]} is free"
+        raise EnvironmentFault(
+            what,
+            "end what else uses the GPU (nvidia-smi), a judge's server among it; or choose another"
+            " with CUDA_VISIBLE_DEVICES=1, or the CPU with CUDA_VISIBLE_DEVICES=",
+        )
+    return device
 
 
 def device_with_room(model: PreTrainedModel, dtype: torch.dtype | None = None) -> torch.device:
@@ -201,7 +236,7 @@ def device_with_room(model: PreTrainedModel, dtype: torch.dtype | None = None) -
     needed = float(model.get_memory_footprint())
     if dtype is not None:
         needed = float(sum(weight.numel() * dtype.itemsize for weight in model.parameters()))
-    needed *= 1.1
+    needed *= _ROOM
     if not torch.cuda.is_available() or needed >= torch.cuda.mem_get_info()[0]:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
