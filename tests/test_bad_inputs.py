@@ -197,7 +197,6 @@ LINES: list[tuple[list[str], int, str]] = [
     (["train", "tiny.yaml", "train.report_to=swanlab"], 5, "swanlab is not installed"),
     *((["train", "tiny.yaml", f"run.name={name!r}"], 2, "run.name cannot be a folder name")
       for name in NO_FOLDER),
-    (["train", "tiny.yaml", "launch.accelerate=wrap.yaml"], 2, "LlamaLayer LlamaDecoderLayer"),
     (["train", "tiny.yaml", "--accelerate", "sharded.yaml"],
      2, "sharded.yaml:12: FULL_STATE_DICT"),
     (["train", "tiny.yaml", "--learning_rate=1e-4"], 2, "unknown key 'learning_rate'"),
@@ -221,7 +220,6 @@ def test_a_bad_command_line_gets_one_answer(first, tiny_recipe, capfd, monkeypat
     monkeypatch.setattr("recipes_lib.commands.train.supervise", here)
     monkeypatch.chdir(tiny_recipe.parent)
     fsdp = (CONFIGS / "fsdp_cpu.yaml").read_text().replace("num_processes: 2", "num_processes: 1")
-    Path("wrap.yaml").write_text(f"{fsdp}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n")
     Path("sharded.yaml").write_text(fsdp.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
     Path("empty.jsonl").touch()
     os.mkfifo("pipe.jsonl")

@@ -179,7 +179,9 @@ def test_an_error_stops_the_sentences_of_its_evaluation_alone(code, how, two) ->
 def test_a_primary_metric_is_tested_where_another_stands_for_it(two: Folders) -> None:
     facts: dict[str, Any] = {"unit": "number", "higher_is_better": False}
     for (folder,), loss in zip(two.values(), (1.0, 1.1), strict=True):
-        samples = tuple(Sample(f"q{n}", value=loss + n % 7 / 9) for n in range(60))
+        samples = tuple(
+            Sample(f"q{n}", value=loss + n % 7 / 9, outcome="graded") for n in range(60)
+        )
         made = [Metric("bits_per_byte", "bits", samples, instead_of="loss", **facts)]
         made.append(Metric("loss", "loss", samples, **facts))
         write_eval(folder, "heldout_loss", "heldout_loss", made)

@@ -16,6 +16,7 @@ from recipes_lib.config.preflight import check_model_files, check_upstream, runn
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
 
+CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 QLORA = """\
 model: {name_or_path: a/b}
 data: {source: b}
@@ -192,3 +193,23 @@ def test_the_launch_that_runs_is_checked_and_not_the_recipes_default(write, tiny
     sharded = local(write, tiny_model_dir, "launch.accelerate=fsdp", quantized)
     assert any("FSDP keeps 4-bit" in str(error) for error in check_upstream(sharded))
     assert not check_upstream(sharded, launch=alone)
+
+
+def test_layers_that_fsdp_shall_wrap_must_be_in_the_model(
+    write, tiny_model_dir, tmp_path, monkeypatch
+):
+    config = (CONFIGS / "fsdp_cpu.yaml").read_text()
+    wrap = tmp_path / "wrap.yaml"
+    wrap.write_text(f"{config}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n")
+    recipe = local(write, tiny_model_dir, f"launch.accelerate={wrap}")
+    (error,) = check_upstream(recipe)
+    assert "LlamaLayer" in error.what and "wrap.yaml" in error.what
+    assert "LlamaDecoderLayer" in error.hints[0]
+
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaLayer")  # by accelerate's launcher
+    running = running_launch(Active(world_size=2, distributed_type="FSDP", device="cpu"))
+    (error,) = check_upstream(recipe, launch=running)
+    assert "LlamaLayer" in error.what
+    monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    alone = running_launch(Active(world_size=1, distributed_type="one process", device="cpu"))
+    assert not check_upstream(recipe, launch=alone)
