@@ -707,3 +707,93 @@ def test_a_long_tail_against_the_mean_has_no_verdict(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"suite": "heldout_loss", "unit": "number", "higher": False}
     (claim,) = compared(valued(tmp_path, first.tolist(), second.tolist(), **facts)).claims
     assert claim.verdict == "no verdict" and "a few rows differ" in claim.sentence
+
+
+LONG = "rank-by-learning-rate-of-a-large-model--"  # 40 letters, as names of shipped studies have
+
+
+def test_facts_are_compared_whole_whatever_the_length_of_a_name(tmp_path: Path) -> None:
+    """Uncommitted changes of two runs are unknown, also where their names begin alike."""
+    folders: Folders = {}
+    for arm, rank, skill in (("r8", 8, 0.3), ("r32", 32, 0.8)):
+        folders[arm] = seeds(tmp_path, f"{LONG}{arm}", skill, rank=rank)
+        for folder in folders[arm]:
+            change(folder / "environment.json", lambda row: row["git"].update(dirty=True))
+    claim = claim_of(compared(folders, design=RANK))
+    assert not claim.cause and "they also differ in code" in claim.sentence
+    devices = [f"NVIDIA H100 80GB HBM3 of a partition with a long name number {n}" for n in (1, 2)]
+    for arm, device in zip(folders, devices, strict=True):
+        for folder in folders[arm]:
+            change(folder / "environment.json", lambda row: row["git"].update(dirty=False))
+            change(folder / "environment.json", lambda row, d=device: row.update(devices=[d]))
+    claim = claim_of(compared(folders, design=RANK))
+    assert not claim.cause and "they also differ in hardware" in claim.sentence
+
+
+def test_what_no_run_recorded_is_no_equality(ranks: Folders) -> None:
+    """Without environment.json or the guard in both arms nobody knows what differs."""
+    everyone = [*ranks["r8"], *ranks["r32"]]
+    for folder in everyone:
+        (folder / "environment.json").rename(folder / "kept.json")
+    claim = claim_of(compared(ranks, design=RANK))
+    assert not claim.cause and "has a record of its hardware and torch" in claim.sentence
+    for folder in everyone:
+        (folder / "kept.json").rename(folder / "environment.json")
+    assert claim_of(compared(ranks, design=RANK)).cause
+    for folder in everyone:
+        change(folder / "run.json", lambda state: state.pop("guard"))
+    conclusion = compared(ranks, design=RANK)
+    assert not claim_of(conclusion).cause
+    assert "has a record of its training data and prompt format" in claim_of(conclusion).sentence
+    assert any("have no record of their" in each.title for each in conclusion.findings)
+
+
+def test_arms_of_other_seeds_have_no_cause(tmp_path: Path) -> None:
+    folders = {"r8": seeds(tmp_path, "r8", 0.3), "r32": seeds(tmp_path, "r32", 0.8, rank=32)}
+    for folder, seed in zip(folders["r32"], (42, 43, 99), strict=True):
+        change(folder / "resolved.yaml", lambda row, s=seed: row["train"].update(seed=s))
+    conclusion = compared(folders, design=RANK)
+    assert not claim_of(conclusion).cause and "different-seeds" in codes(conclusion, "confound")
+    assert "trained with different seeds" in claim_of(conclusion).sentence
+
+
+def test_how_it_was_asked_and_judged_takes_the_cause(ranks: Folders) -> None:
+    """Engine, answer server and its model, the judge's server, thresholds and lm-eval's version."""
+    facts = read_eval_log(ranks["r32"][0] / RESULT).answers
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("engine of the answers", {"answers": replace(facts, engine="openai")}),
+        ("answer server", {"answers": replace(facts, server="vllm 0.9")}),
+        ("model of the answer server", {"answers": replace(facts, served_model="other")}),
+        ("judge server", {"judge": replace(JUDGE, server="vllm 0.5")}),
+        ("thresholds of the judge", {"recipe": {"thresholds": {"swap_consistency_min": 0.05}}}),
+        ("vllm", {"libraries": {"vllm": "0.9"}}),
+    ]
+    assert claim_of(compared(ranks, design=RANK)).cause
+    for what, changed in ways:
+        for folder in ranks["r32"]:
+            log = read_eval_log(folder / RESULT)
+            shutil.copytree(folder / "evals", folder / "kept")
+            if "answers" in changed:
+                own = {"name": log.target, "fingerprint": log.answers.fingerprint}
+                changed = {"answers": replace(changed["answers"], **own)}
+            if "recipe" in changed:
+                changed = {"recipe": log.recipe | changed["recipe"]}
+            write_log(replace(log, **changed))
+        conclusion = compared(ranks, design=RANK)
+        claim = claim_of(conclusion)
+        assert claim.verdict == "better" and not claim.cause, what
+        assert what in claim.sentence, what
+        is_lowered = "lowered-thresholds" in codes(conclusion, "warning")
+        assert is_lowered == (what == "thresholds of the judge")
+        for folder in ranks["r32"]:
+            shutil.rmtree(folder / "evals")
+            (folder / "kept").rename(folder / "evals")
+
+
+def test_the_version_of_lm_eval_counts_where_lm_eval_measured(tmp_path: Path) -> None:
+    folders = valued(tmp_path, [1.0, 0.0] * 40, [1.0] * 80)
+    for suite, is_named in (("checks", False), ("lm_eval", True)):
+        for arm, version in (("a", "0.4.9"), ("b", "0.4.13")):
+            log = read_eval_log(folders[arm][0] / "evals/checks/result.json")
+            write_log(replace(log, suite=suite, libraries={"lm_eval": version}))
+        assert any("lm_eval" in each.title for each in compared(folders).findings) == is_named

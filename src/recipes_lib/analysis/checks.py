@@ -23,6 +23,7 @@ from recipes_lib.core.files import model_fingerprint, read_object
 from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.leaks import is_searched
 from recipes_lib.evals.log import CUT, EvalLog, answer_faults
+from recipes_lib.evals.recipe import Thresholds
 from recipes_lib.training.resume_guard import flatten
 
 Severity = Literal["error", "confound", "warning", "note"]
@@ -44,7 +45,8 @@ _ONE_FORMAT = (
     " factors: {format: [data.prompt_format]}"
 )
 AUDIT_COMMAND = "recipes judge audit --judge JUDGE.yaml --labels FILE"
-# Parts of an eval recipe that say how fast or where it runs; the judge has its own check.
+# Parts of an eval recipe that say how fast or where it runs; the judge has its own check, and which
+# engine answered is compared by `_facts`.
 _FREE = re.compile(
     r"name|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine"
     r"|base_url|api_key_variable|concurrency|timeout_s|max_retries)"
@@ -231,6 +233,16 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
         if not judges.keys() <= audited:
             title = f"The judge of {name} was not audited"
             yield Finding(UNAUDITED, "warning", title, (), AUDIT_COMMAND, (), metrics)
+        lowered = dict.fromkeys(filter(None, (_lowered_thresholds(log) for _, _, log in logs)))
+        if lowered:
+            yield Finding(
+                code="lowered-thresholds",
+                severity="warning",
+                title=f"The judge of {name} had to reach less than the shipped thresholds",
+                evidence=tuple(lowered),
+                remedy="use the shipped thresholds, or a stronger judge",
+                metrics=metrics,
+            )
         if weak := tuple(dict.fromkeys(judge.weak for judge in judges.values() if judge.weak)):
             title = f"The judge of {name} is weak"
             yield Finding("weak-judge", "warning", title, weak, "use a stronger judge", (), metrics)
@@ -380,7 +392,7 @@ def _asked_differently(
     lines = _unequal(pair, [_facts(log, of_precision) for log in (first, second)], foreign)
     if lines:
         what = f"were evaluated with different {sentence_list([*lines], 3)} in {first.eval}"
-        about = f"{both} {what}", (*lines.values(),), "evaluate both with the same version"
+        about = f"{both} {what}", (*lines.values(),), "evaluate both in the same way"
         yield Finding("evaluated-differently", "confound", *about, *scope)
 
 
@@ -438,12 +450,39 @@ def _differ(text: str | None, other: str | None) -> bool:
 
 
 def _facts(log: EvalLog, precision: bool) -> dict[str, Any]:
+    """What computed the answers and the verdicts of an evaluation; what is not known is absent."""
+    answers, judge = log.answers, log.judge
     facts: dict[str, Any] = dict(log.libraries)
-    if precision:
-        facts["precision of the answers"] = log.answers.dtype
-        facts["quantized"] = log.answers.quantized
+    if log.suite != "lm_eval":
+        facts.pop("lm_eval", None)  # it is installed, and measured nothing here
+    engine = answers.engine or (log.recipe.get("generation") or {}).get("engine")
+    facts["engine of the answers"] = engine
+    facts["answer server"] = answers.server
+    facts["model of the answer server"] = answers.served_model
+    if precision and engine != "openai":  # a server does not say its precision
+        facts["precision of the answers"] = answers.dtype
+        facts["quantized"] = answers.quantized
+    if judge:
+        facts["engine of the judge"] = judge.engine
+        facts["address of the judge"] = judge.address
+        facts["judge server"] = judge.server
+        facts["thresholds of the judge"] = _lowered_thresholds(log) or None
     facts["code"] = code_text(log.git) or None
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def _lowered_thresholds(log: EvalLog) -> str:
+    """The thresholds of a judge's audit that ask less than the shipped ones; empty for none."""
+    shipped = Thresholds()
+    phrases = []
+    for name, value in (log.recipe.get("thresholds") or {}).items():
+        usual = getattr(shipped, name, None)
+        if usual is None or value is None:
+            continue
+        is_lower = value > usual if name.endswith("_max") else value < usual
+        if is_lower:
+            phrases.append(f"{name} {value:g} (shipped: {usual:g})")
+    return ", ".join(phrases)
 
 
 # ---- Trainings ----
@@ -455,8 +494,13 @@ def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
         both = (first.name, second.name)
         differences = arm_differences(first, second, design)
         confounds = [each for each in differences if each.level == "confound"]
-        names = sentence_list([each.what for each in confounds], 4)
+        unknown = [each.what for each in confounds if each.is_unknown]
+        names = sentence_list([each.what for each in confounds if not each.is_unknown], 4)
         title = f"{both[0]} and {both[1]} differ in {names}"
+        if unknown and names:
+            title += f" (and have no record of their {sentence_list(unknown, 4)})"
+        elif unknown:
+            title = f"{both[0]} and {both[1]} have no record of their {sentence_list(unknown, 4)}"
         lines = tuple(each.text for each in confounds)
         if confounds and design is None:
             remedy = "a study declares what is meant to differ, so that a cause can be named"
@@ -525,12 +569,32 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
             remedy = "a loss on them is biased low: compare on data.questions: test"
             where = (arm.name,), on_validation
             yield Finding("chosen-on-validation", "warning", title, (), remedy, *where)
+    yield from _different_seeds(trained, design)
     for both in itertools.combinations([arm.name for arm in trained], 2):
         grids = {(grid.key, grid.values) if (grid := tuned.get(arm)) else None for arm in both}
         if len(grids) > 1:
             title = f"{both[0]} and {both[1]} were not tuned over the same values"
             remedy = "set tune for the study, not for an arm"
             yield Finding("tuned-differently", "confound", title, (), remedy, both)
+
+
+def _different_seeds(trained: Sequence[ArmRuns], design: Design | None) -> Iterator[Finding]:
+    """Arms of other training seeds: who could choose the seeds of one arm could choose the best."""
+    for first, second in itertools.combinations(trained, 2):
+        seeds = {run.seed for run in first.runs if run.seed is not None}
+        other_seeds = {run.seed for run in second.runs if run.seed is not None}
+        if seeds and other_seeds and seeds != other_seeds:
+            yield Finding(
+                code="different-seeds",
+                severity="confound" if design else "note",
+                title=f"{first.name} and {second.name} were trained with different seeds",
+                evidence=(
+                    f"{first.name}: {sentence_list([*map(str, sorted(seeds))])}",
+                    f"{second.name}: {sentence_list([*map(str, sorted(other_seeds))])}",
+                ),
+                remedy="give both the same seeds",
+                arms=(first.name, second.name),
+            )
 
 
 def _questions(log: EvalLog) -> Any:

@@ -279,9 +279,13 @@ def _shown(
 def _why_no_cause(touching: Sequence[Finding], between: Sequence[Difference]) -> str:
     """Why a difference between two arms cannot be laid to the declared keys, or nothing."""
     reasons = []
-    confounds = [difference.what for difference in between if difference.level == "confound"]
-    if confounds:
-        reasons.append(f"they also differ in {sentence_list(confounds, 4)}")
+    confounds = [difference for difference in between if difference.level == "confound"]
+    known = [difference.what for difference in confounds if not difference.is_unknown]
+    unknown = [difference.what for difference in confounds if difference.is_unknown]
+    if known:
+        reasons.append(f"they also differ in {sentence_list(known, 4)}")
+    if unknown:
+        reasons.append(f"neither has a record of its {sentence_list(unknown)}")
     # `undeclared-difference` says in other words what `between` has
     others = [finding for finding in touching if finding.code != "undeclared-difference"]
     reasons += [_inside(finding.title) for finding in others if finding.severity == "confound"]

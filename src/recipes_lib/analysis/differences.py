@@ -8,7 +8,6 @@ arm has its best value of one grid, a `confound` anything else that may change w
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.runs import ArmRuns, Run
 from recipes_lib.analysis.text import setting_text
 from recipes_lib.config.recipe import RecipeFile, keys_of
+from recipes_lib.core.environment import EVALUATION_PACKAGES
 from recipes_lib.core.files import DataError, hash_of, read_object
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
 
@@ -51,6 +51,15 @@ _OF_STEPS = (
     *(*_DATA, *_OF_BATCH, _GLOBAL_BATCH),
     *("train.num_train_epochs", "train.max_steps", "train.max_length", "train.packing"),
 )
+NOT_RECORDED = "not recorded"
+# Every training writes these (run.json's guard and environment.json), with the keys by which a
+# factor declares them. Where a file is gone, nobody knows whether two arms were alike in them.
+_ALWAYS_RECORDED: Mapping[str, Sequence[str]] = {
+    "training data": _DATA,
+    "prompt format": _PROMPT,
+    "hardware": (),
+    "torch": (),
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,15 @@ class Difference:
     level: Level
 
     @property
+    def is_unknown(self) -> bool:
+        """Whether neither arm recorded it, so that nobody knows whether they differ."""
+        return self.first == self.second == NOT_RECORDED
+
+    @property
     def text(self) -> str:
         """The difference inside a sentence."""
+        if self.is_unknown:
+            return f"{self.what} ({NOT_RECORDED} in either arm)"
         return f"{self.what} ({self.first} against {self.second})"
 
 
@@ -82,22 +98,41 @@ def arm_differences(
             level = _level(key, values, other_values, design)
             texts = setting_text(value), setting_text(other_value)
             differences.append(Difference(key, *texts, level))
-    facts, other_facts = (_facts_of_arm(arm, design) for arm in (first, second))
+    facts = _facts_of_arm(first, design)
+    other_facts = _facts_of_arm(second, design)
     for what in {**facts, **other_facts}:
-        texts = facts.get(what, "not recorded"), other_facts.get(what, "not recorded")
-        if texts[0] != texts[1]:
-            differences.append(Difference(what, *texts, "confound"))
+        known = facts.get(what, {NOT_RECORDED})
+        other_known = other_facts.get(what, {NOT_RECORDED})
+        # What an arm must record and one of its runs did not may differ, in both arms too.
+        if known != other_known or NOT_RECORDED in known:
+            difference = Difference(
+                what=what,
+                first=_shown_values(known),
+                second=_shown_values(other_known),
+                level="confound",
+            )
+            differences.append(difference)
     return differences
 
 
-def _facts_of_arm(arm: ArmRuns, design: Design | None) -> dict[str, str]:
-    """What the runs of an arm recorded and no factor declares: the values, each once."""
-    seen: dict[str, set[str]] = defaultdict(set)
-    for run in arm.runs:
-        for what, (value, keys) in recorded_facts(run).items():
-            if design is None or not design.declares(*keys):
-                seen[what].add(setting_text(value))
-    return {what: " and ".join(sorted(values)) for what, values in seen.items()}
+def _facts_of_arm(arm: ArmRuns, design: Design | None) -> dict[str, set[str]]:
+    """What the runs of an arm recorded and no factor declares: the whole values, each once."""
+    facts_by_run = [recorded_facts(run) for run in arm.runs]
+    names = dict.fromkeys([*_ALWAYS_RECORDED, *(name for facts in facts_by_run for name in facts)])
+    values: dict[str, set[str]] = {}
+    for name in names:
+        keys = next((facts[name][1] for facts in facts_by_run if name in facts), ())
+        keys = keys or _ALWAYS_RECORDED.get(name, ())
+        if facts_by_run and (design is None or not design.declares(*keys)):
+            values[name] = {
+                str(facts[name][0]) if name in facts else NOT_RECORDED for facts in facts_by_run
+            }
+    return values
+
+
+def _shown_values(values: set[str]) -> str:
+    """Values as a reader sees them: long ones are cut here, after they were compared."""
+    return " and ".join(setting_text(value) for value in sorted(values))
 
 
 def arm_values(arm: ArmRuns, design: Design | None) -> KeyValues:
@@ -200,5 +235,7 @@ def recorded_facts(run: Run) -> dict[str, tuple[Any, Sequence[str]]]:
             ids = hash_of(sorted(map(str, part.get("ids", []))))[:12]
             facts[f"{name} rows"] = f"{part['count']} ({ids})", _DATA
     for name, version in (run.environment.get("libraries") or {}).items():
-        facts[name] = version, ()
+        # what evaluates is compared with the evaluations
+        if name not in EVALUATION_PACKAGES:
+            facts[name] = version, ()
     return {what: fact for what, fact in facts.items() if fact[0] not in (None, "")}

@@ -16,6 +16,8 @@ PACKAGES = (
     *("torch", "transformers", "trl", "peft", "accelerate"),
     *("bitsandbytes", "datasets", "tokenizers", "safetensors"),
 )
+# What only some evaluations need; recorded where it is installed.
+EVALUATION_PACKAGES = ("lm_eval", "vllm")
 
 
 def environment() -> dict[str, object]:
@@ -30,7 +32,11 @@ def command_line() -> str:
 
 def library_versions() -> dict[str, str | None]:
     """Return the version of each library that can change a result; None if one is absent."""
-    return {package: installed_version(package) for package in PACKAGES}
+    versions = {package: installed_version(package) for package in PACKAGES}
+    for package in EVALUATION_PACKAGES:
+        if version := installed_version(package):
+            versions[package] = version
+    return versions
 
 
 def installed_version(package: str) -> str | None:
