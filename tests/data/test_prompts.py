@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 from conversation_samples import encode_row
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from recipes_lib.config.recipe import DataSection
 from recipes_lib.data.errors import SettingError
-from recipes_lib.data.prompts import chat_template, format_hash, generation_prompt, task_prompt
+from recipes_lib.data.prompts import (
+    chat_template,
+    default_system_message,
+    format_hash,
+    generation_prompt,
+    task_prompt,
+)
 
 ASKED = {"role": "user", "content": "a"}
 TURNS = [ASKED, {"role": "assistant", "content": "b"}]
@@ -100,7 +108,26 @@ def test_calls_that_the_template_does_not_render_are_refused_or_counted(tiny_tok
     silent = [ASKED, {**called[1], "weight": 0}, *followed[2:]]
     for messages in (called, followed):
         bad = encode_row({"messages": messages}, tiny_tokenizer, THINKING, prompt_format="chat")
-        assert "renders none of the assistant's text" in bad.what
+        assert "the chat template leaves out the call of 'weather'" in bad.what
+    # beside a text, and with the function's name elsewhere, the text alone would be learned
+    beside = [{**ASKED, "content": "weather?"}, {**called[1], "content": "I look."}]
+    bad = encode_row({"messages": beside}, tiny_tokenizer, THINKING, prompt_format="chat")
+    assert "the chat template leaves out the call of 'weather'" in bad.what
     for messages, chat_loss in ((followed, "last"), (silent, "all")):
         keys = {"prompt_format": "chat", "chat_loss": chat_loss}
         assert encode_row({"messages": messages}, tiny_tokenizer, THINKING, **keys).changed
+
+
+def test_the_system_message_that_a_template_adds_is_found() -> None:
+    template = (
+        "{% if messages[0].role != 'system' %}<s>You are Bot.</s>{% endif %}"
+        "{% for m in messages %}"
+        "{% if m.role == 'system' %}<s>{{ m.content }}</s>{% else %}[{{ m.content }}]{% endif %}"
+        "{% endfor %}"
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
+    assert default_system_message([ASKED], tokenizer, template, {}) == "You are Bot."
+    silent = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    assert default_system_message([ASKED], tokenizer, silent, {}) == ""
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}x"
+    assert default_system_message([ASKED], tokenizer, refusing, {}) == ""

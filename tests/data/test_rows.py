@@ -293,3 +293,23 @@ def test_a_row_becomes_a_conversation_whose_own_system_message_wins(read):
     ):
         [found] = read([row], "chat")
         assert conversation_of(found, "the recipe's")[0] == {"role": "system", "content": system}
+
+
+def test_a_history_is_read_and_a_second_answer_column_is_named(write_jsonl):
+    rows = [{**TASK, "history": [["Hi?", "Hello."]]}]
+    [row] = rows_of(write_jsonl(rows), "chat")
+    contents = [message["content"] for message in conversation_of(row, None)]
+    assert contents[:2] == ["Hi?", "Hello."] and contents[-1] == TASK["response"]
+
+    section = DataSection(source=str(write_jsonl(rows)), prompt_format="dolly")
+    (note,) = read_data(section, BadRows()).notes
+    assert "column 'history' is not read: it needs prompt_format chat" in note
+    twice = [{**TASK, "output": "another answer"}]
+    section = DataSection(source=str(write_jsonl(twice)), prompt_format="dolly")
+    (note,) = read_data(section, BadRows()).notes
+    assert "column 'output' is not read" in note and "data.columns.response: output" in note
+
+
+def test_a_bad_history_is_described(write_jsonl):
+    with pytest.raises(DataError, match="'history', turn 0: expected a question and its answer"):
+        rows_of(write_jsonl([{**TASK, "history": [["alone"]]}]), "chat")

@@ -114,3 +114,19 @@ def test_conversations_are_equal_to_assistant_only_loss(
     ]
     recipe = recipe_for(write_jsonl(rows), prompt_format="chat", split=NO_SPLIT)
     assert ours(recipe, tiny_tokenizer) == trl_rows(rows, tiny_tokenizer, assistant_only_loss=True)
+
+
+def test_assistant_turns_inside_a_prompt_carry_no_loss_as_in_trl(
+    recipe_for, write_jsonl, trl_rows, tiny_tokenizer
+):
+    prompt = [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": "A1"},
+        {"role": "user", "content": "Q2"},
+    ]
+    rows = [{"prompt": prompt, "completion": [{"role": "assistant", "content": "A2"}]}] * 4
+    recipe = recipe_for(write_jsonl(rows), split=NO_SPLIT, prompt_format="chat")
+    for encoded in (ours(recipe, tiny_tokenizer)[0], trl_rows(rows, tiny_tokenizer)[0]):
+        learned = tiny_tokenizer.decode([token for token in encoded["labels"] if token != -100])
+        assert "A1" in tiny_tokenizer.decode(encoded["input_ids"])
+        assert "A2" in learned and "A1" not in learned

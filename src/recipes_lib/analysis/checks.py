@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.differences import arm_differences, base_weights, code_text
+from recipes_lib.analysis.differences import arm_differences, base_weights
+from recipes_lib.analysis.eval_facts import computing_facts, lowered_thresholds
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, run_place
 from recipes_lib.analysis.table import TableRow
 from recipes_lib.analysis.text import sentence_list, setting_text
@@ -23,7 +24,6 @@ from recipes_lib.core.files import model_fingerprint, read_object
 from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.leaks import is_searched
 from recipes_lib.evals.log import CUT, EvalLog, answer_faults
-from recipes_lib.evals.recipe import Thresholds
 from recipes_lib.training.resume_guard import flatten
 
 Severity = Literal["error", "confound", "warning", "note"]
@@ -233,7 +233,7 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
         if not judges.keys() <= audited:
             title = f"The judge of {name} was not audited"
             yield Finding(UNAUDITED, "warning", title, (), AUDIT_COMMAND, (), metrics)
-        lowered = dict.fromkeys(filter(None, (_lowered_thresholds(log) for _, _, log in logs)))
+        lowered = dict.fromkeys(filter(None, (lowered_thresholds(log) for _, _, log in logs)))
         if lowered:
             yield Finding(
                 code="lowered-thresholds",
@@ -389,7 +389,7 @@ def _asked_differently(
         title = f"{both} were asked different texts under the same ids in {first.eval}"
         remedy = "evaluate both with the same questions and reference answers"
         yield Finding("texts-differ", "error", title, texts, remedy, *scope)
-    lines = _unequal(pair, [_facts(log, of_precision) for log in (first, second)], foreign)
+    lines = _unequal(pair, [computing_facts(log, of_precision) for log in (first, second)], foreign)
     if lines:
         what = f"were evaluated with different {sentence_list([*lines], 3)} in {first.eval}"
         about = f"{both} {what}", (*lines.values(),), "evaluate both in the same way"
@@ -447,42 +447,6 @@ def _other_texts(first: EvalLog, second: EvalLog) -> tuple[str, ...]:
 
 def _differ(text: str | None, other: str | None) -> bool:
     return text is not None and other is not None and text.strip() != other.strip()
-
-
-def _facts(log: EvalLog, precision: bool) -> dict[str, Any]:
-    """What computed the answers and the verdicts of an evaluation; what is not known is absent."""
-    answers, judge = log.answers, log.judge
-    facts: dict[str, Any] = dict(log.libraries)
-    if log.suite != "lm_eval":
-        facts.pop("lm_eval", None)  # it is installed, and measured nothing here
-    engine = answers.engine or (log.recipe.get("generation") or {}).get("engine")
-    facts["engine of the answers"] = engine
-    facts["answer server"] = answers.server
-    facts["model of the answer server"] = answers.served_model
-    if precision and engine != "openai":  # a server does not say its precision
-        facts["precision of the answers"] = answers.dtype
-        facts["quantized"] = answers.quantized
-    if judge:
-        facts["engine of the judge"] = judge.engine
-        facts["address of the judge"] = judge.address
-        facts["judge server"] = judge.server
-        facts["thresholds of the judge"] = _lowered_thresholds(log) or None
-    facts["code"] = code_text(log.git) or None
-    return {name: value for name, value in facts.items() if value is not None}
-
-
-def _lowered_thresholds(log: EvalLog) -> str:
-    """The thresholds of a judge's audit that ask less than the shipped ones; empty for none."""
-    shipped = Thresholds()
-    phrases = []
-    for name, value in (log.recipe.get("thresholds") or {}).items():
-        usual = getattr(shipped, name, None)
-        if usual is None or value is None:
-            continue
-        is_lower = value > usual if name.endswith("_max") else value < usual
-        if is_lower:
-            phrases.append(f"{name} {value:g} (shipped: {usual:g})")
-    return ", ".join(phrases)
 
 
 # ---- Trainings ----

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.recipe import DataSection
-from recipes_lib.data.conversations import check_roles, read_messages
+from recipes_lib.data.conversations import check_roles, read_history, read_messages
 from recipes_lib.data.errors import BadRow, BadRows, SettingError
 from recipes_lib.data.rows import DataRow, conversation_of
 from recipes_lib.data.values import checked_text, is_blank, parsed_json
@@ -21,6 +22,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
 }
 OF_CHAT = ("system", "tools", "chat_template_kwargs")
+OF_PAIRS = ("context", "history")  # beside instruction and response; a history is read in chat
 # The names that files use for our fields.
 COLUMNS = {
     **{name: (name,) for name in ("id", "prompt", "completion", "text", "chat_template_kwargs")},
@@ -30,6 +32,7 @@ COLUMNS = {
     "messages": ("messages", "conversations"),
     "system": ("system", "system_prompt"),
     "tools": ("tools", "functions"),
+    "history": ("history",),
 }
 
 
@@ -50,9 +53,9 @@ def fields_by_format(
 
 def map_columns(
     rows: Sequence[DataRow], section: DataSection, columns: Mapping[Any, str], bad: BadRows
-) -> list[DataRow]:
+) -> tuple[list[DataRow], list[str]]:
     """Give the rows of one source our fields in place of its columns (`columns`: our name -> the
-    file's), and return the usable rows.
+    file's). Return the usable rows, and a line for each column that is left unread by surprise.
     """
     prompt_format = section.prompt_format
     present = [*dict.fromkeys(name for row in rows for name in row.fields)]
@@ -69,8 +72,10 @@ def map_columns(
         hint = " or ".join([*fitting, "data.columns: {<our name>: <your column>}"])
         raise SettingError("data.prompt_format", what, f"set {hint}")
     read = {*fields[prompt_format], "id", *(OF_CHAT if prompt_format == "chat" else ())}
-    read |= {"context"} if "instruction" in read else set()
+    if "instruction" in read:
+        read |= {*OF_PAIRS} if prompt_format == "chat" else {"context"}
     names = {name: names[name] for name in names if name in read}
+    unread = _unread_columns(rows, names, {*columns} & read)
     usable = []
     for row in rows:
         values, row.fields = row.fields, {}
@@ -79,7 +84,29 @@ def map_columns(
             usable.append(row)
         except BadRow as reason:
             bad.add(row, reason)
-    return usable
+    return usable, unread
+
+
+def _unread_columns(
+    rows: Sequence[DataRow], names: Mapping[str, str], mapped: set[Any]
+) -> list[str]:
+    """Return a line for each column that looks as if it were trained on, and is not: another name
+    of a field that a column fills already (unless the recipe maps the field), and a history.
+    """
+    num_filled = Counter(
+        column for row in rows for column, value in row.fields.items() if not is_blank(value)
+    )
+    lines = []
+    for name, column in names.items():
+        others = [] if name in mapped else COLUMNS[name]
+        for other in others:
+            if other != column and num_filled[other]:
+                what = f"column '{other}' is not read: '{column}' is the {name}"
+                lines.append(f"{what} (to read the other: data.columns.{name}: {other})")
+    if "history" not in names and num_filled["history"]:
+        what = "column 'history' is not read: it needs prompt_format chat"
+        lines.append(f"{what}, and instruction and response")
+    return lines
 
 
 def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_chat: bool) -> None:
@@ -91,6 +118,8 @@ def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_
             row.id = str(value) if isinstance(value, str | int) else ""
         elif name in ("tools", "chat_template_kwargs"):
             fields |= {} if is_blank(value) else {name: _json_text(name, value, what)}
+        elif name == "history":
+            fields |= {} if is_blank(value) else {name: read_history(value, what)}
         elif name == "messages" or is_half:
             fields[name] = read_messages(value, what)
         elif value is not None or name not in ("context", "system"):

@@ -86,6 +86,20 @@ def _read_calls(value: Any, what: str) -> list[dict[str, Any]]:
     return calls
 
 
+def read_history(value: Any, what: str) -> list[Message]:
+    """Return earlier turns, as LLaMA-Factory writes them: pairs of a question and its answer."""
+    messages: list[Message] = []
+    for number, pair in enumerate(parsed_json(value, list, what)):
+        at = f"{what}, turn {number}"
+        texts = parsed_json(pair, list, at)
+        if len(texts) != 2:
+            raise BadRow(f"{at}: expected a question and its answer, found {len(texts)} texts")
+        question, answer = texts
+        messages.append({"role": "user", "content": checked_text(question, at)})
+        messages.append({"role": "assistant", "content": checked_text(answer, at)})
+    return messages
+
+
 def message_texts(message: Mapping[str, Any]) -> list[str]:
     """Return all that a message says: its thoughts, its content, and its tool calls as JSON."""
     thoughts = [message["reasoning_content"]] if "reasoning_content" in message else []

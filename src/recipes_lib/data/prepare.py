@@ -33,12 +33,15 @@ from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import file_hash, hash_of, read_object, sync_tree, write_json
 from recipes_lib.core.project import cache_root
 from recipes_lib.core.ranks import on_main_rank
+from recipes_lib.core.terminal import count
 from recipes_lib.data.conversations import THOUGHTS
 from recipes_lib.data.errors import NUM_LISTED, BadRow, BadRows, SettingError, listed, place
 from recipes_lib.data.prompts import (
     GENERATION,
     Span,
     chat_template,
+    check_tool_calls,
+    default_system_message,
     format_hash,
     prompt_and_completion,
     render_chat,
@@ -246,6 +249,9 @@ def _prepare(
         parts[name] = [row for row in parts[name] if encoded[row.id].supervised]
     parts[TRAIN] = _repeated(parts[TRAIN], read, section.split.seed)
     audit = _audit(rows, encoded, settings, tokenizer)
+    audit.warnings += read.notes
+    if template is not None:
+        audit.notes += _system_message_note(rows, settings.section, tokenizer, template)
     if training is not None:
         sha256 = hashlib.sha256(training[1].encode()).hexdigest()
         audit.training_template = {"file": training[0], "sha256": sha256}
@@ -343,6 +349,28 @@ def _audit(
     return audit
 
 
+def _system_message_note(
+    rows: Sequence[DataRow], section: DataSection, tokenizer: Any, template: str
+) -> list[str]:
+    """Return a note about the system message that the template puts where a row has none."""
+    without = []
+    for row in rows:
+        messages = conversation_of(row, section.system_prompt)
+        if messages[0]["role"] != "system":
+            without.append((row, messages))
+    if not without:
+        return []
+    row, messages = without[0]
+    values = template_values(row, section.chat_template_kwargs)
+    default = default_system_message(messages, tokenizer, template, values)
+    if not default:
+        return []
+    what = (
+        f"{len(without)} of {count(len(rows), 'row')} without a system message get the template's"
+    )
+    return [f'{what}: "{default}" (data.system_prompt: another)']
+
+
 def _judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
     """Write the warnings, and refuse data that cannot teach what the recipe asks for."""
     used, places, warnings = audit.rows["used"], audit.places, audit.warnings
@@ -378,7 +406,8 @@ def _judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
     ):
         if len(rows := places[name]) > most:
             what = f"{len(rows)}/{used} rows: {facts[name]}"
-            raise SettingError(key, what, listed(rows, 3), f"at most {most:.0f} rows; {hint}")
+            allowed = f"at most {math.floor(most)} of {used} rows may be so"
+            raise SettingError(key, what, listed(rows, 3), f"{allowed}; {hint}")
     if evaluates and not audit.rows["validation"]:
         what = f"none of {used} rows is held out for validation (train.eval_strategy)"
         hint = "add rows, raise data.split.validation, or set train.eval_strategy: 'no'"
@@ -470,7 +499,7 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
     learned = [index for index in answers if "weight" not in messages[index]]
     if not learned:
         raise BadRow("nothing to train on: every assistant turn that may be learned has weight 0")
-    if settings.whole and any("weight" in message for message in messages):
+    if settings.whole and row.has_weights:
         raise BadRow("weight 0: with train.completion_only_loss: false, all of the text has loss")
 
     # messages -> text, and of each turn what is to be learned
@@ -478,6 +507,7 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
     render = partial(render_chat, tokenizer=tokenizer, template=template, values=values)
     try:
         text, marks = render(chat)
+        check_tool_calls(chat, learned, text, render)
         prompts = {index: render(chat[:index], prompt=True)[0] for index in answers}
         if GENERATION.search(template):
             turns = dict(zip(answers, _marked_turns(text, marks, [*prompts.values()]), strict=True))

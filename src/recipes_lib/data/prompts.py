@@ -8,7 +8,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,54 @@ def render_chat(
         **{**tokenizer.special_tokens_map, **(values or {})},
     )
     return texts[0], spans[0] if marked else []
+
+
+def check_tool_calls(
+    chat: Sequence[Message], learned: Sequence[int], text: str, render: Callable[..., Any]
+) -> None:
+    """Refuse a conversation in which the template leaves out a tool call of a turn that is learned:
+    without it, the text is the same. The name of the function may well stand elsewhere in the text.
+    """
+    for index in learned:
+        message = chat[index]
+        calls = message.get("tool_calls", [])
+        for number, call in enumerate(calls):
+            others = [*calls[:number], *calls[number + 1 :]]
+            without = {key: message[key] for key in message if key != "tool_calls"}
+            if others:
+                without["tool_calls"] = others
+            try:
+                other_text, _ = render([*chat[:index], without, *chat[index + 1 :]])
+            except Exception:  # a template that refuses a missing call reads calls
+                continue
+            if other_text == text:
+                name = call["function"]["name"]
+                what = f"message {index}: the chat template leaves out the call of '{name}'"
+                hint = "choose one that supports tools, such as trl:qwen2_5 (data.chat_template)"
+                raise BadRow(what, hint)
+
+
+def default_system_message(
+    messages: Sequence[Message], tokenizer: Any, template: str, values: Mapping[str, Any]
+) -> str:
+    """Return the system message that a template adds to a conversation without one, else "".
+
+    With a mark as the system message, the template shows where such a message stands; what stands
+    there without the mark is the template's own.
+    """
+    mark = "[the system message]"
+    try:
+        given, _ = render_chat(
+            [{"role": "system", "content": mark}, *messages], tokenizer, template, values
+        )
+        plain, _ = render_chat(messages, tokenizer, template, values)
+    except Exception:  # a template that refuses system messages adds none
+        return ""
+    before, found, after = given.partition(mark)
+    stands_there = found and plain.startswith(before) and plain.endswith(after)
+    if not stands_there or len(plain) < len(before) + len(after):
+        return ""
+    return plain[len(before) : len(plain) - len(after)].strip()
 
 
 def chat_template(section: DataSection, tokenizer: Any) -> str:

@@ -30,18 +30,23 @@ class Rows:
     rows: list[DataRow]  # their ids are unique
     sources: list[SourcePart]
     num_read: int  # rows in the files, those that cannot be used included
+    notes: list[str]  # about columns that are not read
 
 
 def read_data(section: DataSection, bad: BadRows) -> Rows:
     """Read, check and name the rows of all sources; those that cannot be used go to `bad`."""
-    rows, num_read, sources = list[DataRow](), 0, listed_sources(section)
+    rows: list[DataRow] = []
+    notes: list[str] = []
+    num_read = 0
+    sources = listed_sources(section)
     for number, source in enumerate(sources):
         num_bad = len(bad)
         read = load_rows(source, bad)
         num_read += len(read) + len(bad) - num_bad
         if not read:
             raise bad.error() if bad else SettingError("data.source", f"0 rows in {source.source}")
-        usable = map_columns(read, section, source.columns or {}, bad)
+        usable, unread = map_columns(read, section, source.columns or {}, bad)
+        notes += [f"{source.source}: {line}" if len(sources) > 1 else line for line in unread]
         for row in usable:
             row.source, row.content = number, content_hash(row.fields)
         taken = round(min(len(usable), source.max_examples or len(usable)) * min(source.weight, 1))
@@ -54,7 +59,7 @@ def read_data(section: DataSection, bad: BadRows) -> Rows:
             row.id += f"#{number}"
             times[row.id] += 1
     used = first_in_hash_order(rows, section.max_examples, section.split.seed)
-    return Rows(used, sources, num_read)
+    return Rows(rows=used, sources=sources, num_read=num_read, notes=notes)
 
 
 def train_rows(section: DataSection, files: object = None) -> list[DataRow]:

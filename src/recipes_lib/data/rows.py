@@ -40,6 +40,12 @@ class DataRow:
         return texts
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the row itself says that a turn is not to be learned."""
+        conversations = [value for value in self.fields.values() if isinstance(value, list)]
+        return any("weight" in message for messages in conversations for message in messages)
+
+    @property
     def is_empty(self) -> bool:
         """Whether a text that the row should teach is empty."""
         for name in ("response", "completion", "text"):
@@ -58,20 +64,28 @@ def template_values(row: DataRow, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def conversation_of(row: DataRow, system_prompt: str | None) -> list[Message]:
-    """Return the row as a conversation: its messages, or one user and one assistant turn. A system
-    message or a `system` column of the row wins over the recipe's `system_prompt`.
+    """Return the row as a conversation: its messages, or one user and one assistant turn behind
+    those of its `history`. A system message or a `system` column of the row wins over the recipe's
+    `system_prompt`.
     """
     fields = row.fields
     if "messages" in fields:
         messages = fields["messages"]
     elif isinstance(fields.get("prompt"), list):
-        messages = [*fields["prompt"], *fields["completion"]]
+        # as in TRL, a prompt is read but not learned, whoever speaks in it
+        prompt = [
+            {**message, "weight": 0} if message["role"] == "assistant" else message
+            for message in fields["prompt"]
+        ]
+        messages = [*prompt, *fields["completion"]]
     else:
         names = ("prompt", "completion") if "prompt" in fields else ("instruction", "response")
         question, answer = (fields[name] for name in names)
         if fields.get("context", "").strip():
             question += f"\n\n{fields['context']}"
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        asked = {"role": "user", "content": question}
+        answered = {"role": "assistant", "content": answer}
+        messages = [*fields.get("history", ()), asked, answered]
     return with_system_prompt(messages, fields.get("system") or system_prompt)
 
 
