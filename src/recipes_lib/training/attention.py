@@ -86,7 +86,8 @@ def examples_are_read_by_others(model: Any) -> bool:
     model.train(was_training)
     change = (logits[0] - logits[1]).abs().max()
     scale = logits[0].abs().max()
-    return bool(change > _ROUNDING * scale)
+    is_rounding = bool(change <= _ROUNDING * scale)  # False for a model whose logits are NaN
+    return not is_rounding
 
 
 def varlen_attention(
