@@ -287,6 +287,7 @@ def command_words(line: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # four starts of programs that import lm_eval
 def test_recipes_eval_equals_lm_eval_to_the_last_digit(small_task, make_run, tmp_path):
     """A LoRA adapter on the tiny base, both programs from the command line: lm_eval alone, and in
     bfloat16 under accelerate launch, in one process (0.4.13 splits the work over GPUs only).

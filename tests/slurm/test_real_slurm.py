@@ -45,6 +45,8 @@ def test_a_recipe_is_trained_judged_by_a_server_of_the_job_and_reported(
     judge = cluster.work / "served" / "judge.yaml"
     served = {"model": "org/judge", "engine": "openai", "base_url": "http://127.0.0.1:8000/v1"}
     values = {**yaml.safe_load(judge.read_text())["judge"], **served, "mode": "generate"}
+    # tokens of a server are counted by a bound: the tiny judge's own context would cut every prompt
+    values["max_context_tokens"] = 4096
     judge.write_text(yaml.safe_dump({"judge": values}))
     vllm = cluster.work / "vllm"
     server = PROJECT / "tests/launch/served_judge.py"
