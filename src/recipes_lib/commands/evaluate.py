@@ -73,10 +73,16 @@ def run_compare(
     """Print the tested table of runs, lm-eval folders or alpaca_eval files."""
     # numpy, which `recipes compare --help` does without
     from recipes_lib.analysis.claims import conclude, conclusion_lines
+    from recipes_lib.analysis.ownership import check_ownership
     from recipes_lib.analysis.report import report_html
     from recipes_lib.analysis.runs import arms_of, load_run, read_foreign
 
-    arms = arms_of([read_foreign(Path(word)) or load_run(open_run(word).path) for word in runs])
+    loaded = []
+    for word in runs:
+        run = read_foreign(Path(word)) or load_run(open_run(word).path)
+        check_ownership(run)
+        loaded.append(run)
+    arms = arms_of(loaded)
     aims = Aims(margins=dict(map(_margin, margin)))
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:

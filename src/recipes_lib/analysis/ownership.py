@@ -1,0 +1,77 @@
+"""Whose results lie in a run's folder: of this run and its present weights, or of another.
+
+A folder that was renamed, results that were copied, and a training that was done again leave files
+that say the contrary of the truth.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from recipes_lib.analysis.runs import Run
+from recipes_lib.config.preflight import local_folder
+from recipes_lib.core.errors import DataError, RecipesError
+from recipes_lib.core.files import hash_of
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.evals.engine import HFEngine
+from recipes_lib.evals.log import EvalLog
+from recipes_lib.evals.models import model_key
+from recipes_lib.weights.runs import finished_run
+
+
+def check_ownership(run: Run) -> None:
+    """Refuse a run whose folder holds the results of another run, or of its former weights.
+
+    Weights that are not on this machine, the run's or its base's, are not compared.
+
+    Raises:
+        DataError: names the file, and what to do.
+    """
+    if run.foreign:
+        return
+    recorded_name = str(run.state.get("name") or run.name)
+    if recorded_name != run.name:
+        what = f"the folder is named {run.name}, and its run is {recorded_name}"
+        remedy = f"give the folder its run's name again: {recorded_name}"
+        raise DataError(what, remedy, file=run.folder / "run.json")
+    for log in run.evals:
+        if log.target and log.target != run.name:
+            what = f"this is a result of {log.target}, in the folder of {run.name}"
+            raise DataError(what, f"move it back, or {_again(log)}", file=log.file)
+    weights = _present_weights(run)
+    if weights is None:
+        return
+    for log in run.evals:
+        expected = _fingerprint_of_answers(log, run.name, weights)
+        if expected is not None and log.answers.fingerprint != expected:
+            what = f"this is a result of other weights than {run.name} has now"
+            raise DataError(what, _again(log), file=log.file)
+
+
+def _again(log: EvalLog) -> str:
+    """How to make a result again; the command that made it is recorded."""
+    return f"evaluate again: {log.command}" if log.command else "evaluate again"
+
+
+def _present_weights(run: Run) -> str | None:
+    """Return the hash of a trained run's weights, precision and base; None where some are gone."""
+    if run.is_base:
+        return None
+    with suppress(RecipesError, OSError):
+        trained = finished_run(RunDirectory(run.name, run.folder.parent), remote_code=True)
+        base = local_folder(trained.recipe)  # nothing is fetched to compare results
+        if base is not None and trained.weights.is_dir():
+            return model_key(trained.recipe, trained.weights)
+    return None
+
+
+def _fingerprint_of_answers(log: EvalLog, name: str, weights: str) -> str | None:
+    """Return what `evals.engine.answered_by` gave for these weights when the log was written; None
+    where the log does not say which engine answered.
+    """
+    if log.answers.engine == HFEngine.name:
+        return weights
+    if log.answers.engine == "openai":
+        section = log.recipe.get("generation") or {}
+        return hash_of("openai", name, weights, section.get("extra_body"))
+    return None
