@@ -52,9 +52,9 @@ def test_the_old_model_is_freed_before_the_merged_one_is_read(runs, recipes, mon
         old.extend(map(weakref.ref, model.parameters()))
         return model
 
-    def count_and_load(*args):
+    def count_and_load(*args, **options):
         alive.append(sum(parameter() is not None for parameter in old))
-        return load_saved(*args)
+        return load_saved(*args, **options)
 
     monkeypatch.setattr(merging, "attach", attach_and_watch)
     monkeypatch.setattr(merging, "load_saved", count_and_load)
