@@ -17,6 +17,8 @@ SECRETS = [
     ("http://PLANTED@host:80/v1", "http://***@host:80/v1"),
     ("ftp://me:PLAN@TED@host/x", "ftp://***@host/x"),
     ("hf_PLANTEDPLANTEDPLANTED", "***"),
+    ("http://h/v1?api_key=PLANTED&n=1", "http://h/v1?api_key=***&n=1"),
+    ("http://h/v1?n=1&token=PLANTED", "http://h/v1?n=1&token=***"),
 ]
 HARMLESS = [
     "https://huggingface.co/@someone",
@@ -62,3 +64,20 @@ def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(tmp_path, ca
         assert main(command) == 2
         out, err = capsys.readouterr()
         assert "eval.yaml:3: this looks like a secret" in err and "PLANTED" not in out + err
+
+
+def test_a_secret_of_a_server_is_refused_wherever_an_eval_recipe_holds_it(tmp_path, said) -> None:
+    text = "suite: {name: alpaca_eval}\ndata: {questions: q.json}\njudge:\n  model: m\n"
+    for line in (
+        "base_url: http://h:8000/v1?api_key=PLANTED",
+        "base_url: http://me:PLANTED@h:8000/v1",
+        "extra_body: {api_key: PLANTED}",
+        "extra_body: {headers: {Authorization: PLANTED}}",
+    ):
+        (tmp_path / "e.yaml").write_text(f"{text}  {line}\n")
+        told = said("check", str(tmp_path / "e.yaml"), code=2)
+        assert "e.yaml:5: " in told and "secret" in told, line
+        assert "PLANTED" not in told, line
+    (tmp_path / "e.yaml").write_text(text)
+    told = said("eval", str(tmp_path / "e.yaml"), "x", "judge.extra_body.api_key=PLANTED", code=2)
+    assert "judge.extra_body.api_key is a secret" in told and "PLANTED" not in told

@@ -16,7 +16,7 @@ import yaml
 
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.project import project_root, recipe_path, shown_path
-from recipes_lib.core.terminal import holds_secret
+from recipes_lib.core.terminal import holds_secret, is_secret_name
 
 KeyPath = tuple[str | int, ...]
 Values = dict[str, Any]  # of a YAML mapping
@@ -238,12 +238,26 @@ def _compose(document: Document, at: KeyPath) -> None:
         document.values = _build(document, node, at)
 
 
+# Sections whose keys go to a server as they are, and into every record of what was asked.
+_OF_SERVERS = ("judge", "generation")
+
+
+def _is_secret(key: str | int, node: yaml.Node) -> bool:
+    """Whether a key of this name holds a secret."""
+    has_text = isinstance(node, yaml.ScalarNode) and node.value not in ("", "null", "~")
+    return has_text and isinstance(key, str) and is_secret_name(key)
+
+
 def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     """Return the value of a node; note the place of each key and item in it, and what is wrong."""
     line = node.start_mark.line + 1
     document.origins.setdefault(at, document.origin(line))
     if len(document.origins) > 100_000 or len(at) > 100:  # an alias may hold itself
         raise document.error(line, "too many values, or nested too deeply")
+    if at and at[0] in _OF_SERVERS and _is_secret(at[-1], node):
+        what = f"{dotted(at)} is a secret; a recipe must not hold one"
+        hint = f"export a variable, and name it in {at[0]}.api_key_variable"
+        document.problems.append(document.error(line, what, hint))
     if node.tag not in _TAGS:
         raise document.error(line, "YAML tags are not allowed")
     if isinstance(node, yaml.SequenceNode):

@@ -16,6 +16,10 @@ _SECRET_NAME = re.compile(
     "(^|_)(TOKEN|KEY|SECRET|PASSWORD)$|^(hub_|hf_)?token$|(api_key|secret|password)$"
 )
 _SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{12,}|(?<=://)[^/\s?#'\"]+(?=@)")  # user:password@host
+# ?api_key=SECRET, as some servers take it
+_SECRETS_OF_QUERIES = re.compile(
+    r"([?&](?:api_?key|key|token|access_token|secret|password|sig)=)[^&\s#'\"]+", re.IGNORECASE
+)
 # all but \t, \n and the joiners of Persian, Hindi and emoji
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
@@ -23,13 +27,14 @@ _CONTROL = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a key, variable or option of this name holds a secret."""
-    return bool(_SECRET_NAME.search(name))
+    """Return whether a key, variable, option or HTTP header of this name holds a secret."""
+    is_header = name.lower() in ("authorization", "x-api-key")
+    return is_header or bool(_SECRET_NAME.search(name))
 
 
 def holds_secret(text: str) -> bool:
     """Return whether a text has something in it that looks like a secret."""
-    return bool(_SECRETS.search(text))
+    return bool(_SECRETS.search(text) or _SECRETS_OF_QUERIES.search(text))
 
 
 def mask_secrets(text: str) -> str:
@@ -38,6 +43,7 @@ def mask_secrets(text: str) -> str:
     for value in sorted(values, key=len, reverse=True):  # so that none hides a part of another
         if len(value) >= 8:  # a shorter one may be a word of any sentence
             text = text.replace(value, "***")
+    text = _SECRETS_OF_QUERIES.sub(r"\1***", text)
     return _SECRETS.sub("***", text)
 
 
