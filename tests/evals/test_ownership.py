@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from tests.evals.faulty_server import FaultyServer
 
 from recipes_lib.evals.recipe import load_eval
 from recipes_lib.evals.run import evaluate
@@ -61,3 +62,20 @@ def test_results_of_former_weights_are_refused(evaluated, make_run, tmp_path, sa
     # without its weights nobody can say it: another machine may compare what it was given
     shutil.rmtree(evaluated / "one/adapter")
     assert "pass rate" in said("compare", "one", "two")
+
+
+def test_results_that_a_server_answered_are_their_runs_own(
+    make_run, tmp_path, runs_folder, said
+) -> None:
+    (tmp_path / "questions.jsonl").write_text("".join(QUESTION % n for n in range(4)))
+    (tmp_path / "rules.yaml").write_text(RULES)
+    for seed, name in enumerate(("one", "two"), 1):
+        make_run(name, seed)
+        with FaultyServer() as server:
+            server.as_asked = True
+            words = ["generation.engine=openai", f"generation.base_url={server.url}"]
+            evaluate([load_eval(tmp_path / "rules.yaml", words)], [name])
+    assert "pass rate" in said("compare", "one", "two")
+    shutil.rmtree(runs_folder / "one/adapter")
+    shutil.copytree(runs_folder / "two/adapter", runs_folder / "one/adapter")
+    assert "other weights than one has now" in said("compare", "one", "two", code=4)
