@@ -26,7 +26,7 @@ from recipes_lib.core.ranks import (
     world_size,
 )
 from recipes_lib.core.run_directory import RunDirectory, State, run_lock
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import count, next_step, say
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.training import metrics, resume_guard
@@ -101,7 +101,10 @@ class Attempt:
         for checkpoint, reason in broken.items():
             aside = set_aside(checkpoint, ".incomplete")
             say(f"skipping {checkpoint.name}: {reason}; set aside as {aside.name}")
-        metrics.forget_after(run.metrics, newest)
+        num_anew = metrics.restore_lines(run.metrics, newest)
+        if num_anew and newest is not None:
+            lines = count(num_anew, "line")
+            say(f"{run.metrics.name}: {lines} missing or damaged, written anew from {newest.name}")
         if self.earlier.get("state") == "finished" and self.weights.is_dir():
             set_aside(self.weights, ".damaged")
         self._write_settings()  # now with the date that its template prints

@@ -16,18 +16,69 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
-from recipes_lib.core.files import Row, read_object, read_rows, write_text
+from recipes_lib.core.files import Row, parsed_line, read_object, write_text
 from recipes_lib.core.terminal import say, shown_duration
 
 KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "aux_loss")
+MEASURED = ("tokens_per_second", "peak_memory_gib")  # of the machine: no checkpoint has them
 
 
-def forget_after(path: Path, checkpoint: Path | None) -> None:
-    """Cut off of a metrics.jsonl what was logged after a checkpoint, which is logged again."""
-    step = read_object(checkpoint / "trainer_state.json")["global_step"] if checkpoint else -1
-    rows = [row for row in read_rows(path) if row.get("step", 0) <= step]
+def restore_lines(path: Path, checkpoint: Path | None) -> int:
+    """Bring a metrics.jsonl to the state of a checkpoint; return how many lines were written anew.
+
+    Lines of later steps go: the resumed run logs these steps again. A line that is missing or
+    damaged is written anew from the checkpoint's own history, without what only the line knew: the
+    speed and the memory.
+    """
+    by_key = {}
     if path.is_file():
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for text in path.read_bytes().splitlines():
+            row = parsed_line(text)
+            if row is not None:
+                by_key[_key(row)] = row
+    lines = []
+    num_anew = 0
+    for logs in _history(checkpoint):
+        line = _line_of(logs, logs["step"])
+        written = by_key.get(_key(line), {})
+        kept = {name: value for name, value in written.items() if name not in MEASURED}
+        if kept == line:
+            line = written
+        else:
+            num_anew += 1
+        lines.append(json.dumps(line) + "\n")
+    if path.is_file() or lines:
+        write_text(path, "".join(lines))
+    return num_anew
+
+
+def _history(checkpoint: Path | None) -> list[Row]:
+    """Return what was logged up to a checkpoint, of losses, in its order."""
+    if checkpoint is None:
+        return []
+    logged = read_object(checkpoint / "trainer_state.json")["log_history"]
+    return [logs for logs in logged if _is_line(logs)]
+
+
+def _is_line(logs: Row) -> bool:
+    """Whether what the Trainer logs becomes a line; its summary at the end has no loss."""
+    return "loss" in logs or "eval_loss" in logs
+
+
+def _key(line: Row) -> tuple[object, bool]:
+    """Return what tells a line from others: a step may have one of training, one of validation."""
+    return line.get("step"), "loss" in line
+
+
+def _line_of(logs: Row, step: int) -> Row:
+    """Return the line of what the Trainer logs, without what is measured of the machine."""
+    line: Row = {"step": step, "epoch": round(float(logs.get("epoch") or 0), 6)}
+    for name in KEPT:
+        if name in logs:
+            line[name] = float(logs[name])
+    if "loss" in logs:
+        line["tokens"] = int(logs.get("num_tokens", 0))
+    return line
 
 
 def tokens_so_far(state: TrainerState) -> int:
@@ -51,16 +102,17 @@ class MetricsCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, logs: Row | None = None, **_: Any
     ) -> None:
         """Write one line, flushed at once."""
-        logs, now, step = logs or {}, time.monotonic(), state.global_step
-        if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
+        logs = logs or {}
+        now = time.monotonic()
+        step = state.global_step
+        if not state.is_world_process_zero or not _is_line(logs):
             return
-        line: Row = {"step": step, "epoch": round(float(state.epoch or 0), 6)}
-        line |= {key: float(logs[key]) for key in KEPT if key in logs}
+        line = _line_of(logs, step)
         text = f"validation loss {line.get('eval_loss', 0):.4f}"
         if "loss" in logs:
-            line["tokens"] = int(logs.get("num_tokens", 0))
             speed = (line["tokens"] - self.last_tokens) / max(now - self.last_log, 1e-9)
-            line["tokens_per_second"], self.last_tokens = round(speed, 1), line["tokens"]
+            line["tokens_per_second"] = round(speed, 1)
+            self.last_tokens = line["tokens"]
             per_step = (now - self.began) / max(step - self.first_step, 1)
             left = shown_duration(per_step * (state.max_steps - step))
             text = f"loss {line['loss']:.4f}  learning rate {line.get('learning_rate', 0):.2e}"
