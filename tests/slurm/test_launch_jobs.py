@@ -16,6 +16,7 @@ from tests.study.study_files import write_tiny_study
 
 from recipes_lib.config.recipe import ModelSection
 from recipes_lib.core.errors import EnvironmentFault, RecipeErrors
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.slurm import queue
 from recipes_lib.slurm.prefetching import check_model
 from recipes_lib.slurm.profile import known_profiles, load_profile
@@ -211,10 +212,12 @@ def test_one_squeue_and_one_sacct_tell_what_became_of_all_jobs(root: Path, stand
     assert ["7_1", "train.1", "tiny--r8", "running", "node3"] in rows
     assert ["8", "eval", "study", "run", "pending", "Dependency"] in rows
     (launched / "train.0.exit_code").write_text("3\n")
-    (launched / "train.0.errors").mkdir()
-    (launched / "train.0.errors" / "1").write_text("rank 0: loss is nan")
+    failed = RunDirectory("tiny--r4")
+    failed.write_state("failed", exit_code=3, error="gradient norm is nan at step 3\n  lower it")
     said = launch("status", "tiny")
-    assert "exit code 3" in said and "train.0: rank 0: loss is nan" in said
+    assert "exit code 3" in said and "  train.0: gradient norm is nan at step 3\n" in said
+    failed.write_state("failed", exit_code=1)  # of an attempt before
+    assert "gradient norm" not in launch("status", "tiny")
     assert f"logs: {launched}" in said
 
 

@@ -134,7 +134,8 @@ def test_an_array_with_a_failing_arm_evaluates_and_reports_the_others(cluster, t
     failed = {"train.2": "failed", "eval": "failed"}
     assert found == {"train.0": "done", "train.1": "done", **failed}, logs
     assert states["train.2"]["exit_code"] == 3, logs
-    assert "r16 (exit code 1): is not trained" in logs["eval"]
+    assert "r16 (exit code 3): gradient norm is " in logs["eval"]
+    assert "gradient norm is " in states["train.2"]["error"], states
     report = cluster.runs / "tiny" / "report"
     assert (report / "report.html").is_file() and json.loads((report / "numbers.json").read_text())
     status = cluster.recipes("study", "status", str(study)).stdout

@@ -1,4 +1,4 @@
-"""What `recipes train` leaves behind, fast; FAIL, CODE, TRAIN_SECONDS and LOSSES decide its end."""
+"""What `recipes train` leaves behind, fast; its end: FAIL, REFUSED, CODE, TRAIN_SECONDS, LOSSES."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ def main() -> int:
     resolved = Path(sys.argv[2])  # train FILE
     recipe = load_recipe(resolved)
     run = RunDirectory(recipe.name)
+    if run.name.endswith(os.environ.get("REFUSED", "nobody")):
+        return 2
     world = recipe.launch.gpus or 1
     guard = guarded_values(recipe, "", world, "NO", {})
     run.write_state("running", guard=guard, data_files=source_hashes(recipe.data))

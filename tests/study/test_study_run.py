@@ -78,6 +78,15 @@ def test_a_failing_arm_stops_no_other_and_the_same_command_trains_it_and_then_no
     code, said = run()
     assert (code, trained(study), len(commands(said))) == (ExitCode.FAILED, ["tiny--r8"], 2)
     assert "failed: tiny--r4 (exit code 1): no memory" in said
+    # a job that only evaluates tells the training's own error too, and so does what is missing
+    code, said = run(train=False)
+    assert code == ExitCode.FAILED and "failed: tiny--r4 (exit code 1): no memory" in said
+    assert running.missing_of(load_study(study)) == ["training tiny--r4 (failed: no memory)"]
+    # one that is refused before it has the run leaves the error of the attempt before
+    monkeypatch.setenv("REFUSED", "r4")
+    code, said = run()
+    assert "failed: tiny--r4 (exit code 2): the training ended with exit code 2" in said
+    monkeypatch.delenv("REFUSED")
     monkeypatch.setenv("CODE", "75")
     code, said = run()
     assert (code, trained(study), said[-1]) == (75, ["tiny--r8"], STOPPED)

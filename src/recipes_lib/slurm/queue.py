@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
-from recipes_lib.core.files import read_object, write_json, write_text
+from recipes_lib.core.files import object_or_none, read_object, write_json, write_text
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.slurm.jobs import Job, JobPlan, script_of
@@ -35,8 +34,6 @@ def prepare(plan: JobPlan, profile: Profile) -> None:
     for stale in plan.folder.iterdir():
         if stale.suffix in (".sbatch", ".exit_code", ".job"):
             stale.unlink()
-        elif stale.suffix == ".errors":
-            shutil.rmtree(stale)
     for job in plan.jobs:
         write_text(plan.folder / f"{job.label}.sbatch", script_of(job, plan.folder, profile))
     for file, recipe in plan.recipes.items():
@@ -146,6 +143,7 @@ class TaskState:
     reason: str = ""
     active: bool = False
     exit_code: int | None = None
+    error: str = ""  # what a failed training says of itself in run.json
 
 
 def submitted_tasks(folder: Path) -> list[TaskState]:
@@ -182,6 +180,8 @@ def task_states(folder: Path) -> list[TaskState]:
             task.exit_code = int((folder / f"{task.label}.exit_code").read_text())
             task.state = "failed" if task.exit_code else "done"
             task.reason = f"exit code {task.exit_code}" if task.exit_code else ""
+            if task.exit_code and task.label.startswith("train"):
+                task.error = _error_of(folder.parents[1], task)
     # the accounting database knows the others, where the site has one
     unknown = {task.job: task for task in tasks if task.state == "unknown"}
     with suppress(EnvironmentFault):
@@ -191,6 +191,14 @@ def task_states(folder: Path) -> list[TaskState]:
             if job in unknown and state:
                 unknown[job].state = state.split()[0].lower()  # CANCELLED by 1000
     return tasks
+
+
+def _error_of(root: Path, task: TaskState) -> str:
+    """Return what run.json says of a training that ended with this exit code; else nothing."""
+    state = object_or_none(root / task.what / "run.json") or {}
+    if state.get("exit_code") != task.exit_code:  # an attempt that was refused leaves no error
+        return ""
+    return str(state.get("error") or "")
 
 
 def show_status(names: Sequence[str], as_json: bool = False) -> int:
@@ -204,9 +212,8 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
         table = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
         say(*aligned([("job", "task", "what", "state", ""), *table]))
         for task in tasks:
-            errors = sorted((folders[name] / f"{task.label}.errors").glob("*"))
-            if errors and task.exit_code:  # the first rank's that failed
-                say(f"  {task.label}: {errors[0].read_text(errors='replace').strip()}")
+            if task.error:
+                say(f"  {task.label}: {task.error}")
         say(f"  logs: {shown_path(folders[name])}")
     return 0 if states else next_step("launch", "RECIPE", "--profile", "example", "--dry-run")
 

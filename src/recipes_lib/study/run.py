@@ -140,8 +140,15 @@ def progress_of(study: Study) -> dict[str, str]:
 
 
 def missing_of(study: Study) -> list[str]:
-    """Return every training and result that is not done."""
-    return [name for name, state in progress_of(study).items() if state != "done"]
+    """Return every training and result that is not done, those that failed first and with why."""
+    failed: list[str] = []
+    missing: list[str] = []
+    for name, state in progress_of(study).items():
+        if state.startswith("failed"):
+            failed.append(f"{name} ({state})")
+        elif state != "done":
+            missing.append(name)
+    return [*failed, *missing]
 
 
 def _state_of(training: StudyRun) -> str:
@@ -152,6 +159,15 @@ def _state_of(training: StudyRun) -> str:
         return f"running{describe_holder(folder)}"
     why = [*what_changed(training), *str(state.get("error") or "").splitlines()]
     return ": ".join([state.get("state", "missing"), *why[:1]])
+
+
+def _why_untrained(training: StudyRun) -> tuple[int, str]:
+    """Return the exit code and the reason of a training that is not done and is not tried now."""
+    state = training.state
+    if state.get("state") == "failed" and state.get("error") and not what_changed(training):
+        code = state.get("exit_code") or ExitCode.FAILED
+        return int(code), state["error"].splitlines()[0]
+    return int(ExitCode.FAILED), "is not trained as the study says"
 
 
 def plan_lines(study: Study) -> Iterator[str]:
@@ -291,7 +307,8 @@ class StudyRunner:
         """Train what is not trained; raise KeyboardInterrupt if a stop was requested."""
         waiting = [training for training in trainings if not is_trained(training)]
         if not self.train:
-            self._fail([t.run for t in waiting], RecipesError("is not trained as the study says"))
+            for training in waiting:
+                self.failed[training.run] = _why_untrained(training)
             return
         devices = devices_here() if self.jobs > 1 else []
         share, shares = len(devices) // self.jobs, Queue[list[str]]()
@@ -331,6 +348,7 @@ class StudyRunner:
         note = f"   # output: {shown_path(log)}" * (self.jobs > 1)
         say(f"\n$ {shlex.join(['recipes', *words])}{note}")
         output = log.open("ab") if self.jobs > 1 else None
+        last_update = training.state.get("updated")
         devices = shares.get()
         process = subprocess.Popen(
             [*RECIPES, *words],
@@ -350,8 +368,12 @@ class StudyRunner:
         elif code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
             self._stopped.append(ExitCode(code))
         elif not self._stopped and not is_trained(training):
-            why = training.state.get("error") or f"the training ended with exit code {code}"
-            self.failed[name] = max(code, int(ExitCode.FAILED)), why.splitlines()[0]
+            why = f"the training ended with exit code {code}"
+            state = training.state
+            # an attempt that was refused leaves run.json as the one before wrote it
+            if state.get("error") and state.get("updated") != last_update:
+                why = state["error"].splitlines()[0]
+            self.failed[name] = max(code, int(ExitCode.FAILED)), why
 
     def _evaluate(self, trained: set[str]) -> None:
         """Evaluate what is trained and has no result; each base and judge is loaded once."""
