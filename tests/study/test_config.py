@@ -56,6 +56,8 @@ BAD = {
         "margins: {win_rate: -1 points}": "must be a number above 0",
         "margins: {heldout_loss: 0.005}": "no eval of this study measures it",
         "primary: win_rat": "no eval of this study measures 'win_rat'",
+        "primary: quickstart_multiple_choice/acc_normed": "metrics: quickstart_multiple_",
+        "margins: {lm_eval/quickstart_multiple_choice/ac: 2 points}": "reports no such metric",
         "primary: study": "several evals measure 'study'",
         "tune: {train.learning_rte: [1, 2]}": "did you mean train.learning_rate",
         "tune: {train.learning_rate: [-1, 1]}": "learning_rate",

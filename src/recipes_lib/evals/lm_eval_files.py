@@ -1,4 +1,5 @@
-"""Which files lm-eval's task loader will read and import, found without importing any of them.
+"""Which files lm-eval's task loader will read and import, and which metrics a task's file lists,
+found without importing any of them.
 
 A task's file is code: its `!function` values are imported, its `class` is made, and its templates
 are jinja outside a sandbox (lm_eval 0.4.13). So the question is which files the loader reads,
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,13 @@ TASK_SUFFIXES = (".yaml", ".yml")
 # the keys of an eval recipe that lead the loader to files
 _TASKS = "suite.tasks"
 _INCLUDE_PATH = "data.include_path"
+# the metrics of a task that lists none, by its output_type (lm_eval 0.4.13, api/registry.py)
+_DEFAULT_METRICS = {
+    "loglikelihood": ("perplexity", "acc"),
+    "loglikelihood_rolling": ("word_perplexity", "byte_perplexity", "bits_per_byte"),
+    "multiple_choice": ("acc", "acc_norm"),
+    "generate_until": ("exact_match",),
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -131,3 +140,124 @@ def _module_file(function: str, beside: Path, folder: str | None) -> Path | None
     if spec is None or not spec.origin or spec.origin in ("built-in", "frozen"):
         return None
     return Path(spec.origin).resolve()
+
+
+# ---- the metrics of a task ----
+
+
+@dataclass
+class _TaskFile:
+    """A task's file with what it includes: its values, and which of these are functions."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    functions: set[str] = field(default_factory=set)
+
+
+def metrics_of_task(task: str, include_path: str | None) -> tuple[str, ...] | None:
+    """Return the metrics that lm-eval will report of a task or a group, by the names that a result
+    has (`acc`, `exact_match,strict-match`; `acc,*` with any filter); None where only a run can
+    tell.
+
+    Args:
+        task: the name of a task or group; of a pattern or a path nothing is known.
+        include_path: the folder of one's own tasks, which come before lm-eval's.
+    """
+    for path in _candidates(task, include_path):
+        file = _with_includes(path, set())
+        if file.values.get("group") == task:
+            return _metrics_of_group(file)
+        if file.values.get("task") == task:
+            return _metrics_of_file(file)
+    return None
+
+
+def _candidates(task: str, include_path: str | None) -> Iterator[Path]:
+    """Yield the files that may declare a task: all of one's own, and of lm-eval's 14,000 those in
+    a folder that the task's name begins with, and those of its name.
+    """
+    if include_path is not None:
+        yield from sorted(Path(include_path).rglob("*.yaml"))
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.origin:
+        return
+    for folder in sorted((Path(spec.origin).parent / "tasks").glob("*/")):
+        if task.startswith(folder.name):
+            yield from sorted(folder.rglob("*.yaml"))
+        else:
+            yield from sorted(folder.rglob(f"{task}.yaml"))
+
+
+def _with_includes(path: Path, seen: set[Path]) -> _TaskFile:
+    """Return a task's file over the files it includes: its own values win, as in lm-eval."""
+    path = path.resolve()
+    if path in seen:  # a circle, which lm-eval refuses
+        return _TaskFile()
+    seen.add(path)
+    values, functions = _read(path)
+    file = _TaskFile(functions=set(functions))
+    included = values.pop("include", None) or []
+    if not isinstance(included, list):
+        included = [included]
+    for name in included:
+        base = _with_includes(path.parent / str(name), seen)
+        file.values.update(base.values)
+        file.functions |= base.functions
+    file.values.update(values)
+    return file
+
+
+def _metrics_of_file(file: _TaskFile) -> tuple[str, ...] | None:
+    """Return the metrics of a task's file: each metric of its list with each of its filters.
+
+    A Python task, a function that makes the results, and a metric that is a function or comes from
+    the Hub may report any name.
+    """
+    values = file.values
+    if "class" in values or values.get("process_results") in file.functions:
+        return None
+    listed = values.get("metric_list")
+    if listed is None:
+        names = list(_DEFAULT_METRICS.get(str(values.get("output_type")), ()))
+    else:
+        names = []
+        for metric in _mappings(listed):
+            if metric.get("hf_evaluate") or metric.get("metric") in file.functions:
+                return None
+            names.append(str(metric.get("metric")))
+    filters = [str(one.get("name")) for one in _mappings(values.get("filter_list"))]
+    metrics = _filtered(names, filters or ["none"])
+    return metrics or None
+
+
+def _metrics_of_group(file: _TaskFile) -> tuple[str, ...] | None:
+    """Return the metrics that a group adds up; without a list of filters, of its tasks' ones."""
+    metrics: list[str] = []
+    for metric in _mappings(file.values.get("aggregate_metric_list")):
+        filters = metric.get("filter_list")
+        if filters is None:
+            filters = ["none", "*"]
+        if isinstance(filters, str):
+            filters = [filters]
+        metrics += _filtered([str(metric.get("metric"))], filters)
+    return tuple(metrics) or None
+
+
+def _filtered(metrics: Sequence[str], filters: Sequence[str]) -> tuple[str, ...]:
+    """Return the names that results have: a metric alone where its filter is `none`."""
+    names = []
+    for metric in metrics:
+        for pipeline in filters:
+            name = f"{metric},{pipeline}"
+            if pipeline == "none":
+                name = metric
+            names.append(name)
+    return tuple(names)
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    """Return the mappings of a list, or of a single one; nothing of anything else."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return []
+    return [entry for entry in value if isinstance(entry, dict)]

@@ -20,6 +20,7 @@ from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.recipe import Recipe, RecipeFile, keys_of, load_recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import recipe_path
+from recipes_lib.evals.lm_eval_files import metrics_of_task
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
 
@@ -312,6 +313,8 @@ class _Reader:
         if keys.primary and len(primary) != 1:
             why = "several evals measure" if primary else "no eval of this study measures"
             self.wrong(("primary",), f"primary: {why} '{keys.primary}'", hint)
+        elif keys.primary:
+            self.refuse_absent_metric("primary", ("primary",), keys.primary, evals)
         for word, value in keys.margins.items():
             faults = ["must be a number above 0, or one like '2 points'"]
             if margin := Margin.read(value):
@@ -319,7 +322,36 @@ class _Reader:
                 faults = [*map(margin.fits, named(word))] or ["no eval of this study measures it"]
             for why in [*filter(None, faults)][:1]:
                 self.wrong(("margins", word), f"margins: {word}: {why}", hint)
+            self.refuse_absent_metric(f"margins: {word}", ("margins", word), word, evals)
         return Aims(next(iter(primary), None), margins)
+
+    def refuse_absent_metric(
+        self, key: str, place: KeyPath, word: str, evals: Sequence[EvalRecipe]
+    ) -> None:
+        """Refuse the name of a metric that no result will have, as far as the tasks' files tell."""
+        reported: dict[str, None] = {}
+        for recipe in evals:
+            for task in recipe.suite.tasks or ():
+                if task not in metric_parts(word):
+                    continue
+                metrics = metrics_of_task(task, recipe.data.include_path)
+                if metrics is None or recipe.suite.options.get("predict_only"):
+                    return  # only a run can tell
+                if any(_means(word, recipe.name, task, metric) for metric in metrics):
+                    return
+                reported |= dict.fromkeys(f"{task}/{metric}" for metric in metrics)
+        if reported:
+            hint = f"metrics: {'; '.join(reported)}"
+            self.wrong(place, f"{key}: lm-eval reports no such metric: '{word}'", hint)
+
+
+def _means(word: str, recipe: str, task: str, metric: str) -> bool:
+    """Return whether a word means a metric of a task; `acc,*` is acc with any filter."""
+    any_filter = metric.removesuffix("*")
+    last = metric_parts(word)[-1]
+    if any_filter != metric and last.startswith(any_filter):
+        metric = last
+    return is_named(word, f"{recipe}/{task}/{metric}")
 
 
 def known_metrics(recipe: EvalRecipe) -> list[str]:
