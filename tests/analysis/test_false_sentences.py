@@ -276,6 +276,36 @@ def test_what_is_said_beside_a_sentence_stops_none(two: Folders) -> None:
     assert claim_of(compared(two), "pass_rate").verdict == "higher"
 
 
+def test_answers_cut_by_a_rules_limit_stop_nothing_and_stand_in_the_sentence(two) -> None:
+    """The limit is part of the question; a reader must know that it decided."""
+    assert "hit the token limit" not in claim_of(compared(two), "pass_rate").sentence
+    half_cut(two, "evals/checks/result.json")
+    conclusion = compared(two)
+    claim = claim_of(conclusion, "pass_rate")
+    assert claim.verdict == "higher"
+    assert "50 of 100 one answers in checks hit the token limit." in claim.sentence
+    assert "50 of 100 two answers in checks hit the token limit." in claim.sentence
+    assert "degenerate-answers" in codes(conclusion, "warning")
+
+
+def test_what_was_evaluated_differently_stands_in_a_sentence_without_a_cause(two) -> None:
+    """One training each: no cause is asked for, and other versions may still be the reason."""
+    rewrite({"two": two["two"]}, libraries={"transformers": "5.0"})
+    rewrite({"one": two["one"]}, libraries={"transformers": "4.0"})
+    claim = claim_of(compared(two))
+    assert claim.verdict == "higher"
+    said = "one and two were evaluated with different transformers in alpaca_eval."
+    assert said in claim.sentence and claim.sentence.count(said) == 1
+    assert said not in claim_of(compared(two), "pass_rate").sentence
+
+
+def test_a_few_common_questions_of_many_are_flagged(tmp_path: Path) -> None:
+    """Also where one arm was asked no more than these."""
+    folders = valued(tmp_path, [1.0, 0.0] * 40, [1.0, 0.0] * 100)
+    (row,) = compared(folders).table.rows
+    assert "80 common questions of 200" in row.flags
+
+
 def test_a_run_or_arm_of_an_opponents_name_is_not_that_opponent(two: Folders) -> None:
     folder = two["one"][0].rename(two["one"][0].with_name("reference"))
     row = claim_of(compared({"reference": [folder], "two": two["two"]})).row

@@ -31,7 +31,10 @@ SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
 # What only an audit asks; the rest is measured from the judgments.
 ASKED_IN_AUDIT = {*PROBES.values(), HUMAN}
-UNAUDITED = "judge-not-audited"  # stands in the sentences that it touches
+# These stand in the sentences that they touch.
+UNAUDITED = "judge-not-audited"
+DEGENERATE_ANSWERS = "degenerate-answers"
+EVALUATED_DIFFERENTLY = "evaluated-differently"
 MANY_ARMS = 5
 _ONE_MODEL = (
     "are one run",
@@ -315,24 +318,37 @@ def _kinship(log: EvalLog, run: Run) -> str:
 
 def check_answers(arms: Arms) -> Iterator[Finding]:
     """Yield arms with many answers that are the same text, empty, cut or repetitive."""
-    worst: dict[tuple[str, str, str], tuple[float, Finding]] = {}  # of the trainings of an arm
+    worst: dict[tuple[str, str, str], float] = {}  # share of bad answers in a training of an arm
+    findings: dict[tuple[str, str, str], Finding] = {}
     for arm, log in arms.logs:
-        for what, (times, n) in answer_faults(log).items():
-            if log.suite == "checks" and what == CUT:
-                continue  # a cut answer that fails has failed: the limit is part of the question
-            key, share = (arm, log.eval, what), times / n
-            if times > 2 and share > max(SOME_DEGENERATE, worst.get(key, (0.0,))[0]):
-                worst[key] = share, _degenerate(arm, log, what, times, n)
-    yield from (finding for _, finding in worst.values())
+        for fault, (times, n) in answer_faults(log).items():
+            key = (arm, log.eval, fault)
+            if times > 2 and times / n > max(SOME_DEGENERATE, worst.get(key, 0.0)):
+                worst[key] = times / n
+                findings[key] = _degenerate(arm, log, fault, times, n)
+    yield from findings.values()
 
 
-def _degenerate(arm: str, log: EvalLog, what: str, times: int, n: int) -> Finding:
-    limit = (log.recipe.get("generation") or {}).get("max_new_tokens")
-    more = f"generation.max_new_tokens={2 * limit if limit else 'N'}"
-    remedy = f"recipes eval EVAL {log.target or 'RUN'} {more}" if what == CUT else "read some"
-    severity: Severity = "error" if times / n > DEGENERATE else "warning"
-    title, lines = f"{times} of {n} {arm} answers in {log.eval} {what}", (run_place(log.file),)
-    return Finding("degenerate-answers", severity, title, lines, remedy, (arm,), _metrics((log,)))
+def _degenerate(arm: str, log: EvalLog, fault: str, times: int, n: int) -> Finding:
+    severity: Severity = "warning"
+    # A cut answer that fails a rule has failed: the limit is part of the question, and is named.
+    is_asked_for = log.suite == "checks" and fault == CUT
+    if times / n > DEGENERATE and not is_asked_for:
+        severity = "error"
+    remedy = "read some"
+    if fault == CUT:
+        limit = (log.recipe.get("generation") or {}).get("max_new_tokens")
+        more = f"generation.max_new_tokens={2 * limit if limit else 'N'}"
+        remedy = f"recipes eval EVAL {log.target or 'RUN'} {more}"
+    return Finding(
+        code=DEGENERATE_ANSWERS,
+        severity=severity,
+        title=f"{times} of {n} {arm} answers in {log.eval} {fault}",
+        evidence=(run_place(log.file),),
+        remedy=remedy,
+        arms=(arm,),
+        metrics=_metrics((log,)),
+    )
 
 
 # ---- What was asked, and how ----
@@ -393,7 +409,7 @@ def _asked_differently(
     if lines:
         what = f"were evaluated with different {sentence_list([*lines], 3)} in {first.eval}"
         about = f"{both} {what}", (*lines.values(),), "evaluate both in the same way"
-        yield Finding("evaluated-differently", "confound", *about, *scope)
+        yield Finding(EVALUATED_DIFFERENTLY, "confound", *about, *scope)
 
 
 def _unequal(

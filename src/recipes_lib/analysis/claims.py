@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from recipes_lib.analysis.aims import Aims, Design, is_named
-from recipes_lib.analysis.checks import UNAUDITED, Finding, find
+from recipes_lib.analysis.checks import (
+    DEGENERATE_ANSWERS,
+    EVALUATED_DIFFERENTLY,
+    UNAUDITED,
+    Finding,
+    find,
+)
 from recipes_lib.analysis.differences import Difference, arm_differences
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.table import TableRow, TestedTable, build_table
@@ -54,6 +60,7 @@ class Claim:
     one_recipe: bool = False
     cause: tuple[Difference, ...] = ()
     no_cause: str = ""
+    remarks: tuple[Finding, ...] = ()  # what stops no sentence, and stands in it
     unaudited: bool = False
 
     @property
@@ -80,6 +87,8 @@ class Claim:
         if self.verdict in ("no verdict", "not tested"):
             return text
         text += _lengths(self.row)
+        for finding in self.remarks:
+            text += f" {finding.title}."
         if self.unaudited:
             text += " Its judge was not audited."
         return text
@@ -184,7 +193,8 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         touching = [finding for finding in findings if finding.touches(row)]
         claim = _shown(row, touching, between[row.arms], design, descriptive)
         unaudited = any(finding.code == UNAUDITED for finding in touching)
-        claims.append(replace(claim, unaudited=unaudited))
+        remarks = _remarks(claim, touching)
+        claims.append(replace(claim, remarks=remarks, unaudited=unaudited))
     return Conclusion(question, table, findings, tuple(claims), descriptive)
 
 
@@ -290,6 +300,14 @@ def _why_no_cause(touching: Sequence[Finding], between: Sequence[Difference]) ->
     others = [finding for finding in touching if finding.code != "undeclared-difference"]
     reasons += [_inside(finding.title) for finding in others if finding.severity == "confound"]
     return "; ".join(reasons)
+
+
+def _remarks(claim: Claim, touching: Sequence[Finding]) -> tuple[Finding, ...]:
+    """What a reader of the sentence alone must know; "no cause is named" has its reasons."""
+    in_sentence = {DEGENERATE_ANSWERS}
+    if not claim.no_cause:
+        in_sentence.add(EVALUATED_DIFFERENTLY)
+    return tuple(finding for finding in touching if finding.code in in_sentence)
 
 
 def several_trainings(row: TableRow) -> bool:
