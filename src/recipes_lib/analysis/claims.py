@@ -20,25 +20,26 @@ from recipes_lib.analysis.checks import (
     find,
 )
 from recipes_lib.analysis.differences import Difference, arm_differences
+from recipes_lib.analysis.row_text import (
+    evidence_text,
+    lengths_text,
+    near_end_text,
+    training_text,
+    values_text,
+    where_text,
+)
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.table import TableRow, TestedTable, build_table
 from recipes_lib.analysis.text import (
-    NONE,
     difference_text,
-    interval_text,
-    metric_text,
     p_text,
     question_text,
     sentence_list,
 )
-from recipes_lib.core.terminal import aligned, count, printable
-from recipes_lib.stats import ALPHA, OTHER_SHARE, PRIMARY_SHARE
+from recipes_lib.core.terminal import count
+from recipes_lib.stats import ALPHA
 
 NO_SUCH_METRIC = "no-such-metric"  # the code of a finding that stops the answer
-FAR_LONGER = 1.5  # times as long, by the median
-NEAR_END = 0.02  # from 0% or 100%
-# The correction is of p alone: an interval speaks of its own row.
-EFFECT = "effect [95%, not corrected]"
 Verdict = Literal["better", "worse", "higher", "lower", "not shown", "no verdict", "not tested"]
 Within = Literal["", "equivalent", "not worse", "not better"]
 
@@ -86,7 +87,7 @@ class Claim:
         text = _sentence(self)
         if self.verdict in ("no verdict", "not tested"):
             return text
-        text += _lengths(self.row)
+        text += lengths_text(self.row)
         for finding in self.remarks:
             text += f" {finding.title}."
         if self.unaudited:
@@ -272,7 +273,7 @@ def _shown(
     is_one_recipe = all(difference.level == "note" for difference in between)
     one_recipe = both_trained and design is not None and is_one_recipe
     verdict: Verdict
-    if one_recipe or not several_trainings(row):
+    if one_recipe or not row.has_several_trainings:
         verdict = "higher" if direction > 0 else "lower"
         return Claim(row=row, verdict=verdict, within=within, one_recipe=one_recipe)
     verdict = "better" if direction > 0 else "worse"
@@ -310,16 +311,6 @@ def _remarks(claim: Claim, touching: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(finding for finding in touching if finding.code in in_sentence)
 
 
-def several_trainings(row: TableRow) -> bool:
-    """Return whether each trained arm of a row was trained at least twice, and one was trained.
-
-    How far apart two seeds lie is known from two trainings on. A base was never trained here, so
-    beside a trained arm it needs none. Of two models that were not trained here nobody knows.
-    """
-    trained = [number for number in row.trainings if number > 0]
-    return bool(trained) and min(trained) > 1
-
-
 def _direction(row: TableRow) -> int:
     """1 where the first arm tests as better, -1 where it tests as worse, 0 where neither is."""
     interval = row.interval
@@ -352,23 +343,23 @@ def _sentence(claim: Claim) -> str:
         return f"{first} and {second} are not tested in {where}: {row.aside}."
     if claim.descriptive and row.test is not None:
         kind = claim.descriptive.partition(":")[0]
-        return f"{kind}: {first} and {second} in {where}: {_values(row)}, no verdict."
+        return f"{kind}: {first} and {second} in {where}: {values_text(row)}, no verdict."
     if claim.verdict == "no verdict":
         why = row.why_not
         if claim.stopped_by:
             why = _inside(claim.stopped_by[0].title)
         if row.first_value is not None:
-            where = f"{where} ({_values(row)})"
+            where = f"{where} ({values_text(row)})"
         return f"No verdict about {first} and {second} in {where}: {why}."
-    numbers = f"{_values(row)}, {_evidence(row)}"
+    numbers = f"{values_text(row)}, {evidence_text(row)}"
     if claim.verdict == "not shown":
         return _not_shown(claim, numbers)
     inside = ""
     if claim.within == "equivalent":
-        inside = f" The difference lies within the margin.{_near_end(row)}"
+        inside = f" The difference lies within the margin.{near_end_text(row)}"
     if claim.verdict in ("higher", "lower"):
         score = "scored better" if claim.verdict == "higher" else "scored worse"
-        why = _about_these_models(row)
+        why = training_text(row)
         if claim.one_recipe:
             why = " Both were trained with one recipe: the difference is chance."
         subject = f"The {first} run" if row.trainings[0] else first
@@ -377,50 +368,13 @@ def _sentence(claim: Claim) -> str:
     return f"{first} is {claim.verdict} than {second} in {where}: {numbers}.{inside}{_cause(claim)}"
 
 
-def _about_these_models(row: TableRow) -> str:
-    """What a sentence about arms that were trained once adds; nothing of several trainings."""
-    if several_trainings(row):
-        return ""
-    if row.trainings in ((1, 1), (0, 0)):
-        return " One training each: this is about these two models; another seed may differ."
-    return " One training: another seed may differ."
-
-
-def _near_end(row: TableRow) -> str:
-    """What a sentence about a margin adds where both shares lie at one end of their scale."""
-    values = [value for value in (row.first_value, row.second_value) if value is not None]
-    if row.unit != "share" or row.head_to_head or not values:
-        return ""
-    if max(values) < NEAR_END:
-        return f" Both are below {NEAR_END:.0%}, so the questions hardly tell them apart."
-    if min(values) > 1 - NEAR_END:
-        return f" Both are above {1 - NEAR_END:.0%}, so the questions hardly tell them apart."
-    return ""
-
-
-def _lengths(row: TableRow) -> str:
-    """What a sentence adds where the answers of one arm are far longer: judges and rules see it."""
-    if row.first_length is None or row.second_length is None:
-        return ""
-    longer, shorter = row.first, row.second
-    most, least = row.first_length, row.second_length
-    if most < least:
-        longer, shorter = shorter, longer
-        most, least = least, most
-    factor = most / max(least, 1.0)
-    if factor <= FAR_LONGER:
-        return ""
-    medians = f"medians of {most:,.0f} and {least:,.0f} characters"
-    return f" Answers of {longer} are {factor:.1f} times as long as those of {shorter} ({medians})."
-
-
 def _not_shown(claim: Claim, numbers: str) -> str:
     row = claim.row
     first, second, where = row.first, row.second, where_text(row)
     margin = difference_text(row.margin, row.unit, signed=False)
     if row.head_to_head and row.margin is not None:
         margin = f"{margin} of 50%"
-    after = _near_end(row) + _about_these_models(row)
+    after = near_end_text(row) + training_text(row)
     if claim.within == "equivalent":
         return f"{first} and {second} are equivalent within {margin} in {where}: {numbers}.{after}"
     if claim.within:
@@ -461,145 +415,9 @@ def _cause(claim: Claim) -> str:
     return f" {only}, so this is {owner} effect over {seeds}."
 
 
-def where_text(row: TableRow) -> str:
-    """Return the metric of a row inside a sentence."""
-    if row.head_to_head:
-        return f"{row.label}, head to head"
-    opponent = "the reference answers" if row.opponent == "reference" else row.opponent
-    return f"{row.label} against {opponent}" if opponent else row.label
-
-
-def effect_text(row: TableRow) -> str:
-    """Return the effect of a row: a difference, head to head the win rate."""
-    if row.head_to_head:
-        return metric_text(row.first_value, row.unit)
-    return difference_text(row.difference, row.unit)
-
-
-def limits_text(row: TableRow) -> str:
-    """Return the interval of `effect_text`; nothing where there is none."""
-    interval = row.interval
-    if interval is None:
-        return ""
-    if row.head_to_head:
-        return interval_text((interval[0] + 0.5, interval[1] + 0.5), row.unit, signed=False)
-    return interval_text(interval, row.unit)
-
-
-def _values(row: TableRow) -> str:
-    if row.head_to_head:
-        return f"win rate {effect_text(row)} {limits_text(row)}".strip()
-    first = metric_text(row.first_value, row.unit)
-    second = metric_text(row.second_value, row.unit)
-    both = f"{first} against {second}"
-    if row.test is None:
-        return both
-    return f"{both}, difference {effect_text(row)} {limits_text(row)}".strip()
-
-
-def _evidence(row: TableRow) -> str:
-    assert row.test is not None
-    evidence = p_text(row.p)
-    if row.tests > 1:
-        evidence += " (Holm)"
-    unit = "row" if row.suite == "heldout_loss" else "question"
-    evidence += f", n = {count(row.test.resolved.questions, unit)}"
-    if row.test.unresolved:
-        evidence += f", {row.test.unresolved} without a verdict"
-    if min(row.trainings) > 0 and max(row.trainings) > 1:
-        evidence += f", {count(max(row.trainings), 'training')} each"
-    return evidence
-
-
 def _inside(title: str) -> str:
     """A title inside a sentence: its first word small unless it is a name."""
     starts = ("The ", "All ", "Different ", "Comparisons ", "No row ")
     if not title.startswith(starts):
         return title
     return title[0].lower() + title[1:]
-
-
-# ---- As lines: the terminal and report.md ----
-
-
-def conclusion_lines(conclusion: Conclusion) -> list[str]:
-    """Return the answer, what cannot be said, the table by pairs of arms, and the findings."""
-    lines = conclusion.answer if conclusion.claims else score_lines(conclusion)
-    if conclusion.cannot_say:
-        lines += ["", "What cannot be said:"]
-        lines += [f"- {line}" for line in conclusion.cannot_say]
-    for (first, second), claims in conclusion.pairs.items():
-        lines += ["", f"{first} against {second}", *pair_lines(claims)]
-    if conclusion.claims and not conclusion.descriptive:
-        lines += ["", tests_text(conclusion.table)]
-    if conclusion.findings:
-        lines.append("")
-    for finding in conclusion.findings:
-        lines.append(f"{finding.severity}: {finding.title}")
-        if finding.severity != "note" and finding.remedy:
-            lines.append(f"  {finding.remedy}")  # --json has the evidence
-    return [printable(line) for line in lines]
-
-
-def tests_text(table: TestedTable) -> str:
-    """Return how many tests are corrected together, and at which level."""
-    primaries, others = table.primary_tests, table.tests - table.primary_tests
-    if table.tests < 2:
-        return f"{count(table.tests, 'test')}, at {ALPHA:.0%}."
-    if not primaries or not others:
-        return f"{table.tests} tests, corrected together (Holm), at {ALPHA:.0%}."
-    return (
-        f"{table.tests} tests, corrected together (Holm):"
-        f" {primaries} of the primary metric at {ALPHA * PRIMARY_SHARE:.0%},"
-        f" {count(others, 'other')} at {ALPHA * OTHER_SHARE:.0%}."
-    )
-
-
-def pair_lines(claims: list[Claim]) -> list[str]:
-    """Return the table of one pair of arms."""
-    columns = (EFFECT, "p (Holm)", "n", "verdict", "")
-    table = [("metric", *claims[0].row.arms, *columns)]
-    for claim in claims:
-        row = claim.row
-        metric = where_text(row)
-        if row.primary:
-            metric += " (primary)"
-        items = NONE
-        if row.test:
-            items = f"{row.n:,}"
-            if row.test.unresolved:
-                items += f" ({row.test.unresolved} open)"
-        p = NONE
-        if row.is_counted:
-            p = p_text(row.p).removeprefix("p ").removeprefix("= ")
-        table.append(
-            (
-                metric,
-                metric_text(row.first_value, row.unit),
-                metric_text(row.second_value, row.unit),
-                f"{effect_text(row)} {limits_text(row)}".strip(),
-                p,
-                items,
-                claim.says,
-                ", ".join(filter(None, [*row.flags, row.why_not])),
-            )
-        )
-    return [f"  {line}".rstrip() for line in aligned(table)]
-
-
-def score_lines(conclusion: Conclusion) -> list[str]:
-    """Return the scores of arms that have nothing to be compared with."""
-    table = [("run", "metric", "value [95%]", "n", "without a verdict")]
-    for score in conclusion.table.scores:
-        opponent = f" against {score.opponent}" if score.opponent else ""
-        limits = interval_text(score.interval, score.unit, signed=False)
-        value = f"{metric_text(score.value, score.unit)} {limits}".removesuffix(f" {NONE}")
-        numbers = value, f"{score.n:,}", str(score.unresolved)
-        table.append((score.arm, score.label + opponent, *numbers))
-    return aligned(table)
-
-
-def report_markdown(conclusion: Conclusion) -> str:
-    """Return report.md: the question, the answer, and the table as in the terminal."""
-    body = "\n".join(f"    {line}".rstrip() for line in conclusion_lines(conclusion))
-    return f"# {' '.join(printable(conclusion.question).split())}\n\n{body}\n"

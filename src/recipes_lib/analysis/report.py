@@ -21,11 +21,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from recipes_lib.analysis import claims, plots, text
+from recipes_lib.analysis import plots, row_text, text
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.checks import SEVERITIES
 from recipes_lib.analysis.claims import Conclusion
 from recipes_lib.analysis.differences import code_text
+from recipes_lib.analysis.lines import report_markdown, tests_text
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import project_root, runs_root
@@ -50,7 +51,7 @@ def write_report(
     texts = {
         "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
         "numbers.csv": _csv(numbers),
-        "report.md": claims.report_markdown(conclusion),
+        "report.md": report_markdown(conclusion),
         "report.html": report_html(conclusion, arms, design),
     }
     for name, content in texts.items():
@@ -71,10 +72,10 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         "value": text.metric_text,
         "number": text.plain_number,
         "p": text.p_text,
-        "effect": claims.effect_text,
-        "limits": claims.limits_text,
-        "where": claims.where_text,
-        "tests": claims.tests_text,
+        "effect": row_text.effect_text,
+        "limits": row_text.limits_text,
+        "where": row_text.where_text,
+        "tests": tests_text,
         "interval": lambda limits, unit: text.interval_text(limits, unit, signed=False),
     }
     style, script = (

@@ -96,6 +96,16 @@ class TableRow:
         return self.is_tested and not self.is_stopped
 
     @property
+    def has_several_trainings(self) -> bool:
+        """Whether each trained arm of the row was trained at least twice, and one was trained.
+
+        How far apart two seeds lie is known from two trainings on. A base was never trained here,
+        so beside a trained arm it needs none. Of two models not trained here nobody knows.
+        """
+        trained = [number for number in self.trainings if number > 0]
+        return bool(trained) and min(trained) > 1
+
+    @property
     def difference(self) -> float | None:
         """The first arm minus the second; head to head its win rate minus one half."""
         return self.test.resolved.value if self.test else None

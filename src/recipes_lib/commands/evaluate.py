@@ -72,7 +72,8 @@ def run_compare(
 ) -> int:
     """Print the tested table of runs, lm-eval folders or alpaca_eval files."""
     # numpy, which `recipes compare --help` does without
-    from recipes_lib.analysis.claims import conclude, conclusion_lines
+    from recipes_lib.analysis.claims import conclude
+    from recipes_lib.analysis.lines import conclusion_lines
     from recipes_lib.analysis.ownership import check_ownership
     from recipes_lib.analysis.report import report_html
     from recipes_lib.analysis.runs import arms_of, load_run, read_foreign

@@ -71,7 +71,7 @@ def run_study_report(
     json: Json = False,
 ) -> int:
     """Write the report of what was measured; train and evaluate nothing."""
-    from recipes_lib.analysis.claims import conclusion_lines
+    from recipes_lib.analysis.lines import conclusion_lines
     from recipes_lib.study.report import gate as gate_of
     from recipes_lib.study.report import report_study
 

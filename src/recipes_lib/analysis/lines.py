@@ -1,0 +1,96 @@
+"""A conclusion as lines: what the terminal prints, and report.md."""
+
+from __future__ import annotations
+
+from recipes_lib.analysis.claims import Claim, Conclusion
+from recipes_lib.analysis.row_text import effect_text, limits_text, where_text
+from recipes_lib.analysis.table import TestedTable
+from recipes_lib.analysis.text import NONE, interval_text, metric_text, p_text
+from recipes_lib.core.terminal import aligned, count, printable
+from recipes_lib.stats import ALPHA, OTHER_SHARE, PRIMARY_SHARE
+
+# The correction is of p alone: an interval speaks of its own row.
+EFFECT = "effect [95%, not corrected]"
+
+
+def conclusion_lines(conclusion: Conclusion) -> list[str]:
+    """Return the answer, what cannot be said, the table by pairs of arms, and the findings."""
+    lines = conclusion.answer if conclusion.claims else score_lines(conclusion)
+    if conclusion.cannot_say:
+        lines += ["", "What cannot be said:"]
+        lines += [f"- {line}" for line in conclusion.cannot_say]
+    for (first, second), claims in conclusion.pairs.items():
+        lines += ["", f"{first} against {second}", *pair_lines(claims)]
+    if conclusion.claims and not conclusion.descriptive:
+        lines += ["", tests_text(conclusion.table)]
+    if conclusion.findings:
+        lines.append("")
+    for finding in conclusion.findings:
+        lines.append(f"{finding.severity}: {finding.title}")
+        if finding.severity != "note" and finding.remedy:
+            lines.append(f"  {finding.remedy}")  # --json has the evidence
+    return [printable(line) for line in lines]
+
+
+def tests_text(table: TestedTable) -> str:
+    """Return how many tests are corrected together, and at which level."""
+    primaries, others = table.primary_tests, table.tests - table.primary_tests
+    if table.tests < 2:
+        return f"{count(table.tests, 'test')}, at {ALPHA:.0%}."
+    if not primaries or not others:
+        return f"{table.tests} tests, corrected together (Holm), at {ALPHA:.0%}."
+    return (
+        f"{table.tests} tests, corrected together (Holm):"
+        f" {primaries} of the primary metric at {ALPHA * PRIMARY_SHARE:.0%},"
+        f" {count(others, 'other')} at {ALPHA * OTHER_SHARE:.0%}."
+    )
+
+
+def pair_lines(claims: list[Claim]) -> list[str]:
+    """Return the table of one pair of arms."""
+    columns = (EFFECT, "p (Holm)", "n", "verdict", "")
+    table = [("metric", *claims[0].row.arms, *columns)]
+    for claim in claims:
+        row = claim.row
+        metric = where_text(row)
+        if row.primary:
+            metric += " (primary)"
+        items = NONE
+        if row.test:
+            items = f"{row.n:,}"
+            if row.test.unresolved:
+                items += f" ({row.test.unresolved} open)"
+        p = NONE
+        if row.is_counted:
+            p = p_text(row.p).removeprefix("p ").removeprefix("= ")
+        table.append(
+            (
+                metric,
+                metric_text(row.first_value, row.unit),
+                metric_text(row.second_value, row.unit),
+                f"{effect_text(row)} {limits_text(row)}".strip(),
+                p,
+                items,
+                claim.says,
+                ", ".join(filter(None, [*row.flags, row.why_not])),
+            )
+        )
+    return [f"  {line}".rstrip() for line in aligned(table)]
+
+
+def score_lines(conclusion: Conclusion) -> list[str]:
+    """Return the scores of arms that have nothing to be compared with."""
+    table = [("run", "metric", "value [95%]", "n", "without a verdict")]
+    for score in conclusion.table.scores:
+        opponent = f" against {score.opponent}" if score.opponent else ""
+        limits = interval_text(score.interval, score.unit, signed=False)
+        value = f"{metric_text(score.value, score.unit)} {limits}".removesuffix(f" {NONE}")
+        numbers = value, f"{score.n:,}", str(score.unresolved)
+        table.append((score.arm, score.label + opponent, *numbers))
+    return aligned(table)
+
+
+def report_markdown(conclusion: Conclusion) -> str:
+    """Return report.md: the question, the answer, and the table as in the terminal."""
+    body = "\n".join(f"    {line}".rstrip() for line in conclusion_lines(conclusion))
+    return f"# {' '.join(printable(conclusion.question).split())}\n\n{body}\n"

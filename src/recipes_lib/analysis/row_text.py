@@ -1,0 +1,99 @@
+"""The parts of a sentence that a row of the table gives: names, values, evidence, remarks."""
+
+from __future__ import annotations
+
+from recipes_lib.analysis.table import TableRow
+from recipes_lib.analysis.text import difference_text, interval_text, metric_text, p_text
+from recipes_lib.core.terminal import count
+
+FAR_LONGER = 1.5  # times as long, by the median
+NEAR_END = 0.02  # from 0% or 100%
+
+
+def where_text(row: TableRow) -> str:
+    """Return the metric of a row inside a sentence."""
+    if row.head_to_head:
+        return f"{row.label}, head to head"
+    opponent = "the reference answers" if row.opponent == "reference" else row.opponent
+    return f"{row.label} against {opponent}" if opponent else row.label
+
+
+def effect_text(row: TableRow) -> str:
+    """Return the effect of a row: a difference, head to head the win rate."""
+    if row.head_to_head:
+        return metric_text(row.first_value, row.unit)
+    return difference_text(row.difference, row.unit)
+
+
+def limits_text(row: TableRow) -> str:
+    """Return the interval of `effect_text`; nothing where there is none."""
+    interval = row.interval
+    if interval is None:
+        return ""
+    if row.head_to_head:
+        return interval_text((interval[0] + 0.5, interval[1] + 0.5), row.unit, signed=False)
+    return interval_text(interval, row.unit)
+
+
+def values_text(row: TableRow) -> str:
+    """Return the values of both arms, and their difference where it was tested."""
+    if row.head_to_head:
+        return f"win rate {effect_text(row)} {limits_text(row)}".strip()
+    first = metric_text(row.first_value, row.unit)
+    second = metric_text(row.second_value, row.unit)
+    both = f"{first} against {second}"
+    if row.test is None:
+        return both
+    return f"{both}, difference {effect_text(row)} {limits_text(row)}".strip()
+
+
+def evidence_text(row: TableRow) -> str:
+    """Return p, the number of questions and of trainings."""
+    assert row.test is not None
+    evidence = p_text(row.p)
+    if row.tests > 1:
+        evidence += " (Holm)"
+    unit = "row" if row.suite == "heldout_loss" else "question"
+    evidence += f", n = {count(row.test.resolved.questions, unit)}"
+    if row.test.unresolved:
+        evidence += f", {row.test.unresolved} without a verdict"
+    if min(row.trainings) > 0 and max(row.trainings) > 1:
+        evidence += f", {count(max(row.trainings), 'training')} each"
+    return evidence
+
+
+def training_text(row: TableRow) -> str:
+    """Return what a sentence about arms that were trained once adds; nothing of several."""
+    if row.has_several_trainings:
+        return ""
+    if row.trainings in ((1, 1), (0, 0)):
+        return " One training each: this is about these two models; another seed may differ."
+    return " One training: another seed may differ."
+
+
+def near_end_text(row: TableRow) -> str:
+    """Return what a margin's sentence adds where both shares lie at one end of their scale."""
+    values = [value for value in (row.first_value, row.second_value) if value is not None]
+    if row.unit != "share" or row.head_to_head or not values:
+        return ""
+    if max(values) < NEAR_END:
+        return f" Both are below {NEAR_END:.0%}, so the questions hardly tell them apart."
+    if min(values) > 1 - NEAR_END:
+        return f" Both are above {1 - NEAR_END:.0%}, so the questions hardly tell them apart."
+    return ""
+
+
+def lengths_text(row: TableRow) -> str:
+    """Return what a sentence adds where the answers of one arm are far longer."""
+    if row.first_length is None or row.second_length is None:
+        return ""
+    longer, shorter = row.first, row.second
+    most, least = row.first_length, row.second_length
+    if most < least:
+        longer, shorter = shorter, longer
+        most, least = least, most
+    factor = most / max(least, 1.0)
+    if factor <= FAR_LONGER:
+        return ""
+    medians = f"medians of {most:,.0f} and {least:,.0f} characters"
+    return f" Answers of {longer} are {factor:.1f} times as long as those of {shorter} ({medians})."
