@@ -21,6 +21,8 @@ environment_failed() {
 export HEAD=127.0.0.1 PORT=$((12000 + ${SLURM_JOB_ID:-$$} % 20000))
 if [ -n "$SLURM_JOB_ID" ]; then
   echo "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" > "$FOLDER/$JOB.job"   # `recipes launch status` finds a job that was submitted by hand
+  # Another try of this job asks an earlier one that still holds a run to stop.
+  export RECIPES_JOB="Slurm job $SLURM_JOB_ID" RECIPES_JOB_RESTARTS=$TRY
   HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
   getent hosts "$HEAD" > /dev/null || HEAD=$(scontrol show node "$HEAD" -o | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
   # Every srun hands the environment on, ends all nodes two minutes after the first at the latest, and holds no line back.

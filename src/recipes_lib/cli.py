@@ -31,6 +31,7 @@ from recipes_lib.core.errors import (
     one_line,
     print_error,
 )
+from recipes_lib.core.run_directory import JOB_VARIABLE, RESTARTS_VARIABLE
 from recipes_lib.core.terminal import next_step, say
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    announce_slurm_job()
     debug = "--debug" in words
     try:
         code = _run([word for word in words if word != "--debug"], debug)
@@ -111,6 +113,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = RecipesError(what, "this is a bug; --debug shows where")
         print_error(message)
         return int(message.exit_code)
+
+
+def announce_slurm_job() -> None:
+    """Tell this process and those it starts their Slurm job. The scripts of `recipes launch` do so
+    too; this is for verbs in scripts that a user wrote.
+    """
+    job_id = os.environ.get("SLURM_JOB_ID")
+    if job_id:
+        os.environ[JOB_VARIABLE] = f"Slurm job {job_id}"
+        os.environ[RESTARTS_VARIABLE] = os.environ.get("SLURM_RESTART_COUNT") or "0"
 
 
 def _run(words: Sequence[str], debug: bool) -> int:

@@ -1,4 +1,4 @@
-"""Who may write into a folder: never two; a requeued Slurm job waits for its earlier try."""
+"""Who may write into a folder: never two; a requeued batch job waits for its earlier try."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def begin(*words: str, **environment: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-c", HOLDER, str(tmp_path / "mine"), *words]
-        usual = {name: value for name, value in os.environ.items() if "SLURM_" not in name}
+        usual = {name: value for name, value in os.environ.items() if "RECIPES_JOB" not in name}
         child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=usual | environment)
         children.append(child)
         assert child.stdout is not None and child.stdout.readline() == "held\n"
@@ -46,12 +46,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def queued_again(monkeypatch: pytest.MonkeyPatch, job: str, count: int) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", job)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
+    monkeypatch.setenv("RECIPES_JOB", job)
+    monkeypatch.setenv("RECIPES_JOB_RESTARTS", str(count))
 
 
 def test_a_requeued_job_stops_its_earlier_try_and_waits(start, tmp_path, monkeypatch, capsys):
-    child = start(SLURM_JOB_ID="7")
+    child = start(RECIPES_JOB="7")
     queued_again(monkeypatch, "7", 1)
     with lock.run_lock(tmp_path / "mine"):
         assert child.wait(timeout=10) == 0
@@ -68,10 +68,10 @@ def test_a_holder_that_lives_is_never_taken_over(start, tmp_path: Path, monkeypa
     """
     monkeypatch.setattr(lock, "REQUEUE_WAIT_S", 1.0)
     for holder, caller, is_asked in (
-        ({"SLURM_JOB_ID": "7"}, ("7", 0), False),
-        ({"SLURM_JOB_ID": "6"}, ("7", 1), False),
+        ({"RECIPES_JOB": "7"}, ("7", 0), False),
+        ({"RECIPES_JOB": "6"}, ("7", 1), False),
         ({}, ("7", 1), False),
-        ({"SLURM_JOB_ID": "7"}, ("7", 1), True),
+        ({"RECIPES_JOB": "7"}, ("7", 1), True),
     ):
         child = start("deaf", **holder)
         child.send_signal(signal.SIGSTOP)  # nothing is heard of it, and it may wake at any time

@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,18 @@ def test_a_task_of_an_array_asks_slurm_about_itself_alone(job, in_slurm, tmp_pat
     code, said = job("eval", "true", **in_slurm(answers, **array))
     assert code == 0 and "taken over" not in said, said
     assert (tmp_path / "eval.1.exit_code").read_text() == "0\n"
+
+
+def test_processes_of_a_job_are_told_its_name_and_how_often_it_was_queued_again(
+    job, in_slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By no variable of Slurm's: a second scheduler says it the same way."""
+    shown = '"show job"*) echo "JobId=7 Restarts=2 B=1" ;; *) exit 1 ;;'
+    variables = in_slurm(shown, SLURM_RESTART_COUNT="2")
+    monkeypatch.setenv("RECIPES_JOB", "of the job that submitted this one")
+    code, said = job("eval", "printenv", "RECIPES_JOB", "RECIPES_JOB_RESTARTS", **variables)
+    assert code == 0 and "\nSlurm job 7\n2\n" in said, said
+    announce = "from recipes_lib.cli import announce_slurm_job; announce_slurm_job(); import os; "
+    words = [sys.executable, "-c", f"{announce}print(os.environ['RECIPES_JOB'])"]
+    done = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True)
+    assert done.stdout == "Slurm job 7\n", done.stderr

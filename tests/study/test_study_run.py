@@ -184,10 +184,10 @@ def test_a_second_runner_is_refused_and_a_training_of_another_process_is_waited_
     code, said = run()
     assert code == 0 and other.wait() == 0
     assert any(f"tiny--r4 is being trained by process {other.pid}" in line for line in said)
-    # a Slurm job that was queued again waits for its earlier try
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    # a batch job that was queued again waits for its earlier try
+    monkeypatch.setenv("RECIPES_JOB", "Slurm job 7")
     other = holding(RunDirectory("tiny").path, 1.5)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("RECIPES_JOB_RESTARTS", "1")
     assert run()[0] == 0 and other.wait() == 0
 
 

@@ -12,6 +12,7 @@ import shlex
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,9 +24,38 @@ from recipes_lib.core.project import check_run_name, runs_root, shown_path
 from recipes_lib.core.terminal import say
 
 State = Literal["created", "running", "stopped", "failed", "finished"]
-# An earlier try of a Slurm job is asked to save and stop; a step and a save of a large model take
+# An earlier try of a batch job is asked to save and stop; a step and a save of a large model take
 # minutes, and so does a file server until it gives up the locks of a machine that is lost.
 REQUEUE_WAIT_S = 600.0
+# The lock of a folder may be taken for a moment by `is_held` of another process.
+_LOCK_WAIT_S = 0.5
+# filelock's word for waiting without an end.
+_FOR_EVER = -1.0
+# By these variables a scheduler's script says which job it runs. The name stays the same when the
+# job is queued again, the number of restarts grows.
+JOB_VARIABLE = "RECIPES_JOB"
+RESTARTS_VARIABLE = "RECIPES_JOB_RESTARTS"
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """The scheduler's job that this process belongs to."""
+
+    name: str | None  # such as `Slurm job 7`; None outside of a job
+    restarts: int  # how often the scheduler has queued the job again
+
+    def is_later_try_of(self, holder: Row) -> bool:
+        """Whether the note of a lock is of this job before it was queued again."""
+        if self.name is None or holder.get("job") != self.name:
+            return False
+        return bool(holder.get("restarts", 0) < self.restarts)
+
+
+def this_job() -> BatchJob:
+    """Return the job that the scheduler's script has told in this process's environment."""
+    name = os.environ.get(JOB_VARIABLE) or None
+    restarts = int(os.environ.get(RESTARTS_VARIABLE) or 0)
+    return BatchJob(name, restarts)
 
 
 class RunDirectory:
@@ -95,21 +125,24 @@ def all_runs(root: Path | None = None) -> list[RunDirectory]:
 def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold `folder` for this process; a folder that another process holds is an EnvironmentFault.
 
-    With `wait` it is waited for, so that nothing is made twice. A Slurm job that was queued again
+    With `wait` it is waited for, so that nothing is made twice. A batch job that was queued again
     asks its earlier try to stop, and waits up to ten minutes for its end.
     """
-    lock, note = FileLock(folder / ".lock"), folder / "lock.json"
-    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    lock = FileLock(folder / ".lock")
+    note = folder / "lock.json"
+    job = this_job()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        holder = object_or_none(note) or {}
-        is_earlier_try = job and holder.get("job") == job and holder.get("restarts", 0) < restarts
-        # -1: for ever; 0.5: `is_held` of another process has a free lock for a moment
-        wait_s = -1 if wait else REQUEUE_WAIT_S if is_earlier_try else 0.5
+        is_earlier_try = job.is_later_try_of(object_or_none(note) or {})
         if (wait or is_earlier_try) and is_held(folder):
             say(f"{folder} is still in use{describe_holder(folder)}: waiting for it")
             if not wait:
                 (folder / "STOP").touch()
+        wait_s = _LOCK_WAIT_S
+        if is_earlier_try:
+            wait_s = REQUEUE_WAIT_S
+        if wait:
+            wait_s = _FOR_EVER
         lock.acquire(timeout=wait_s, poll_interval=0.2)
     except Timeout:
         raise EnvironmentFault(
@@ -118,14 +151,20 @@ def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
             f"only if that process or its machine is gone for good: rm {folder / '.lock'} {note}",
         ) from None
     try:
-        process = f"process {os.getpid()} on host {socket.gethostname()}"
-        ours = f"{process}{f' (Slurm job {job})' if job else ''} since {utc_now()}"
-        write_json(note, {"holder": ours, "job": job, "restarts": restarts})
+        write_json(note, _lock_note(job))
         yield
     finally:
         with suppress(OSError):  # a disk that refuses: what went wrong before must not be hidden
             note.unlink(missing_ok=True)
         lock.release()
+
+
+def _lock_note(job: BatchJob) -> Row:
+    """Return what lock.json says of this process, which holds the lock."""
+    holder = f"process {os.getpid()} on host {socket.gethostname()}"
+    if job.name is not None:
+        holder += f" ({job.name})"
+    return {"holder": f"{holder} since {utc_now()}", "job": job.name, "restarts": job.restarts}
 
 
 def is_held(folder: Path) -> bool:
