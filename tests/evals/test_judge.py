@@ -21,8 +21,8 @@ from tests.evals.faulty_server import MODEL, FaultyServer, chaos
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.evals.audit import pair_samples
 from recipes_lib.evals.engine import EvaluationIncomplete
+from recipes_lib.evals.items import Item
 from recipes_lib.evals.judge import (
-    Item,
     Judge,
     ask,
     build_requests,

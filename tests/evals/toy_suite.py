@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recipes_lib.core.terminal import aligned
+from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.log import EvalLog, Sample
-from recipes_lib.evals.models import Answers
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.files import Row
 from recipes_lib.core.terminal import aligned, count
+from recipes_lib.evals.items import Item
 from recipes_lib.evals.log import ORDERS, SCORE, UNRESOLVED, Check, Sample, Scorecard
 from recipes_lib.evals.suites import numbers_of, shown_rate
 
 if TYPE_CHECKING:
-    from recipes_lib.evals.judge import Item
     from recipes_lib.evals.recipe import Thresholds
 
 SWAP = "swap consistency"

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import bare_address, count
 from recipes_lib.data.conversations import Message
+from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, by_item, probe_items, sample_of
 from recipes_lib.evals.engine import (
     REFUSED,
@@ -37,6 +38,7 @@ from recipes_lib.evals.engine import (
     Sampling,
     ask_missing,
 )
+from recipes_lib.evals.items import Item
 from recipes_lib.evals.log import (
     EvalLog,
     JudgeFacts,
@@ -46,7 +48,7 @@ from recipes_lib.evals.log import (
     log_file,
     text_hash,
 )
-from recipes_lib.evals.models import Answers, bare_recipe
+from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import (
     VERDICTS,
     build_prompt,
@@ -66,25 +68,6 @@ _FINGERPRINT = {
     *("temperature", "max_new_tokens"),
 }
 LEAD_IN = "[RESULT]"  # of mode logits: the judge's turn starts with it
-
-
-@dataclass(frozen=True)
-class Item:
-    """One answer to grade (absolute), or a candidate's and its opponent's to compare (relative)."""
-
-    name: str  # its id among the judgments
-    instruction: str
-    answer: str
-    opponent: str | None = None
-    reference: str | None = None  # by which an answer is graded
-    question_id: str = ""  # of a suite's question
-    sample: dict[str, Any] = field(default_factory=dict)  # what a suite's sample says beside it
-    probe: str = ""  # the kind of probe that it is
-
-    @property
-    def orders(self) -> tuple[str, ...]:
-        """The orders it is judged in: the candidate is Response A in AB, Response B in BA."""
-        return ("single",) if self.opponent is None else ("AB", "BA")
 
 
 @dataclass(frozen=True)

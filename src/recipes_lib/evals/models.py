@@ -1,5 +1,4 @@
-"""What is evaluated: finished runs, their base, and any other model, each a `Model`; and its
-`Answers`, kept in generations.jsonl: only what is missing is asked.
+"""What is evaluated: finished runs, their base, and any other model, each a `Model`.
 
 `resolve` reads words of the command line; `loaded` gives one base and its adapters. A model without
 a run gets a run folder of its own, `base--<model>--<hash8>`, whose hash covers weights, precision
@@ -11,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -29,27 +27,19 @@ from recipes_lib.config.recipe import ASKED, DataSection, ModelSection, Recipe, 
 from recipes_lib.core.environment import installed_version, quiet_libraries
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import (
-    Row,
-    file_hash,
     hash_of,
     model_fingerprint,
     object_or_none,
     write_json,
 )
 from recipes_lib.core.project import cache_root, runs_root, shown_path
-from recipes_lib.core.run_directory import RunDirectory, open_run, run_lock
+from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.evals.engine import (
-    Completion,
-    Engine,
-    Request,
-    Sampling,
     answered_by,
-    ask_missing,
 )
-from recipes_lib.evals.log import REFERENCE, AnswerFacts, AnswerRow, Store
-from recipes_lib.evals.questions import TEMPERATURES, Question, local_questions, read_answer_file
+from recipes_lib.evals.log import AnswerFacts
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import (
@@ -61,7 +51,7 @@ from recipes_lib.weights.load import (
 )
 from recipes_lib.weights.runs import BASE, Family, TrainedRun, finished_run
 
-_NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
+NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,7 +322,7 @@ def _base(word: str, recipe: Recipe, is_free: bool = False) -> Model:
 
 def _folder_of(recipe: Recipe, fingerprint: str, prompt_hash: str) -> RunDirectory:
     """The run folder of a model without a run."""
-    short = _NOT_IN_NAMES.sub("-", Path(model_path(recipe.model)).name).strip("-.")[:60]
+    short = NOT_IN_NAMES.sub("-", Path(model_path(recipe.model)).name).strip("-.")[:60]
     return RunDirectory(f"base--{short}--{hash_of(fingerprint, prompt_hash)[:8]}")
 
 
@@ -372,134 +362,3 @@ def loaded(models: Sequence[Model]) -> Iterator[Callable[[Model], AbstractContex
     finally:
         memory.clear()
         free_memory()
-
-
-Place = tuple[str, int]  # question, turn
-
-
-@dataclass
-class Answers:
-    """One model's answers, by question and turn."""
-
-    name: str  # the model's
-    run: RunDirectory | None  # None for the outputs that come with the questions
-    texts: dict[Place, str]
-    facts: AnswerFacts  # who answered, and how
-    cut: frozenset[Place] = frozenset()  # which reached the token limit
-
-    @property
-    def digest(self) -> str:
-        """Hash of all answers: equal for the same answers under two names."""
-        return hash_of(sorted((*place, text) for place, text in self.texts.items()))
-
-
-def answer_all(
-    recipe: EvalRecipe, model: Model, engine: Engine, questions: Sequence[Question]
-) -> Answers:
-    """Return a model's answers to all turns of all questions; each is stored as it arrives."""
-    section = recipe.generation
-    usual = Sampling(
-        max_new_tokens=section.max_new_tokens,
-        temperature=section.temperature or 0.0,
-        seed=section.seed,
-    )
-    by_category = recipe.suite.name == "mt_bench" and section.temperature is None
-    texts: dict[Place, str] = {}
-    cut: set[Place] = set()
-    served_models: set[str] = set()  # as the replies name them
-    model.record()
-    with run_lock(model.folder(recipe.name), wait=True):
-        store = Store(model.folder(recipe.name) / "generations.jsonl", AnswerRow)
-        # a later turn shows the answers to the earlier ones
-        for turn in range(1, max(len(question.turns) for question in questions) + 1):
-            wanted: dict[Sampling, dict[str, Request]] = defaultdict(dict)
-            asked = [question for question in questions if len(question.turns) >= turn]
-            for question in asked:
-                sampling = usual
-                if by_category:
-                    temperature = TEMPERATURES.get(question.category, 0.0)
-                    sampling = dataclasses.replace(usual, temperature=temperature)
-                messages: list[Message] = []
-                for number, said in enumerate(question.turns[:turn], 1):
-                    messages.append({"role": "user", "content": said})
-                    if number < turn:
-                        answer = texts[question.id, number]
-                        messages.append({"role": "assistant", "content": answer})
-                request = _request((question.id, turn), messages, sampling, model, engine)
-                wanted[sampling][request.key] = request
-            for sampling, requests in wanted.items():
-                complete = partial(engine.complete, sampling=sampling)
-                ask_missing(store, requests, complete, _row, "answer", model.name)
-                for row in map(store.__getitem__, requests):
-                    place = row["question_id"], row["turn"]
-                    texts[place] = row["answer"]
-                    if row["finish_reason"] != "stop":
-                        cut.add(place)
-                    if model.prompt is None:
-                        served_models.add(row.get("served_model") or engine.served_name)
-    facts = dataclasses.replace(
-        model.facts(),
-        fingerprint=engine.fingerprint,
-        decoding=usual.to_dict() | ({"temperature": "by category"} if by_category else {}),
-        engine=engine.name,
-        server=engine.version,
-        served_model=", ".join(sorted(served_models)) or None,
-    )
-    return Answers(model.name, model.run, texts, facts, frozenset(cut))
-
-
-def _request(
-    place: Place, messages: Sequence[Message], sampling: Sampling, model: Model, engine: Engine
-) -> Request:
-    """A request with what is stored of it."""
-    text, ids = model.render(messages)
-    decoding, seed = sampling.to_dict(), int(hash_of(sampling.seed, place)[:15], 16)
-    known = {
-        "question_id": place[0],
-        "turn": place[1],
-        "seed": seed if sampling.temperature else None,
-        "decoding": decoding,
-        "model": engine.fingerprint,
-        "prompt_format_hash": model.prompt_hash,
-    }
-    key = hash_of(known, text or messages)
-    row = {"key": key, **known}
-    return Request(key=key, prompt=text, ids=ids, messages=tuple(messages), seed=seed, row=row)
-
-
-def _row(request: Request, reply: Completion) -> Row:
-    row = {**request.row, "answer": reply.text, "finish_reason": reply.finish_reason}
-    if reply.model is not None:
-        row["served_model"] = reply.model
-    return row
-
-
-def reference_answers(questions: Sequence[Question]) -> Answers:
-    """Return the outputs that come with the questions, as an opponent."""
-    missing = [question.id for question in questions if not question.reference]
-    if missing:
-        what = f"{len(missing)} questions have no reference output: {', '.join(missing[:8])}"
-        raise RecipeError(what, "name an opponent: --against RUN, or --against FILE")
-    texts = {(question.id, 1): str((question.reference or [""])[0]) for question in questions}
-    models = tuple(sorted({question.generator for question in questions}))
-    return Answers(REFERENCE, None, texts, AnswerFacts(name=REFERENCE, models=models))
-
-
-def check_questions(recipe: EvalRecipe) -> None:
-    """Refuse questions that cannot be read, or lack the reference outputs that are needed."""
-    chosen = local_questions(recipe)
-    if chosen and recipe.opponent(None) == REFERENCE:
-        reference_answers(chosen.questions)
-
-
-def answers_in_file(path: Path, questions: Sequence[Question]) -> Answers:
-    """Return the answers in a file, with a run folder of their own."""
-    texts, generator = read_answer_file(path, questions)
-    name = _NOT_IN_NAMES.sub("-", generator).strip("-.") or "answers"
-    digest = file_hash(path)
-    run = RunDirectory(f"answers--{name[:60]}--{digest[:8]}")
-    if not run.exists():
-        source = {"file": path.name, "sha256": digest, "generator": generator}
-        run.write_state("finished", kind="answers", source=source)
-    facts = AnswerFacts(name=run.name, models=(generator,), fingerprint=digest)
-    return Answers(run.name, run, texts, facts)

@@ -22,6 +22,8 @@ from recipes_lib.core.files import Row, hash_of, utc_now
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import count, say
+from recipes_lib.evals.answering import answer_all, answers_in_file, reference_answers
+from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.engine import Engine, HFEngine, OpenAIEngine, ServerGone, answered_by
 from recipes_lib.evals.judge import Judge, JudgedSuite, judge_model, opened
 from recipes_lib.evals.leaks import leaks_of_run
@@ -34,16 +36,7 @@ from recipes_lib.evals.log import (
     read_eval_log,
     write_log,
 )
-from recipes_lib.evals.models import (
-    Answers,
-    Model,
-    answer_all,
-    answers_in_file,
-    base_of,
-    loaded,
-    reference_answers,
-    resolve,
-)
+from recipes_lib.evals.models import Model, base_of, loaded, resolve
 from recipes_lib.evals.questions import QuestionSet, is_answer_file, load_questions
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, check_allowed, load_eval
 from recipes_lib.evals.suites import Suite

@@ -31,10 +31,11 @@ from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, describe_holder, is_held, run_lock
 from recipes_lib.core.terminal import count, say
 from recipes_lib.data.reading import check_rows
+from recipes_lib.evals.answering import check_questions
 from recipes_lib.evals.judge import Judge
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.log import REFERENCE, is_current, log_file
-from recipes_lib.evals.models import check_questions, common_base, evaluated_bases, known_by
+from recipes_lib.evals.models import common_base, evaluated_bases, known_by
 from recipes_lib.evals.questions import answer_count, question_count
 from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.plan.cards import devices_here

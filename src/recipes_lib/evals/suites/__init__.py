@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from recipes_lib.evals.log import Check, EvalLog, Metric, Sample
 
 if TYPE_CHECKING:
-    from recipes_lib.evals.models import Answers, Model
+    from recipes_lib.evals.answers import Answers
+    from recipes_lib.evals.models import Model
     from recipes_lib.evals.questions import QuestionSet
     from recipes_lib.evals.recipe import EvalRecipe
 

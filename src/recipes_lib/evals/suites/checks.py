@@ -19,7 +19,7 @@ from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 if TYPE_CHECKING:
-    from recipes_lib.evals.models import Answers
+    from recipes_lib.evals.answers import Answers
 
 # A number as people write it: 1,234.5, -3, 2e-3. A sign counts only where no digit or letter stands
 # before it: 2024-05-17 ends in 17, and 3-5 in 5.
