@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from recipes_lib.config.recipe import DataSection
+from recipes_lib.data.encoding import Supervision, decoded_spans, encode
 from recipes_lib.data.errors import BadRow
-from recipes_lib.data.prepare import Supervision, decoded_spans, encode
 from recipes_lib.data.rows import DataRow
 
 FOLDER = Path(str(find_spec("trl").origin)).parent / "chat_templates"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes_lib.config.recipe import DataSection
+from recipes_lib.data.encoding import Supervision, decoded_spans
 from recipes_lib.data.errors import SettingError
-from recipes_lib.data.prepare import Supervision, decoded_spans
 from recipes_lib.data.prompts import task_prompt
 
 BOS, EOS = 1, 2

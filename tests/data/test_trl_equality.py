@@ -38,7 +38,7 @@ def test_two_hundred_dolly_rows_are_equal(
     with (shared_data / "dolly" / "dolly-1k-stratified.jsonl").open(encoding="utf-8") as stream:
         dolly = [json.loads(next(stream)) for _ in range(200)]
     tokenizer, path = request.getfixturevalue(name), write_jsonl(dolly)
-    monkeypatch.setattr("recipes_lib.data.prepare.MOST_UNSUPERVISED", 1.0)
+    monkeypatch.setattr("recipes_lib.data.audit.MOST_UNSUPERVISED", 1.0)
     for train in (
         {"max_length": 1024},
         {"max_length": 100},

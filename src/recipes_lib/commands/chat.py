@@ -82,7 +82,7 @@ def _base_title(recipe: Recipe) -> str:
 
 def answer(family: Family, name: str, messages: Sequence[Message], sampling: Sampling) -> str:
     """Return the next answer, asked in the run's prompt format (the base: as the first run)."""
-    from recipes_lib.data.prepare import prompt_ids
+    from recipes_lib.data.encoding import prompt_ids
 
     section, tokenizer = family.prompting(name)
     prompt = generation_prompt(section, tokenizer, messages=messages)

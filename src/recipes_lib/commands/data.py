@@ -16,7 +16,7 @@ from recipes_lib.evals.recipe import EvalRecipe, load_eval
 from recipes_lib.weights.load import load_tokenizer
 
 if TYPE_CHECKING:
-    from recipes_lib.data.prepare import DataAudit
+    from recipes_lib.data.audit import DataAudit
 
 
 def run_data(
@@ -85,7 +85,7 @@ def _say_audit(audit: DataAudit, split_method: str) -> None:
 
 def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:
     """Print one training row: text with loss in [[...]], the end token marked."""
-    from recipes_lib.data.prepare import IGNORED, decoded_spans
+    from recipes_lib.data.encoding import IGNORED, decoded_spans
 
     num_supervised = sum(label != IGNORED for label in row["labels"])
     say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")

@@ -94,7 +94,7 @@ class Model:
         if self.prompt is None:
             return None, ()
         text = generation_prompt(self.prompt, self.tokenizer, messages=list(messages))
-        from recipes_lib.data.prepare import prompt_ids  # numpy
+        from recipes_lib.data.encoding import prompt_ids  # numpy
 
         return text, tuple(prompt_ids(self.prompt, self.tokenizer, text))
 

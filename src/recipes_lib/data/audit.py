@@ -1,0 +1,145 @@
+"""What the rows that train show: counted, named with their places, and refused where they cannot
+teach what the recipe asks for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from recipes_lib.config.recipe import DataSection
+from recipes_lib.core.terminal import count
+from recipes_lib.data.encoding import Encoded, Supervision, special_ids
+from recipes_lib.data.errors import NUM_LISTED, SettingError, listed
+from recipes_lib.data.prompts import default_system_message
+from recipes_lib.data.rows import DataRow, conversation_of, template_values
+
+MOST_UNSUPERVISED = 0.05  # of the rows
+
+
+@dataclass
+class DataAudit:
+    """supervision.json."""
+
+    prompt_format: str
+    loss_on: str
+    rows: dict[str, Any] = field(default_factory=dict)  # read, bad, too_long, used; of each split
+    tokens: dict[str, dict[str, int]] = field(default_factory=dict)  # total, median, max of a row
+    places: dict[str, list[str]] = field(default_factory=dict)  # of rows of which something is true
+    end_tokens: dict[str, int] = field(default_factory=dict)  # how many rows end with each
+    bad_rows: list[str] = field(default_factory=list)  # that were left out, and why
+    training_template: dict[str, str] | None = None  # file and hash of TRL's
+    notes: list[str] = field(default_factory=list)  # how conversations are rendered
+    warnings: list[str] = field(default_factory=list)  # what the user should know before training
+
+
+def audit_rows(
+    rows: list[DataRow], encoded: dict[str, Encoded], settings: Supervision, tokenizer: Any
+) -> DataAudit:
+    """Return what the rows that are used, and their tokens, show."""
+    loss_on = "whole text" if settings.whole else "completion"
+    audit = DataAudit(settings.section.prompt_format, loss_on)
+    special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    texts = re.compile("|".join(re.escape(name) for name in special if len(name) > 1) or "(?!)")
+    seen = set[bytes]()
+    for row in rows:
+        item = encoded[row.id]
+        was_cut, has_end = len(item.ids) < item.tokens_before, item.end_token >= 0
+        for name, is_true in {
+            "truncated": was_cut,
+            "lost_end": was_cut and not has_end,
+            "no_supervised_tokens": not item.supervised,
+            "without_end_token": not was_cut and not has_end,
+            "empty_completions": row.is_empty,
+            "changed_by_template": item.changed,
+            "other_prompt": item.other_prompt,
+            "special_tokens": any(map(texts.search, row.texts)),
+            "duplicates": row.content in seen,
+        }.items():
+            audit.places.setdefault(name, []).extend([row.place] if is_true else [])
+        seen.add(row.content)
+    items = [encoded[row.id] for row in rows]
+    ends = Counter(item.end_token for item in items if item.end_token >= 0)
+    audit.end_tokens = {tokenizer.convert_ids_to_tokens(end): ends[end] for end in ends}
+    for title, lengths in (
+        ("prompt", [item.prompt_tokens for item in items]),
+        ("row, as trained", [len(item.ids) for item in items]),
+        ("with loss", [item.supervised for item in items]),
+    ):
+        counts = {"total": sum(lengths), "median": int(np.median(lengths)), "max": max(lengths)}
+        audit.tokens[title] = counts
+    if date := settings.section.template_date:
+        what = f"prints the date, {date} in every resume, chat and evaluation of this run"
+        audit.notes.append(f"chat template: {what}")
+    return audit
+
+
+def system_message_note(
+    rows: Sequence[DataRow], section: DataSection, tokenizer: Any, template: str
+) -> list[str]:
+    """Return a note about the system message that the template puts where a row has none."""
+    without = []
+    for row in rows:
+        messages = conversation_of(row, section.system_prompt)
+        if messages[0]["role"] != "system":
+            without.append((row, messages))
+    if not without:
+        return []
+    row, messages = without[0]
+    values = template_values(row, section.chat_template_kwargs)
+    default = default_system_message(messages, tokenizer, template, values)
+    if not default:
+        return []
+    what = (
+        f"{len(without)} of {count(len(rows), 'row')} without a system message get the template's"
+    )
+    return [f'{what}: "{default}" (data.system_prompt: another)']
+
+
+def judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
+    """Write the warnings, and refuse data that cannot teach what the recipe asks for."""
+    used, places, warnings = audit.rows["used"], audit.places, audit.warnings
+    if bad := audit.rows["bad"]:
+        what = f"{bad} of {audit.rows['read']} rows cannot be used and are left out"
+        warnings += [f"{what} (on_bad_row: skip):", *audit.bad_rows[:NUM_LISTED]]
+    limit, lost = f"max_length={settings.max_length}", len(places["lost_end"])
+    longest = audit.tokens["prompt"]["max"]
+    acting = "ACTING as such" if audit.prompt_format == "chat" else "read as text"
+    facts = {
+        "truncated": f"cut at {limit}, {lost} of them lose their end token",
+        "no_supervised_tokens": f"no supervised token at {limit}; the longest prompt has {longest}",
+        "empty_completions": "an empty completion, which teaches only the end token",
+        "without_end_token": "no supervised end token, so the model would not learn to stop",
+        "changed_by_template": "the chat template changes or drops text",
+        "other_prompt": "do not begin with the generation prompt: it ends in space, or the template"
+        " begins a thought (data.chat_template_kwargs: {enable_thinking: ...})",
+        "special_tokens": f"special tokens in the text, {acting}",
+        "duplicates": "exact duplicates",
+    }
+    for name, what in facts.items():
+        if rows := places[name]:
+            warnings.append(f"{len(rows)} of {used} rows: {what}: {listed(rows, 3)}")
+    if audit.end_tokens and settings.eos_token not in audit.end_tokens:
+        what = f"turns end with {listed(audit.end_tokens, 3)}, but generation stops at"
+        warnings.append(f"{what} {settings.eos_token}: set train.eos_token to the turn's end")
+    longer = "raise train.max_length above that, or set data.filters.max_tokens"
+    end = "end each assistant turn with a special token, inside any {% generation %} block"
+    for name, most, key, hint in (
+        ("empty_completions", used - 1, "data.source", "check data.columns"),
+        ("no_supervised_tokens", MOST_UNSUPERVISED * used, "train.max_length", longer),
+        ("without_end_token", 0, "data.chat_template", end),
+    ):
+        if len(rows := places[name]) > most:
+            what = f"{len(rows)}/{used} rows: {facts[name]}"
+            allowed = f"at most {math.floor(most)} of {used} rows may be so"
+            raise SettingError(key, what, listed(rows, 3), f"{allowed}; {hint}")
+    if evaluates and not audit.rows["validation"]:
+        what = f"none of {used} rows is held out for validation (train.eval_strategy)"
+        hint = "add rows, raise data.split.validation, or set train.eval_strategy: 'no'"
+        raise SettingError("data.split.validation", what, hint)
