@@ -37,6 +37,8 @@ BAD_LINES = [
     ("train", "eval_packing: false", "train.eval_packing validation is this project's own"),
     ("train", "bf16_full_eval: true", "train.bf16_full_eval train.bf16"),
     ("train", "length_column_name: len", "train.length_column_name prepared rows"),
+    ("train", "torch_compile_mode: reduce-overhead", "train.torch_compile_mode CUDA graphs"),
+    ("train", "torch_compile_mode: max-autotune", "max-autotune-no-cudagraphs"),
     ("train", "hub_token: abc", "train.hub_token recipes export"),
     ("run", "notes: use hf_abcdefghijklmnopqrstuvwx", "secret"),
     ("run", "name: ../x", "run.name cannot be a folder name"),

@@ -113,6 +113,20 @@ def test_what_cannot_be_checked_here_is_a_note(write_with, write, tiny_model_dir
     assert "brings its own code" in notes[0].what
 
 
+def test_it_is_a_note_that_only_a_training_can_try_whether_examples_share_a_row(
+    write, tiny_model_dir
+):
+    for words, said in (
+        (["train.packing=true"], "note: train.packing: before the first step the training tries"),
+        (["train.padding_free=true"], "note: train.padding_free: before the first step"),
+        (["train.packing=true", "train.packing_strategy=wrapped"], ""),
+        ([], ""),
+    ):
+        notes: list[RecipeError] = []
+        assert not check_upstream(local(write, tiny_model_dir, *words), notes=notes)
+        assert [note.what.startswith(said) for note in notes] == ([True] if said else [])
+
+
 def local(write, folder: Path, *overrides: str):
     return load_recipe(write(QLORA.replace("a/b", str(folder)).split("quantization")[0]), overrides)
 

@@ -9,7 +9,7 @@ import torch
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
-from recipes_lib.training import trainer
+from recipes_lib.training import build, metrics, trainer
 
 SHORT = ["train.max_steps=3", "train.eval_strategy='no'", "train.save_strategy='no'"]
 LOGGED = re.compile(r'"(?:loss|grad_norm|tokens)": [^,]*')
@@ -50,3 +50,57 @@ def test_memory_that_does_not_suffice_is_one_line_with_what_to_change(
     error = capsys.readouterr().err
     assert "out of GPU memory" in error and "internal error" not in error
     assert "train.per_device_train_batch_size" in error
+
+
+def test_the_probe_waits_for_the_gpu_before_it_looks_at_the_clock(tiny_recipe, monkeypatch) -> None:
+    """A GPU has only been told what to compute when a step returns."""
+    events: list[str] = []
+    step = trainer.RecipeTrainer.training_step
+
+    def training_step(self: trainer.RecipeTrainer, *args: object) -> object:
+        events.append("step")
+        return step(self, *args)
+
+    def clock() -> float:
+        events.append("clock")
+        return float(len(events))
+
+    def probe_alone(*args: object) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(metrics, "_wait_for_device", lambda device: events.append("wait"))
+            patch.setattr(metrics.time, "monotonic", clock)
+            patch.setattr(trainer.RecipeTrainer, "training_step", training_step)
+            return metrics.probe(*args)
+
+    monkeypatch.setattr(trainer, "probe", probe_alone)
+    assert main([str(tiny_recipe), *SHORT]) == 0
+    assert events == ["wait", "clock", "step", "wait", "clock"] * 2  # two micro-batches
+
+
+def test_the_probe_of_compiled_blocks_does_not_time_their_compilation(
+    tiny_recipe, monkeypatch, capsys
+) -> None:
+    words = ["train.torch_compile_backend=eager", "run.global_batch_size=4", "train.max_steps=1"]
+    passes: list[int] = []
+    step = trainer.RecipeTrainer.training_step
+
+    def training_step(self: trainer.RecipeTrainer, *args: object) -> object:
+        passes.append(self.state.global_step)
+        return step(self, *args)
+
+    monkeypatch.setattr(trainer.RecipeTrainer, "training_step", training_step)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "compile_blocks", lambda *_: None)  # compiling takes ten seconds
+        assert main([str(tiny_recipe), *SHORT, *words]) == 0
+    assert len(passes) == 3  # one that compiles, one that is timed, and the step
+    words[0] = "train.torch_compile_backend=inductr"
+    assert main([str(tiny_recipe), *SHORT, *words, "run.name=typo"]) == ExitCode.USAGE
+    assert "no backend 'inductr'" in capsys.readouterr().err
+
+
+def test_only_the_gpu_of_a_rank_keeps_its_random_state(monkeypatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: asked.append(devices))
+    metrics.keep_random_state(torch.device("cpu"))
+    metrics.keep_random_state(torch.device("cuda:3"))
+    assert asked == [[], [torch.device("cuda:3")]]

@@ -106,7 +106,20 @@ def check_upstream(
         return [*errors, *wrong]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return list(check_names(recipe, folder, launch))
+        errors = list(check_names(recipe, folder, launch))
+    key = _joins_rows(recipe)
+    if key is not None and notes is not None and not errors:
+        what = f"note: {key}: before the first step the training tries on the loaded model whether"
+        notes.append(recipe.error(key, f"{what} the examples of a row stay apart"))
+    return errors
+
+
+def _joins_rows(recipe: Recipe) -> str | None:
+    """Return the key by which a recipe puts several whole examples into a row; None without."""
+    if recipe.train.get("packing"):
+        is_wrapped = recipe.train.get("packing_strategy") == "wrapped"
+        return None if is_wrapped else "train.packing"
+    return "train.padding_free" if recipe.train.get("padding_free") else None
 
 
 def _changed_by_shards(recipe: Recipe) -> Iterator[RecipeError]:
@@ -194,11 +207,11 @@ def check_names(recipe: Recipe, folder: Path, launch: CheckedLaunch) -> Iterator
         # transformers raises many types here; whatever it is, the user's model cannot be built
         yield recipe.error(KEY, f"transformers cannot build this model: {one_line(error)}")
         return
-    packs = "packing" if recipe.train.get("packing") else "padding_free"
-    wrapped = packs == "packing" and recipe.train.get("packing_strategy") == "wrapped"
-    if recipe.train.get(packs) and not wrapped and (why := families.why_rows_apart(model)):
-        what = f"train.{packs}: {type(model).__name__} {why}"
-        yield recipe.error(f"train.{packs}", what, f"set train.{packs}: false")
+    key = _joins_rows(recipe)
+    why = families.why_rows_apart(model)
+    if key is not None and why is not None:
+        what = f"{key}: {type(model).__name__} {why}"
+        yield recipe.error(key, what, f"set {key}: false")
     classes = {type(module).__name__ for module in model.modules()}
     wrapped_classes = {name.strip() for name in launch.wrapped_classes.split(",")}
     for layer in wrapped_classes - {""} - classes:

@@ -309,6 +309,11 @@ def keys_of(model: type[Section], prefix: str = "") -> dict[str, Schema]:
 # What must hold between keys where upstream would be silently wrong, or say so late.
 
 
+# torch 2.13's modes of torch.compile; the blocks of a model are compiled one by one, and their
+# results would have to be marked or copied in each step
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
 def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
     """Yield what a recipe cannot mean; values of a wrong type were left out."""
     train, quantization = recipe.train.model_dump(exclude_unset=True), recipe.quantization
@@ -317,6 +322,10 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
     if varlen and (wrapped or train.get("padding_free") is False):
         what = f"{key}: with wrapped or padded rows, varlen would silently become sdpa"
         yield document.error(key, what, "remove one of them")
+    key, mode = "train.torch_compile_mode", train.get("torch_compile_mode")
+    if mode in _CUDA_GRAPHS:
+        what = f"{key}: {mode} uses CUDA graphs, in which a block's results overwrite another's"
+        yield document.error(key, what, "leave it out, or set max-autotune-no-cudagraphs")
     key = "train.gradient_accumulation_steps"
     if recipe.run.global_batch_size and "gradient_accumulation_steps" in train:
         yield document.error(key, f"{key}: run.global_batch_size decides it", "remove one of them")

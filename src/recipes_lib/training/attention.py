@@ -1,21 +1,24 @@
 """Attention over a row that holds several examples end to end.
 
 sdpa takes a mask of (length)^2 for such a row and computes what the mask throws away. On a CPU each
-example gets its own causal call instead.
+example gets its own causal call instead, on a GPU torch's `varlen` kernel knows where they end.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipes_lib.config.recipe import VARLEN
+from recipes_lib.core.errors import one_line
 from recipes_lib.models.families import ATTENTION_LAYERS
 
 try:
@@ -27,6 +30,11 @@ _PROBE_TOKENS = 8
 # Of the largest logit. In 20 tiny families whose examples stay apart it was at most 1e-6, in bf16
 # too; in GPT-OSS over 0.5.
 _ROUNDING = 0.01
+# of the flash kernels in torch, in flash-attn 2 to 4, and in their copies on the Hub
+_HALF = (torch.float16, torch.bfloat16)
+_LARGEST_HEAD = 256
+_OLDEST_GPU = (8, 0)  # Ampere
+_OLDEST_GPU_OF = {"flash_attention_3": (9, 0), "flash_attention_4": (9, 0)}  # Hopper
 
 
 @torch.compiler.disable  # reads the lengths of the examples
@@ -39,13 +47,22 @@ def sdpa_by_document(
     limited = kwargs.get("sliding_window") is not None or kwargs.get("position_bias") is not None
     if bounds is None or not whole_row or limited:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    kept = {name: kwargs[name] for name in ("dropout", "scaling", "softcap") if name in kwargs}
-    lengths = bounds.diff().tolist()
-    outputs = [
-        sdpa_attention_forward(module, *example, None, is_causal=True, **kept)[0]
-        for example in zip(*(part.split(lengths, 2) for part in (query, key, value)), strict=True)
-    ]
-    return torch.cat(outputs, dim=1), None
+    return _causal_parts(module, query, key, value, bounds.diff().tolist(), **kwargs), None
+
+
+def _causal_parts(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, lengths: list[int], **kwargs: Any
+) -> Tensor:
+    """Return causal attention within each part of a row, whose parts have these lengths."""
+    options = {name: kwargs[name] for name in ("dropout", "scaling", "softcap") if name in kwargs}
+    parts = zip(
+        query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
+    )
+    outputs = []
+    for part in parts:
+        output, _ = sdpa_attention_forward(module, *part, None, is_causal=True, **options)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1)
 
 
 def use_document_attention(model: Any) -> bool:
@@ -59,13 +76,35 @@ def use_document_attention(model: Any) -> bool:
     return True
 
 
+# ---- may examples share a row? ----
+
+
+def is_flash(attention: str) -> bool:
+    """Whether an attention is a kernel of a GPU that is told where examples end, not masked."""
+    return attention == VARLEN or "flash" in attention
+
+
 def examples_are_read_by_others(model: Any) -> bool:
     """Return whether an example in a row reads the one before it, by an experiment on the model as
     it is: the first of two examples is exchanged, and the logits of the second must stay.
 
     A model's signature does not say it. GPT-OSS, OPT, BioGPT, AFMoE and XGLM take positions and do
-    not hand them to their mask (transformers 5.24); MiniMax carries a state.
+    not hand them to their mask (transformers 5.24); MiniMax carries a state. Nor does a signature
+    say whether a model hands the bounds of the examples on to a kernel.
+
+    A kernel of a GPU does not run on a model that is still on the CPU (the Trainer moves it later;
+    under FSDP2 it never is on one card). Another one stands in for it there, which separates what
+    the kernel would separate: by what the model hands to it.
     """
+    attention = str(model.config._attn_implementation)
+    with contextlib.ExitStack() as stack:
+        needs_gpu = is_flash(attention) or "/" in attention  # one on the Hub
+        if needs_gpu and model.device.type == "cpu":
+            stack.enter_context(_stand_in_for(attention))
+        return _is_second_changed_by_first(model)
+
+
+def _is_second_changed_by_first(model: Any) -> bool:
     collator = DataCollatorForLanguageModeling(0, padding_free=True)
     size = model.get_input_embeddings().weight.shape[0]
     second = [token % size for token in range(3, 3 + _PROBE_TOKENS)]
@@ -88,6 +127,103 @@ def examples_are_read_by_others(model: Any) -> bool:
     scale = logits[0].abs().max()
     is_rounding = bool(change <= _ROUNDING * scale)  # False for a model whose logits are NaN
     return not is_rounding
+
+
+@contextlib.contextmanager
+def _stand_in_for(attention: str) -> Iterator[None]:
+    """Compute a kernel's attention with sdpa until the block ends, under the kernel's own name, so
+    that the model makes the mask and the arguments that the kernel would get.
+    """
+
+    def kernel(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        lengths = [query.shape[2]]
+        if kwargs.get("cu_seq_lens_q") is not None:
+            lengths = kwargs["cu_seq_lens_q"].diff().tolist()
+        elif kwargs.get("position_ids") is not None and attention != VARLEN:
+            # transformers' flash attention looks for positions that begin again
+            positions = kwargs["position_ids"].flatten().tolist()
+            starts = [index for index, position in enumerate(positions) if position == 0]
+            lengths = torch.tensor([*starts, len(positions)]).diff().tolist()
+        return _causal_parts(
+            module, query, key, value, lengths, scaling=kwargs.get("scaling")
+        ), None
+
+    # an entry of the instance hides the class's, and goes without a trace
+    ALL_ATTENTION_FUNCTIONS[attention] = kernel
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[attention]
+
+
+# ---- kernels of a GPU ----
+
+
+def why_no_flash(
+    attention: str, model: Any, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Return why a flash kernel cannot compute a model here, as the end of a sentence that begins
+    with its name; None where it can.
+
+    Args:
+        attention: the kernel's name: varlen, flash_attention_2, or that of one on the Hub.
+        model: the loaded model.
+        dtype: what attention computes in: autocast's type, or else the model's.
+        device: where the model is trained.
+    """
+    config = model.config.get_text_config()
+    num_heads = getattr(config, "num_attention_heads", None) or 1
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    # Gemma 4 has other heads in its layers of full attention
+    head_size = max(head_size, getattr(config, "global_head_dim", None) or 0)
+    if dtype not in _HALF:
+        name = str(dtype).removeprefix("torch.")
+        return f"computes in bfloat16 and float16 alone, and this training in {name}"
+    if head_size > _LARGEST_HEAD:
+        return f"takes heads of at most {_LARGEST_HEAD}, and {type(model).__name__} has {head_size}"
+    if device.type != "cuda":
+        return f"needs a GPU of NVIDIA, and this training runs on {device.type}"
+    oldest = _OLDEST_GPU_OF.get(attention, _OLDEST_GPU)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < oldest:
+        needed = ".".join(map(str, oldest))
+        found = ".".join(map(str, capability))
+        return f"needs a GPU of compute capability {needed}, and this one has {found}"
+    if attention == VARLEN:
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        return _varlen_fault(num_heads, num_kv_heads, head_size, dtype, device)
+    return None
+
+
+def _varlen_fault(
+    num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Try torch's kernel on two short examples, both ways; draws no random number."""
+    if varlen_attn is None:
+        return f"needs torch 2.10, and this is {torch.__version__}"
+    shape = {"dtype": dtype, "device": device, "requires_grad": True}
+    query = torch.ones(2 * _PROBE_TOKENS, num_heads, head_size, **shape)
+    key = torch.ones(2 * _PROBE_TOKENS, num_kv_heads, head_size, **shape)
+    bounds = torch.tensor([0, _PROBE_TOKENS, 2 * _PROBE_TOKENS], dtype=torch.int32, device=device)
+    try:
+        output = varlen_attn(
+            query,
+            key,
+            key,
+            bounds,
+            bounds,
+            _PROBE_TOKENS,
+            _PROBE_TOKENS,
+            window_size=(-1, 0),
+            enable_gqa=num_heads != num_kv_heads,
+        )
+        output.sum().backward()
+        float(key.grad.sum())  # waits for the kernel
+    except RuntimeError as error:
+        return f"does not run on this GPU: {one_line(error)}"
+    return None
 
 
 def varlen_attention(

@@ -28,8 +28,10 @@ from recipes_lib.data.prepare import PreparedData
 from recipes_lib.models import families, upstream_fixes
 from recipes_lib.training.attention import (
     examples_are_read_by_others,
+    is_flash,
     use_document_attention,
     use_varlen,
+    why_no_flash,
 )
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
@@ -114,6 +116,7 @@ def build_trainer(
                 parameter.data = parameter.data.float()
     if any(recipe.train.get(key) for key in COMPILE_KEYS):
         compile_blocks(trainer.model, recipe)
+        trainer.is_compiled = True
     upstream_fixes.tell_empty_parameters_apart(trainer.model)
     trained = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
     trainer.precision = {name: parameter.dtype for name, parameter in trained}
@@ -126,6 +129,10 @@ def compile_blocks(model: Any, recipe: Recipe) -> None:
     """Have each decoder block compiled when it is first used, once for all blocks of its kind."""
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     backend = recipe.train.get("torch_compile_backend") or "inductor"
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if backend not in backends:
+        what = f"torch has no backend '{backend}' here; it has {', '.join(backends)}"
+        raise recipe.error("train.torch_compile_backend", what)
     mode = recipe.train.get("torch_compile_mode")
     for block in model.modules():
         if isinstance(block, GradientCheckpointingLayer):
@@ -137,26 +144,34 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
     """Choose how the examples of a micro-batch share a row; return whether each micro-batch becomes
     one row without padding. A recipe that says `padding_free` itself, or packs, is left alone.
     """
-    varlen, on_cpu = recipe.model.attn_implementation == VARLEN, args.device.type == "cpu"
-    if varlen and (why := families.why_not_varlen(model)):
-        raise recipe.error("model.attn_implementation", f"varlen {why}", "leave the key out")
-    wrapped = args.packing and args.packing_strategy == "wrapped"
-    if wrapped or recipe.train.get("padding_free") is False:
+    requested = recipe.model.attn_implementation
+    on_cpu = args.device.type == "cpu"
+    if requested == VARLEN:
+        why = families.why_not_varlen(model)
+        if why:
+            raise recipe.error("model.attn_implementation", f"varlen {why}", "leave the key out")
+    if requested is not None and is_flash(requested) and not on_cpu:
+        why = _why_no_flash(requested, args, model)
+        if why:
+            hint = "leave the key out, or set train.bf16: true where the GPU has it"
+            raise recipe.error("model.attn_implementation", f"{requested} {why}", hint)
+    is_wrapped = args.packing and args.packing_strategy == "wrapped"
+    if is_wrapped or recipe.train.get("padding_free") is False:
         return False
-    by_document = on_cpu and use_document_attention(model)
-    if varlen and not on_cpu:
-        use_varlen(model)
-    if recipe.train.get("padding_free") or args.packing:
+
+    joined_by_recipe = bool(recipe.train.get("padding_free") or args.packing)
+    may_join = joined_by_recipe or args.per_device_train_batch_size > 1 or requested == VARLEN
+    if on_cpu:
+        separates = use_document_attention(model)
+    else:
+        separates = may_join and _use_kernel_of_gpu(recipe, args, model, joined_by_recipe)
+    if joined_by_recipe:
         why = _why_rows_apart(model)
         if why:
             key = "train.packing" if args.packing else "train.padding_free"
             raise recipe.error(key, f"{key}: {type(model).__name__} {why}", f"set {key}: false")
         return False
-    if args.per_device_train_batch_size == 1 and not varlen:
-        return False
-    name = str(model.config._attn_implementation)
-    joins = by_document if on_cpu else name in ("sdpa", VARLEN) or "flash" in name
-    if not joins:
+    if not (may_join and separates):
         return False
     why = _why_rows_apart(model)
     if why:
@@ -164,18 +179,47 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
     return not why
 
 
+def _use_kernel_of_gpu(
+    recipe: Recipe, args: SFTConfig, model: PreTrainedModel, joined_by_recipe: bool
+) -> bool:
+    """Switch a model on a GPU to `varlen` where its recipe leaves that open; return whether its
+    kernel is told where examples end: sdpa would compute a mask of all tokens of a joined row.
+    """
+    requested = recipe.model.attn_implementation
+    if requested == VARLEN:
+        use_varlen(model)
+        return True
+    attention = str(model.config._attn_implementation)
+    if requested is not None or attention != "sdpa":
+        return is_flash(attention)
+    why = families.why_not_varlen(model) or _why_no_flash(VARLEN, args, model)
+    if why is None:
+        use_varlen(model)
+        return True
+    if joined_by_recipe:
+        say_once(f"sdpa masks all tokens of a joined row, which takes time: varlen {why}")
+    return False
+
+
+def _why_no_flash(attention: str, args: SFTConfig, model: PreTrainedModel) -> str | None:
+    """Why a kernel cannot compute the model on rank 0's GPU, for all ranks; or None."""
+    dtype = model.dtype
+    if args.bf16:
+        dtype = torch.bfloat16
+    elif args.fp16:
+        dtype = torch.float16
+    return on_main_rank(lambda: why_no_flash(attention, model, dtype, args.device))
+
+
 def _why_rows_apart(model: PreTrainedModel) -> str | None:
     """Why examples must not share a row of the loaded model, as the end of a sentence; or None."""
     why = families.why_rows_apart(model)
     if why is not None:
         return why
-    name = str(model.config._attn_implementation)
-    needs_gpu = name == VARLEN or "flash" in name
-    if needs_gpu and model.device.type == "cpu":  # the trainer moves the model later
-        return None
     # rank 0 has the weights, the others may not
     if on_main_rank(lambda: examples_are_read_by_others(model)):
-        return f"lets an example read those before it in its row (attention {name})"
+        attention = model.config._attn_implementation
+        return f"lets an example read those before it in its row (attention {attention})"
     return None
 
 

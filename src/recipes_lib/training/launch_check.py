@@ -16,6 +16,7 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.ranks import world_size
 
+_WORKERS_PER_CPU = 8  # 200 on two CPUs took all of a machine for minutes before a first step
 DDP_ON_CPU = "on a machine without GPUs use accelerate_configs/ddp_cpu.yaml or fsdp_cpu.yaml"
 
 
@@ -56,6 +57,12 @@ def check_request(recipe: Recipe, num_gpus: int) -> None:
             f"start {num_gpus}: --gpus with recipes train, --num_processes with accelerate launch",
             "CUDA shows a process only one of several MIG slices",
         )
+    workers = recipe.train.get("dataloader_num_workers", 0) * max(processes, 1)
+    most_workers = _WORKERS_PER_CPU * (os.cpu_count() or 1)
+    if workers > most_workers:
+        key = "train.dataloader_num_workers"
+        what = f"{key}: {workers} processes would load rows here; {most_workers} is the most"
+        raise recipe.error(key, what, "set 0 to 4: the rows are prepared, and collating is fast")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if conflict := precision_conflict(recipe.train, asked, "the launcher"):
         raise recipe.error("train.bf16", *conflict)

@@ -148,12 +148,18 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     _start_of_peak()
     with _nothing_happened(trainer):
         held = _room_for_optimizer(trainer)
+        if args.device.type != "cpu" or trainer.is_compiled:
+            # the first pass on a GPU, or of compiled blocks, also makes kernels: it is not timed
+            trainer.training_step(model, dict(batch), supervised)
+            trainer.model.zero_grad(set_to_none=True)
         for number in range(1, passes + 1):
             # The last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see.
             exchanges = each or number == passes
+            _wait_for_device(args.device)
             began = time.monotonic()
             with contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model):
                 trainer.training_step(model, dict(batch), supervised)
+            _wait_for_device(args.device)
             seconds = time.monotonic() - began
         del held
     rows_to_train = steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
@@ -164,13 +170,27 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     )
 
 
+def _wait_for_device(device: torch.device) -> None:
+    """Wait for what a GPU was told to compute: a call returns before that is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def keep_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Give the random numbers of the CPU and of one GPU back at the end of the block. Other GPUs of
+    the machine belong to other ranks.
+    """
+    devices = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices=devices)
+
+
 @contextlib.contextmanager
 def _nothing_happened(trainer: Any) -> Iterator[None]:
     """Undo what a micro-batch leaves: random numbers, gradients, counts, metrics."""
     tokens = trainer._total_train_tokens
     metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
     try:
-        with torch.random.fork_rng():
+        with keep_random_state(trainer.args.device):
             yield
     finally:
         trainer.model.zero_grad(set_to_none=True)

@@ -25,7 +25,7 @@ from recipes_lib.core.ranks import meet, on_main_rank, say_once
 from recipes_lib.models import families, upstream_fixes
 from recipes_lib.training import resume_guard
 from recipes_lib.training.loss import score_supervised_positions
-from recipes_lib.training.metrics import probe, tokens_so_far
+from recipes_lib.training.metrics import keep_random_state, probe, tokens_so_far
 from recipes_lib.training.stopping import NOTHING, StopRequest
 
 FILLER = {"input_ids": [0, 0], "labels": [-100, -100]}  # a row without loss
@@ -167,6 +167,7 @@ class RecipeTrainer(SFTTrainer):
         )
         self.tokens_before = 0  # of earlier attempts
         self.precision: dict[str, torch.dtype] = {}  # of what is trained
+        self.is_compiled = False
         self.add_callback(RunCallback(self))
 
     def _choose_head(self) -> None:
@@ -216,7 +217,7 @@ class RecipeTrainer(SFTTrainer):
         self.model.eval()
         getattr(self.optimizer, "eval", lambda: None)()  # of those without a schedule
         self.aux_loss_enabled = False  # a validation loss is that of its tokens
-        with torch.random.fork_rng(), torch.no_grad():
+        with keep_random_state(self.args.device), torch.no_grad():
             for batch in dataloader:
                 tokens = int((batch["labels"][:, 1:] != -100).sum())
                 with self.compute_loss_context_manager():
