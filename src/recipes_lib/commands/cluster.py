@@ -17,6 +17,8 @@ from recipes_lib.slurm import queue
 from recipes_lib.slurm.jobs import JobPlan, Planner, directives, job_commands
 from recipes_lib.slurm.prefetching import prefetch_needs
 from recipes_lib.slurm.profile import Profile, known_profiles, load_profile
+from recipes_lib.study.needs import missing_needs
+from recipes_lib.study.run import raise_all
 
 if TYPE_CHECKING:
     from recipes_lib.slurm.prefetching import Need
@@ -60,8 +62,15 @@ def run_launch(
     flags = flag_words(resume_anyway=resume_anyway, trust_remote_code=trust_remote_code)
     named = [word for word in evals if "=" not in word]
     plan = Planner(site, values, accelerate, gpus, nodes, stages, named, flags).plan(first)
+    needs = missing_needs(plan.recipes.values(), plan.evals, site.site())
+    if prepare or dry_run:  # nothing starts yet
+        plan.warnings.extend(f"warning: {need.what}" for need in needs)
+    else:
+        raise_all(needs)
     if prepare:
         queue.prepare(plan, site)
+        for warning in dict.fromkeys(plan.warnings):
+            print_error(warning)
         print(plan.folder)
         return ExitCode.DONE
     if dry_run:

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic.json_schema import JsonSchemaValue
 
@@ -57,6 +57,9 @@ from recipes_lib.data.errors import place
 from recipes_lib.data.prompts import chat_template
 from recipes_lib.data.reading import check_rows, formats_of
 from recipes_lib.training.resume_guard import differences, flatten
+
+if TYPE_CHECKING:
+    from recipes_lib.evals.recipe import EvalRecipe
 
 # ---- new ----
 
@@ -329,6 +332,7 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
 
         study = load_study(path)
         yield from unmet(study, study.arms)
+        notes.extend(_warnings([arm.recipe for arm in study.arms], study.evals, full))
         if full:
             for arm in study.arms:
                 for variant in (arm, *arm.candidates):
@@ -347,9 +351,22 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
         from recipes_lib.evals.questions import local_questions
         from recipes_lib.evals.recipe import load_eval
 
-        local_questions(load_eval(path))
+        evaluation = load_eval(path)
+        local_questions(evaluation)
+        notes.extend(_warnings([], [evaluation], full))
     elif kind != "lm_eval_task":  # it is seen with the eval recipe that names it
         raise wrong_kind(document, "recipe")
+
+
+def _warnings(
+    recipes: Sequence[Recipe], evals: Sequence[EvalRecipe], full: bool
+) -> Iterator[RecipeError]:
+    """Yield a warning for what is not there yet: a judge's key or server, a tracker's login."""
+    from recipes_lib.study.needs import Site, missing_needs
+
+    # `full` finds packages that are missing by itself
+    for need in missing_needs(recipes, evals, Site(own_python=not full)):
+        yield RecipeError(f"warning: {need.what}", *need.hints, file=need.file, line=need.line)
 
 
 def _recipe_faults(
@@ -369,6 +386,8 @@ def _recipe_faults(
     yield from errors
     if not errors:
         yield from check_rows(recipe)
+        if recipe.train.get("report_to", "none") != "none":
+            notes.extend(_warnings([recipe], [], full))
     try:
         if recipe.data.chat_template:
             chat_template(recipe.data, None)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from recipes_lib.commands import Json, flag_words
-from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.study import run as studies
 from recipes_lib.study.config import Study, load_study
+from recipes_lib.study.needs import Site, missing_needs
 from recipes_lib.study.trainings import study_folder, study_trainings, with_choices
 
 # section.key=value words override a value in every arm's recipe; key=value words the study's own
@@ -23,6 +24,9 @@ def run_study_plan(study: _StudyWord, overrides: Sequence[str]) -> int:
     """Show what is left to do and what it takes; change nothing."""
     loaded = with_choices(load_study(study, overrides))
     studies.refuse_unmet(loaded)
+    if studies.is_untrained(loaded):
+        for need in missing_needs([arm.recipe for arm in loaded.arms], loaded.evals, Site()):
+            print_error(f"warning: {need}")
     say(*studies.plan_lines(loaded))
     return _next("run", loaded)
 

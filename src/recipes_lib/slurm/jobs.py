@@ -66,6 +66,7 @@ class JobPlan:
     name: str
     jobs: list[Job] = field(default_factory=list)
     recipes: dict[str, Recipe] = field(default_factory=dict)  # of the trainings, by file name
+    evals: list[EvalRecipe] = field(default_factory=list)  # that its jobs run
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -105,7 +106,7 @@ class Planner:
         check_launch(recipe, launch)
         names = self.evals or [shown_path(project_root() / name) for name in _DEFAULT_EVALS]
         evals = [load_eval(name) for name in names if "eval" in self.stages]
-        plan, run = JobPlan(recipe.name), RunDirectory(recipe.name)
+        plan, run = JobPlan(recipe.name, evals=evals), RunDirectory(recipe.name)
         if "train" in self.stages:
             refuse_leaks_of(recipe, evals)
             plan.jobs.append(self._train_job(plan, "train", {"resolved.yaml": recipe}, launch))
@@ -156,6 +157,7 @@ class Planner:
             task = self._command(plan, "study", words, "study run", study.evals)
             ended = tuple(job.label for job in plan.jobs)
             plan.jobs.append(Job("eval", "eval", (task,), gpus, after_any=ended))
+            plan.evals.extend(study.evals)
         if not plan.jobs:
             what = f"study '{study.name}': everything is done"
             raise RecipeError(what, f"look at it: recipes study report {file}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -13,6 +14,7 @@ from recipes_lib.config.documents import Document, KeyPath, did_you_mean, dotted
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
+from recipes_lib.study.needs import Site
 
 STAGES = ("train", "eval", "report")
 Flag = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
@@ -75,6 +77,20 @@ class Profile(Section):
         """Return the variables of a job; `{job}` stays."""
         known = {name: os.path.expandvars(value) for name, value in self.env.items()}
         return {name: os.path.expanduser(value) for name, value in known.items()}  # noqa: PTH111 (also URLs)
+
+    def site(self) -> Site:
+        """Return what a job of this site will see and have, as far as it is known here."""
+        environment = {} if self.sbatch.get("export") == "NONE" else dict(os.environ)
+        set_there: set[str] = set()
+        for line in self.setup:
+            set_there.update(re.findall(r"\b([A-Za-z_]\w*)=", line))
+        return Site(
+            environment={**environment, **self.variables()},
+            set_there=frozenset(set_there),
+            is_here=False,
+            own_python=not (self.setup or self.prefix),
+            starts_judges=self.vllm is not None,
+        )
 
     def enter(self) -> None:
         """Use the site's folders in this process, before the Hub's library reads its variable."""

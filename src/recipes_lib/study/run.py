@@ -41,6 +41,7 @@ from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.plan.cards import devices_here
 from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
 from recipes_lib.study.lock import lock_design
+from recipes_lib.study.needs import Site, missing_needs
 from recipes_lib.study.trainings import (
     REPLACED,
     StudyRun,
@@ -210,10 +211,26 @@ def _power_line(study: Study) -> Iterator[str]:
 
 def refuse_unmet(study: Study, fetch: bool = False) -> None:
     """Refuse a study if its evaluations would fail later; only `fetch` asks the Hub."""
+    raise_all([*unmet(study, study.arms if is_untrained(study) else (), fetch)])
+
+
+def refuse_missing_needs(study: Study) -> None:
+    """Refuse a study whose first training would begin without what it and its judges need."""
+    if is_untrained(study):
+        recipes = [arm.recipe for arm in study.arms]
+        raise_all(missing_needs(recipes, study.evals, Site()))
+
+
+def is_untrained(study: Study) -> bool:
+    """Whether there is anything left to train."""
     trainings = (*study_tunings(study), *study_trainings(study))
-    errors = [*unmet(study, () if all(map(is_trained, trainings)) else study.arms, fetch)]
-    for each in errors[1:]:
-        print_error(each)
+    return not all(is_trained(training) for training in trainings)
+
+
+def raise_all(errors: Sequence[RecipesError]) -> None:
+    """Raise the first error and print the others; do nothing where there is none."""
+    for error in errors[1:]:
+        print_error(error)
     if errors:
         raise errors[0]
 
@@ -259,6 +276,8 @@ class StudyRunner:
         check_allowed(self.study.evals, "--trust-remote-code" in self.flags)
         with run_lock(study_folder(self.study)):
             refuse_unmet(self.study, fetch=True)
+            if self.train:
+                refuse_missing_needs(self.study)
             try:
                 with handling(self._on_signal):
                     self._steps()

@@ -1,0 +1,209 @@
+"""What trainings and evaluations need from elsewhere and no file shows: a judge's key and server, a
+tracker's login. It is looked at before the first training, which would be in vain without it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import netrc
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.upstream import check_packages
+from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
+from recipes_lib.core.terminal import bare_address, mask_secrets
+from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, ServerSection
+
+# Long enough for a hosted server on a slow network: only one that is gone takes so long.
+TIMEOUT_S = 10.0
+_WANDB_SERVER = "https://api.wandb.ai"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the work will run, as far as that decides what can be looked at from here.
+
+    Attributes:
+        environment: the variables that it will see.
+        set_there: variables that get their values only there.
+        is_here: whether it is this machine.
+        own_python: whether it runs with this Python, whose packages can be looked for.
+        starts_judges: whether a judge that is expected on its machine is started there.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    set_there: frozenset[str] = frozenset()
+    is_here: bool = True
+    own_python: bool = True
+    starts_judges: bool = field(default_factory=lambda: "RECIPES_JUDGE_WANTED" in os.environ)
+
+    def has(self, *names: str) -> bool:
+        """Whether one of these variables will have a value."""
+        return any(self.environment.get(name) or name in self.set_there for name in names)
+
+
+def missing_needs(
+    recipes: Iterable[Recipe], evals: Iterable[EvalRecipe], site: Site
+) -> list[RecipesError]:
+    """Return an error for each need that is not met, each once."""
+    errors: list[RecipesError] = []
+    for recipe in recipes:
+        errors.extend(_missing_trackers(recipe, site))
+    servers: set[tuple[str, str | None]] = set()
+    for evaluation in evals:
+        missing_keys = list(_missing_keys(evaluation, site))
+        errors.extend(missing_keys)
+        judge = evaluation.judge
+        if judge is None or missing_keys or not _is_there_already(judge, site):
+            continue
+        server = (judge.address, judge.api_key_variable)
+        if server not in servers:
+            servers.add(server)
+            errors.extend(_silent_judge(evaluation, judge, site))
+    return list({error.args[0]: error for error in errors}.values())
+
+
+# ---- Trackers ----
+
+
+def _missing_trackers(recipe: Recipe, site: Site) -> Iterator[RecipesError]:
+    """Yield an error for a tracker that is not installed, or that does not know who sends."""
+    if site.own_python:
+        try:
+            check_packages(recipe)
+        except RecipesError as error:
+            yield error
+            return
+    named = recipe.train.get("report_to") or []
+    trackers = [named] if isinstance(named, str) else named
+    if "wandb" in trackers and not _wandb_knows_the_user(site):
+        key = "train.report_to"
+        what = f"{key}: wandb is not logged in, and would end the training"
+        remedy = "wandb login, or set WANDB_API_KEY; without a network: WANDB_MODE=offline"
+        yield recipe.fault(key, what, remedy)
+
+
+def _wandb_knows_the_user(site: Site) -> bool:
+    """Whether wandb finds a key, or needs none. Its order: variables, settings, ~/.netrc."""
+    if site.has("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DISABLED"):
+        return True
+    if site.environment.get("WANDB_MODE", "online") not in ("online", "shared"):
+        return True
+    home = Path(site.environment.get("HOME") or Path.home())
+    folder = Path(site.environment.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
+    for settings in (folder / "settings", Path("wandb/settings")):
+        # a key, or a server of one's own: its rules are not known here
+        if settings.is_file() and re.search(r"^(api_key|base_url)\b", settings.read_text(), re.M):
+            return True
+    host = urlsplit(site.environment.get("WANDB_BASE_URL") or _WANDB_SERVER).hostname
+    for file in (site.environment.get("NETRC"), home / ".netrc", home / "_netrc"):
+        if file and Path(file).expanduser().is_file():
+            try:
+                return netrc.netrc(Path(file).expanduser()).authenticators(str(host)) is not None
+            except (netrc.NetrcParseError, OSError):
+                return False
+    return False
+
+
+# ---- Judges ----
+
+
+def _missing_keys(evaluation: EvalRecipe, site: Site) -> Iterator[EnvironmentFault]:
+    """Yield an error for a server's key that is not set."""
+    sections: dict[str, ServerSection | None] = {
+        "generation": evaluation.generation,
+        "judge": evaluation.judge,
+    }
+    for name, section in sections.items():
+        if section is None or section.engine != "openai" or section.api_key_variable is None:
+            continue
+        variable = section.api_key_variable
+        if variable in site.set_there or _is_key(site.environment.get(variable, "")):
+            continue
+        origin = evaluation.document.origin(f"{name}.api_key_variable")
+        yield EnvironmentFault(
+            f"{name}: the environment variable {variable} is not set, or holds no key",
+            f"export {variable}=...; for a server without keys: {name}.api_key_variable: null",
+            file=origin.file,
+            line=origin.line,
+        )
+
+
+def _is_key(text: str) -> bool:
+    """Whether a text can be sent as a key."""
+    key = text.strip()
+    return bool(key) and key.isascii() and key.isprintable()
+
+
+def _is_there_already(judge: JudgeSection, site: Site) -> bool:
+    """Whether a judge is behind a server that must answer before anything is trained."""
+    if judge.engine != "openai":
+        return False
+    if judge.served_here:
+        # one that a job starts is not there yet, and 127.0.0.1 of another machine cannot be asked
+        return site.is_here and not site.starts_judges
+    return True
+
+
+def _silent_judge(
+    evaluation: EvalRecipe, judge: JudgeSection, site: Site
+) -> Iterator[EnvironmentFault]:
+    """Yield an error if one request to a judge's server is not answered."""
+    variable = judge.api_key_variable or ""
+    reason = _ask(_models_url(judge.address), site.environment.get(variable))
+    if reason is None:
+        return
+    if variable in site.set_there and "401" in reason:  # the key is not known here
+        return
+    origin = evaluation.document.origin("judge.base_url")
+    yield EnvironmentFault(
+        f"judge: {bare_address(judge.address)} does not answer: {mask_secrets(reason)}",
+        "start its server (docs/evaluation.md), or correct judge.base_url and the key",
+        file=origin.file,
+        line=origin.line,
+    )
+
+
+def _models_url(address: str) -> str:
+    """Return where a server lists its models; a query of the address stays behind the path."""
+    parts = urlsplit(address)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/models", fragment=""))
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key would go with it."""
+
+    def redirect_request(self, *_: object) -> None:
+        """Return no request, so that the redirect itself is the answer."""
+
+
+@cache  # many files name one server
+def _ask(url: str, key: str | None) -> str | None:
+    """Send one request; return why a server cannot be used, or None if it answers.
+
+    Any answer will do, "no such page" too, but one that refuses the key and one of a proxy whose
+    server is away.
+    """
+    request = urllib.request.Request(url)
+    if key:
+        request.add_header("Authorization", f"Bearer {key.strip()}")
+    try:
+        with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_S):
+            return None
+    except urllib.error.HTTPError as answer:
+        with answer:
+            if answer.code == 401:
+                return "it refuses the key (401)" if key else "it asks for a key (401)"
+            return f"status {answer.code}" if answer.code >= 500 else None
+    except urllib.error.URLError as error:
+        return one_line(error.reason) if isinstance(error.reason, OSError) else one_line(error)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return one_line(error)
