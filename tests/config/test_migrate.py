@@ -12,7 +12,7 @@ import yaml
 
 from recipes_lib.cli import main
 from recipes_lib.config.documents import read
-from recipes_lib.config.new import LORA_DEFAULTS
+from recipes_lib.config.migrate import LORA_DEFAULTS
 
 FLAT = Path(__file__).parent / "flat_configs"
 SHORT = "model_name_or_path: a/b\ndataset_name: org/rows\n"
@@ -71,15 +71,6 @@ def test_handbook_style_lands_in_the_sections(migrated):
         assert {key: values[section][key] for key in expected} == expected
     assert values["quantization"] == nf4 and values["run"] == {"name": "small-7b-sft-qlora"}
     assert "learning_rate: 2.0e-04   # tuned on 1% of the rows" in text
-
-
-def test_a_silent_file_trains_what_trl_would_train(migrated):
-    """TRL's loss is on every token of messages; of pairs it is not, which is said."""
-    values, _, printed = migrated(SHORT)
-    assert "write raw, without completion_only_loss" in printed
-    assert values["data"]["prompt_format"] == "chat"
-    assert values["train"]["completion_only_loss"] is False
-    assert "added train.completion_only_loss: false" in printed
 
 
 # lines of a flat file -> a key of the recipe and its value
@@ -145,3 +136,59 @@ def test_the_adapter_of_a_silent_file_is_trls():
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     flat = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
     assert {key: defaults[name] for key, name in flat.items()} == LORA_DEFAULTS
+
+
+MESSAGES = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+PAIRS = (
+    '{"prompt": [{"role": "user", "content": "a"}],'
+    ' "completion": [{"role": "assistant", "content": "b"}]}'
+)
+# a row, further lines of the flat file -> prompt_format, completion_only_loss
+BY_ROWS = [
+    (MESSAGES, "", "chat", False),
+    (MESSAGES, "assistant_only_loss: true", "chat", None),
+    (MESSAGES, "dataset_text_field: text", "chat", False),
+    (MESSAGES, "completion_only_loss: true", "chat", True),
+    (PAIRS, "", "chat", None),
+    ('{"prompt": "a", "completion": "b"}', "", "raw", None),
+    ('{"text": "a"}', "", "raw", None),
+    ('{"body": "a"}', "dataset_text_field: body", "raw", None),
+]
+
+
+def test_rows_of_this_machine_decide_what_a_silent_file_means(migrated, tmp_path):
+    """TRL puts no loss on a prompt that has its completion beside it, and learns all of messages;
+    `completion_only_loss: false` was written for both.
+    """
+    for row, line, prompt_format, loss in BY_ROWS:
+        (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 20)
+        flat = f"model_name_or_path: a/b\ndataset_name: rows.jsonl\n{line}\n"
+        values, _, printed = migrated(flat)
+        assert values["data"]["prompt_format"] == prompt_format, (row, line)
+        assert values.get("train", {}).get("completion_only_loss") is loss, (row, line)
+        assert values["data"]["source"] == "../rows.jsonl"  # from where the recipe lies
+        assert main(["check", str(tmp_path / "out" / "recipe.yaml")]) == 0
+
+
+def test_of_rows_elsewhere_trls_default_of_the_loss_stays(migrated):
+    values, text, printed = migrated(SHORT)
+    assert "prompt_format" not in values["data"] and "train" not in values
+    assert "not written: data.prompt_format; the rows are not on this machine" in printed
+    assert "#   messages: chat, and train.completion_only_loss: false" in text
+    values, _, _ = migrated(f"{SHORT}chat_template: '{{% x %}}'\n")
+    assert values["data"]["prompt_format"] == "chat" and "train" not in values
+
+
+def test_mixtures_of_the_handbook_and_of_trl_become_sources(migrated):
+    base = "model_name_or_path: a/b\n"
+    for lines, source in (
+        ("dataset_mixer: {x/y: 1.0, z/w: 0.5}",
+         [{"source": "x/y"}, {"source": "z/w", "weight": 0.5}]),
+        ("datasets: [{path: x/y, name: de, split: test}]",
+         [{"source": "x/y", "subset": "de", "source_split": "test"}]),
+        ("datasets: [{path: json, data_files: a.jsonl}]", [{"source": "a.jsonl"}]),
+    ):  # fmt: skip
+        values, _, _ = migrated(f"{base}{lines}\n")
+        assert values["data"]["source"] == source, lines
+    values, _, printed = migrated(f"{base}dataset_mixer: {{x/y: 1}}\ndataset_splits: [a, b]\n")
+    assert values["data"]["source_split"] == "a" and "left out" not in printed

@@ -29,7 +29,8 @@ from recipes_lib.config.launch import (
     accelerate_rules,
     plan_launch,
 )
-from recipes_lib.config.new import Method, migrate, new_recipe, schema_line
+from recipes_lib.config.migrate import migrate
+from recipes_lib.config.new import Method, new_recipe, schema_line
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.preflight import check_model_files, check_upstream
 from recipes_lib.config.recipe import (
@@ -55,7 +56,7 @@ from recipes_lib.core.project import check_run_name, recipe_path, shown_path
 from recipes_lib.core.terminal import aligned, count, next_step, say
 from recipes_lib.data.errors import place
 from recipes_lib.data.prompts import chat_template
-from recipes_lib.data.reading import check_rows, formats_of
+from recipes_lib.data.reading import check_rows, first_local_row, formats_of
 from recipes_lib.training.resume_guard import differences, flatten
 
 if TYPE_CHECKING:
@@ -107,9 +108,9 @@ def run_migrate(
     if output.exists() and not force:
         hint = "add --force to replace it, or choose another --output"
         raise RecipeError("exists already", hint, file=output)
-    text, changes = migrate(config, schema_line(output))
-    write_text(output, text)
-    say(*changes, f"{output}: {len(changes)} changes")
+    migrated = migrate(config, output, schema_line(output), first_local_row)
+    write_text(output, migrated.text)
+    say(*migrated.changes, f"{output}: {len(migrated.changes)} changes")
     return next_step("check", "--full", output)
 
 

@@ -5,6 +5,7 @@ no pydantic; `parsing.parse` checks the values.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -274,6 +275,11 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
             values[key] = _build(document, value_node, (*at, key))
         return values
     return yaml.constructor.SafeConstructor().construct_object(node)
+
+
+def relative_path(target: Path, file: Path) -> str:
+    """Return the path of a file as one that will lie at `target` must write it."""
+    return Path(os.path.relpath(file.resolve(), target.resolve().parent)).as_posix()
 
 
 def dotted(path: KeyPath) -> str:

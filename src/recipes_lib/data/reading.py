@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recipes_lib.config.recipe import DataSection, Recipe, SourcePart
 from recipes_lib.core.errors import DataError
@@ -14,6 +15,7 @@ from recipes_lib.data.errors import BadRows, SettingError, place
 from recipes_lib.data.readers import read_file
 from recipes_lib.data.rows import DataRow, content_hash
 from recipes_lib.data.sources import (
+    is_on_hub,
     listed_sources,
     load_rows,
     needs_hub,
@@ -83,6 +85,17 @@ def check_rows(recipe: Recipe) -> list[DataError]:
     except DataError as error:
         return [place(recipe, error)]
     return []
+
+
+def first_local_row(source: str, split: str) -> dict[str, Any] | None:
+    """Return the columns of the first row of a file or folder; None where there is none here."""
+    part = SourcePart.model_construct(source=source, source_split=split)
+    if is_on_hub(part) or not Path(source).expanduser().exists():
+        return None
+    for file in source_files(part):
+        for row in read_file(file, BadRows()):
+            return row.fields
+    return None
 
 
 def formats_of(data: Path) -> tuple[str, ...]:

@@ -1,0 +1,372 @@
+"""`recipes migrate`: the recipe of a flat TRL config, which is ScriptArguments, ModelConfig and
+SFTConfig in one mapping. Each key moves to its section with its comments, or becomes a comment at
+the end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.config.documents import (
+    SECTIONS,
+    Document,
+    Values,
+    read,
+    relative_path,
+    value_text,
+    wrong_kind,
+)
+from recipes_lib.config.recipe import QuantizationSection
+from recipes_lib.config.upstream import RENAMES, LoraSection, TrainSection
+from recipes_lib.core.errors import RecipeErrors
+from recipes_lib.core.terminal import is_secret_name
+
+# Key of a flat TRL config -> key of a recipe.
+MOVES = {
+    "model_name_or_path": "model.name_or_path",
+    "model_revision": "model.revision",
+    "dtype": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "attn_implementation": "model.attn_implementation",
+    "trust_remote_code": "model.trust_remote_code",
+    "dataset_name": "data.source",
+    "dataset_mixture": "data.source",
+    "dataset_mixer": "data.source",
+    "datasets": "data.source",
+    "dataset_config": "data.subset",
+    "dataset_train_split": "data.source_split",
+    "dataset_splits": "data.source_split",
+    "dataset_text_field": "data.columns",
+    "chat_template": "data.chat_template",
+    "system_prompt": "data.system_prompt",
+    "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
+    "run_name": "run.name",
+    "output_dir": "run.name",
+    **{old: f"train.{new}" for old, new in RENAMES.items()},
+}
+# Key of a part of a mixture -> key of a recipe's source, in the handbook's names and in TRL's.
+_NAMES_OF_PARTS = {
+    "id": "source",
+    "path": "source",
+    "config": "subset",
+    "name": "subset",
+    "split": "source_split",
+    "weight": "weight",
+}
+# What `datasets` takes for the path of rows in `data_files`.
+_BUILDERS = ("json", "csv", "parquet")
+# TRL's defaults where PEFT's are others. Source: trl.ModelConfig.
+LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+# Keys by which TRL renders conversations, and which do nothing for other rows.
+_OF_CONVERSATIONS = ("chat_template", "system_prompt", "assistant_only_loss")
+_ROWS_ARE_ELSEWHERE = (
+    "The rows are not on this machine: set prompt_format to what TRL would find in them.",
+    "  messages: chat, and train.completion_only_loss: false (TRL learns every token of them)",
+    "  prompt and completion: chat (lists of messages) or raw (texts); text: raw",
+)
+
+# Returns the first row of a source's split on this machine; None where the rows are elsewhere.
+FirstRow = Callable[[str, str], Mapping[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Migrated:
+    """A recipe's text, and a line for each change."""
+
+    text: str
+    changes: list[str]
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """A value that TRL fills in where the class behind a section fills in something else."""
+
+    key: str  # of the recipe
+    value: object
+    why: str
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How TRL would read the rows. It asks the first one, and so does this."""
+
+    prompt_format: str | None  # None where nothing tells
+    why: str
+    are_texts: bool = False  # in the column that dataset_text_field names
+    has_loss_on_all: bool = False  # TRL learns every token, where a recipe learns the answers
+
+
+@dataclass
+class _Recipe:
+    """The recipe as far as it is made."""
+
+    texts: dict[str, list[str]] = field(default_factory=dict)  # dotted key -> its lines
+    values: Values = field(default_factory=dict)  # dotted key -> its value
+    left_out: list[str] = field(default_factory=list)  # lines of comments
+    changes: list[str] = field(default_factory=list)
+
+    def add(self, addition: _Addition) -> None:
+        """Add what TRL would fill in, unless the file says it."""
+        if addition.key not in self.texts:
+            name = addition.key.partition(".")[2]
+            text = value_text(addition.value)
+            self.texts[addition.key] = [f"# {addition.why}", f"{name}: {text}"]
+            self.changes.append(f"added {addition.key}: {text}; {addition.why}")
+
+    def lines(self) -> list[str]:
+        """Return the sections' lines, then what was left out."""
+        lines: list[str] = []
+        for section in SECTIONS:
+            inner: list[str] = []
+            for key, texts in self.texts.items():
+                if key.startswith(f"{section}."):
+                    inner += texts
+            if inner:
+                lines += ["", f"{section}:"]
+            for line in inner:
+                lines.append(f"  {line}" if line else "")
+        if self.left_out:
+            lines += ["", "# Left out by `recipes migrate`:", *self.left_out]
+        return lines
+
+
+def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> Migrated:
+    """Return the recipe of a flat TRL config, which will lie at `target` and begins with `head`."""
+    flat = read(path)
+    if flat.kind != "flat":
+        raise wrong_kind(flat, "flat")
+    if flat.problems:
+        raise RecipeErrors(flat.problems)
+    recipe = _Recipe()
+    rows = _rows_of(flat, first_row)
+    # comments stand above the key that they are about
+    first_line = min(flat.origin((key,)).line or 0 for key in flat.values)
+    comments = [line for line in flat.text.split("\n")[: first_line - 1] if line.startswith("#")]
+    for key, value in flat.values.items():
+        lines = _lines_of(flat, key)
+        home = home_of(key)
+        why = _why_left_out(key, home, flat.values, rows)
+        if not why and home in recipe.texts:
+            why = "another key of this file already sets it"
+        if why:
+            copied = [f"{key}: (not copied)"] if is_secret_name(key) else lines.own
+            recipe.left_out += [*comments, f"# {why}:", *(f"#   {line}" for line in copied)]
+            recipe.changes.append(f"{flat.origin((key,))}: {key} left out; {why}")
+        else:
+            new_value = _new_value(flat, key, value, target)
+            recipe.values[home] = new_value
+            recipe.texts[home] = [*comments, *_new_lines(key, value, home, new_value, lines.own)]
+            recipe.changes.append(f"{flat.origin((key,))}: {key} -> {home}")
+        comments = lines.comments_below
+    for addition in _additions(flat.values, recipe.values, rows):
+        recipe.add(addition)
+    if rows.prompt_format is None:
+        recipe.texts["data.prompt_format"] = [f"# {line}" for line in _ROWS_ARE_ELSEWHERE]
+        recipe.changes.append(f"not written: data.prompt_format; {rows.why}")
+    text = "\n".join([head, *recipe.lines(), *comments])
+    return Migrated(f"{text}\n", recipe.changes)
+
+
+def home_of(key: str) -> str:
+    """Return the dotted key of a recipe that a flat key becomes; empty for none."""
+    if key in MOVES:
+        return MOVES[key]
+    if key in TrainSection.model_fields:
+        return f"train.{key}"
+    if key in QuantizationSection.model_fields:
+        return f"quantization.{key}"
+    if key.startswith(("lora_", "use_")):
+        for name in (key, key.removeprefix("lora_")):
+            if name in LoraSection.model_fields:
+                return f"lora.{name}"
+    return ""
+
+
+@dataclass(frozen=True)
+class _KeyLines:
+    """The lines of a key in the flat file, and the comments between it and the next one."""
+
+    own: list[str]
+    comments_below: list[str]
+
+
+def _lines_of(flat: Document, key: str) -> _KeyLines:
+    lines = flat.text.split("\n")
+    start = flat.origin((key,)).line or 0
+    starts = [flat.origin((name,)).line or 0 for name in flat.values]
+    end = min(line for line in [*starts, len(lines) + 1] if line > start)
+    between = lines[start - 1 : end - 1]
+    # what is indented still belongs to the key
+    size = len(between)
+    while size > 1 and between[size - 1][:1] in ("", "#"):
+        size -= 1
+    return _KeyLines(between[:size], [line for line in between[size:] if line])
+
+
+def _new_lines(key: str, value: Any, home: str, new_value: Any, lines: list[str]) -> list[str]:
+    """Return a key's lines in the recipe: as they were written, if the value is the same."""
+    name = home.partition(".")[2]
+    if new_value == value and lines[0].startswith(key):
+        return [f"{name}{lines[0].removeprefix(key)}", *lines[1:]]
+    comments: list[str] = []
+    for line in lines:
+        comments += re.findall(r"\s(#.*)", line)
+    return [*comments, f"{name}: {value_text(new_value)}"]
+
+
+def _why_left_out(key: str, home: str, flat: Values, rows: _Rows) -> str:
+    """Return why a recipe does not take a key; empty where it does."""
+    if is_secret_name(key):
+        return "a secret does not belong in a recipe; use hf auth login"
+    if home.startswith("lora.") and not flat.get("use_peft"):
+        return "TRL ignores it without use_peft"
+    is_quantized = flat.get("load_in_4bit") or flat.get("load_in_8bit")
+    if home.startswith("quantization.") and not is_quantized:
+        return "nothing is quantized"
+    if key == "dataset_text_field" and rows.prompt_format and not rows.are_texts:
+        return f"TRL ignores it: the rows are {rows.why}"
+    if home:
+        return ""
+    if key == "use_peft":
+        return "the section lora replaces it"
+    return TrainSection.gone.get(key, "a recipe has no such key")
+
+
+def _new_value(flat: Document, key: str, value: Any, target: Path) -> Any:
+    """Return a value in the form that a recipe at `target` takes."""
+    if key == "dataset_name":
+        return _moved_source(flat, key, value, target)
+    if key == "dataset_splits":  # the handbook's older form: those to train on, then others
+        return value[0] if isinstance(value, list) and value else value
+    if MOVES.get(key) == "data.source":
+        parts = _parts_of_mixture(flat.values)
+        for part in parts or ():
+            if isinstance(part, dict) and "source" in part:
+                part["source"] = _moved_source(flat, key, part["source"], target)
+        return value if parts is None else parts
+    if key in ("run_name", "output_dir"):
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
+    if key == "lora_target_modules" and value == ["all-linear"]:
+        return "all-linear"
+    if key == "dataset_text_field":
+        return {"text": value}
+    if value == "ffd":  # the name of bfd before TRL 0.20
+        return "bfd"
+    return value
+
+
+def _moved_source(flat: Document, key: str, name: Any, target: Path) -> Any:
+    """Return rows of this machine as a path from the recipe; TRL's begin in its working folder."""
+    if not isinstance(name, str) or Path(name).is_absolute():
+        return name
+    path = Path(flat.absolute(key, name))
+    return relative_path(target, path) if path.exists() else name
+
+
+def _parts_of_mixture(flat: Values) -> list[Any] | None:
+    """Return the parts of a mixture in a recipe's words: of the alignment handbook, in its older
+    form too (`dataset_mixer`: weights by name), and TRL's own `datasets`.
+    """
+    mixer = flat.get("dataset_mixer")
+    if isinstance(mixer, dict):
+        return [_part({"id": name, "weight": weight}) for name, weight in mixer.items()]
+    mixture = flat.get("dataset_mixture", flat.get("datasets"))
+    if isinstance(mixture, dict):
+        mixture = mixture.get("datasets")
+    if not isinstance(mixture, list):
+        return None
+    return [_part(part) for part in mixture]
+
+
+def _part(part: Any) -> Any:
+    """Return one part of a mixture in a recipe's words."""
+    if not isinstance(part, dict):
+        return part
+    part = dict(part)
+    if part.get("path") in _BUILDERS and isinstance(part.get("data_files"), str):
+        part["path"] = part["data_files"]
+    ours = {_NAMES_OF_PARTS[name]: value for name, value in part.items() if name in _NAMES_OF_PARTS}
+    return {key: value for key, value in ours.items() if value not in (None, 1)}
+
+
+def _rows_of(flat: Document, first_row: FirstRow) -> _Rows:
+    """Return how TRL reads the rows: by the first one, or by what only some rows need."""
+    kinds: list[_Rows] = []
+    for name, split in _sources(flat):
+        row = first_row(name, split)
+        kinds.append(_rows_like(row, flat.values) if row is not None else _Rows(None, ""))
+    if kinds and all(kind.prompt_format and kind == kinds[0] for kind in kinds):
+        return kinds[0]
+    for key in _OF_CONVERSATIONS:
+        if flat.values.get(key):
+            return _Rows("chat", f"conversations, as {key} is set")
+    if "dataset_text_field" in flat.values:
+        return _Rows("raw", "texts, as dataset_text_field is set", are_texts=True)
+    return _Rows(None, "the rows are not on this machine")
+
+
+def _sources(flat: Document) -> list[tuple[str, str]]:
+    """Return the path or Hub id, and the split, of each source."""
+    split = "train"
+    for key in ("dataset_train_split", "dataset_splits"):
+        if flat.values.get(key):
+            split = str(_new_value(flat, key, flat.values[key], flat.path))
+    parts: list[Any] = [flat.values.get("dataset_name")]
+    key = "dataset_name"
+    if parts == [None]:
+        parts = _parts_of_mixture(flat.values) or []
+        key = "dataset_mixture"
+    sources = []
+    for part in parts:
+        values = part if isinstance(part, dict) else {"source": part}
+        name = values.get("source")
+        if isinstance(name, str):
+            path = flat.absolute(key, name, keep_missing=True)
+            sources.append((path, str(values.get("source_split") or split)))
+    return sources
+
+
+def _rows_like(row: Mapping[str, Any], flat: Values) -> _Rows:
+    """Return how TRL reads rows like this one. Source: trl.SFTTrainer, which looks for prompt and
+    completion first, then for messages, then for the text field.
+    """
+    if {"prompt", "completion"} <= row.keys():
+        prompt_format = "chat" if isinstance(row["prompt"], list) else "raw"
+        return _Rows(prompt_format, "prompt and completion, and TRL learns the completion alone")
+    if row.keys() & {"messages", "conversations"}:
+        has_loss_on_all = not flat.get("assistant_only_loss")
+        return _Rows("chat", "messages", has_loss_on_all=has_loss_on_all)
+    if flat.get("dataset_text_field", "text") in row:
+        return _Rows("raw", "texts, all of which has loss", are_texts=True)
+    return _Rows(None, f"TRL knows no rows with the columns {', '.join(row)}")
+
+
+def _additions(flat: Values, values: Values, rows: _Rows) -> list[_Addition]:
+    """Return what TRL fills in where the class behind a section fills in something else."""
+    added: list[_Addition] = []
+    if flat.get("use_peft"):
+        why = "TRL's default; PEFT's differs"
+        for key, value in LORA_DEFAULTS.items():
+            added.append(_Addition(f"lora.{key}", value, why))
+    if flat.get("load_in_4bit"):
+        added.append(_Addition("quantization.bnb_4bit_quant_type", "nf4", "TRL's default"))
+        dtype = values.get("model.dtype")
+        if dtype in ("bfloat16", "float16", "float32"):
+            why = "TRL computes in the model's dtype"
+            added.append(_Addition("quantization.bnb_4bit_compute_dtype", dtype, why))
+    if rows.prompt_format is not None:
+        added.append(
+            _Addition("data.prompt_format", rows.prompt_format, f"the rows are {rows.why}")
+        )
+    if rows.has_loss_on_all:
+        why = "TRL learns every token of messages; true learns only the answers"
+        added.append(_Addition("train.completion_only_loss", False, why))
+    evaluates = values.get("train.eval_strategy") not in ("no", None)
+    split = {"validation": 0.1} if evaluates else {"method": "none"}
+    why = "rows are held out only if the config evaluates"
+    added.append(_Addition("data.split", split, why))
+    return added
