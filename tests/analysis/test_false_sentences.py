@@ -26,7 +26,7 @@ from tests.analysis.made_up import (
 
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm
 from recipes_lib.analysis.claims import Claim, Conclusion, conclude
-from recipes_lib.analysis.runs import load_arms
+from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.files import model_fingerprint
 from recipes_lib.data.leaks import Leak, Leaks

@@ -27,9 +27,10 @@ from tests.analysis.made_up import (
 
 from recipes_lib.analysis.aims import Aims, Design, TunedArm
 from recipes_lib.analysis.claims import conclude
+from recipes_lib.analysis.curves import MOST_POINTS, read_curves
 from recipes_lib.analysis.lines import conclusion_lines
+from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.analysis.report import report_html, write_report
-from recipes_lib.analysis.runs import MOST_POINTS, load_arms, read_curves
 from recipes_lib.analysis.text import question_text
 from recipes_lib.config.documents import read
 from recipes_lib.evals.log import read_eval_log, write_lines, write_log

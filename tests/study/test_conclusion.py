@@ -12,7 +12,8 @@ from tests.analysis import made_up
 
 from recipes_lib.analysis.aims import Aims, Margin
 from recipes_lib.analysis.claims import conclude
-from recipes_lib.analysis.runs import Arms, load_arms
+from recipes_lib.analysis.readers.ours import load_arms
+from recipes_lib.analysis.runs import Arms
 from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import utc_now, write_json, write_text

@@ -1,8 +1,4 @@
-"""Reasons not to believe a comparison, each a `Finding`; `find` lists all checks.
-
-An `error` stops the sentences that it touches, never the table. A `confound` leaves a sentence and
-takes its cause away. A `warning` stands beside it, a `note` informs.
-"""
+"""Reasons not to believe a comparison, each a `Finding`; `find` lists all checks."""
 
 from __future__ import annotations
 
@@ -10,15 +6,15 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.differences import arm_differences, base_weights
 from recipes_lib.analysis.eval_facts import computing_facts, lowered_thresholds
+from recipes_lib.analysis.findings import SEVERITIES, Finding, Severity
+from recipes_lib.analysis.missing import check_presence, check_subsets
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, run_place
-from recipes_lib.analysis.table import TableRow
 from recipes_lib.analysis.text import sentence_list, setting_text
 from recipes_lib.core.files import model_fingerprint, read_object
 from recipes_lib.evals.audit import HUMAN, PROBES
@@ -26,8 +22,6 @@ from recipes_lib.evals.leaks import is_searched
 from recipes_lib.evals.log import CUT, EvalLog, answer_faults
 from recipes_lib.training.resume_guard import flatten
 
-Severity = Literal["error", "confound", "warning", "note"]
-SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
 # What only an audit asks; the rest is measured from the judgments.
 ASKED_IN_AUDIT = {*PROBES.values(), HUMAN}
@@ -57,33 +51,6 @@ _FREE = re.compile(
 _Logged = tuple[str, Run, EvalLog]  # the arm first
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something about a comparison that a reader must know: a sentence, what was seen, what to do.
-
-    `arms`, `metrics` and `opponent` are the rows it touches; empty means all of them.
-    """
-
-    code: str
-    severity: Severity
-    title: str
-    evidence: tuple[str, ...] = field(default=(), compare=False)  # every seed may say the same
-    remedy: str = ""
-    arms: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
-    opponent: str = ""
-    of_any: bool = False
-
-    def touches(self, row: TableRow) -> bool:
-        """Return whether it concerns a row: of several arms a row between them, or of any."""
-        if self.metrics and row.metric not in self.metrics:
-            return False
-        if self.opponent and row.opponent != self.opponent:
-            return False
-        least = 1 if self.of_any else min(2, len({*self.arms}))
-        return not self.arms or len({*row.arms} & {*self.arms}) >= least
-
-
 def find(arms: Arms, design: Design | None = None) -> list[Finding]:
     """Return what every check found, the heaviest first."""
     findings = [
@@ -92,6 +59,7 @@ def find(arms: Arms, design: Design | None = None) -> list[Finding]:
         *check_judges(arms),
         *check_answers(arms),
         *check_protocol(arms, design),
+        *check_subsets(arms),
         *check_differences(arms, design),
         *check_base(arms),
         *check_leaks(arms),
@@ -151,7 +119,8 @@ def _identities(arms: Arms) -> Iterator[tuple[str, str, str, str, str]]:
     folders: dict[int, list[tuple[str, str, Path]]] = defaultdict(list)  # of weights, by size
     for arm in arms:
         for run in arm.runs:
-            yield arm.name, _ONE_MODEL[0], run.name, run.name, f"runs/{run.name}"
+            if not run.foreign:  # two models of another program may share a name
+                yield arm.name, _ONE_MODEL[0], run.name, run.name, f"runs/{run.name}"
             for log in run.evals:
                 if known := log.answers.fingerprint:
                     yield arm.name, _ONE_MODEL[2], known, run.name, run_place(log.file)
@@ -364,20 +333,22 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
             title = f"{arm} and {both[1]} were asked in different prompt formats in {log.eval}"
             place, metrics = (run_place(log.file),), _metrics((log,))
             yield Finding("protocol-differs", "error", title, place, _ONE_FORMAT, both, metrics)
-    for name, logs in _by_eval(arms).items():
+    for logs in _by_eval(arms).values():
         metrics = _metrics(log for _, _, log in logs)
         for (arm, _, left), (other, _, right) in itertools.combinations(logs, 2):
             rivals = {arms.opponent(left.against) or "", arms.opponent(right.against) or ""}
+            if not _metric_keys(left) & _metric_keys(right):
+                continue  # two commands about other tasks: nothing of them is compared
             direct = rivals & {arm, other}  # then their row is named after the base, or the earlier
             if arm != other and (direct or len(rivals) == 1 or _grades(left) & _grades(right)):
                 second = other if arms[other].is_base else arm
                 opponent = second if direct else rivals.pop() if len(rivals) == 1 else ""
                 scope = (arm, other), metrics, opponent
                 yield from _asked_differently(left, right, design, scope)
-        subsets = tuple(dict.fromkeys(f"{arm}: {log.subset}" for arm, _, log in logs if log.subset))
-        if subsets:
-            title = f"{name} asked only some of its questions"
-            yield Finding("subset", "warning", title, subsets, "ask all of them", (), metrics)
+
+
+def _metric_keys(log: EvalLog) -> set[tuple[str, str, str]]:
+    return {metric.key for metric in log.metrics}
 
 
 def _grades(log: EvalLog) -> set[tuple[str, str, str]]:
@@ -579,18 +550,3 @@ def _different_seeds(trained: Sequence[ArmRuns], design: Design | None) -> Itera
 
 def _questions(log: EvalLog) -> Any:
     return (log.recipe.get("data") or {}).get("questions")
-
-
-def check_presence(arms: Arms) -> Iterator[Finding]:
-    """Yield trainings and evaluations that are not finished."""
-    for arm in arms:
-        for run in arm.runs:
-            place, touched, state = (run_place(run.folder),), (arm.name,), run.state.get("state")
-            if state in ("failed", "stopped", "running", "created") and run.evals:
-                title = f"{run.name} is {state}, not finished, and was evaluated"
-                remedy = "finish it, and evaluate again"
-                yield Finding("not-finished", "error", title, place, remedy, touched)
-            if run.unfinished:
-                title = f"{arm.name} has no result of {sentence_list(run.unfinished)}"
-                remedy = "the same recipes eval command finishes it and asks nothing twice"
-                yield Finding("unfinished-evaluation", "warning", title, place, remedy, touched)

@@ -16,10 +16,10 @@ from recipes_lib.analysis.checks import (
     DEGENERATE_ANSWERS,
     EVALUATED_DIFFERENTLY,
     UNAUDITED,
-    Finding,
     find,
 )
 from recipes_lib.analysis.differences import Difference, arm_differences
+from recipes_lib.analysis.findings import Finding
 from recipes_lib.analysis.row_text import (
     evidence_text,
     lengths_text,

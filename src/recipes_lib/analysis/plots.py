@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from recipes_lib.analysis.claims import Claim
+from recipes_lib.analysis.curves import CURVES
 from recipes_lib.analysis.row_text import where_text
-from recipes_lib.analysis.runs import CURVES, Arms
+from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.text import difference_text, plain_number
 from recipes_lib.core.terminal import printable
 

@@ -23,9 +23,9 @@ from markupsafe import Markup
 
 from recipes_lib.analysis import plots, row_text, text
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.checks import SEVERITIES
 from recipes_lib.analysis.claims import Conclusion
 from recipes_lib.analysis.differences import code_text
+from recipes_lib.analysis.findings import SEVERITIES
 from recipes_lib.analysis.lines import report_markdown, tests_text
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text

@@ -1,82 +1,21 @@
-"""What was measured, read from run folders: evaluations, training curves, facts about each run; and
-from results of lm-eval with samples and annotations of alpaca_eval. Nothing is made up.
+"""What was measured, as the analysis sees it: a run, an arm of several runs, and all arms.
+
+The readers in `analysis/readers/` make runs out of files; nothing here reads one.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
-
-from recipes_lib.config.documents import read
-from recipes_lib.core.errors import DataError, RecipeError
-from recipes_lib.core.files import hash_of, read_object, read_rows
+from recipes_lib.analysis.curves import Curve
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import runs_root, shown_path
-from recipes_lib.evals.log import (
-    REFERENCE,
-    AnswerFacts,
-    EvalLog,
-    JudgeFacts,
-    Metric,
-    Sample,
-    read_eval_logs,
-    text_hash,
-    with_groups,
-)
-from recipes_lib.evals.suites import metric_of
-from recipes_lib.evals.suites.lm_eval import metrics_of
-
-MOST_POINTS = 1_000
-_MODEL = ("pretrained", "peft", "path", "model", "tokenizer", "delta", "revision")
-_AGAIN = "run lm-eval again with --log_samples and --output_path"
-FOLDERS = "lm-eval: the folder of --output_path; alpaca_eval: its annotations.json"
-CURVES = {
-    "loss": "training loss",
-    "eval_loss": "validation loss",
-    "learning_rate": "learning rate",
-    "tokens_per_second": "tokens per second",
-}
-
-
-@dataclass
-class Curve:
-    """Points (step, value) of one thing that a training logged, thinned while they are read."""
-
-    points: list[tuple[float, float]] = field(default_factory=list)
-    count: int = 0
-    every: int = 1  # how many points each stands for; the last one stands for itself
-
-    def add(self, step: float, value: float) -> None:
-        """Add a point; of more than `MOST_POINTS` every second one is dropped."""
-        if (self.count - 1) % self.every:
-            self.points.pop()
-        self.points.append((step, value))
-        self.count += 1
-        if len(self.points) > MOST_POINTS:
-            self.points = self.points[::2]
-            self.every *= 2
-
-
-def read_curves(file: Path) -> dict[str, Curve]:
-    """Return the curves of metrics.jsonl; nothing of it stays in memory but them."""
-    curves: dict[str, Curve] = {}
-    for row in read_rows(file):
-        step = row.get("step")
-        if not isinstance(step, int | float):
-            continue
-        for name in CURVES:
-            value = row.get(name)
-            if isinstance(value, int | float) and math.isfinite(value):
-                curves.setdefault(name, Curve()).add(step, value)
-    return curves
+from recipes_lib.evals.log import REFERENCE, EvalLog, Metric, Sample
 
 
 @dataclass(frozen=True)
@@ -94,6 +33,7 @@ class Run:
     unfinished: tuple[str, ...] = ()  # evaluations with judgments or answers and no result
     seed: int | None = None
     foreign: bool = False  # another program's files
+    unread: tuple[str, ...] = ()  # results that lie beside those that were read, and why not
 
     @property
     def is_base(self) -> bool:
@@ -157,32 +97,6 @@ class Arms:
         return "the reference answers" if run == REFERENCE else f"another run, {run}"
 
 
-def load_arms(folders: Mapping[str, Sequence[Path]]) -> Arms:
-    """Return everything that was measured, of each arm the folders (one per seed) that exist."""
-    runs = {name: map(load_run, filter(Path.is_dir, paths)) for name, paths in folders.items()}
-    return Arms({name: ArmRuns(name, tuple(loaded)) for name, loaded in runs.items()})
-
-
-def load_run(folder: Path) -> Run:
-    """Return what one run's folder holds."""
-    file = folder / "resolved.yaml"  # a base has none
-    resolved = read(file).values or {} if file.is_file() else {}
-    evals, unfinished = read_eval_logs(folder)
-    seed = (resolved.get("train") or {}).get("seed")
-    return Run(
-        name=folder.name,
-        folder=folder,
-        state=read_object(folder / "run.json"),
-        resolved=resolved,
-        environment=read_object(folder / "environment.json"),
-        splits=read_object(folder / "splits.json"),
-        curves=read_curves(folder / "metrics.jsonl"),
-        evals=evals,
-        unfinished=unfinished,
-        seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
-    )
-
-
 def run_place(path: Path) -> str:
     """Return a file of a run as `runs/<run>/...`, wherever the runs lie."""
     root, whole = runs_root().resolve(), path.resolve()
@@ -200,174 +114,42 @@ def question_of(samples: Sequence[Sample]) -> dict[str, str]:
             same[sample.id] = sample.same_as
         elif sample.input and sample.input.strip():
             texts.setdefault(sample.id, {})[sample.turn] = " ".join(sample.input.split()).casefold()
-    first: dict[tuple[tuple[int, str], ...], str] = {}
-    known = {id: first.setdefault(tuple(sorted(text.items())), id) for id, text in texts.items()}
-    return known | same
-
-
-# ---- Results of other programs ----
-
-
-def read_foreign(path: Path) -> Run | None:
-    """Return what a folder or a file of another program holds; None where it is none."""
-    if path.is_dir():
-        results = sorted(path.glob("results*.json")) or sorted(path.glob("*/results*.json"))
-        if results:
-            return _lm_eval(path, results[-1])
-        annotations = sorted(path.glob("*annotations*.json"))
-        return _alpaca_eval(annotations[0]) if annotations else None
-    if not path.is_file() or path.suffix != ".json":
-        return None
-    content = _json(path)
-    if isinstance(content, Mapping) and {"results", "configs"} <= content.keys():
-        return _lm_eval(path.parent, path)
-    first = content[0] if isinstance(content, list) and content else None
-    if isinstance(first, Mapping) and {"instruction", "preference", "output_2"} <= first.keys():
-        return _alpaca_eval(path)
-    what = "neither results of lm-eval nor annotations of alpaca_eval"
-    raise DataError(what, FOLDERS, file=path)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
-        raise DataError(f"is not JSON: {error}", file=path) from None
-
-
-def _run(name: str, folder: Path, log: EvalLog) -> Run:
-    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or folder.name
-    return Run(clean, folder, state={"kind": "answers"}, evals=(log,), foreign=True)
-
-
-class _Annotation(BaseModel):
-    """What alpaca_eval writes of one pair: preference 1 is the first output, 2 the second, 0 and
-    1.5 a draw, anything between them a weighted verdict.
-    """
-
-    instruction: str
-    preference: float | None
-    output_1: str
-    output_2: str
-    generator_1: str | None = None
-    generator_2: str = ""
-    annotator: str = ""
-    dataset: str | None = None
-
-    @field_validator("preference")
-    @classmethod
-    def _in_range(cls, value: float | None) -> float | None:
-        if value is not None and value != 0 and not 1 <= value <= 2:
-            raise ValueError(f"{value:g} is not 0 or between 1 and 2")
-        return value
-
-    def sample(self) -> Sample:
-        value = 0.5 if self.preference == 0 else self.preference and self.preference - 1
-        outcomes = {None: "unresolved", 1.0: "win", 0.5: "tie", 0.0: "loss"}
-        return Sample(
-            id=text_hash(self.instruction)[:16],
-            category=self.dataset or "all",
-            value=value,
-            outcome=outcomes.get(value, "scored"),
-            input=self.instruction,
-            answer=self.output_2,
-            opponent=self.output_1,
-        )
-
-
-def _alpaca_eval(path: Path) -> Run:
-    try:
-        rows = TypeAdapter(list[_Annotation]).validate_python(_json(path))
-    except ValidationError as error:
-        details = error.errors(include_url=False)[0]
-        number, *where = details["loc"]
-        what = f"annotation {int(number) + 1}: {'.'.join(map(str, where))}: {details['msg']}"
-        raise DataError(what, file=path) from None
-    names = {key: {getattr(row, key) for row in rows} for key in ("generator_2", "annotator")}
-    for key, values in names.items():
-        if len(values) > 1:
-            what = f"has several values of {key}: {', '.join(sorted(values)[:3])}"
-            raise DataError(what, "one file is one model and one judge", file=path)
-    samples = [row.sample() for row in rows]
-    if len({sample.id for sample in samples}) < len(samples):
-        raise DataError("holds an instruction twice", "keep one annotation of each", file=path)
-    model, judge = min(names["generator_2"]), min(names["annotator"])
-    place: dict[str, Any] = {"eval": "alpaca_eval", "suite": "alpaca_eval", "file": path}
-    opponent = " and ".join(sorted({row.generator_1 or REFERENCE for row in rows}))
-    metric = metric_of("win_rate", "AlpacaEval win rate", samples, opponent=opponent, **place)
-    log = EvalLog(
-        target=model,
-        against=opponent,
-        n=len(samples),
-        metrics=(metric,),
-        answers=AnswerFacts(name=model, models=(model,)),
-        judge=JudgeFacts(name=judge, fingerprint=judge, model=judge),
-        notes=("each pair was judged once, in random order",),
-        source="alpaca_eval",
-        **place,
-    )
-    return _run(model, path.parent, log)
-
-
-# ---- lm-eval ----
-
-
-def _lm_eval(folder: Path, path: Path) -> Run:
-    """The results of one lm-eval command, with the samples of the same date."""
-    content = _json(path)
-    if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
-        raise DataError("holds no results of lm-eval", _AGAIN, file=path)
-    stamp = path.stem.removeprefix("results")
-    samples = {
-        file.stem.removeprefix("samples_").removesuffix(stamp): list(read_rows(file))
-        for file in sorted(path.parent.glob(f"samples_*{stamp}.jsonl"))
-    }
-    rows = [row for of_task in samples.values() for row in of_task]
-    if not rows or not all("doc_id" in row for row in rows):
-        raise DataError("it has no samples beside it, so nothing can be paired", _AGAIN, file=path)
-    prompts = sorted(f"{row['doc_id']} {row.get('prompt_hash')}" for row in rows)
-    place: dict[str, Any] = {"eval": "lm_eval", "suite": "lm_eval", "file": path}
-    known = [replace(metric, **place) for metric in metrics_of(content, samples)]
-    metrics = tuple(with_groups(known))
-    config = content.get("config") or {}
-    given = config.get("model_args")
-    if not isinstance(given, Mapping):
-        given = dict(part.split("=", 1) for part in str(given or "").split(",") if "=" in part)
-    arguments = {str(key).strip(): str(value) for key, value in given.items()}
-    model = str(content.get("model_name") or arguments.get("pretrained") or path.parent.name)
-    limit = config.get("limit")
-    settings = {"limit": limit} if limit else {}
-    settings["gen_kwargs"] = str(config.get("gen_kwargs") or "none")
-    free = {key: value for key, value in arguments.items() if key not in _MODEL}
-    facts = {
-        "lm_eval": content.get("lm_eval_version"),
-        "transformers": content.get("transformers_version"),
-        "model arguments": ", ".join(f"{key}={free[key]}" for key in sorted(free)) or "none",
-        "chat template": content.get("chat_template_sha") or "none",
-        "prompts": hash_of(prompts)[:12],
-    }
-    log = EvalLog(
-        target=model,
-        n=sum(metric.n for metric in metrics if not metric.parts),
-        subset=f"limit {limit}" if limit else None,
-        metrics=metrics,
-        answers=AnswerFacts(name=model, models=(model,), dtype=free.get("dtype")),
-        recipe={"suite": settings},
-        libraries={key: value for key, value in facts.items() if value},
-        git={"commit": content.get("git_hash")},
-        source="lm-eval",
-        **place,
-    )
-    return _run(model, folder, log)
+    first_id: dict[tuple[tuple[int, str], ...], str] = {}
+    questions: dict[str, str] = {}
+    for id, text_of_turn in texts.items():
+        whole_text = tuple(sorted(text_of_turn.items()))
+        questions[id] = first_id.setdefault(whole_text, id)
+    return questions | same
 
 
 def arms_of(runs: Sequence[Run]) -> Arms:
-    """Return each run as an arm; runs with the same name are named by their folders."""
-    times, arms = Counter(run.name for run in runs), dict[str, ArmRuns]()
+    """Return each run as an arm of its own.
+
+    Runs of one name are told apart by their folders, as far up as it takes.
+
+    Raises:
+        RecipeError: one run was given twice.
+    """
+    arms: dict[str, ArmRuns] = {}
+    times = Counter(run.name for run in runs)
     for run in runs:
-        name = f"{run.name}-{run.folder.name}" if times[run.name] > 1 else run.name
+        name = run.name
+        if times[name] > 1:
+            rivals = [other for other in runs if other.name == name and other is not run]
+            name = _name_with_folder(run, rivals)
         if name in arms:
             hint = "a run compared with itself shows nothing"
             raise RecipeError(f"'{run.name}' is named twice", hint)
         arms[name] = ArmRuns(name, (run,))
     return Arms(arms)
+
+
+def _name_with_folder(run: Run, rivals: Sequence[Run]) -> str:
+    """Return a run's name with the fewest folders above it that its namesakes do not share."""
+    folders = run.folder.resolve().parts
+    others = [rival.folder.resolve().parts for rival in rivals]
+    for depth in range(1, len(folders)):
+        ending = folders[-depth:]
+        if all(other[-depth:] != ending for other in others):
+            return "-".join([run.name, *ending])
+    return f"{run.name}-{run.folder.name}"

@@ -75,15 +75,17 @@ def run_compare(
     from recipes_lib.analysis.claims import conclude
     from recipes_lib.analysis.lines import conclusion_lines
     from recipes_lib.analysis.ownership import check_ownership
+    from recipes_lib.analysis.readers import complete, ours, read_results
     from recipes_lib.analysis.report import report_html
-    from recipes_lib.analysis.runs import arms_of, load_run, read_foreign
+    from recipes_lib.analysis.runs import arms_of
 
-    loaded = []
+    measured = []
     for word in runs:
-        run = read_foreign(Path(word)) or load_run(open_run(word).path)
-        check_ownership(run)
-        loaded.append(run)
-    arms = arms_of(loaded)
+        results = read_results(Path(word)) or ours.read(open_run(word).path)
+        for run in results:
+            check_ownership(run)
+        measured += results
+    arms = arms_of(complete(measured))
     aims = Aims(margins=dict(map(_margin, margin)))
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:

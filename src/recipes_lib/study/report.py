@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from recipes_lib.analysis.aims import Design, is_named
-from recipes_lib.analysis.checks import Finding
 from recipes_lib.analysis.claims import Conclusion, conclude
+from recipes_lib.analysis.findings import Finding
+from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.analysis.report import write_report
-from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
+from recipes_lib.analysis.runs import ArmRuns, Arms, Run
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import write_json
 from recipes_lib.core.project import runs_root

@@ -1,0 +1,62 @@
+"""Reads results of evaluations, whichever program wrote them: a file here for each format.
+
+A reader is a module with three names:
+
+    FORM            what to give it, as errors and `--help` say it
+    matches(path)   whether a file or folder is in its format; must be cheap and never raise
+    read(path)      a list of `Run`: its arm's name, seed (where the format knows one), metrics with
+                    their samples, and facts about how it was asked
+
+A new format is a module and its name in `READERS`; the first that matches reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from recipes_lib.analysis.readers import alpaca_eval, lm_eval, ours
+from recipes_lib.analysis.runs import Run
+from recipes_lib.core.errors import DataError
+
+
+class Reader(Protocol):
+    """What each module of this package is."""
+
+    @property
+    def FORM(self) -> str:
+        """What to give it, in a phrase."""
+
+    def matches(self, path: Path) -> bool:
+        """Whether a file or folder is in its format."""
+
+    def read(self, path: Path) -> list[Run]:
+        """Return the runs of a file or folder that matches."""
+
+
+READERS: tuple[Reader, ...] = (ours, lm_eval, alpaca_eval)
+
+
+def read_results(path: Path) -> list[Run] | None:
+    """Return the runs of a file or folder; None where it is neither, or a folder of nothing known.
+
+    Raises:
+        DataError: a file in no format that is read, or one that is damaged.
+    """
+    for reader in READERS:
+        if reader.matches(path):
+            return reader.read(path)
+    if path.is_file():
+        raise DataError("holds no results that can be read", known_forms(), file=path)
+    return None
+
+
+def known_forms() -> str:
+    """Return what can be compared, a phrase for each format."""
+    return "; ".join(reader.FORM for reader in READERS)
+
+
+def complete(runs: Sequence[Run]) -> list[Run]:
+    """Return runs in which what only some of them were asked is without a verdict in the others."""
+    return alpaca_eval.complete(runs)

@@ -1,0 +1,200 @@
+"""Reads annotations of alpaca_eval: one file is one model, judged by one annotator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
+
+from recipes_lib.analysis.readers.files import arm_name, parsed_json
+from recipes_lib.analysis.runs import Run
+from recipes_lib.core.errors import DataError
+from recipes_lib.evals.log import (
+    REFERENCE,
+    UNRESOLVED,
+    AnswerFacts,
+    EvalLog,
+    JudgeFacts,
+    Metric,
+    Sample,
+    text_hash,
+)
+from recipes_lib.evals.suites import metric_of
+
+FORM = "alpaca_eval: its annotations.json"
+SOURCE = "alpaca_eval"
+_KEYS = {"instruction", "preference", "output_2"}
+# 1 is the first output and 2 the second; value: of the second output, which is the model's
+_OUTCOMES = {None: UNRESOLVED, 1.0: "win", 0.5: "tie", 0.0: "loss"}
+
+
+class Annotation(BaseModel):
+    """What alpaca_eval writes of one pair: preference 1 is the first output, 2 the second, 0 and
+    1.5 a draw, anything between them a weighted verdict.
+    """
+
+    instruction: str
+    preference: float | None
+    output_1: str
+    output_2: str
+    generator_1: str | None = None
+    generator_2: str = ""
+    annotator: str = ""
+    dataset: str | None = None
+
+    @field_validator("preference")
+    @classmethod
+    def _in_range(cls, value: float | None) -> float | None:
+        if value is not None and value != 0 and not 1 <= value <= 2:
+            raise ValueError(f"{value:g} is not 0 or between 1 and 2")
+        return value
+
+    def sample(self) -> Sample:
+        """Return the pair as one value: 1 where the model won, 0 where it lost."""
+        value = None
+        if self.preference == 0:
+            value = 0.5
+        elif self.preference is not None:
+            value = self.preference - 1
+        return Sample(
+            id=text_hash(self.instruction)[:16],
+            category=self.dataset or "all",
+            value=value,
+            outcome=_OUTCOMES.get(value, "scored"),
+            input=self.instruction,
+            answer=self.output_2,
+            opponent=self.output_1,
+        )
+
+
+def matches(path: Path) -> bool:
+    """Whether a file is a list of annotations, or a folder holds such a file by its name."""
+    if path.is_dir():
+        return bool(_annotation_files(path))
+    if not path.is_file() or path.suffix != ".json":
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError):
+        return False
+    first = content[0] if isinstance(content, list) and content else None
+    return isinstance(first, Mapping) and first.keys() >= _KEYS
+
+
+def read(path: Path) -> list[Run]:
+    """Return the runs of annotations, one a file.
+
+    Raises:
+        DataError: a damaged annotation, two models or judges in one file, or none named.
+    """
+    files = _annotation_files(path) if path.is_dir() else [path]
+    return [_read_file(file) for file in files]
+
+
+def _annotation_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*annotations*.json"))
+
+
+def _read_file(path: Path) -> Run:
+    rows = _annotations(path)
+    model = _only_value(rows, "generator_2", path)
+    judge = _only_value(rows, "annotator", path)
+    if not judge:
+        what = "names no annotator, so nobody can know which judge decided"
+        raise DataError(what, "add the name of its config to each row: annotator", file=path)
+    samples = [row.sample() for row in rows]
+    if len({sample.id for sample in samples}) < len(samples):
+        raise DataError("holds an instruction twice", "keep one annotation of each", file=path)
+    opponents = {row.generator_1 or REFERENCE for row in rows}
+    opponent = " and ".join(sorted(opponents))
+    log = EvalLog(
+        suite=SOURCE,
+        eval=SOURCE,
+        file=path,
+        target=model,
+        against=opponent,
+        n=len(samples),
+        metrics=(_win_rate(samples, opponent, path),),
+        answers=AnswerFacts(name=model, models=(model,)),
+        judge=JudgeFacts(name=judge, fingerprint=judge, model=judge),
+        notes=("each pair was judged once, in random order",),
+        source=SOURCE,
+    )
+    return Run(
+        name=arm_name(model, path.parent),
+        folder=path.parent,
+        state={"kind": "answers"},
+        evals=(log,),
+        foreign=True,
+    )
+
+
+def _annotations(path: Path) -> list[Annotation]:
+    try:
+        return TypeAdapter(list[Annotation]).validate_python(parsed_json(path))
+    except ValidationError as error:
+        details = error.errors(include_url=False)[0]
+        number, *keys = details["loc"]
+        key = ".".join(map(str, keys))
+        what = f"annotation {int(number) + 1}: {key}: {details['msg']}"
+        raise DataError(what, file=path) from None
+
+
+def _only_value(rows: Sequence[Annotation], key: str, path: Path) -> str:
+    """Return what all rows say under a key."""
+    values = {getattr(row, key) for row in rows}
+    if len(values) > 1:
+        what = f"has several values of {key}: {', '.join(sorted(values)[:3])}"
+        raise DataError(what, "one file is one model and one judge", file=path)
+    return str(min(values))
+
+
+def _win_rate(samples: Sequence[Sample], opponent: str, path: Path) -> Metric:
+    return metric_of(
+        "win_rate",
+        "AlpacaEval win rate",
+        samples,
+        opponent=opponent,
+        eval=SOURCE,
+        suite=SOURCE,
+        file=path,
+    )
+
+
+def complete(runs: Sequence[Run]) -> list[Run]:
+    """Return runs in which an instruction that only another file has is one without a verdict.
+
+    A row that is missing may be a loss that was deleted, so it counts like an annotation of null:
+    both ways.
+    """
+    asked: dict[str | None, dict[str, Sample]] = {}  # by the opponent and the id
+    for run in runs:
+        for log in run.evals:
+            if log.source == SOURCE:
+                of_opponent = asked.setdefault(log.against, {})
+                for sample in log.metrics[0].samples:
+                    of_opponent.setdefault(sample.id, sample)
+    return [_completed(run, asked) for run in runs]
+
+
+def _completed(run: Run, asked: Mapping[str | None, Mapping[str, Sample]]) -> Run:
+    if not run.evals or run.evals[0].source != SOURCE:
+        return run
+    (log,) = run.evals
+    (metric,) = log.metrics
+    here = {sample.id for sample in metric.samples}
+    missing = [sample for id, sample in asked[log.against].items() if id not in here]
+    if not missing:
+        return run
+    without_verdict = [
+        replace(sample, value=None, outcome=UNRESOLVED, answer=None) for sample in missing
+    ]
+    samples = [*metric.samples, *without_verdict]
+    whole = _win_rate(samples, str(log.against), log.file)
+    line = f"{log.file.name}: has no annotation of {len(missing)} instructions of another file"
+    changed: dict[str, Any] = {"n": len(samples), "metrics": (whole,)}
+    return replace(run, evals=(replace(log, **changed),), unread=(*run.unread, line))

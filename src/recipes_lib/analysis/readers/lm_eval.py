@@ -1,0 +1,262 @@
+"""Reads results of lm-eval: the folder of `--output_path` or one of its results files.
+
+A command of lm-eval writes one results file and, with `--log_samples`, a samples file per task, all
+with the date of its end in their names:
+
+    DIR/MODEL/results_DATE.json   DIR/MODEL/samples_TASK_DATE.jsonl   --output_path DIR
+    DIR/NAME_DATE.json            DIR/samples_TASK_DATE.jsonl         --output_path DIR/NAME.json
+
+(lm_eval 0.4.13, loggers/evaluation_tracker.py.) A folder may hold several models and several
+commands of a model: each model is a run, with each task from the newest command that has it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.analysis.readers.files import arm_name, parsed_json
+from recipes_lib.analysis.runs import Run
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.files import hash_of, object_or_none, read_rows
+from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, with_groups
+from recipes_lib.evals.suites.lm_eval import metrics_of
+
+FORM = "lm-eval: the folder of --output_path"
+SUITE = "lm_eval"
+_AGAIN = "run lm-eval again with --log_samples and --output_path"
+_DATE = re.compile(r"_\d{4}-\d\d-\d\dT[\d.-]+$")
+_KEYS = {"results", "configs"}
+# Arguments that say which weights answer. They are what is compared, so no difference of asking.
+_OF_THE_WEIGHTS = ("pretrained", "peft", "path", "model", "tokenizer", "delta", "revision")
+_NOT_RECORDED = "not recorded"
+
+
+@dataclass(frozen=True)
+class Results:
+    """One results file, with the samples of the same command."""
+
+    file: Path
+    content: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def date(self) -> str:
+        """When the command ended, as its file name says; it sorts by time."""
+        found = _DATE.search(self.file.stem)
+        return found[0] if found else ""
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks and groups that it has results of."""
+        return list(self.content["results"])
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """How the command was called."""
+        return self.content.get("config") or {}
+
+    @cached_property
+    def arguments(self) -> dict[str, str]:
+        """The model's arguments, which lm-eval records as a mapping or as `key=value,...`."""
+        given = self.config.get("model_args")
+        if not isinstance(given, Mapping):
+            parts = str(given or "").split(",")
+            given = dict(part.split("=", 1) for part in parts if "=" in part)
+        return {str(key).strip(): str(value) for key, value in given.items()}
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        name = self.content.get("model_name") or self.arguments.get("pretrained")
+        return str(name or self.file.parent.name)
+
+    @property
+    def weights_arguments(self) -> list[str]:
+        """The arguments that say which weights answered, such as `revision=step2`."""
+        given = [key for key in _OF_THE_WEIGHTS if key in self.arguments]
+        return [f"{key}={self.arguments[key]}" for key in given]
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """What tells the models of one folder apart."""
+        return (str(self.file.parent), self.model, *self.weights_arguments)
+
+    @cached_property
+    def samples(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows of the samples files, by task; a task without a file has none."""
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for file in sorted(self.file.parent.glob(f"samples_*{self.date}.jsonl")):
+            task = file.stem.removeprefix("samples_").removesuffix(self.date)
+            rows[task] = list(read_rows(file))
+        return rows
+
+
+def matches(path: Path) -> bool:
+    """Whether a file holds results of lm-eval, or a folder has such files in it or one below."""
+    if path.is_dir():
+        return bool(_results_files(path))
+    return path.suffix == ".json" and _is_results(path)
+
+
+def read(path: Path) -> list[Run]:
+    """Return a run for each model of a folder or a results file.
+
+    Raises:
+        DataError: a damaged file, or results without samples, which nothing can be paired with.
+    """
+    by_model: dict[tuple[str, ...], list[Results]] = defaultdict(list)
+    for file in _results_files(path) if path.is_dir() else [path]:
+        results = _read_results(file)
+        by_model[results.identity].append(results)
+    home = path if path.is_dir() else path.parent
+    is_only_model = len(by_model) == 1
+    names = Counter(commands[0].model for commands in by_model.values())
+    runs = []
+    for commands in by_model.values():
+        folder = home if is_only_model else commands[0].file.parent
+        name = commands[0].model
+        if names[name] > 1:
+            name = "-".join([name, *commands[0].weights_arguments])
+        runs.append(_run(name, folder, commands))
+    return runs
+
+
+def _results_files(folder: Path) -> list[Path]:
+    """Return the files whose names are those of results, whether they can be read or not."""
+    found = []
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+        is_named_results = file.stem.startswith("results")
+        if is_named_results or (_DATE.search(file.stem) and _is_results(file)):
+            found.append(file)
+    return found
+
+
+def _is_results(file: Path) -> bool:
+    return (object_or_none(file) or {}).keys() >= _KEYS
+
+
+def _read_results(file: Path) -> Results:
+    content = parsed_json(file)
+    if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
+        raise DataError("holds no results of lm-eval", _AGAIN, file=file)
+    return Results(file, content)
+
+
+def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
+    """Return the run of one model: each task is read from the newest command that has it."""
+    newest_first = sorted(commands, key=lambda results: results.date, reverse=True)
+    read_tasks: set[str] = set()
+    logs: list[EvalLog] = []
+    unread: list[str] = []
+    for results in newest_first:
+        new_tasks = [task for task in results.tasks if task not in read_tasks]
+        older = [task for task in results.tasks if task in read_tasks]
+        if older:
+            unread.append(f"{results.file.name}: older results of {', '.join(older)}")
+        if new_tasks:
+            logs.append(_log(results, new_tasks))
+        read_tasks.update(new_tasks)
+    return Run(
+        name=arm_name(name, folder),
+        folder=folder,
+        state={"kind": "answers"},
+        evals=tuple(logs),
+        foreign=True,
+        unread=tuple(unread),
+    )
+
+
+def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
+    """Return what one command says about some of its tasks."""
+    rows = [row for of_task in results.samples.values() for row in of_task]
+    if not rows or not all("doc_id" in row for row in rows):
+        what = "it has no samples beside it, so nothing can be paired"
+        raise DataError(what, _AGAIN, file=results.file)
+    metrics = [metric for metric in _metrics(results) if metric.task in tasks]
+    limit = results.config.get("limit")
+    settings: dict[str, Any] = {"gen_kwargs": str(results.config.get("gen_kwargs") or "none")}
+    if limit:
+        settings["limit"] = limit
+    chosen = _chosen_questions(results, tasks)
+    if chosen and not limit:
+        settings["samples"] = chosen
+    return EvalLog(
+        suite=SUITE,
+        eval=SUITE,
+        file=results.file,
+        target=results.model,
+        n=sum(metric.n for metric in metrics if not metric.parts),
+        subset=f"limit {limit}" if limit else chosen or None,
+        metrics=tuple(metrics),
+        answers=AnswerFacts(
+            name=results.model,
+            models=(results.model,),
+            dtype=results.arguments.get("dtype"),
+        ),
+        recipe={"suite": settings},
+        libraries=_facts(results, tasks),
+        git={"commit": results.content.get("git_hash")},
+        source="lm-eval",
+    )
+
+
+def _metrics(results: Results) -> Iterator[Metric]:
+    metrics = metrics_of(results.content, results.samples)
+    placed = [replace(each, eval=SUITE, suite=SUITE, file=results.file) for each in metrics]
+    return with_groups(placed)
+
+
+def _chosen_questions(results: Results, tasks: Sequence[str]) -> str:
+    """Return how many questions of which tasks were asked, where that is not all of them."""
+    phrases = []
+    for task in tasks:
+        counts = (results.content.get("n-samples") or {}).get(task) or {}
+        asked = counts.get("effective")
+        existing = counts.get("original")
+        if asked is not None and existing is not None and asked < existing:
+            phrases.append(f"{asked} of {existing} questions of {task}")
+    return ", ".join(phrases)
+
+
+def _facts(results: Results, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return how a command asked, apart from its tasks' settings. What lm-eval always records and
+    this file does not say is "not recorded": it may be anything.
+    """
+    content = results.content
+    config = results.config
+    facts = {
+        "lm_eval": content.get("lm_eval_version") or _NOT_RECORDED,
+        "transformers": content.get("transformers_version") or _NOT_RECORDED,
+        "backend": config.get("model") or _NOT_RECORDED,
+        "model arguments": _other_arguments(results.arguments),
+        "tokenizer": _tokenizer(results.arguments),
+        "chat template": content.get("chat_template_sha") or "none",
+        "system instruction": content.get("system_instruction_sha") or "none",
+        "few-shot seed": config.get("fewshot_seed"),
+    }
+    for task in tasks:
+        rows = results.samples.get(task)
+        if rows:
+            prompts = sorted(f"{row['doc_id']} {row.get('prompt_hash')}" for row in rows)
+            facts[f"prompts of {task}"] = hash_of(prompts)[:12]
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _other_arguments(arguments: Mapping[str, str]) -> str:
+    """Return the model's arguments apart from those that name its weights."""
+    pairs = [f"{key}={arguments[key]}" for key in sorted(arguments) if key not in _OF_THE_WEIGHTS]
+    return ", ".join(pairs) or "none"
+
+
+def _tokenizer(arguments: Mapping[str, str]) -> str:
+    """Return the tokenizer that was named, unless it is that of the weights."""
+    named = arguments.get("tokenizer")
+    of_weights = [arguments.get(key) for key in _OF_THE_WEIGHTS if key != "tokenizer"]
+    if not named or named in of_weights:
+        return "the model's own"
+    return named
