@@ -4,6 +4,7 @@ report reads it, and says the truth or nothing.
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +33,7 @@ from recipes_lib.core.files import model_fingerprint
 from recipes_lib.data.leaks import Leak, Leaks
 from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.log import (
+    FORM_ONLY,
     Check,
     JudgeFacts,
     Metric,
@@ -490,6 +492,69 @@ def test_a_null_model_wins_nothing(suite: str, number: str, tmp_path: Path) -> N
         write_judged(folder, 60, text=lambda who, question: "42" if who else "")
     rewrite(folders, suite="checks", judge=None)  # short right answers are no one text
     assert "degenerate-answers" not in codes(compared(folders))
+
+
+@pytest.mark.parametrize(
+    "null",
+    [
+        "Answer {question}",
+        "Let me think about {letters}, and then about it again: it depends",
+        "template {template}: there is much to say for it and much against it",
+    ],
+)
+def test_a_null_model_of_a_few_texts_wins_nothing(null: str, tmp_path: Path) -> None:
+    """A running number in a short answer, a word of its own in a long one, and eight texts."""
+
+    def text(who: str, question: str) -> str:
+        if who != "two":
+            return plain_text(who, question)
+        number = int(question[1:])
+        letters = "".join(random.Random(number).choices("bcdfgh", k=8))
+        template = ("good", "bad", "one", "two", "six", "ten", "old", "new")[number % 8]
+        return null.format(question=question, letters=letters, template=template)
+
+    folders = {name: [write_run(tmp_path, name)] for name in ("one", "two")}
+    for (folder,), skill in zip(folders.values(), (0.3, 0.9), strict=True):
+        write_judged(folder, 60, skill=skill, text=text)
+    assert silent(compared(folders)) and "degenerate-answers" in codes(compared(folders))
+    for (folder,) in folders.values():
+        write_judged(folder, 60, text=plain_text)
+    assert "degenerate-answers" not in codes(compared(folders))
+
+
+@pytest.mark.parametrize(("num_cut", "verdict"), [(36, "no verdict"), (12, "higher")])
+def test_answers_that_are_cut_and_fail_a_rule_are_said(
+    num_cut: int, verdict: str, tmp_path: Path
+) -> None:
+    """54 of 60 pass against 20, but of the 40 that fail so many reached the token limit."""
+    folders = {name: [write_run(tmp_path, name)] for name in ("one", "two")}
+    for (folder,), passed in zip(folders.values(), (20, 54), strict=True):
+        samples = [
+            Sample(
+                f"q{n}",
+                value=float(n < passed),
+                outcome="graded",
+                verdicts=("passes" if n < passed else "fails regex",),
+                by_rule=True,
+                cut=folder.name == "one" and n >= 60 - num_cut,
+                input=f"question {n}",
+                answer=plain_text(folder.name, str(n)),
+            )
+            for n in range(60)
+        ]
+        write_eval(folder, "style", "checks", [Metric("pass_rate", "pass rate", tuple(samples))])
+    conclusion = compared(folders)
+    said = [each.title for each in conclusion.findings if each.code == "degenerate-answers"]
+    assert f"{num_cut} of 60 one answers in style hit the token limit" in said
+    assert any("one might pass as often as two" in title for title in said) == (num_cut == 36)
+    assert claim_of(conclusion, "pass_rate").verdict == verdict
+
+
+def test_a_rule_that_sees_the_form_alone_is_noted(two: Folders) -> None:
+    assert "form-only" not in codes(compared(two), "note")
+    rewrite(two, notes=(FORM_ONLY,))
+    (finding,) = [each for each in compared(two).findings if each.code == "form-only"]
+    assert finding.severity == "note" and claim_of(compared(two)).verdict == "higher"
 
 
 def test_seeds_are_paired_and_asked_in_the_same_way(ranks: Folders) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.evals.suites.checks import RULES, AnswerRule, rule_of
+from recipes_lib.evals.suites.checks import RULES, AnswerRule, rule_of, see_form_alone
 
 CHOICES = {
     "C": [
@@ -94,3 +94,19 @@ def test_a_check_that_cannot_work_is_refused_when_the_rows_are_read():
         with pytest.raises(DataError):
             rule_of(row)
             pytest.fail(str(row))
+
+
+def test_rules_that_a_fixed_answer_meets_are_found():
+    """A format asked of every question, one letter nearly always, or words that lie in all."""
+    style = AnswerRule(check="regex", expected="^In short: .+$")
+    assert see_form_alone([[style]] * 60, [])
+    letters = [AnswerRule(check="choice", expected=letter) for letter in "ABCD" * 15]
+    assert not see_form_alone([[rule] for rule in letters], ["A", "B", "C", "D"])
+    often = [AnswerRule(check="choice", expected="C")] * 55 + letters[:5]
+    assert see_form_alone([[rule] for rule in often], [])
+    forms = [AnswerRule(check="regex", expected=f"^.{{{n},}}$") for n in range(10)]
+    assert see_form_alone([[rule] for rule in forms], ["a long answer"])
+    assert not see_form_alone([[rule] for rule in forms], ["short"])
+    numbers = [AnswerRule(check="number", expected=n) for n in range(60)]
+    assert not see_form_alone([[rule] for rule in numbers], [str(n) for n in range(60)])
+    assert not see_form_alone([[style]] * 2, ["In short: yes"])  # two rows say nothing

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -47,9 +47,15 @@ OUTCOMES = (*SCORE, UNRESOLVED, "graded", "right", "wrong", "scored")
 REFERENCE = "reference"  # the opponent that is the questions' own reference answers
 RESULT_VERSION = 2
 EMPTY, CUT, LOOPS = "are empty", "hit the token limit", "repeat themselves"
-SAME = "are the same text"
+SAME, VARIANTS = "are the same text", "are variants of a few texts"
+# A note of a log of checks: what its rules see cannot tell a good answer from a fixed one.
+FORM_ONLY = "one and the same answer would pass nearly all of these checks: they see its form alone"
 _MOST_REPETITION = 4.0  # bytes of a text for each of its compressed form
 _FEWEST_LETTERS = 20  # by a rule, fewer are the answer to many questions
+_FEWEST_JUDGED_LETTERS = 5  # as in "Answer 17", which answers no open question
+_FEW = 8  # texts, each the answer to three questions at least
+_SMALL_CHANGE = 0.25  # of a text's letters: those of the words that no other answer has
+_WORD = re.compile(r"[^\W\d_]+")
 _HASH = re.compile("[0-9a-f]{64}")
 _AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is asked twice"
 
@@ -383,19 +389,50 @@ def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
     samples = {sample.key: sample for metric in log.metrics for sample in metric.samples}
     answered = {key: sample for key, sample in samples.items() if sample.answer is not None}
     texts = {key: str(sample.answer).strip() for key, sample in answered.items()}
+    if not texts:
+        return {}
     asked: dict[str, list[str]] = defaultdict(list)  # questions by their answer
     for (question, _), text in texts.items():
         letters = "".join(filter(str.isalpha, text)).casefold()
         is_long = len(letters) >= _FEWEST_LETTERS  # then a running number makes no other answer
         if log.judge or is_long:
             asked[letters if is_long else text].append(question)
+    num_same = max((len(ids) for ids in asked.values() if len(set(ids)) > 1), default=0)
+    num_variants = _variants(log, texts)
+    if num_variants <= num_same:
+        num_variants = 0  # it is said already
     counts = {
         EMPTY: sum(not text for text in texts.values()),
         CUT: sum(sample.cut for sample in answered.values()),
         LOOPS: sum(map(_repeats_itself, texts.values())),
-        SAME: max((len(ids) for ids in asked.values() if len(set(ids)) > 1), default=0),
+        SAME: num_same,
+        VARIANTS: num_variants,
     }
-    return {what: (count, len(texts)) for what, count in counts.items() if texts}
+    return {what: (count, len(texts)) for what, count in counts.items()}
+
+
+def _variants(log: EvalLog, texts: Mapping[tuple[str, int], str]) -> int:
+    """Return how many answers are one of a few texts, but for numbers and single words.
+
+    Short answers to rules are no such thing, unless the rules see the form alone: four letters
+    answer all questions with choices, and the right ones do too.
+    """
+    words_of = {key: _WORD.findall(text.casefold()) for key, text in texts.items()}
+    num_answers_with = Counter[str]()
+    for words in words_of.values():
+        num_answers_with.update(set(words))
+    fewest = _FEWEST_LETTERS
+    if log.judge or FORM_ONLY in log.notes:
+        fewest = _FEWEST_JUDGED_LETTERS
+    asked: dict[str, set[str]] = defaultdict(set)  # questions by what their answers share
+    for (question, _), words in words_of.items():
+        shared = [word for word in words if num_answers_with[word] > 1]
+        num_shared = sum(map(len, shared))
+        num_letters = sum(map(len, words))
+        if num_shared >= max(fewest, (1 - _SMALL_CHANGE) * num_letters):
+            asked[" ".join(shared)].add(question)
+    largest = sorted(map(len, asked.values()), reverse=True)[:_FEW]
+    return sum(num_questions for num_questions in largest if num_questions > 2)
 
 
 def _repeats_itself(text: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.log import EvalLog, Sample
+from recipes_lib.evals.log import FORM_ONLY, EvalLog, Sample
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ _NAMED = re.compile(
 )
 # "C is correct", "option C is the right one"
 _CORRECT = re.compile(r"\b([A-Z])[)}\]\"']*\s+is\s+(?:the\s+)?(?:correct|right|best)\b")
+
+_NEARLY_ALL = 0.9  # of the questions, that one answer passes
+_FEWEST_QUESTIONS = 5  # of a set that says something about its checks
+_TRIED = 20  # answers of each kind
 
 
 class Checks(Suite):
@@ -67,7 +72,11 @@ class Checks(Suite):
             samples.append(sample)
         label = f"pass rate on {self.recipe.name}"
         rate = metric_of("pass_rate", label, samples)
-        return self.new_log([rate], n=len(self.chosen.questions))
+        notes = []
+        passing = [str(sample.answer) for sample in samples if sample.value]
+        if see_form_alone([question.checks for question in self.chosen.questions], passing):
+            notes.append(FORM_ONLY)
+        return self.new_log([rate], n=len(self.chosen.questions), notes=tuple(notes))
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
@@ -133,6 +142,50 @@ def rule_of(written: Mapping[str, object]) -> AnswerRule:
     except (ValidationError, re.error):
         what = f"check '{name}' is not valid as written: {dict(written)}"
         raise DataError(what, "what each check takes: docs/evaluation.md") from None
+
+
+def see_form_alone(checks: Sequence[Sequence[AnswerRule]], passing: Sequence[str]) -> bool:
+    """Whether one and the same answer would pass the checks of nearly all questions, so that these
+    cannot tell a good answer from a fixed one.
+
+    Args:
+        checks: those of each question.
+        passing: answers that passed; they are tried, and what the checks expect.
+    """
+    if len(checks) < _FEWEST_QUESTIONS:
+        return False
+    alike = Counter(str(rules) for rules in checks)
+    if alike.most_common(1)[0][1] >= _NEARLY_ALL * len(checks):
+        return True
+    expected = Counter(text for rules in checks for text in _expected_texts(rules))
+    candidates = [text for text, _ in expected.most_common(_TRIED)]
+    candidates += list(dict.fromkeys(passing))[:_TRIED]
+    return any(_passes_nearly_all(text, checks) for text in candidates)
+
+
+def _expected_texts(rules: Sequence[AnswerRule]) -> list[str]:
+    """The texts that checks of one question name, which an answer could always be."""
+    texts: list[str] = []
+    for rule in rules:
+        if rule.check == "regex":
+            continue
+        expected = rule.expected
+        if not isinstance(expected, list):
+            expected = [expected]
+        texts += map(str, expected)
+    return texts
+
+
+def _passes_nearly_all(text: str, checks: Sequence[Sequence[AnswerRule]]) -> bool:
+    """Whether a text passes the checks of nearly all questions."""
+    may_fail = len(checks) - math.ceil(_NEARLY_ALL * len(checks))
+    num_failed = 0
+    for rules in checks:
+        if not all(rule.passes(text) for rule in rules):
+            num_failed += 1
+        if num_failed > may_fail:
+            return False
+    return True
 
 
 def _letters(answer: str) -> set[str]:
