@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from recipes_lib.analysis.aims import Aims, Design, is_named
+from recipes_lib.analysis.answer_checks import DEGENERATE_ANSWERS
 from recipes_lib.analysis.checks import (
-    DEGENERATE_ANSWERS,
     EVALUATED_DIFFERENTLY,
     UNAUDITED,
     find,

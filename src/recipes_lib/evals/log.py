@@ -226,6 +226,11 @@ class EvalLog:
     source: str = ""  # the program that wrote the files, where it was not this one
     file: Path = Path()  # result.json
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The names of all its metrics."""
+        return tuple(dict.fromkeys(metric.name for metric in self.metrics))
+
 
 _schema: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 

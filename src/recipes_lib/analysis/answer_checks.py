@@ -1,0 +1,111 @@
+"""What is wrong with the answers themselves: the same text again and again, nothing, or cut."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from recipes_lib.analysis.findings import Finding, Severity
+from recipes_lib.analysis.runs import Arms, run_place
+from recipes_lib.evals.log import CUT, FORM_ONLY, EvalLog, answer_faults
+
+DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
+DEGENERATE_ANSWERS = "degenerate-answers"  # stands in the sentences that it touches
+
+
+def check_answers(arms: Arms) -> Iterator[Finding]:
+    """Yield arms with many answers that are the same text, empty, cut or repetitive, and rules
+    that see the form of an answer alone.
+    """
+    worst: dict[tuple[str, str, str], float] = {}  # share of bad answers in a training of an arm
+    findings: dict[tuple[str, str, str], Finding] = {}
+    for arm, log in arms.logs:
+        for fault, (times, n) in answer_faults(log).items():
+            key = (arm, log.eval, fault)
+            if times > 2 and times / n > max(SOME_DEGENERATE, worst.get(key, 0.0)):
+                worst[key] = times / n
+                findings[key] = _degenerate(arm, log, fault, times, n)
+    yield from findings.values()
+    yield from _check_cut_by_rule(arms)
+    form_only = {log.eval: log.metric_names for _, log in arms.logs if FORM_ONLY in log.notes}
+    for name, metrics in form_only.items():
+        yield Finding(
+            code="form-only",
+            severity="note",
+            title=f"{name}: {FORM_ONLY}",
+            remedy="read some answers: whether they are right was not asked",
+            metrics=metrics,
+        )
+
+
+def _degenerate(arm: str, log: EvalLog, fault: str, times: int, n: int) -> Finding:
+    severity: Severity = "warning"
+    # A cut answer that fails a rule might fail without the limit too: `_check_cut_by_rule`.
+    is_by_rule = log.suite == "checks" and fault == CUT
+    if times / n > DEGENERATE and not is_by_rule:
+        severity = "error"
+    remedy = "read some"
+    if fault == CUT:
+        remedy = _longer_answers(log)
+    return Finding(
+        code=DEGENERATE_ANSWERS,
+        severity=severity,
+        title=f"{times} of {n} {arm} answers in {log.eval} {fault}",
+        evidence=(run_place(log.file),),
+        remedy=remedy,
+        arms=(arm,),
+        metrics=log.metric_names,
+    )
+
+
+def _longer_answers(log: EvalLog) -> str:
+    limit = (log.recipe.get("generation") or {}).get("max_new_tokens")
+    more = f"generation.max_new_tokens={2 * limit if limit else 'N'}"
+    return f"recipes eval EVAL {log.target or 'RUN'} {more}"
+
+
+@dataclass
+class _Passed:
+    """What an arm's answers to rules were, over its trainings."""
+
+    log: EvalLog  # of one training
+    passed: int = 0
+    cut: int = 0  # and failed: longer, each might have passed
+    answers: int = 0
+
+
+def _check_cut_by_rule(arms: Arms) -> Iterator[Finding]:
+    """Yield pairs of arms where the token limit may have decided: the worse arm would have passed
+    as often as the better one if its cut answers, which fail, had passed.
+    """
+    by_eval: dict[str, dict[str, _Passed]] = defaultdict(dict)
+    for arm, log in arms.logs:
+        if log.suite == "checks":
+            counts = by_eval[log.eval].setdefault(arm, _Passed(log))
+            for metric in log.metrics:
+                counts.passed += sum(sample.value == 1 for sample in metric.samples)
+                counts.cut += sum(sample.cut and not sample.value for sample in metric.samples)
+                counts.answers += len(metric.samples)
+    for name, by_arm in by_eval.items():
+        for pair in itertools.combinations(by_arm, 2):
+            worse, better = sorted(pair, key=lambda arm: _share(by_arm[arm].passed, by_arm[arm]))
+            counts, best = by_arm[worse], by_arm[better]
+            reached = _share(counts.passed + counts.cut, counts)
+            is_some = counts.cut > 2 and _share(counts.cut, counts) > SOME_DEGENERATE
+            if is_some and reached >= _share(best.passed, best):
+                yield Finding(
+                    code=DEGENERATE_ANSWERS,
+                    severity="error",
+                    title=f"{counts.cut} of {counts.answers} {worse} answers in {name} hit the"
+                    f" token limit and fail: longer, {worse} might pass as often as {better}",
+                    evidence=(run_place(counts.log.file),),
+                    remedy=_longer_answers(counts.log),
+                    arms=(worse, better),
+                    metrics=counts.log.metric_names,
+                )
+
+
+def _share(times: int, counts: _Passed) -> float:
+    return times / max(counts.answers, 1)

@@ -1,0 +1,42 @@
+"""What a check says: a reason not to believe a comparison, and which of its rows it touches.
+
+An `error` stops the sentences that it touches, never the table. A `confound` leaves a sentence and
+takes its cause away. A `warning` stands beside it, a `note` informs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from recipes_lib.analysis.table import TableRow
+
+Severity = Literal["error", "confound", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about a comparison that a reader must know: a sentence, what was seen, what to do.
+
+    `arms`, `metrics` and `opponent` are the rows it touches; empty means all of them.
+    """
+
+    code: str
+    severity: Severity
+    title: str
+    evidence: tuple[str, ...] = field(default=(), compare=False)  # every seed may say the same
+    remedy: str = ""
+    arms: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    opponent: str = ""
+    of_any: bool = False
+
+    def touches(self, row: TableRow) -> bool:
+        """Return whether it concerns a row: of several arms a row between them, or of any."""
+        if self.metrics and row.metric not in self.metrics:
+            return False
+        if self.opponent and row.opponent != self.opponent:
+            return False
+        least = 1 if self.of_any else min(2, len({*self.arms}))
+        return not self.arms or len({*row.arms} & {*self.arms}) >= least

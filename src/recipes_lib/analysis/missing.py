@@ -1,0 +1,81 @@
+"""Checks of what a comparison lacks: trainings and results that are not finished or not read, and
+questions that were not asked.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from recipes_lib.analysis.findings import Finding
+from recipes_lib.analysis.runs import Arms, Run, run_place
+from recipes_lib.analysis.text import sentence_list
+
+_UNFINISHED = ("failed", "stopped", "running", "created")
+
+
+def check_presence(arms: Arms) -> Iterator[Finding]:
+    """Yield trainings and evaluations that are not finished, and results that were not read."""
+    for arm in arms:
+        for run in arm.runs:
+            yield from _presence(arm.name, run)
+
+
+def _presence(arm: str, run: Run) -> Iterator[Finding]:
+    place = (run_place(run.folder),)
+    state = run.state.get("state")
+    if state in _UNFINISHED and run.evals:
+        yield Finding(
+            code="not-finished",
+            severity="error",
+            title=f"{run.name} is {state}, not finished, and was evaluated",
+            evidence=place,
+            remedy="finish it, and evaluate again",
+            arms=(arm,),
+        )
+    if run.unfinished:
+        yield Finding(
+            code="unfinished-evaluation",
+            severity="warning",
+            title=f"{arm} has no result of {sentence_list(run.unfinished)}",
+            evidence=place,
+            remedy="the same recipes eval command finishes it and asks nothing twice",
+            arms=(arm,),
+        )
+    if run.unread:
+        yield Finding(
+            code="not-read",
+            severity="warning",
+            title=f"Some results of {arm} are not in this comparison",
+            evidence=run.unread,
+            remedy="choosing among results after a look makes chance look like an effect",
+            arms=(arm,),
+        )
+
+
+def check_subsets(arms: Arms) -> Iterator[Finding]:
+    """Yield evaluations that asked only some of their questions."""
+    subsets: dict[str, list[str]] = defaultdict(list)
+    metrics: dict[str, list[str]] = defaultdict(list)
+    chosen: set[str] = set()
+    for arm, log in arms.logs:
+        metrics[log.eval] += [metric.name for metric in log.metrics]
+        if log.subset:
+            subsets[log.eval].append(f"{arm}: {log.subset}")
+        if (log.recipe.get("suite") or {}).get("samples"):
+            chosen.add(log.eval)
+    for name, lines in subsets.items():
+        is_chosen = name in chosen
+        title = f"{name} asked only some of its questions"
+        remedy = "ask all of them"
+        if is_chosen:
+            title = f"The questions of {name} were chosen"
+            remedy = "ask all of them: who can choose the questions can choose the answer"
+        yield Finding(
+            code="chosen-questions" if is_chosen else "subset",
+            severity="error" if is_chosen else "warning",
+            title=title,
+            evidence=tuple(dict.fromkeys(lines)),
+            remedy=remedy,
+            metrics=tuple(dict.fromkeys(metrics[name])),
+        )
