@@ -212,6 +212,34 @@ def test_a_signal_is_handed_on_and_ends_the_study_with_its_code(study, monkeypat
         assert process.wait() == code and STOPPED in said, said
 
 
+EVALUATING = (
+    "import time; from recipes_lib.study.run import StudyRunner\n"
+    "def evaluate(self, trained): print('evaluating', flush=True); time.sleep(60)\n"
+    f"StudyRunner._evaluate = evaluate\n{RUN}"
+)
+
+
+def test_a_stop_file_in_its_folder_ends_a_study_that_trains_and_one_that_evaluates(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue: `touch runs/STUDY/STOP` stood in the message of a study in use; nothing read it."""
+    stop_file = RunDirectory("tiny").path / "STOP"
+    stop_file.parent.mkdir(parents=True)
+    stop_file.touch()  # it asked a process that is over
+    for script, begun, seconds in ((RUN, "training", "60"), (EVALUATING, "evaluating", "0")):
+        monkeypatch.setenv("TRAIN_SECONDS", seconds)
+        words = [sys.executable, "-c", script, str(study)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        while line and not line.startswith(begun):
+            line = process.stdout.readline()
+        stop_file.touch()
+        said = process.stdout.read()
+        assert process.wait() == ExitCode.PREEMPTED and STOPPED in said, said
+        assert not stop_file.exists()
+
+
 def test_on_a_full_disk_the_trainings_that_run_are_asked_to_stop_and_waited_for(
     study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

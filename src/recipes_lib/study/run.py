@@ -13,10 +13,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from pathlib import Path
@@ -56,6 +57,7 @@ from recipes_lib.training.stopping import handling
 from recipes_lib.weights.load import base_fingerprint
 
 RECIPES = [sys.executable, "-m", "recipes_lib.cli"]
+_POLL_S = 0.2  # how soon a STOP file, or the end of another process's training, is seen
 
 
 # ---- Evaluations ----
@@ -257,6 +259,30 @@ def unmet(study: Study, arms: Sequence[Arm], fetch: bool = False) -> Iterator[Re
 # ---- Doing it ----
 
 
+@contextmanager
+def _heeding(stop_file: Path) -> Iterator[None]:
+    """Make a SIGTERM of this process of a file that asks it to stop, until the block ends."""
+    ended = threading.Event()
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+
+    def watch() -> None:
+        while not ended.wait(_POLL_S):
+            if stop_file.exists():
+                # to the thread that waits: a signal for the process may reach another
+                signal.pthread_kill(main_thread, signal.SIGTERM)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        stop_file.unlink(missing_ok=True)
+
+
 @dataclass
 class StudyRunner:
     """Does what of a study is not done yet."""
@@ -274,12 +300,14 @@ class StudyRunner:
     def run(self) -> ExitCode:
         """Do everything; return 0, 1 (failures), 6 (judgments missing), or 75 or 130 (stopped)."""
         check_allowed(self.study.evals, "--trust-remote-code" in self.flags)
+        stop_file = study_folder(self.study) / "STOP"
         with run_lock(study_folder(self.study)):
+            stop_file.unlink(missing_ok=True)  # it asked a process that is over
             refuse_unmet(self.study, fetch=True)
             if self.train:
                 refuse_missing_needs(self.study)
             try:
-                with handling(self._on_signal):
+                with handling(self._on_signal), _heeding(stop_file):
                     self._steps()
             except KeyboardInterrupt:
                 say("stopped; the same command continues")
@@ -354,7 +382,7 @@ class StudyRunner:
         if is_held(folder):
             say(f"{name} is being trained{describe_holder(folder)}: waiting for it")
         while is_held(folder) and not self._stopped:
-            time.sleep(0.2)
+            time.sleep(_POLL_S)
         if self._stopped or is_trained(training):
             return
         if changed := ", ".join(what_changed(training)[:3]):
