@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load
 from tests.conftest import NF4
 from tests.families import build_family
 from tests.tiers import in_ci
+from transformers import AutoTokenizer
 
 PROJECT = Path(__file__).resolve().parents[2]
 STORED = NF4.replace("}", ", bnb_4bit_quant_storage: bfloat16}")
@@ -95,6 +97,25 @@ def test_a_resumed_ddp_training_on_four_ranks_ends_in_the_same_bytes(launcher, t
     assert (launcher.run(f"broken-{method}") / "checkpoints/checkpoint-4").is_dir()
     launcher.train(f"run.name=broken-{method}", *words, config=four)
     assert launcher.weights(f"broken-{method}") == launcher.weights(f"whole-{method}")
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+def test_rows_for_new_tokens_are_the_same_after_a_resume(
+    config, launcher, tiny_model_dir, tmp_path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "more-tokens"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    tokenizer.save_pretrained(folder)
+    words = [f"model.name_or_path={folder}", "model.resize_embeddings=true", "train.max_steps=4"]
+    words += ["lora.modules_to_save=[embed_tokens, lm_head]", "train.eval_strategy='no'"]
+    launcher.train(f"run.name=rows-{config}", *words, config=config)
+    name, moment = f"run.name=parts-{config}", {"KILL_MOMENT": "in a step", "KILL_STEP": "3"}
+    launcher.start(name, *words, config=config, patch="kill", **moment).wait()
+    assert (launcher.run(f"parts-{config}") / "checkpoints/checkpoint-2").is_dir()
+    launcher.train(name, *words, config=config)
+    assert launcher.weights(f"parts-{config}") == launcher.weights(f"rows-{config}")
 
 
 def test_fsdp2_sums_gradients_in_float32(launcher) -> None:

@@ -174,7 +174,7 @@ def one_rank_can_read(recipe: Recipe) -> bool:
     new row and no adapter is computed from them.
     """
     lora = recipe.lora or {}
-    own = recipe.quantization or recipe.model.resize_embeddings or recipe.changes_base
+    own = recipe.quantization or recipe.changes_base
     return not (own or lora.get("use_dora") or lora.get("trainable_token_indices"))
 
 

@@ -106,7 +106,7 @@ def check_upstream(
         return [*errors, *wrong]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        errors = list(check_names(recipe, folder, launch))
+        errors = list(check_names(recipe, folder, launch, notes))
     key = _joins_rows(recipe)
     if key is not None and notes is not None and not errors:
         what = f"note: {key}: before the first step the training tries on the loaded model whether"
@@ -193,8 +193,15 @@ def weight_faults(folder: Path) -> Iterator[str]:
             yield f"{shard} is damaged or missing: {one_line(error)}"
 
 
-def check_names(recipe: Recipe, folder: Path, launch: CheckedLaunch) -> Iterator[RecipeError]:
-    """Yield names that a model does not have, and what its class cannot do; no code of it runs."""
+def check_names(
+    recipe: Recipe,
+    folder: Path,
+    launch: CheckedLaunch,
+    notes: list[RecipeError] | None = None,
+) -> Iterator[RecipeError]:
+    """Yield names that a model does not have, and what its class cannot do; no code of it runs.
+    `notes` is given what is no error and should be known.
+    """
     import torch
     import transformers
 
@@ -218,6 +225,7 @@ def check_names(recipe: Recipe, folder: Path, launch: CheckedLaunch) -> Iterator
         what = f"{_WRAP_KEY} '{layer}' of {launch.source} is not in the model"
         hint = f"its layer classes: {', '.join(sorted(model._no_split_modules or classes))}"
         yield recipe.error("launch.accelerate", what, hint)
+    rows = model.get_input_embeddings().weight.shape[0]  # now: an adapter may wrap them
     try:
         yield from _adapter(recipe, model) if recipe.lora is not None else ()
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:  # of PEFT
@@ -228,11 +236,15 @@ def check_names(recipe: Recipe, folder: Path, launch: CheckedLaunch) -> Iterator
     except Exception as error:  # as above: any failure to read it is the user's to know
         yield no_tokenizer(recipe, error)
         return
-    rows = model.get_input_embeddings().weight.shape[0]
     if entries > rows and not recipe.model.resize_embeddings:
         what = f"the tokenizer has {entries:,} entries, the model embeds only {rows:,}"
         hint = "set model.resize_embeddings: true, or use the model's own tokenizer"
         yield recipe.error(KEY, what, hint)
+        return
+    untrained = families.untrained_rows(model, entries - rows)
+    if untrained and notes is not None:
+        key = "model.resize_embeddings"
+        notes.append(recipe.error(key, f"note: {key}: {untrained}"))
 
 
 def _adapter(recipe: Recipe, model: Any) -> list[RecipeError]:

@@ -219,10 +219,15 @@ class Recipe:
 
     @property
     def changes_base(self) -> bool:
-        """Whether PEFT changes the base itself for the adapter: no other run can share it."""
+        """Whether the base itself is changed for the adapter: no other run can share it. An adapter
+        on embeddings with new rows brings these rows.
+        """
         lora = self.lora or {}
-        start, bias = lora.get("init_lora_weights"), lora.get("bias", "none")
-        return start in ("pissa", "olora") or bias != "none" or bool(lora.get("layer_replication"))
+        starts_from_base = lora.get("init_lora_weights") in ("pissa", "olora")
+        has_biases = lora.get("bias", "none") != "none"
+        repeats_layers = bool(lora.get("layer_replication"))
+        has_new_rows = self.model.resize_embeddings
+        return starts_from_base or has_biases or repeats_layers or has_new_rows
 
     def to_dict(self) -> Values:
         """Return all resolved sections as plain nested values."""

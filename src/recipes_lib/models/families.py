@@ -160,6 +160,42 @@ def short_name(parameter: str) -> str:
     return parent if key == "weight" else f"{parent}.{key}"
 
 
+# ---- rows for new tokens ----
+
+
+def add_rows(model: Any, entries: int) -> None:
+    """Grow the embeddings of a model to the entries of a tokenizer that has more. `rows_added` of
+    the model says by how many. transformers draws the new rows from the distribution of the others;
+    here from a seed, so that a base has the same rows in every process that loads it.
+    """
+    import torch
+
+    weight = model.get_input_embeddings().weight
+    missing = entries - weight.shape[0]
+    if missing <= 0:
+        return
+    devices = [weight.device] if weight.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        model.resize_token_embeddings(entries)
+    model.rows_added = missing
+
+
+def untrained_rows(model: Any, missing: int) -> str | None:
+    """Return what a user should know about a model, with its adapter, whose tokenizer has `missing`
+    tokens more than the base has rows; None where their rows are trained, or there are none.
+    """
+    embeddings = model.get_input_embeddings()
+    if missing <= 0 or any(weight.requires_grad for weight in embeddings.parameters()):
+        return None
+    found = {id(embeddings), id(model.get_output_embeddings())}
+    names = [name.rpartition(".")[2] for name, part in model.named_modules() if id(part) in found]
+    return (
+        f"{missing} new tokens have random rows that the adapter does not train: for answers that"
+        f" depend on them set lora.modules_to_save: [{', '.join(names)}]"
+    )
+
+
 # ---- what a training changes in a model ----
 
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, save_and_load
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+
+_embedding_layer_name = save_and_load.get_embedding_layer_name
 
 
 def prepare_head(model: Any, *, sharded: bool) -> None:
@@ -34,6 +37,29 @@ def prepare_head(model: Any, *, sharded: bool) -> None:
 
     if sharded:
         model.base_model.register_forward_hook(gather)
+
+
+def save_new_rows(model: Any) -> None:
+    """Have an adapter on a base with new rows (`add_rows`) saved with the embeddings, once.
+
+    peft 0.21 (utils/save_and_load.py: `get_peft_model_state_dict`) finds out that a base has new
+    rows by reading its config again: not without a network, and not where the config is inside
+    another. It also writes embeddings of `lora.modules_to_save` three times, and those of tied
+    `lora.trainable_token_indices` twice, some under names that it cannot read. Delete when neither
+    is so.
+    """
+    if not getattr(model, "rows_added", 0):
+        return
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=True)
+    save_and_load.get_embedding_layer_name = _name_unless_saved
+
+
+def _name_unless_saved(model: Any, layer: Any, *options: Any) -> str | None:
+    is_trained_whole = isinstance(layer, ModulesToSaveWrapper)
+    has_twin = isinstance(layer, TrainableTokensWrapper) and layer.token_adapter.tied_adapter
+    if is_trained_whole or has_twin:
+        return None  # the file has it already
+    return _embedding_layer_name(model, layer, *options)
 
 
 def reduce_in_float32(accelerator: Any) -> None:

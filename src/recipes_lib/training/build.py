@@ -117,6 +117,8 @@ def build_trainer(
     if any(recipe.train.get(key) for key in COMPILE_KEYS):
         compile_blocks(trainer.model, recipe)
         trainer.is_compiled = True
+    if lora is not None:
+        upstream_fixes.save_new_rows(trainer.model)
     upstream_fixes.tell_empty_parameters_apart(trainer.model)
     trained = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
     trainer.precision = {name: parameter.dtype for name, parameter in trained}
@@ -255,13 +257,17 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
         trained += f"; router loss x {trainer.router_aux_loss_coef:g}"
     if isinstance(model, PeftModel):
         trained += f"; {families.describe_targets(model)}"
-    return [
+    lines = [
         f"launch: {launch_line}; precision {precision}; attention"
         f" {model.config._attn_implementation}{', packed' if args.packing else joined}",
         f"batch: {batch} examples per step; {rows:,} examples -> {epoch:,} steps per epoch,"
         f" {steps:,} steps{f'; left out because they do not fill a step: {rest}' if rest else ''}",
         f"trains: {trained}",
     ]
+    untrained = families.untrained_rows(model, getattr(model, "rows_added", 0))
+    if untrained:
+        lines.append(f"note: {untrained}")
+    return lines
 
 
 def count_quantized(model: Any) -> int:

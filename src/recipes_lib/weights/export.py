@@ -280,6 +280,7 @@ def write_card(
         merged=merged,
         numbers=numbers,
         is_adapter=is_adapter,
+        has_embeddings=recipe.model.resize_embeddings or bool((lora or {}).get("modules_to_save")),
         auto_class=needs_of(str(base_file(recipe, "config.json").get("model_type"))).auto_class,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

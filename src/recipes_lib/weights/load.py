@@ -22,7 +22,7 @@ from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import model_fingerprint
 from recipes_lib.core.ranks import on_main_rank, say_once
-from recipes_lib.models.families import needs_of, not_quantized
+from recipes_lib.models.families import add_rows, needs_of, not_quantized
 from recipes_lib.models.packaged import MODEL, materialise
 
 if TYPE_CHECKING:
@@ -144,13 +144,8 @@ def load_model(
         # evaluation, and outputs differ from then on (2% of the largest logit of a 135M model)
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    entries = len(tokenizer)
-    if (
-        section.resize_embeddings
-        and not empty
-        and entries > model.get_input_embeddings().weight.shape[0]
-    ):
-        model.resize_token_embeddings(entries)
+    if section.resize_embeddings and not empty:
+        add_rows(model, entries=len(tokenizer))
     return model
 
 

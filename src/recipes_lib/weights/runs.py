@@ -258,6 +258,10 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
             delattr(config, name)
     with torch.device("meta"):
         empty = kind(config)
+    if model.active_peft_config.trainable_token_indices:
+        # peft 0.21 moves a copy of their rows beside loaded embeddings, and cannot without memory
+        for layer in (empty.get_input_embeddings(), empty.get_output_embeddings()):
+            layer.to_empty(device="cpu")
     try:
         attach(empty, {"default": folder}, without_base_weights=True)
     except RecipesError as error:
@@ -281,7 +285,8 @@ def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
 
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     if isinstance(model, PeftModel):
-        state = get_peft_model_state_dict(model, state_dict=state)
+        with_rows = True if getattr(model, "rows_added", 0) else "auto"
+        state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=with_rows)
     else:
         trained = {name for name, weight in _named(model) if weight.requires_grad}
         state = {name: value for name, value in state.items() if name in trained}
