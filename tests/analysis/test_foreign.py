@@ -25,13 +25,14 @@ def lm_eval(
     task: str = "arc_easy",
     model_folder: str = "some__model",
     name: str = "results",
+    prompt: str = "p",
     **content: Any,
 ) -> Path:
     """Write what `lm_eval run --log_samples` leaves for one task."""
     place = folder / model_folder
     rows = [
         {"doc_id": n, "doc": {"question": f"q{n}"}, "filter": "none", "doc_hash": f"hash{n}"}
-        | {"prompt_hash": f"p{n}", "acc": value}
+        | {"prompt_hash": f"{prompt}{n}", "acc": value}
         for n, value in enumerate(values)
     ]
     write_lines(place / f"samples_{task}{stamp}.jsonl", rows)
@@ -218,6 +219,7 @@ def test_how_lm_eval_asked_is_compared_as_far_as_it_is_recorded(tmp_path: Path) 
         "tokenizer": {"config": {"model_args": "pretrained=b,dtype=bfloat16,tokenizer=other"}},
         "few-shot seed": {"config": {"fewshot_seed": 7, "model_args": "dtype=bfloat16"}},
         "lm_eval": {"lm_eval_version": None},
+        "prompts": {"prompt": "other"},
     }
     base = {"model": "hf", "fewshot_seed": 1234, "model_args": "pretrained=a,dtype=bfloat16"}
     first = lm_eval(tmp_path / "a", values, config=base)
@@ -236,6 +238,9 @@ def test_questions_chosen_by_hand_have_no_verdict(tmp_path: Path) -> None:
     assert conclusion.claims[0].verdict == "no verdict"
     assert conclusion.findings[0].code == "chosen-questions"
     assert "30 of 300 questions of arc_easy" in conclusion.findings[0].evidence[0]
+    whole = lm_eval(tmp_path / "c", [1.0] * 300)  # its other prompts are to other questions
+    codes = {finding.code for finding in compared(first, whole).findings}
+    assert "chosen-questions" in codes and "evaluated-differently" not in codes
 
 
 def test_annotations_that_are_gone_count_both_ways_and_a_judge_has_a_name(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.answer_checks import check_answers
 from recipes_lib.analysis.differences import arm_differences, base_weights
-from recipes_lib.analysis.eval_facts import computing_facts, lowered_thresholds
+from recipes_lib.analysis.eval_facts import computing_facts, differing_prompts, lowered_thresholds
 from recipes_lib.analysis.findings import SEVERITIES, Finding, Severity
 from recipes_lib.analysis.missing import check_presence, check_subsets
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, run_place
@@ -338,6 +338,9 @@ def _asked_differently(
         remedy = "evaluate both with the same questions and reference answers"
         yield Finding("texts-differ", "error", title, texts, remedy, *scope)
     lines = _unequal(pair, [computing_facts(log, of_precision) for log in (first, second)], foreign)
+    prompts = differing_prompts(first, second)
+    if prompts:
+        lines["prompts"] = prompts
     if lines:
         what = f"were evaluated with different {sentence_list([*lines], 3)} in {first.eval}"
         about = f"{both} {what}", (*lines.values(),), "evaluate both in the same way"

@@ -44,3 +44,28 @@ def lowered_thresholds(log: EvalLog) -> str:
         if is_lower:
             phrases.append(f"{name} {value:g} (shipped: {usual:g})")
     return ", ".join(phrases)
+
+
+def differing_prompts(first: EvalLog, second: EvalLog) -> str:
+    """Return for how many common questions of two evaluations the recorded prompts differ, or
+    nothing.
+    """
+    prompts = _prompts(first)
+    others = _prompts(second)
+    common = prompts.keys() & others.keys()
+    differing = [key for key in common if prompts[key] != others[key]]
+    if not differing:
+        return ""
+    task, id = min(differing)
+    example = f"{task} {id.partition(':')[0]}"
+    return f"the prompts of {len(differing)} of {len(common)} questions differ, such as {example}"
+
+
+def _prompts(log: EvalLog) -> dict[tuple[str, str], str]:
+    """Return the hashes of the prompts by task and question."""
+    return {
+        (metric.task, sample.id): sample.prompt
+        for metric in log.metrics
+        for sample in metric.samples
+        if sample.prompt
+    }

@@ -72,6 +72,7 @@ class Sample:
     verdicts: tuple[str, ...] = ()  # in order AB and BA, or a grade; else why there is none
     by_rule: bool = False
     cut: bool = False  # the answer reached the token limit
+    prompt: str = ""  # hash of the whole prompt, where another program recorded it
     same_as: str = ""  # id of the first sample with the same text, where no `input` shows it
     input: str | None = field(default=None, repr=False)
     answer: str | None = field(default=None, repr=False)

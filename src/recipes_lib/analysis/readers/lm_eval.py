@@ -23,7 +23,7 @@ from typing import Any
 from recipes_lib.analysis.readers.files import arm_name, parsed_json
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import hash_of, object_or_none, read_rows
+from recipes_lib.core.files import object_or_none, read_rows
 from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, with_groups
 from recipes_lib.evals.suites.lm_eval import metrics_of
 
@@ -199,16 +199,27 @@ def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
             dtype=results.arguments.get("dtype"),
         ),
         recipe={"suite": settings},
-        libraries=_facts(results, tasks),
+        libraries=_facts(results),
         git={"commit": results.content.get("git_hash")},
         source="lm-eval",
     )
 
 
 def _metrics(results: Results) -> Iterator[Metric]:
-    metrics = metrics_of(results.content, results.samples)
-    placed = [replace(each, eval=SUITE, suite=SUITE, file=results.file) for each in metrics]
-    return with_groups(placed)
+    metrics = []
+    for metric in metrics_of(results.content, results.samples):
+        prompts = {
+            str(row["doc_id"]): str(row.get("prompt_hash") or "")
+            for row in results.samples.get(metric.task, ())
+        }
+        samples = tuple(
+            # metrics_of begins an id with the document's number
+            replace(sample, prompt=prompts[sample.id.partition(":")[0]])
+            for sample in metric.samples
+        )
+        placed = replace(metric, samples=samples, eval=SUITE, suite=SUITE, file=results.file)
+        metrics.append(placed)
+    return with_groups(metrics)
 
 
 def _chosen_questions(results: Results, tasks: Sequence[str]) -> str:
@@ -223,7 +234,7 @@ def _chosen_questions(results: Results, tasks: Sequence[str]) -> str:
     return ", ".join(phrases)
 
 
-def _facts(results: Results, tasks: Sequence[str]) -> dict[str, Any]:
+def _facts(results: Results) -> dict[str, Any]:
     """Return how a command asked, apart from its tasks' settings. What lm-eval always records and
     this file does not say is "not recorded": it may be anything.
     """
@@ -239,11 +250,6 @@ def _facts(results: Results, tasks: Sequence[str]) -> dict[str, Any]:
         "system instruction": content.get("system_instruction_sha") or "none",
         "few-shot seed": config.get("fewshot_seed"),
     }
-    for task in tasks:
-        rows = results.samples.get(task)
-        if rows:
-            prompts = sorted(f"{row['doc_id']} {row.get('prompt_hash')}" for row in rows)
-            facts[f"prompts of {task}"] = hash_of(prompts)[:12]
     return {name: value for name, value in facts.items() if value is not None}
 
 
