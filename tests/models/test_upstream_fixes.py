@@ -6,6 +6,7 @@ empty parameters by tests/invariants.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.families import build_family
@@ -41,6 +42,28 @@ def test_all_weights_of_a_model_with_experts_are_loaded(tiny_model_dir, tmp_path
     upstream_fixes.load_whole(other, folder)
     for name, tensor in saved.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_a_model_that_the_trainer_could_load_by_names_is_not_read_a_second_time(
+    tiny_model_dir, tmp_path, monkeypatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tied = AutoModelForCausalLM.from_config(model.config)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(tmp_path / "tied")
+
+    def read(*args: object, **kwargs: object) -> None:
+        raise AssertionError("read again")
+
+    folder = build_family("qwen3_moe", tmp_path / "moe", tiny_model_dir)
+    experts = AutoModelForCausalLM.from_pretrained(folder)
+    for each in (model, experts):
+        monkeypatch.setattr(type(each), "from_pretrained", read)
+    upstream_fixes.load_whole(model, tiny_model_dir)
+    upstream_fixes.load_whole(tied, tmp_path / "tied")
+    with pytest.raises(AssertionError, match="read again"):
+        upstream_fixes.load_whole(experts, folder)
 
 
 def test_parameters_without_memory_have_addresses_of_their_own() -> None:

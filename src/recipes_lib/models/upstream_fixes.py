@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, save_and_load
+from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 _embedding_layer_name = save_and_load.get_embedding_layer_name
@@ -90,12 +91,28 @@ def restore_precision(model: torch.nn.Module, before: Mapping[str, torch.dtype])
 
 
 def load_whole(model: Any, folder: Path) -> None:
-    """Load all of a fully trained model's weights from a checkpoint: transformers' Trainer passes
-    over experts, one parameter in memory and a matrix each in the file. Delete with
+    """Load what transformers' Trainer left out when it loaded a fully trained model's checkpoint by
+    names: it passes over experts, one parameter in memory and a matrix each in the file. A model
+    whose tensors are all in the file was loaded, and is not read again. Delete with
     https://github.com/huggingface/transformers/issues/48805.
     """
+    if _has_all_tensors(folder, model):
+        return
     saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
     model.load_state_dict(saved.state_dict())
+
+
+def _has_all_tensors(folder: Path, model: torch.nn.Module) -> bool:
+    """Whether files hold each tensor of a model by its name and shape; reads their headers only."""
+    shapes: dict[str, list[int]] = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no dict
+                shapes[name] = tensors.get_slice(name).get_shape()
+    state = model.state_dict(keep_vars=True)
+    # of tied tensors a file has one name, under which all are loaded
+    loaded = {id(tensor) for name, tensor in state.items() if shapes.get(name) == [*tensor.shape]}
+    return all(id(tensor) in loaded for tensor in state.values())
 
 
 def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
