@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from collections.abc import Sequence
 
 from recipes_lib.config.launch import TRAIN_FLAGS
@@ -48,6 +47,7 @@ def train(
     from recipes_lib.training import launch_check
     from recipes_lib.training.attempt import begin_attempt, save_and_check, summarise_training
     from recipes_lib.training.build import build_trainer, read_model, start_up_lines
+    from recipes_lib.training.finished import nothing_to_do
     from recipes_lib.training.resume_guard import guarded_values
     from recipes_lib.weights.load import base_fingerprint, load_checked_tokenizer
     from recipes_lib.weights.runs import check_base_run
@@ -62,7 +62,7 @@ def train(
     # lock, signals, and the record of how it ended
     with begin_attempt(run, recipe, stop) as attempt:
         if attempt.finished:
-            say_once(f"run '{run.name}' is already finished, nothing to do: {attempt.weights}")
+            say_once(nothing_to_do(run, recipe))
             return ExitCode.DONE
 
         # arguments -> tokenizer -> rows; rows without anything to learn from stop the run
@@ -109,11 +109,10 @@ def train(
         # trainer -> weights. Until here a signal ends the process; from here on it asks for a
         # checkpoint after the step.
         attempt.begin_steps()
-        began = time.monotonic()
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint)
         if stop.agreed:
             return on_main_rank(lambda: attempt.record_stop(trainer.state))
-        summary = on_main_rank(lambda: summarise_training(trainer, data, began))
+        summary = on_main_rank(lambda: summarise_training(trainer, data))
         say_once("saving the weights, and comparing them with the trained ones ...")
         check = save_and_check(trainer, attempt, summary)
         on_main_rank(lambda: attempt.record_finish(summary, check))

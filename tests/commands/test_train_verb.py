@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import project_root
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.training.finished import finished_line
 
 # A launcher, and below it a rank with a session of its own, as torch's launcher starts it.
 LAUNCHER = """
@@ -140,3 +142,33 @@ def test_a_bare_launch_of_two_ranks_trains_and_says_errors_once(tiny_recipe, tmp
     done = subprocess.run([*command, "train.max_steps=1"], capture_output=True, text=True)
     assert done.returncode == 0 and "DDP, world size 2" in done.stdout, done.stderr
     assert RunDirectory("tiny").read_state()["state"] == "finished"
+
+
+ASK_AGAIN = """
+import sys
+from recipes_lib.cli import main
+codes = [main(["train", *sys.argv[1:]]) for _ in range(2)]
+print(codes, [name for name in ("torch", "transformers", "datasets") if name in sys.modules])
+"""
+
+
+def test_a_finished_run_is_answered_without_torch_and_without_a_launch(tiny_recipe, capsys) -> None:
+    from recipes_lib.train import main
+
+    assert main([str(tiny_recipe), "train.max_steps=1"]) == 0
+
+    def ask(*words: str) -> tuple[str, str]:
+        command = [sys.executable, "-c", ASK_AGAIN, str(tiny_recipe), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done.stdout, done.stderr
+
+    said, _ = ask("train.max_steps=1")
+    assert said.count("run 'tiny' is already finished, nothing to do") == 2
+    assert said.endswith("[0, 0] []\n") and "$" not in said
+    said, error = ask("train.max_steps=2")
+    assert "finished with other settings: train.max_steps" in error
+    assert said.endswith("[2, 2] []\n")
+    weights = next((tiny_recipe.parent / "runs/tiny/adapter").glob("*.safetensors"))
+    weights.unlink()  # only a training makes them again
+    recipe = load_recipe(tiny_recipe, ["train.max_steps=1"])
+    assert finished_line(RunDirectory("tiny"), recipe) is None

@@ -305,6 +305,65 @@ def test_a_run_whose_only_checkpoint_is_torn_starts_anew_and_says_with_which_oth
     assert run_json(tiny_recipe)["guard"]["train.learning_rate"] == 5e-3
 
 
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_whose_pickle_would_run_code_is_one_line_and_runs_nothing(
+    file, tiny_recipe, tmp_path, monkeypatch, capsys
+) -> None:
+    import torch
+
+    from recipes_lib.training import resume_guard
+
+    class Hostile:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    stop_at(monkeypatch, 4, tiny_recipe)
+    checkpoint = run_of(tiny_recipe) / "checkpoints" / "checkpoint-3"
+    torch.save(Hostile(), checkpoint / file)
+    guard = resume_guard.read_marker(checkpoint)["guard"]
+    resume_guard.mark_complete(checkpoint, guard=guard)  # with the hashes of what is there
+    capsys.readouterr()
+    assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
+    said = capsys.readouterr().err
+    assert "a file of checkpoint-3 is not what PyTorch saves" in said and "posix.mkdir" in said
+    assert "internal error" not in said and "weights_only" not in said
+    assert not (tmp_path / "ran").exists()
+    shutil.rmtree(checkpoint)
+    assert main([str(tiny_recipe)]) == 0
+
+
+def test_tokens_and_times_of_a_resumed_run_are_of_the_same_steps(tiny_recipe, monkeypatch) -> None:
+    from recipes_lib.training import resume_guard
+
+    assert main([str(tiny_recipe), "run.name=whole"]) == 0
+    stop_at(monkeypatch, 7, tiny_recipe)
+    checkpoint = run_of(tiny_recipe) / "checkpoints" / "checkpoint-6"
+    marker = resume_guard.read_marker(checkpoint)
+    assert 0 < marker["seconds"] < 60
+    resume_guard.mark_complete(checkpoint, guard=marker["guard"], seconds=1000.0)
+    assert main([str(tiny_recipe)]) == 0
+    summary = run_json(tiny_recipe)["summary"]
+    assert summary["tokens"] == run_json(tiny_recipe, "whole")["summary"]["tokens"]
+    assert 1000 < summary["seconds"] < 1060
+    speed = summary["tokens"] / summary["seconds"]
+    assert summary["tokens_per_second"] == pytest.approx(speed, abs=0.06)
+
+
+def test_the_speed_after_a_checkpoint_that_notes_no_time_is_that_of_the_last_attempt(
+    tiny_recipe, monkeypatch
+) -> None:
+    from recipes_lib.training import resume_guard
+
+    stop_at(monkeypatch, 7, tiny_recipe)
+    checkpoint = run_of(tiny_recipe) / "checkpoints" / "checkpoint-6"
+    resume_guard.mark_complete(checkpoint, guard=resume_guard.read_marker(checkpoint)["guard"])
+    before = [line["tokens"] for line in metrics(tiny_recipe) if "tokens" in line][-1]
+    assert main([str(tiny_recipe)]) == 0
+    summary = run_json(tiny_recipe)["summary"]
+    speed = (summary["tokens"] - before) / summary["seconds"]
+    assert summary["tokens_per_second"] == pytest.approx(speed, rel=0.05)
+
+
 # ---- What is refused, or goes wrong ----
 
 

@@ -23,6 +23,7 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.run_directory import RunDirectory, is_held
 from recipes_lib.core.terminal import next_step, say
+from recipes_lib.training.finished import finished_line
 from recipes_lib.training.stopping import EXIT_CODE_FILE, STOPPING, handling
 
 _POLL_S = 0.1
@@ -54,6 +55,11 @@ def run_train(
         resume_anyway=resume_anyway, trust_remote_code=trust_remote_code, debug=debug
     )
     command = launch.command(["-m", "recipes_lib.train", recipe, *overrides, *flags])
+    if not dry_run:
+        line = finished_line(RunDirectory(loaded.name), loaded)
+        if line is not None:
+            say(line)
+            return ExitCode.DONE
     say(f"$ {shlex.join(command)}")
     if dry_run:
         return next_step(*again)

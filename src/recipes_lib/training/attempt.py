@@ -15,7 +15,7 @@ from transformers import TrainerState
 
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.environment import command_line, environment
-from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, explain_fault
+from recipes_lib.core.errors import ExitCode, RecipesError, explain_fault
 from recipes_lib.core.files import Row, publish, sync, utc_now, write_json, write_text
 from recipes_lib.core.ranks import (
     AnotherRankFailed,
@@ -31,12 +31,13 @@ from recipes_lib.data.prepare import PreparedData
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.training import metrics, resume_guard
 from recipes_lib.training.build import count_quantized
-from recipes_lib.training.resume_guard import differences, recipe_differences, set_aside
+from recipes_lib.training.finished import damage_of_finished
+from recipes_lib.training.resume_guard import differences, set_aside
 from recipes_lib.training.stopping import EXIT_CODES, StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.export import write_card
 from recipes_lib.weights.load import base_fingerprint, model_path
-from recipes_lib.weights.runs import check_saved, weights_damage
+from recipes_lib.weights.runs import check_saved
 
 
 @dataclass
@@ -63,13 +64,7 @@ class Attempt:
         stack.enter_context(run_lock(run.path))
         self.earlier = run.read_state() if run.exists() else {}
         if self.earlier.get("state") == "finished":
-            files = self.earlier.get("data_files", {}), source_hashes(self.recipe.data)
-            changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
-            changed |= differences(*files)
-            if changed:
-                what = f"run '{run.name}' is finished with other settings: {', '.join(changed)}"
-                raise RecipeError(what, "start a new run with run.name=OTHER")
-            damage = weights_damage(run, self.recipe.lora is None)
+            damage = damage_of_finished(run, self.recipe, self.earlier)
             if damage is None:
                 return True, False
             say(f"run '{run.name}' is finished, but {damage}: resuming from a checkpoint")
@@ -190,24 +185,28 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
             raise fault from error
 
 
-def summarise_training(
-    trainer: RecipeTrainer, data: PreparedData, began: float
-) -> dict[str, object]:
-    """Return what run.json and the card say of a training; after a resume, times are the last's."""
-    args, state, tokens = trainer.args, trainer.state, int(trainer._total_train_tokens)
-    seconds = time.monotonic() - began
-    on_cpu, trained = args.device.type == "cpu", tokens - trainer.tokens_before
+def summarise_training(trainer: RecipeTrainer, data: PreparedData) -> dict[str, object]:
+    """Return what run.json and the card say of a training; tokens and times are of the same steps,
+    those of earlier attempts up to the checkpoints that were resumed too.
+    """
+    args = trainer.args
+    state = trainer.state
+    tokens = int(trainer._total_train_tokens)
+    seconds = trainer.seconds_so_far()
+    device = "cpu"
+    if args.device.type != "cpu":
+        device = torch.cuda.get_device_name()
     summary: dict[str, object] = {
         "steps": state.global_step,
         "training_rows": len(data.train),
         "validation_rows": len(data.validation) if data.validation is not None else 0,
         "tokens": tokens,
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(trained / seconds, 1),
+        "tokens_per_second": round((tokens - trainer.tokens_untimed) / seconds, 1),
         "quantized_layers": count_quantized(trainer.model),
         "peak_memory_gib": round(metrics.peak_memory_gib(), 2),
         "world_size": args.world_size,
-        "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
+        "device": device,
     }
     for name, key in (("training", "loss"), ("validation", "eval_loss")):
         values = [row[key] for row in state.log_history if key in row] or [None]

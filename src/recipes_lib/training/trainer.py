@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
+import re
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +130,18 @@ def _ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _refused_pickle(checkpoint: Path, error: pickle.UnpicklingError) -> EnvironmentFault:
+    """Return the error for a file that torch did not load: it runs no code of a pickle. Torch's own
+    text advises to run it.
+    """
+    what = f"a file of {checkpoint.name} is not what PyTorch saves, and was not loaded"
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        what += f": it would run {found[1]}"
+    hint = f"remove {checkpoint}: the same command resumes from the checkpoint before it"
+    return EnvironmentFault(what, hint)
+
+
 class RecipeTrainer(SFTTrainer):
     """SFTTrainer with whole global batches, a probe, exact resume and finite losses.
 
@@ -165,7 +180,9 @@ class RecipeTrainer(SFTTrainer):
             how.world_size,
             self.lengths if how.train_sampling_strategy == "group_by_length" else None,
         )
-        self.tokens_before = 0  # of earlier attempts
+        self.began = time.monotonic()
+        self.seconds_before = 0.0  # of earlier attempts, up to the checkpoint that is resumed
+        self.tokens_untimed = 0  # of earlier attempts that noted no time
         self.precision: dict[str, torch.dtype] = {}  # of what is trained
         self.is_compiled = False
         self.add_callback(RunCallback(self))
@@ -178,6 +195,20 @@ class RecipeTrainer(SFTTrainer):
         is_nll = self.args.loss_type == "nll" and not self.aux_loss_enabled
         if is_plain and is_nll and self.args.device.type == "cpu":
             score_supervised_positions(base)
+
+    def train(self, resume_from_checkpoint: Path | None = None) -> Any:
+        """Train from a checkpoint's step, or from the beginning, to the last step or a stop."""
+        self.began = time.monotonic()
+        if resume_from_checkpoint is None:
+            return super().train()
+        try:
+            return super().train(resume_from_checkpoint=str(resume_from_checkpoint))
+        except pickle.UnpicklingError as error:
+            raise _refused_pickle(resume_from_checkpoint, error) from error
+
+    def seconds_so_far(self) -> float:
+        """Return the time that the steps so far took, those of earlier attempts too."""
+        return self.seconds_before + time.monotonic() - self.began
 
     def get_train_dataloader(self) -> DataLoader:
         """Return whole global batches; not through accelerate, which would deal them out anew."""
@@ -236,7 +267,12 @@ class RecipeTrainer(SFTTrainer):
         max_steps, _, checkpoint = args
         if checkpoint is not None:
             self._mend_loaded(checkpoint)
-            self._total_train_tokens = self.tokens_before = tokens_so_far(self.state)
+            self._total_train_tokens = tokens_so_far(self.state)
+            seconds = resume_guard.read_marker(Path(checkpoint)).get("seconds")
+            if seconds is None:
+                self.tokens_untimed = self._total_train_tokens
+            else:
+                self.seconds_before = float(seconds)
             if best := self.state.best_global_step:  # the Trainer forgets one that is gone or moved
                 self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{best}"
         prepared = super()._prepare_for_training(*args)
@@ -287,7 +323,8 @@ class RecipeTrainer(SFTTrainer):
         for path in root.parent.glob("metrics.jsonl"):
             sync(path)
             sync(path.parent)
-        resume_guard.mark_complete(root / f"checkpoint-{step}", guard=self.guard)
+        seconds = round(self.seconds_so_far(), 1)
+        resume_guard.mark_complete(root / f"checkpoint-{step}", guard=self.guard, seconds=seconds)
         resume_guard.rotate(root, self.keep, self.state.best_model_checkpoint)
 
 
