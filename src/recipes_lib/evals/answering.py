@@ -15,11 +15,22 @@ from recipes_lib.core.files import Row, file_hash, hash_of
 from recipes_lib.core.run_directory import RunDirectory, run_lock
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.answers import Answers, Place
-from recipes_lib.evals.engine import Completion, Engine, Request, Sampling, ask_missing
+from recipes_lib.evals.engine import (
+    REFUSED,
+    TOO_LONG,
+    Completion,
+    Engine,
+    Request,
+    Sampling,
+    ask_missing,
+)
 from recipes_lib.evals.log import REFERENCE, AnswerFacts, AnswerRow, Store
 from recipes_lib.evals.models import NOT_IN_NAMES, Model
 from recipes_lib.evals.questions import TEMPERATURES, Question, local_questions, read_answer_file
 from recipes_lib.evals.recipe import EvalRecipe
+
+# what to say of a stored row that is no answer, by its finish_reason
+WITHOUT_ANSWER = {TOO_LONG: "longer than the context", REFUSED: "refused by the server"}
 
 
 def answer_all(
@@ -35,6 +46,7 @@ def answer_all(
     by_category = recipe.suite.name == "mt_bench" and section.temperature is None
     texts: dict[Place, str] = {}
     cut: set[Place] = set()
+    unanswered: dict[Place, str] = {}
     served_models: set[str] = set()  # as the replies name them
     model.record()
     with run_lock(model.folder(recipe.name), wait=True):
@@ -44,6 +56,11 @@ def answer_all(
             wanted: dict[Sampling, dict[str, Request]] = defaultdict(dict)
             asked = [question for question in questions if len(question.turns) >= turn]
             for question in asked:
+                if (question.id, turn - 1) in unanswered:
+                    # the conversation that this turn continues does not exist
+                    texts[question.id, turn] = ""
+                    unanswered[question.id, turn] = "without the answer to an earlier turn"
+                    continue
                 sampling = usual
                 if by_category:
                     temperature = TEMPERATURES.get(question.category, 0.0)
@@ -62,7 +79,9 @@ def answer_all(
                 for row in map(store.__getitem__, requests):
                     place = row["question_id"], row["turn"]
                     texts[place] = row["answer"]
-                    if row["finish_reason"] != "stop":
+                    if row["finish_reason"] in WITHOUT_ANSWER:
+                        unanswered[place] = WITHOUT_ANSWER[row["finish_reason"]]
+                    elif row["finish_reason"] != "stop":
                         cut.add(place)
                     if model.prompt is None:
                         served_models.add(row.get("served_model") or engine.served_name)
@@ -74,7 +93,14 @@ def answer_all(
         server=engine.version,
         served_model=", ".join(sorted(served_models)) or None,
     )
-    return Answers(model.name, model.run, texts, facts, frozenset(cut))
+    return Answers(
+        name=model.name,
+        run=model.run,
+        texts=texts,
+        facts=facts,
+        cut=frozenset(cut),
+        unanswered=unanswered,
+    )
 
 
 def _request(
@@ -100,6 +126,8 @@ def _row(request: Request, reply: Completion) -> Row:
     row = {**request.row, "answer": reply.text, "finish_reason": reply.finish_reason}
     if reply.model is not None:
         row["served_model"] = reply.model
+    if reply.refusal is not None:
+        row["refusal"] = reply.refusal
     return row
 
 

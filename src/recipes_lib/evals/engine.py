@@ -477,8 +477,11 @@ class OpenAIEngine:
         finish = str(getattr(choice, "finish_reason", None) or "stop")
         if finish.lower() in ("abort", "aborted", "cancelled", "error"):
             raise ValueError(f"the server cut it short (finish_reason {finish})")
-        text, finish = valid_texts(text.strip()), valid_texts(finish)
         served = valid_texts(model[:200]) or None
+        if finish == "content_filter":  # OpenAI's word for an answer that it withheld, or cut
+            refusal = f"{self.server.address}: finish_reason {finish}"
+            return Completion(key=request.key, finish_reason=REFUSED, refusal=refusal, model=served)
+        text, finish = valid_texts(text.strip()), valid_texts(finish)
         return Completion(key=request.key, text=text, finish_reason=finish, model=served)
 
 

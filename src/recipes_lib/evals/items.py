@@ -17,6 +17,7 @@ class Item:
     reference: str | None = None  # by which an answer is graded
     question_id: str = ""  # of a suite's question
     sample: dict[str, Any] = field(default_factory=dict)  # what a suite's sample says beside it
+    unanswered: str = ""  # why an answer is missing for good, so that there is nothing to judge
     probe: str = ""  # the kind of probe that it is
 
     @property

@@ -115,7 +115,11 @@ def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest
         answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
         for order in item.orders:
             shown = answers[::-1] if order == "BA" else answers
-            decided = None if item.probe else rule_verdict(shown)
+            decided = None
+            if item.unanswered:
+                decided = verdict_row("refused", f"there is no answer: {item.unanswered}")
+            elif not item.probe:
+                decided = rule_verdict(shown)
             prompt = build_prompt(
                 template,
                 rubrics[item.reference is not None],
@@ -129,8 +133,11 @@ def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest
             )
             # the prompt may have its answers cut
             hashes = text_hash(prompt.text), [*map(text_hash, shown)]
+            decides = [item.name, order, judge.fingerprint, *hashes]
+            if item.unanswered:  # an empty answer that was written loses by rule
+                decides.append(item.unanswered)
             row = {
-                "key": text_hash(json.dumps([item.name, order, judge.fingerprint, *hashes])),
+                "key": text_hash(json.dumps(decides)),
                 "question_id": item.name,
                 "question": item.question_id or item.name,
                 "order": order,
@@ -345,16 +352,18 @@ class JudgedSuite(Suite):
         for question in self.chosen.questions:
             for turn, said in enumerate(question.turns, 1):
                 item, place = self.item(question, turn, answers, opponent), (question.id, turn)
-                texts = [side.texts[place] for side in (answers, opponent) if side]
                 sample = {
                     "turn": turn,
                     "category": question.category or "all",
                     "input": said,
-                    "answer": texts[0],
-                    "opponent": texts[1] if opponent else None,
+                    "answer": answers.text(place),
+                    "opponent": opponent.text(place) if opponent else None,
                     "cut": place in answers.cut,
                 }
-                yield replace(item, question_id=question.id, sample=sample)
+                unanswered = answers.unanswered.get(place, "")
+                if opponent and not unanswered:
+                    unanswered = opponent.unanswered.get(place, "")
+                yield replace(item, question_id=question.id, sample=sample, unanswered=unanswered)
 
     def write(self, log: EvalLog) -> None:
         """Write files for other programs beside a log."""
@@ -401,7 +410,10 @@ def judge_model(
     # bases included: a model that was fine-tuned from the judge counts too
     if section.model in (*answers.facts.models, *(opponent.facts.models if opponent else ())):
         banners.append(f"{section.model} judges its own answers: expect self-preference")
-    notes = [*filter(None, [audit_note(card)])]
+    notes = [*answers.notes]
+    if opponent:
+        notes += opponent.notes
+    notes += filter(None, [audit_note(card)])
     if (bare := chosen.without_reference) and not opponent:
         num = count(len(bare), "question")
         notes.append(f"{num} graded without the reference needed: {', '.join(bare[:8])}")

@@ -246,7 +246,9 @@ def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManage
         task.answers[model.name] = answers
         if recipe.is_judged:
             return
-        log = replace(suite.log(answers), subset=suite.chosen.subset, answers=answers.facts)
+        log = suite.log(answers)
+        notes = (*log.notes, *answers.notes)
+        log = replace(log, subset=suite.chosen.subset, answers=answers.facts, notes=notes)
     else:
         model.record()
         facts = replace(model.facts(), engine=HFEngine.name)

@@ -38,11 +38,11 @@ class AlpacaEval(JudgedSuite):
         outputs, annotations = list[object](), list[object]()
         for sample in log.metrics[0].samples:
             asked = {"dataset": sample.category, "instruction": sample.input}
-            outputs.append({**asked, "output": sample.answer, "generator": log.target})
+            outputs.append({**asked, "output": sample.answer or "", "generator": log.target})
             pair: dict[str, object] = {
-                "output_1": sample.opponent,
+                "output_1": sample.opponent or "",
                 "generator_1": log.against,
-                "output_2": sample.answer,
+                "output_2": sample.answer or "",
                 "generator_2": log.target,
                 "annotator": f"judge-{log.judge.fingerprint[:12]}",
                 # 1: the opponent wins, 1.5: a tie, 2: the candidate wins

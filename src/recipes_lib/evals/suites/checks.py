@@ -16,11 +16,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.log import FORM_ONLY, EvalLog, Sample
+from recipes_lib.evals.log import FORM_ONLY, UNRESOLVED, EvalLog, Sample
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 if TYPE_CHECKING:
     from recipes_lib.evals.answers import Answers
+    from recipes_lib.evals.questions import Question
 
 # A number as people write it: 1,234.5, -3, 2e-3. A sign counts only where no digit or letter stands
 # before it: 2024-05-17 ends in 17, and 3-5 in 5.
@@ -56,7 +57,10 @@ class Checks(Suite):
         """Return the log of one model's answers."""
         samples = []
         for question in self.chosen.questions:
-            text = answers.texts[question.id, 1]
+            text = answers.text((question.id, 1))
+            if text is None:
+                samples.append(_without_answer(question, answers.unanswered[question.id, 1]))
+                continue
             failed = [rule.check for rule in question.checks if not rule.passes(text)]
             sample = Sample(
                 id=question.id,
@@ -83,6 +87,18 @@ class Checks(Suite):
         """Return the lines of a table of logs."""
         rates = [[log.target, str(log.n), shown_rate(log.metrics[0])] for log in logs]
         return aligned([["model", "n", "pass rate [95%]"], *rates])
+
+
+def _without_answer(question: Question, reason: str) -> Sample:
+    """What is known of a question that will never be answered: nothing passes, nothing fails."""
+    return Sample(
+        id=question.id,
+        category=question.category,
+        outcome=UNRESOLVED,
+        verdicts=(f"no answer: {reason}",),
+        by_rule=True,
+        input=question.turns[0],
+    )
 
 
 # ---- rules ----
