@@ -297,3 +297,20 @@ def asked_in(body: dict) -> tuple[str, str]:
     text = body["messages"][-1]["content"]
     first, number = re.search(r"(First|Second) (\d+)\.\n", text).groups()
     return number, "AB" if first == "First" else "BA"
+
+
+def test_a_judge_whose_server_never_starts_is_an_error_and_no_endless_wait(
+    judge_file, tmp_path, monkeypatch
+):
+    """launch/with_judge.sh that was killed leaves its file; one that ended has removed it."""
+    wanted = tmp_path / "judge.wanted"
+    monkeypatch.setenv("RECIPES_JUDGE_WANTED", str(wanted))
+    monkeypatch.setenv("JUDGE_START_S", "0.2")
+    monkeypatch.setattr("recipes_lib.evals.judge._SCRIPT_ENDS_S", 0.2)
+    section = served(judge_file, "http://localhost:1/v1")
+    with opened(section) as judge, pytest.raises(EnvironmentFault, match="no judge that answers"):
+        ask(PAIRS, judge, Store(tmp_path / "a.jsonl"))
+    monkeypatch.setenv("JUDGE_START_S", "100")
+    monkeypatch.setattr("time.sleep", lambda _: wanted.unlink())
+    with opened(section) as judge, pytest.raises(EnvironmentFault, match="ended before"):
+        ask(PAIRS, judge, Store(tmp_path / "a.jsonl"))

@@ -20,6 +20,7 @@ from recipes_lib.evals.engine import (
     TOO_LONG,
     Completion,
     Engine,
+    HFEngine,
     Request,
     Sampling,
     ask_missing,
@@ -85,8 +86,12 @@ def answer_all(
                         cut.add(place)
                     if model.prompt is None:
                         served_models.add(row.get("served_model") or engine.served_name)
+    known = model.facts()
+    if engine.name != HFEngine.name:
+        # a server says neither its precision nor whether it quantizes; the recipe's are not its
+        known = dataclasses.replace(known, dtype=None, quantized=None)
     facts = dataclasses.replace(
-        model.facts(),
+        known,
         fingerprint=engine.fingerprint,
         decoding=usual.to_dict() | ({"temperature": "by category"} if by_category else {}),
         engine=engine.name,

@@ -67,6 +67,9 @@ _FINGERPRINT = {
     *("model", "revision", "dtype", "engine", "extra_body", "mode", "prompt_style"),
     *("temperature", "max_new_tokens"),
 }
+_JUDGE_START_S = 1800  # the limit of launch/with_judge.sh where JUDGE_START_S does not say another
+_SCRIPT_ENDS_S = 60  # what the script may take beyond its limit, to stop the server and to end
+_JUDGE_LOG_HINT = "the server's log stands beside the job's; run the same command to continue"
 LEAD_IN = "[RESULT]"  # of mode logits: the judge's turn starts with it
 
 
@@ -262,11 +265,9 @@ class Judge:
 
     def _reach(self) -> OpenAIEngine:
         """Return what asks the server, once launch/with_judge.sh has started it where it does."""
-        if self.section.served_here and "RECIPES_JUDGE_WANTED" in os.environ:
-            wanted = Path(os.environ["RECIPES_JUDGE_WANTED"])
-            wanted.touch()
-            while not wanted.with_name(f"{wanted.name}.answers").exists():
-                time.sleep(0.1)
+        wanted = os.environ.get("RECIPES_JUDGE_WANTED")
+        if wanted and self.section.served_here:
+            _wait_for_server(Path(wanted))
         return OpenAIEngine(self.section, self.section.model)
 
     def _load(self) -> HFEngine:
@@ -299,6 +300,27 @@ class Judge:
         }
         schema_if_json = schema if self.section.mode == "json" else None
         return Request(key=key, messages=messages, ids=tuple(ids), schema=schema_if_json)
+
+
+def _wait_for_server(wanted: Path) -> None:
+    """Ask launch/with_judge.sh for the judge's server, and return once it answers.
+
+    Raises:
+        EnvironmentFault: the script ended, or gave no answer within its own limit (JUDGE_START_S).
+    """
+    answers = wanted.with_name(f"{wanted.name}.answers")
+    limit = float(os.environ.get("JUDGE_START_S", _JUDGE_START_S)) + _SCRIPT_ENDS_S
+    wanted.touch()
+    end = time.monotonic() + limit
+    while not answers.exists():
+        # the script removes the file when it ends
+        if not wanted.exists():
+            what = "launch/with_judge.sh ended before the judge's server answered"
+            raise EnvironmentFault(what, _JUDGE_LOG_HINT)
+        if time.monotonic() > end:
+            what = f"launch/with_judge.sh started no judge that answers within {limit:.0f} s"
+            raise EnvironmentFault(what, _JUDGE_LOG_HINT)
+        time.sleep(0.1)
 
 
 @contextmanager

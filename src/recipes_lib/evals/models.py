@@ -41,6 +41,7 @@ from recipes_lib.evals.engine import (
 )
 from recipes_lib.evals.log import AnswerFacts
 from recipes_lib.evals.recipe import EvalRecipe
+from recipes_lib.evals.served import is_served_only, served_fingerprint
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import (
     base_fingerprint,
@@ -82,6 +83,16 @@ class Model:
         """Its tokenizer."""
         quiet_libraries()
         return self.load_tokenizer()
+
+    @property
+    def served_name(self) -> str:
+        """The name that it goes by on a server, as launch/vllm_server.sh serves it."""
+        return self.name if self.trained else self.word
+
+    @property
+    def weights(self) -> str | None:
+        """The hash of its weights and precision; None where only a server knows them."""
+        return None if self.prompt is None else self.fingerprint
 
     def folder(self, eval_name: str) -> Path:
         """Return where an eval keeps what it knows of the model: runs/<run>/evals/<eval>."""
@@ -163,7 +174,10 @@ def resolve(
             except ValidationError:
                 hint = f"remove {shown_path(run.path)}: evaluating the model recreates it"
                 raise RecipeError("is from an earlier version", hint, file=run.state_file) from None
-            known[word] = bare_recipe(section, data, stored["quantization"])
+            if is_served_only(run.read_state()):
+                models[word] = _served_alone(section.name_or_path, recipe)
+            else:
+                known[word] = bare_recipe(section, data, stored["quantization"])
             continue
         models[word] = _trained(word, finished_run(run, remote_code))
         own = models[word].recipe
@@ -256,8 +270,10 @@ def known_by(run: str, recipe: EvalRecipe) -> str:
     """Return what the answers of a finished run, or of a base's, are known by. Needs no torch."""
     directory = RunDirectory(run)
     state = directory.read_state()
-    if made := state.get("stand_in"):
-        run, weights = made["model"]["name_or_path"], state["fingerprint"]
+    weights: str | None
+    if stand_in := state.get("stand_in"):
+        run = stand_in["model"]["name_or_path"]
+        weights = None if is_served_only(state) else state["fingerprint"]
     else:
         trained = finished_run(directory, remote_code=True)
         weights = model_key(trained.recipe, trained.weights)
@@ -302,9 +318,32 @@ def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code:
         what = f"'{word}' runs code that ships with it"
         raise RecipeError(what, "pass --trust-remote-code as well")
     if known is None and is_served:
-        fingerprint = hash_of("served", word)
-        return Model(word, _folder_of(chosen, fingerprint, "server"), chosen, fingerprint)
+        return _served_alone(word, recipe)
     return _base(chosen.model.name_or_path if known else word, chosen, is_free)
+
+
+def _served_alone(name: str, recipe: EvalRecipe) -> Model:
+    """A model that only a server knows, under its name there."""
+    section = recipe.generation
+    if section.engine != "openai":
+        what = f"only a server knows the weights of '{name}'"
+        hint = "ask that: generation.engine=openai generation.base_url=ADDRESS"
+        raise RecipeError(what, hint)
+    model = ModelSection(
+        name_or_path=name,
+        dtype=section.dtype,
+        trust_remote_code=section.trust_remote_code,
+    )
+    wanted = section.prompt_format
+    data = DataSection(source="", prompt_format="chat" if wanted == "auto" else wanted)
+    chosen = bare_recipe(model, data)
+    fingerprint = served_fingerprint(name)
+    return Model(
+        word=name,
+        run=_folder_of(chosen, fingerprint, "server"),
+        recipe=chosen,
+        fingerprint=fingerprint,
+    )
 
 
 def _base(word: str, recipe: Recipe, is_free: bool = False) -> Model:

@@ -262,9 +262,8 @@ def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManage
 
 def _served(recipe: EvalRecipe, model: Model) -> tuple[str, str]:
     """The name that a server has for a model, and what the model's answers are known by."""
-    name = model.name if model.trained else model.word  # as launch/vllm_server.sh serves it
-    weights = model.fingerprint if model.prompt else None
-    return name, answered_by(recipe.generation, name, weights)
+    name = model.served_name
+    return name, answered_by(recipe.generation, name, model.weights)
 
 
 def _judge(task: EvalTask, judge: Judge, on_error: OnError) -> None:
