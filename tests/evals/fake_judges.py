@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from typing import Any
 
-from recipes_lib.evals.engine import Completion
+from recipes_lib.evals.engines.base import Completion
 from recipes_lib.evals.judge import JudgeRequest
 from recipes_lib.evals.recipe import JudgeSection
 

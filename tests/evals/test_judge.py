@@ -19,8 +19,8 @@ from tests.evals.fake_judges import FakeJudge, reply, sound
 from tests.evals.faulty_server import MODEL, FaultyServer, chaos
 
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.evals.asking import EvaluationIncomplete
 from recipes_lib.evals.audit import pair_samples
-from recipes_lib.evals.engine import EvaluationIncomplete
 from recipes_lib.evals.items import Item
 from recipes_lib.evals.judge import (
     Judge,

@@ -15,7 +15,7 @@ from tests.evals.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
-from recipes_lib.evals.engine import EvaluationIncomplete
+from recipes_lib.evals.asking import EvaluationIncomplete
 from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
 from recipes_lib.evals.models import resolve
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, load_eval

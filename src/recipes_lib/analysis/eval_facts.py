@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from recipes_lib.analysis.differences import code_text
+from recipes_lib.evals.engines import ENGINES
 from recipes_lib.evals.log import EvalLog
 from recipes_lib.evals.recipe import Thresholds
 
@@ -20,7 +21,9 @@ def computing_facts(log: EvalLog, precision: bool) -> dict[str, Any]:
     facts["engine of the answers"] = engine
     facts["answer server"] = answers.server
     facts["model of the answer server"] = answers.served_model
-    if precision and engine != "openai":  # a server does not say its precision
+    kind = ENGINES.get(str(engine))
+    # a server does not say its precision; earlier logs have the recipe's in its place
+    if precision and not (kind and kind.is_server):
         facts["precision of the answers"] = answers.dtype
         facts["quantized"] = answers.quantized
     if judge:

@@ -11,11 +11,11 @@ from contextlib import suppress
 from recipes_lib.analysis.runs import Run
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.core.errors import DataError, RecipesError
-from recipes_lib.core.files import hash_of
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.evals.engine import HFEngine
+from recipes_lib.evals.engines import ENGINES
 from recipes_lib.evals.log import EvalLog
 from recipes_lib.evals.models import model_key
+from recipes_lib.evals.recipe import GenerationSection
 from recipes_lib.weights.runs import finished_run
 
 
@@ -66,12 +66,12 @@ def _present_weights(run: Run) -> str | None:
 
 
 def _fingerprint_of_answers(log: EvalLog, name: str, weights: str) -> str | None:
-    """Return what `evals.engine.answered_by` gave for these weights when the log was written; None
+    """Return what `evals.engines.answered_by` gave for these weights when the log was written; None
     where the log does not say which engine answered.
     """
-    if log.answers.engine == HFEngine.name:
-        return weights
-    if log.answers.engine == "openai":
-        section = log.recipe.get("generation") or {}
-        return hash_of("openai", name, weights, section.get("extra_body"))
-    return None
+    engine = ENGINES.get(str(log.answers.engine))
+    if engine is None:
+        return None
+    # as it was written: nothing of it is judged by today's rules
+    section = GenerationSection.model_construct(**(log.recipe.get("generation") or {}))
+    return engine.answered_by(section, name, weights)

@@ -17,7 +17,8 @@ from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.evals.engine import HFEngine, Request, Sampling
+from recipes_lib.evals.engines.base import TOO_LONG, Request, Sampling
+from recipes_lib.evals.engines.transformers import TransformersEngine
 from recipes_lib.weights.runs import BASE, TRUST, Family, families, finished_run
 
 
@@ -91,9 +92,9 @@ def answer(family: Family, name: str, messages: Sequence[Message], sampling: Sam
         ids=tuple(prompt_ids(section, tokenizer, prompt)),
         seed=random.getrandbits(31),
     )
-    engine = HFEngine(partial(family.answering, name), tokenizer, "")
+    engine = TransformersEngine(partial(family.answering, name), tokenizer)
     (done,) = engine.complete([request], sampling)
-    if done.finish_reason == "prompt_too_long":
+    if done.finish_reason == TOO_LONG:
         raise RecipeError("the conversation is longer than the model can read: start a new one")
     return done.text
 

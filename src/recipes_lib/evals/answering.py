@@ -15,15 +15,15 @@ from recipes_lib.core.files import Row, file_hash, hash_of
 from recipes_lib.core.run_directory import RunDirectory, run_lock
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.answers import Answers, Place
-from recipes_lib.evals.engine import (
+from recipes_lib.evals.asking import ask_missing
+from recipes_lib.evals.engines import answered_by
+from recipes_lib.evals.engines.base import (
     REFUSED,
     TOO_LONG,
     Completion,
     Engine,
-    HFEngine,
     Request,
     Sampling,
-    ask_missing,
 )
 from recipes_lib.evals.log import REFERENCE, AnswerFacts, AnswerRow, Store
 from recipes_lib.evals.models import NOT_IN_NAMES, Model
@@ -39,6 +39,7 @@ def answer_all(
 ) -> Answers:
     """Return a model's answers to all turns of all questions; each is stored as it arrives."""
     section = recipe.generation
+    fingerprint = answered_by(section, model.served_name, model.weights)
     usual = Sampling(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature or 0.0,
@@ -72,7 +73,8 @@ def answer_all(
                     if number < turn:
                         answer = texts[question.id, number]
                         messages.append({"role": "assistant", "content": answer})
-                request = _request((question.id, turn), messages, sampling, model, engine)
+                place = question.id, turn
+                request = _request(place, messages, sampling, model, fingerprint)
                 wanted[sampling][request.key] = request
             for sampling, requests in wanted.items():
                 complete = partial(engine.complete, sampling=sampling)
@@ -85,17 +87,12 @@ def answer_all(
                     elif row["finish_reason"] != "stop":
                         cut.add(place)
                     if model.prompt is None:
-                        served_models.add(row.get("served_model") or engine.served_name)
-    known = model.facts()
-    if engine.name != HFEngine.name:
-        # a server says neither its precision nor whether it quantizes; the recipe's are not its
-        known = dataclasses.replace(known, dtype=None, quantized=None)
+                        served_models.add(row.get("served_model") or model.served_name)
     facts = dataclasses.replace(
-        known,
-        fingerprint=engine.fingerprint,
+        model.facts(),
+        **dataclasses.asdict(engine.facts()),
+        fingerprint=fingerprint,
         decoding=usual.to_dict() | ({"temperature": "by category"} if by_category else {}),
-        engine=engine.name,
-        server=engine.version,
         served_model=", ".join(sorted(served_models)) or None,
     )
     return Answers(
@@ -109,9 +106,9 @@ def answer_all(
 
 
 def _request(
-    place: Place, messages: Sequence[Message], sampling: Sampling, model: Model, engine: Engine
+    place: Place, messages: Sequence[Message], sampling: Sampling, model: Model, fingerprint: str
 ) -> Request:
-    """A request with what is stored of it."""
+    """A request with what is stored of it; the fingerprint is what the answers are known by."""
     text, ids = model.render(messages)
     decoding, seed = sampling.to_dict(), int(hash_of(sampling.seed, place)[:15], 16)
     known = {
@@ -119,7 +116,7 @@ def _request(
         "turn": place[1],
         "seed": seed if sampling.temperature else None,
         "decoding": decoding,
-        "model": engine.fingerprint,
+        "model": fingerprint,
         "prompt_format_hash": model.prompt_hash,
     }
     key = hash_of(known, text or messages)

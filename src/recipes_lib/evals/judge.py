@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,16 +27,17 @@ from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import bare_address, count
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.answers import Answers
+from recipes_lib.evals.asking import ServerGone, ask_missing, not_asked
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, by_item, probe_items, sample_of
-from recipes_lib.evals.engine import (
+from recipes_lib.evals.engines import Engines
+from recipes_lib.evals.engines.base import (
     REFUSED,
     TOO_LONG,
     Completion,
-    HFEngine,
-    OpenAIEngine,
+    Engine,
     Request,
     Sampling,
-    ask_missing,
+    Target,
 )
 from recipes_lib.evals.items import Item
 from recipes_lib.evals.log import (
@@ -200,13 +201,22 @@ class Judge:
 
     def __init__(self, section: JudgeSection, fetch: bool = True) -> None:
         self.section = section
-        self.is_served = section.engine == "openai"
+        self.is_served = section.is_served
         self.weights: str | None = None
-        self._engine: Any = None
+        self._gone: ServerGone | None = None
         model = ModelSection(
             name_or_path=section.model, revision=section.revision, dtype=section.dtype
         )
         self._recipe = bare_recipe(model)
+        self._target = Target(
+            name=section.model,
+            recipe=self._recipe,
+            load_tokenizer=lambda: self.tokenizer,
+            using=self._using,
+        )
+        self._network: Any = None
+        self._engines = Engines([self._target])
+        self._engine: Engine | None = None
         if not self.is_served:
             if fetch and local_folder(self._recipe) is None:
                 self.count_tokens("")  # which fetches it: the fingerprint has its commit
@@ -237,7 +247,7 @@ class Judge:
             fingerprint=self.fingerprint,
             engine=self.section.engine,
             address=address,
-            server=getattr(self._engine, "version", None),
+            server=self._engine.facts().server if self._engine else None,
             weights=self.weights,
             model=self.section.model,
             mode=self.section.mode,
@@ -253,26 +263,42 @@ class Judge:
     def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         """Return the replies to requests of one kind as they arrive."""
         section = self.section
+        if self._gone:
+            raise not_asked(self._gone)
         if self._engine is None:
-            self._engine = self._reach() if self.is_served else self._load()
+            self._engine = self._open()
         sampling = Sampling(max_new_tokens=section.max_new_tokens, temperature=section.temperature)
         if section.mode != "logits":
             return self._engine.complete(map(self._render, requests), sampling)
         requests = [*requests]
         lead_ids, tokens = verdict_tokens(self.tokenizer, LEAD_IN, requests[0].allowed)
         rendered = [replace(it, ids=(*it.ids, *lead_ids)) for it in map(self._render, requests)]
-        return self._engine.complete(rendered, sampling, tokens)
+        return self._engine.weigh(rendered, tokens)
 
-    def _reach(self) -> OpenAIEngine:
-        """Return what asks the server, once launch/with_judge.sh has started it where it does."""
+    def give_up(self, error: ServerGone) -> None:
+        """Ask nothing more; what is stored is still read."""
+        self._gone = error
+
+    def close(self) -> None:
+        """Let go of its weights, or of its server."""
+        self._engine = None
+        self._network = None
+        self._engines.close()
+        free_memory()
+
+    def _open(self) -> Engine:
+        """Return its engine, once launch/with_judge.sh has started its server where it does."""
         wanted = os.environ.get("RECIPES_JUDGE_WANTED")
         if wanted and self.section.served_here:
             _wait_for_server(Path(wanted))
-        return OpenAIEngine(self.section, self.section.model)
+        return self._engines.engine(self.section, self._target)
 
-    def _load(self) -> HFEngine:
-        model = ready_to_answer(load_base(self._recipe, self.tokenizer))
-        return HFEngine(lambda: nullcontext(model), self.tokenizer, self.fingerprint)
+    @contextmanager
+    def _using(self) -> Iterator[Any]:
+        """Give its network in this process."""
+        if self._network is None:
+            self._network = ready_to_answer(load_base(self._recipe, self.tokenizer))
+        yield self._network
 
     def _render(self, request: JudgeRequest) -> Request:
         """Return a request as its engine takes it: ids here, text or a message for a server."""
@@ -330,8 +356,7 @@ def opened(section: JudgeSection) -> Iterator[Judge]:
     try:
         yield judge
     finally:
-        judge._engine = None
-        free_memory()
+        judge.close()
 
 
 def verdict_tokens(

@@ -36,9 +36,8 @@ from recipes_lib.core.project import cache_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
-from recipes_lib.evals.engine import (
-    answered_by,
-)
+from recipes_lib.evals.engines import answered_by
+from recipes_lib.evals.engines.base import Target
 from recipes_lib.evals.log import AnswerFacts
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.evals.served import is_served_only, served_fingerprint
@@ -110,15 +109,23 @@ class Model:
         return text, tuple(prompt_ids(self.prompt, self.tokenizer, text))
 
     def facts(self) -> AnswerFacts:
-        """Return what a log says of it."""
+        """Return what a log says of it, whichever engine answers."""
         return AnswerFacts(
             name=self.name,
             models=(self.recipe.model.name_or_path,),
             fingerprint=self.fingerprint,
             prompt_format=self.prompt.prompt_format if self.prompt else "server",
             prompt_format_hash=self.prompt_hash,
-            dtype=self.recipe.model.dtype,
-            quantized=self.recipe.quantization is not None,
+        )
+
+    def target(self, using: Callable[[], AbstractContextManager[Any]]) -> Target:
+        """Return the model as an engine sees it; `using` gives its network in this process."""
+        return Target(
+            name=self.served_name,
+            recipe=self.recipe,
+            saved=self.trained.weights if self.trained else None,
+            load_tokenizer=lambda: self.tokenizer,
+            using=using,
         )
 
     def record(self) -> None:
@@ -303,7 +310,7 @@ def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code:
     is_folder = (Path(word) / "config.json").is_file()
     is_local = is_folder or word.startswith("package:")
     is_hub_id = word.count("/") == 1 and not word.startswith((".", "/", f"{runs_root().name}/"))
-    is_served = section.engine == "openai" and not is_local
+    is_served = section.is_served and not is_local
     if known is None and not (is_local or is_hub_id or is_served):
         open_run(str(_run_folder(word)) if "/" in word else word)  # raises, with similar names
     model = ModelSection(
@@ -325,7 +332,7 @@ def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code:
 def _served_alone(name: str, recipe: EvalRecipe) -> Model:
     """A model that only a server knows, under its name there."""
     section = recipe.generation
-    if section.engine != "openai":
+    if not section.is_served:
         what = f"only a server knows the weights of '{name}'"
         hint = "ask that: generation.engine=openai generation.base_url=ADDRESS"
         raise RecipeError(what, hint)

@@ -20,6 +20,7 @@ from recipes_lib.config.parsing import FilePath, IsPath, Section, parse
 from recipes_lib.core.errors import RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import file_hash, hash_of
 from recipes_lib.core.project import project_root, shown_path
+from recipes_lib.evals.engines import ENGINES
 from recipes_lib.evals.lm_eval_files import TASK_SUFFIXES, files_read_by_tasks, is_trusted
 from recipes_lib.evals.prompts import (
     PROMETHEUS_PACKAGE,
@@ -124,7 +125,7 @@ PromptPath = Annotated[str, IsPath(unless=lambda name: name == PROMETHEUS_PACKAG
 class ServerSection(Section):
     """Who is asked: a model in this process, or a server."""
 
-    engine: Literal["transformers", "openai"] = "transformers"
+    engine: str = Field(default=next(iter(ENGINES)), json_schema_extra={"enum": [*ENGINES]})
     """transformers: in this process. openai: a server with that interface (vLLM, llama.cpp, SGLang,
     hosted)."""
     base_url: str | None = Field(default=None, pattern="^https?://[^/]")
@@ -144,12 +145,24 @@ class ServerSection(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
     """transformers: precision of the weights; a run keeps its recipe's."""
 
+    @field_validator("engine")
+    @classmethod
+    def _is_an_engine(cls, name: str) -> str:
+        if name not in ENGINES:
+            raise ValueError(f"there is no engine '{name}'; engines: {', '.join(ENGINES)}")
+        return name
+
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:
-        if self.engine == "openai" and not self.base_url:
-            raise ValueError("engine openai needs base_url")
+        if self.is_served and not self.base_url:
+            raise ValueError(f"engine {self.engine} needs base_url")
         urlsplit(self.base_url or "").port  # noqa: B018 (a ValueError if it is none)
         return self
+
+    @property
+    def is_served(self) -> bool:
+        """Whether an address is asked, where the weights may be known to the server alone."""
+        return ENGINES[self.engine].is_server
 
     @property
     def address(self) -> str:
@@ -204,9 +217,10 @@ class JudgeSection(ServerSection):
 
     @model_validator(mode="after")
     def _can_answer(self) -> Self:
-        if self.mode == "json" and self.engine != "openai":
+        engine = ENGINES[self.engine]
+        if self.mode == "json" and not engine.writes_json:
             raise ValueError("mode json needs a server that answers in JSON (engine: openai)")
-        if self.mode == "logits" and self.engine == "openai":
+        if self.mode == "logits" and not engine.gives_probabilities:
             raise ValueError("mode logits needs a judge in this process (engine: transformers)")
         return self
 
@@ -220,7 +234,7 @@ class JudgeSection(ServerSection):
     def served_here(self) -> bool:
         """Whether it is expected behind an address of the machine that evaluates."""
         this_machine = ("127.0.0.1", "localhost", "::1")
-        return self.engine == "openai" and urlsplit(self.base_url or "").hostname in this_machine
+        return self.is_served and urlsplit(self.base_url or "").hostname in this_machine
 
     @property
     def address(self) -> str:
@@ -397,7 +411,7 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
         if owner != suite.name:
             hint = "remove it; the number of questions is data.max_questions"
             yield document.error(key, f"{key} is a key of {owner}, not of {suite.name}", hint)
-    if not facts.row and generation.engine == "openai":
+    if not (facts.row or ENGINES[generation.engine].in_process):
         what = f"{suite.name} needs the weights in this process"
         yield document.error("generation.engine", what, "set engine: transformers")
     if suite.name == "lm_eval":

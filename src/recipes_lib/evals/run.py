@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,9 @@ from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import count, say
 from recipes_lib.evals.answering import answer_all, answers_in_file, reference_answers
 from recipes_lib.evals.answers import Answers
-from recipes_lib.evals.engine import Engine, HFEngine, OpenAIEngine, ServerGone, answered_by
+from recipes_lib.evals.asking import NotAsked, ServerDown, ServerGone
+from recipes_lib.evals.engines import Engines, answered_by, transformers
+from recipes_lib.evals.engines.base import Target
 from recipes_lib.evals.judge import Judge, JudgedSuite, judge_model, opened
 from recipes_lib.evals.leaks import leaks_of_run
 from recipes_lib.evals.log import (
@@ -104,8 +106,6 @@ def _reported(
             for each in task.words_with(model) if model else [word]:
                 task.sides.pop(each, None)
                 on_error(task, each, error)
-        if word and isinstance(error, ServerGone):  # for the other words too
-            raise
 
 
 def evaluate(
@@ -150,8 +150,9 @@ def evaluate_tasks(
     if any(task.sides for task in tasks):
         quiet_libraries()
     models = {model.name: model for task in tasks for model in task.models()}
+    down: dict[str, ServerDown] = {}
     for group in families(list(models.values())):
-        _ask_group(group, tasks, on_error)
+        _ask_group(group, tasks, down, on_error)
     waiting = [task for task in tasks if task.sides and task.recipe.judge]
     while waiting:
         section = waiting[0].recipe.judge
@@ -210,7 +211,10 @@ def _key(task: EvalTask, word: str, judge: str | None = None) -> str:
     """The hash of all that decides a result."""
     target, opponent = task.sides[word]
     known = [
-        [_served(task.recipe, side)[1], side.prompt_hash]
+        [
+            answered_by(task.recipe.generation, side.served_name, side.weights),
+            side.prompt_hash,
+        ]
         if isinstance(side, Model)
         else side and side.digest
         for side in (target, opponent)
@@ -218,8 +222,17 @@ def _key(task: EvalTask, word: str, judge: str | None = None) -> str:
     return hash_of(task.recipe.settings_key(), known, judge, task.suite.reads(target))
 
 
-def _ask_group(group: Sequence[Model], tasks: Sequence[EvalTask], on_error: OnError) -> None:
-    """Load one base, and let every suite ask the models on it but those that fail."""
+def _ask_group(
+    group: Sequence[Model],
+    tasks: Sequence[EvalTask],
+    down: dict[str, ServerDown],
+    on_error: OnError,
+) -> None:
+    """Load one base, and let every suite ask the models on it but those that fail.
+
+    Args:
+        down: addresses of servers that gave no reply, with what was said then.
+    """
     usable = []
     for model in group:
         with _reported(on_error, tasks, model):
@@ -227,22 +240,34 @@ def _ask_group(group: Sequence[Model], tasks: Sequence[EvalTask], on_error: OnEr
                 check_weights(model.run, model.full)
             usable.append(model)
     with loaded(usable) as using:
-        for model in usable:
-            for task in tasks:
-                with _reported(on_error, [task], model):
-                    if task.words_with(model):
-                        _ask(task, model, partial(using, model))
+        targets = {model.name: model.target(partial(using, model)) for model in usable}
+        with Engines([*targets.values()]) as engines:
+            for model in usable:
+                for task in tasks:
+                    with _reported(on_error, [task], model):
+                        if task.words_with(model):
+                            _ask(task, model, targets[model.name], engines, down)
 
 
-def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManager[Any]]) -> None:
+def _ask(
+    task: EvalTask,
+    model: Model,
+    target: Target,
+    engines: Engines,
+    down: dict[str, ServerDown],
+) -> None:
     """Let a suite ask one model; what no judge decides is done then."""
     recipe, suite = task.recipe, task.suite
     if suite.chosen.questions:
-        name, fingerprint = _served(recipe, model)
-        engine: Engine = HFEngine(using, model.tokenizer, fingerprint)
-        if recipe.generation.engine == "openai":
-            engine = OpenAIEngine(recipe.generation, name, fingerprint)
-        answers = answer_all(recipe, model, engine, suite.chosen.questions)
+        address = str(recipe.generation.base_url)
+        engine = engines.engine(recipe.generation, target)
+        if recipe.generation.is_served and address in down:
+            engine = NotAsked(engine, down[address])
+        try:
+            answers = answer_all(recipe, model, engine, suite.chosen.questions)
+        except ServerDown as error:
+            down.setdefault(address, error)
+            raise
         task.answers[model.name] = answers
         if recipe.is_judged:
             return
@@ -251,19 +276,13 @@ def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManage
         log = replace(log, subset=suite.chosen.subset, answers=answers.facts, notes=notes)
     else:
         model.record()
-        facts = replace(model.facts(), engine=HFEngine.name)
-        with run_lock(model.folder(recipe.name), wait=True), using() as network:
+        facts = replace(model.facts(), **asdict(transformers.facts_of(model.recipe)))
+        with run_lock(model.folder(recipe.name), wait=True), target.using() as network:
             log = replace(suite.measure(model, network), answers=facts)
     words = task.words_with(model)
     file = log_file(model.run.path, recipe.name, None)
     log = replace(log, target=model.name, key=_key(task, words[0]), file=file)
     task.logs |= dict.fromkeys(words, _written(recipe, log))
-
-
-def _served(recipe: EvalRecipe, model: Model) -> tuple[str, str]:
-    """The name that a server has for a model, and what the model's answers are known by."""
-    name = model.served_name
-    return name, answered_by(recipe.generation, name, model.weights)
 
 
 def _judge(task: EvalTask, judge: Judge, on_error: OnError) -> None:
@@ -276,7 +295,11 @@ def _judge(task: EvalTask, judge: Judge, on_error: OnError) -> None:
                 task.answers[side.name] if isinstance(side, Model) else side for side in sides
             )
             assert answers
-            log = judge_model(suite, answers, opponent, judge, probes)
+            try:
+                log = judge_model(suite, answers, opponent, judge, probes)
+            except ServerGone as error:
+                judge.give_up(error)  # for the other words and tasks too
+                raise
             log = replace(log, key=_key(task, word, judge.fingerprint))
             task.logs[word] = _written(task.recipe, log)
 

@@ -102,7 +102,7 @@ def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
         ModelSection(name_or_path=judge.model, revision=judge.revision)
         for judge in judges
         # a name without a slash is one that a server goes by
-        if judge.engine == "transformers" or (judge.served_here and "/" in judge.model)
+        if not judge.is_served or (judge.served_here and "/" in judge.model)
     ]
 
 

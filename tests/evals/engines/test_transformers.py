@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.evals.engine import HFEngine, Request, Sampling
+from recipes_lib.evals.engines.base import Request, Sampling
+from recipes_lib.evals.engines.transformers import TransformersEngine
 
 REQUESTS = [Request(key=str(n), ids=tuple(range(5, 8 + n)), seed=n) for n in range(7)]
 
@@ -24,7 +25,7 @@ def model_and_tokenizer(tiny_model_dir) -> tuple[Any, Any]:
 
 
 def answers(model: Any, tokenizer: Any, batch_tokens: int, **sampling: Any) -> dict[str, str]:
-    engine = HFEngine(lambda: nullcontext(model), tokenizer, "f", batch_tokens)
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, batch_tokens=batch_tokens)
     settings = Sampling(max_new_tokens=12, **sampling)
     return {done.key: done.text for done in engine.complete(REQUESTS, settings)}
 
@@ -41,7 +42,7 @@ def test_an_answer_has_the_room_that_it_has_alone(model_and_tokenizer) -> None:
     model, tokenizer = model_and_tokenizer
     ids = (5,) * (model.config.max_position_embeddings - 2)
     requests = [*REQUESTS, Request(key="long", ids=ids)]
-    engine = HFEngine(lambda: nullcontext(model), tokenizer, "f", 100_000)
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, batch_tokens=100_000)
     done = {done.key: done.text for done in engine.complete(requests, Sampling(max_new_tokens=12))}
     assert done.pop("long") and done == answers(model, tokenizer, 1)
 
@@ -61,7 +62,7 @@ def test_batches_are_halved_from_one_out_of_memory_on(model_and_tokenizer, monke
     monkeypatch.setattr(model, "generate", limited)
     most = 2
     assert answers(model, tokenizer, 10_000) == wanted
-    assert sizes[:2] == [7, 3] and max(sizes[2:]) <= 2
+    assert sizes[:3] == [7, 4, 2] and max(sizes[2:]) <= 2
     assert "out of memory" in capsys.readouterr().err
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
@@ -71,6 +72,6 @@ def test_batches_are_halved_from_one_out_of_memory_on(model_and_tokenizer, monke
 def test_a_prompt_longer_than_the_context_is_no_answer_and_stops_nothing(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     long = Request(key="long", ids=(5,) * model.config.max_position_embeddings)
-    engine = HFEngine(lambda: nullcontext(model), tokenizer, "f")
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer)
     first, second = engine.complete([REQUESTS[0], long], Sampling())
     assert first.finish_reason == "prompt_too_long" and second.text

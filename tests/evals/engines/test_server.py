@@ -11,16 +11,10 @@ import pytest
 from tests.evals.faulty_server import MODEL, NONSENSE, Fault, FaultyServer
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.evals.engine import (
-    Completion,
-    EvaluationIncomplete,
-    OpenAIEngine,
-    Request,
-    Sampling,
-    ServerGone,
-    answered_by,
-    ask_missing,
-)
+from recipes_lib.evals.asking import EvaluationIncomplete, ServerGone, ask_missing
+from recipes_lib.evals.engines import answered_by
+from recipes_lib.evals.engines.base import Completion, Request, Sampling
+from recipes_lib.evals.engines.server import ServerEngine
 from recipes_lib.evals.log import Store
 from recipes_lib.evals.recipe import GenerationSection
 
@@ -30,15 +24,15 @@ CHAT = {"messages": ({"role": "user", "content": "hi"},)}
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr("recipes_lib.evals.engine.LONGEST_PAUSE_S", 0.0)
+    monkeypatch.setattr("recipes_lib.evals.engines.server.LONGEST_PAUSE_S", 0.0)
 
 
-def engine_for(server: FaultyServer, model: str = MODEL, **settings: Any) -> OpenAIEngine:
+def engine_for(server: FaultyServer, model: str = MODEL, **settings: Any) -> ServerEngine:
     usual = {"timeout_s": 0.6, "max_retries": 2, "concurrency": 1, "base_url": server.url}
-    return OpenAIEngine(GenerationSection(engine="openai", **usual | settings), model)
+    return ServerEngine(GenerationSection(engine="openai", **usual | settings), model)
 
 
-def ask(engine: OpenAIEngine, number: int = 1, **fields: Any) -> list[Completion]:
+def ask(engine: ServerEngine, number: int = 1, **fields: Any) -> list[Completion]:
     sampling = fields.pop("sampling", Sampling())
     fields = fields or {"prompt": "Hello there"}
     requests = [Request(key=str(n), **fields) for n in range(number)]
@@ -192,7 +186,7 @@ def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written_or_fail_alone():
 
 def test_another_model_or_no_server_has_no_answer():
     (done,) = ask(
-        OpenAIEngine(GenerationSection(base_url="http://127.0.0.1:9/v1", max_retries=0), MODEL)
+        ServerEngine(GenerationSection(base_url="http://127.0.0.1:9/v1", max_retries=0), MODEL)
     )
     assert "127.0.0.1:9" in str(done.error)
     with always(b'200:{"model": "stranger", "choices": [{"text": "A"}]}') as server:

@@ -1,0 +1,58 @@
+"""The engines that there are, and the one place that chooses among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Self
+
+from recipes_lib.evals.engines import server, transformers
+from recipes_lib.evals.engines.base import Engine, EngineOf, EngineType, Target
+
+if TYPE_CHECKING:
+    from recipes_lib.evals.recipe import ServerSection
+
+# by their name in a recipe; the first is the default
+ENGINES: dict[str, EngineType] = {
+    engine.name: engine for engine in (transformers.ENGINE, server.ENGINE)
+}
+
+
+class Engines:
+    """The engines of models that share a base. A context: what an engine holds for these models is
+    opened when it is first asked for, and closed at the end.
+    """
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self._targets = targets
+        self._opened: dict[str, EngineOf] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what was opened."""
+        self._opened.clear()
+        self._stack.close()
+
+    def engine(self, section: ServerSection, target: Target) -> Engine:
+        """Return the engine that a section of a recipe names, for one of the models."""
+        if section.engine not in self._opened:
+            context = ENGINES[section.engine].opened(self._targets)
+            self._opened[section.engine] = self._stack.enter_context(context)
+        return self._opened[section.engine](section, target)
+
+
+def answered_by(section: ServerSection, name: str, weights: str | None) -> str:
+    """Return what answers are known by: the hash of the weights, and of what else decides them.
+
+    Args:
+        section: of the eval recipe.
+        name: of the model on a server.
+        weights: their hash; None where only a server knows them.
+    """
+    return ENGINES[section.engine].answered_by(section, name, weights)

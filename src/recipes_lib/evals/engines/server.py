@@ -1,0 +1,243 @@
+"""The engine behind an address: a server with OpenAI's interface (vLLM, llama.cpp, SGLang, hosted).
+A request that it refuses ends alone, and is never an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.files import hash_of, valid_texts
+from recipes_lib.evals.engines.base import (
+    REFUSED,
+    TOO_LONG,
+    Completion,
+    Engine,
+    EngineFacts,
+    EngineOf,
+    EngineType,
+    Request,
+    Sampling,
+    Target,
+)
+
+if TYPE_CHECKING:
+    import openai
+
+    from recipes_lib.evals.recipe import ServerSection
+
+NAME = "openai"
+LONGEST_PAUSE_S = 60.0  # the client follows a Retry-After of up to a minute
+# the client checks no types, so a reply may hold anything
+_UNREADABLE = (AttributeError, TypeError, LookupError, ValueError, RecursionError)
+# what servers say of a prompt that their context does not hold (vLLM, llama.cpp, OpenAI, SGLang)
+_SAYS_TOO_LONG = re.compile(
+    r"context.{0,20}(length|size|window)|context_length|exceed\w*.{0,40}(context|length|tokens)"
+    r"|(prompt|input|request).{0,40}too (long|large)|longer than.{0,40}(context|length)"
+    r"|max_model_len|too many tokens",
+    re.IGNORECASE | re.DOTALL,
+)
+# what they say of a text that they may not answer (OpenAI, Azure, Mistral and others)
+_SAYS_REFUSED = re.compile(
+    r"content.?(filter|policy|management)|usage polic|moderation|safety|flagged", re.IGNORECASE
+)
+_CUT_SHORT = ("abort", "aborted", "cancelled", "error")  # finish reasons of no whole answer
+_WITHHELD = "content_filter"  # OpenAI's finish reason of an answer that it withheld, or cut
+
+
+class ServerEngine(Engine):
+    """Answers through a server.
+
+    Args:
+        model: the name it serves the model under.
+    """
+
+    def __init__(self, server: ServerSection, model: str) -> None:
+        import openai  # half a second, which stored judgments do without
+
+        self._openai = openai
+        self.server = server
+        self.model = model
+        variable = server.api_key_variable
+        key = os.environ.get(variable, "").strip() if variable else "no-key-needed"
+        if not (key and key.isascii() and key.isprintable()):
+            what = f"the environment variable {variable} is not set, or holds no key"
+            raise EnvironmentFault(what)
+        self._key = key
+        self._limit = "max_tokens"  # or what the server asks for in its place
+        self.version = asyncio.run(self._version())
+
+    def facts(self) -> EngineFacts:
+        """Return what the log says: a server tells neither its precision nor its quantization."""
+        return EngineFacts(engine=NAME, server=self.version)
+
+    def complete(self, requests: Iterable[Request], sampling: Sampling) -> Generator[Completion]:
+        """Yield completions as they arrive, `concurrency` requests in flight."""
+        source = iter(requests)
+        tasks: set[asyncio.Task[Completion]] = set()
+        with asyncio.Runner() as runner:
+            client = self._client()
+            loop = runner.get_loop()
+            try:
+                while True:
+                    for request in islice(source, self.server.concurrency - len(tasks)):
+                        tasks.add(loop.create_task(self._ask(client, request, sampling)))
+                    if not tasks:
+                        return
+                    first = asyncio.FIRST_COMPLETED
+                    done, tasks = runner.run(asyncio.wait(tasks, return_when=first))
+                    for task in done:
+                        yield task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                runner.run(client.close())
+
+    def _client(self) -> openai.AsyncOpenAI:
+        return self._openai.AsyncOpenAI(
+            base_url=self.server.address,
+            api_key=self._key,
+            timeout=self.server.timeout_s,
+            max_retries=self.server.max_retries,
+        )
+
+    async def _version(self) -> str | None:
+        """What the server says of itself, as vLLM does."""
+        async with self._client() as client:
+            try:
+                root = str(client.base_url).rstrip("/").removesuffix("/v1")
+                once = client.with_options(max_retries=0)
+                reply: Any = await once.get(f"{root}/version", cast_to=object)
+                return str(reply["version"])[:40]
+            except (self._openai.OpenAIError, *_UNREADABLE):
+                return None
+
+    async def _ask(
+        self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling
+    ) -> Completion:
+        """Return the completion of one request, or its error after the client's last attempt."""
+        # of the whole reply: the client's timeout begins anew with each byte
+        longest = (self.server.timeout_s + LONGEST_PAUSE_S) * (self.server.max_retries + 1)
+        try:
+            async with asyncio.timeout(longest):
+                reply = await self._send(client, request, sampling)
+            return self._read(request, reply)
+        except (self._openai.OpenAIError, TimeoutError, *_UNREADABLE) as error:
+            reason = self._reason(error)
+            refused = self._refusal(error)
+            if refused is not None:
+                return Completion(key=request.key, finish_reason=refused, refusal=reason)
+            return Completion(key=request.key, error=reason, is_down=self._is_down(error))
+
+    def _refusal(self, error: Exception) -> str | None:
+        """Why the server will never answer this request; None where the same may pass later, or
+        where the fault is not the request's (a wrong key, an unknown model).
+        """
+        if not isinstance(error, self._openai.APIStatusError):
+            return None
+        said = f"{error} {error.body}"[:3000]
+        if error.status_code == 413:
+            return TOO_LONG
+        if error.status_code in (400, 422) and _SAYS_TOO_LONG.search(said):
+            return TOO_LONG
+        if error.status_code == 422:
+            return REFUSED
+        if error.status_code in (400, 403, 451) and _SAYS_REFUSED.search(said):
+            return REFUSED
+        return None
+
+    def _is_down(self, error: Exception) -> bool:
+        """Whether the fault is the server's, or its key's, whichever model is asked."""
+        if isinstance(error, self._openai.APIStatusError):
+            return error.status_code >= 500 or error.status_code in (401, 429)
+        return isinstance(error, self._openai.APIConnectionError | TimeoutError)
+
+    def _reason(self, error: Exception) -> str:
+        """What the client says, in one line; a server may send the key back."""
+        said = valid_texts(" ".join(str(error)[:3000].split()).replace(self._key, "***"))[:300]
+        return f"{self.server.address}: {said or type(error).__name__}"
+
+    async def _send(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
+        """Send what is rendered here as token ids or text, else messages."""
+        settings: dict[str, Any] = {"model": self.model, "extra_body": self.server.extra_body}
+        settings["temperature"] = sampling.temperature
+        if sampling.temperature:
+            settings |= {"top_p": 1.0, "seed": request.seed % 2**31}
+        if request.prompt is not None:
+            settings["prompt"] = list(request.ids) or request.prompt
+            settings["max_tokens"] = sampling.max_new_tokens
+            return await client.completions.create(**settings)
+        if request.schema is not None:
+            verdict = {"name": "verdict", "schema": dict(request.schema), "strict": True}
+            settings["response_format"] = {"type": "json_schema", "json_schema": verdict}
+        settings["messages"] = list(request.messages)
+        create: Any = client.chat.completions.create
+        limit = self._limit  # another request may change it meanwhile
+        try:
+            return await create(**settings, **{limit: sampling.max_new_tokens})
+        except self._openai.BadRequestError as error:
+            if limit != "max_tokens" or "max_completion_tokens" not in str(error.body):
+                raise
+            self._limit = "max_completion_tokens"
+            return await create(**settings, **{self._limit: sampling.max_new_tokens})
+
+    def _read(self, request: Request, reply: Any) -> Completion:
+        """Read a reply of either endpoint. No text is an empty one, as of a model that declines."""
+        model = self._model_of(reply)
+        choice = reply.choices[0]
+        message = getattr(choice, "message", None)
+        if message:
+            text = message.content or ""
+        else:
+            text = choice.text
+        finish = str(getattr(choice, "finish_reason", None) or "stop")
+        if finish.lower() in _CUT_SHORT:
+            raise ValueError(f"the server cut it short (finish_reason {finish})")
+        if finish == _WITHHELD:
+            refusal = f"{self.server.address}: finish_reason {finish}"
+            return Completion(key=request.key, finish_reason=REFUSED, refusal=refusal, model=model)
+        return Completion(
+            key=request.key,
+            text=valid_texts(text.strip()),
+            finish_reason=valid_texts(finish),
+            model=model,
+        )
+
+    def _model_of(self, reply: Any) -> str | None:
+        """Return the name of the model in a reply, None where it has none."""
+        model = getattr(reply, "model", None)
+        if not isinstance(model, str) or not model:
+            return None
+        wanted = re.escape(self.model.rsplit("/", 1)[-1])
+        if not re.search(rf"(?i)(^|/){wanted}(?![\w.])", model):
+            raise ValueError(f"asked for '{self.model}', but '{model[:100]}' answered")
+        return valid_texts(model[:200])
+
+
+@contextmanager
+def _opened(targets: Sequence[Target]) -> Iterator[EngineOf]:
+    """Give what makes an engine; the server is somebody else's."""
+
+    def engine(section: ServerSection, target: Target) -> ServerEngine:
+        return ServerEngine(section, target.name)
+
+    yield engine
+
+
+def _answered_by(section: ServerSection, name: str, weights: str | None) -> str:
+    return hash_of("openai", name, weights, section.extra_body)
+
+
+ENGINE = EngineType(
+    name=NAME,
+    opened=_opened,
+    answered_by=_answered_by,
+    is_server=True,
+    writes_json=True,
+)
