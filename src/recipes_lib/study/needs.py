@@ -123,7 +123,7 @@ def _missing_keys(evaluation: EvalRecipe, site: Site) -> Iterator[EnvironmentFau
         "judge": evaluation.judge,
     }
     for name, section in sections.items():
-        if section is None or section.engine != "openai" or section.api_key_variable is None:
+        if section is None or not section.is_served or section.api_key_variable is None:
             continue
         variable = section.api_key_variable
         if variable in site.set_there or _is_key(site.environment.get(variable, "")):
@@ -145,7 +145,7 @@ def _is_key(text: str) -> bool:
 
 def _is_there_already(judge: JudgeSection, site: Site) -> bool:
     """Whether a judge is behind a server that must answer before anything is trained."""
-    if judge.engine != "openai":
+    if not judge.is_served:
         return False
     if judge.served_here:
         # one that a job starts is not there yet, and 127.0.0.1 of another machine cannot be asked

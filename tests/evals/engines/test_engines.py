@@ -12,7 +12,7 @@ from tests.evals.engines import toy_engine
 
 import recipes_lib
 from recipes_lib.analysis.ownership import check_ownership
-from recipes_lib.analysis.runs import load_run
+from recipes_lib.analysis.readers.ours import load_run
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.evals.engines import ENGINES
 from recipes_lib.evals.models import known_by
