@@ -57,7 +57,7 @@ def test_without_arguments_the_verbs_are_listed_in_groups_and_each_documents_its
         assert cli.main([verb, "--help"]) == 0
         printed = " ".join(capsys.readouterr().out.split())
         assert text[1:] in printed  # names keep their capitals
-        takes_values = verb not in ("new", "migrate", "ls", "status", "doctor", "explain")
+        takes_values = verb not in ("migrate", "ls", "status", "doctor", "explain")
         assert takes_values or "section.key=value" not in printed, verb
 
 

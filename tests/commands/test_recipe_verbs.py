@@ -50,7 +50,7 @@ def test_new_writes_a_recipe_of_what_differs_that_passes_the_check(said, tmp_pat
     assert said("check", "recipes/my-first.yaml").startswith("1 file ok")
 
 
-def test_new_reads_the_rows_it_is_given_and_leaves_no_recipe_where_it_cannot(said, tmp_path):
+def test_new_reads_the_rows_it_is_given_and_leaves_no_recipe_where_it_can_read_none(said, tmp_path):
     rows = []
     for question in "abc":
         turns = [("user", question), ("assistant", "b")]
@@ -63,7 +63,10 @@ def test_new_reads_the_rows_it_is_given_and_leaves_no_recipe_where_it_cannot(sai
     row = {"instruction": "a", "response": "b"}
     (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"instruction": "a"}))
     assert "bad.jsonl:2" in said("new", "y", "--from", QUICKSTART, "--data", "bad.jsonl", code=4)
-    assert not (tmp_path / "y.yaml").exists()
+    assert (tmp_path / "y.yaml").exists()  # to say there what becomes of bad rows
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"instruction": "a"}))
+    assert "bad.jsonl:1" in said("new", "z", "--from", QUICKSTART, "--data", "bad.jsonl", code=4)
+    assert not (tmp_path / "z.yaml").exists()
 
 
 def test_new_changes_the_method_with_its_learning_rate_and_the_model(said):

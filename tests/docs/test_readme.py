@@ -53,6 +53,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(PROJECT / folder, tmp_path / folder, ignore=own)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("recipes_lib.evals.recipe.project_root", lambda: tmp_path)
+    monkeypatch.setattr("recipes_lib.config.new.project_root", lambda: tmp_path)
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     monkeypatch.setenv("COLUMNS", "120")
     return tmp_path

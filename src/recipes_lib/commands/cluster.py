@@ -16,7 +16,7 @@ from recipes_lib.core.terminal import count, next_step, say
 from recipes_lib.slurm import queue
 from recipes_lib.slurm.jobs import JobPlan, Planner, directives, job_commands
 from recipes_lib.slurm.prefetching import prefetch_needs
-from recipes_lib.slurm.profile import Profile, known_profiles, load_profile
+from recipes_lib.slurm.profile import NEW_PROFILE, Profile, known_profiles, load_profile
 from recipes_lib.study.needs import missing_needs
 from recipes_lib.study.run import raise_all
 
@@ -55,7 +55,7 @@ def run_launch(
             "one recipe or study at a time; put site options into the profile (sbatch)",
         )
     if not profile:
-        hint = f"profiles: {', '.join(known_profiles())}, or a copy of launch/profiles/example.yaml"
+        hint = f"profiles: {', '.join(known_profiles())}; for a new site: {NEW_PROFILE}"
         raise RecipeError("recipes launch: --profile is missing", hint)
     site = load_profile(profile)
     site.enter()

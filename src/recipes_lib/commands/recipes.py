@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,9 +21,11 @@ from recipes_lib.config.documents import (
     did_you_mean,
     no_such_file,
     read,
+    read_words,
     value_text,
     wrong_kind,
 )
+from recipes_lib.config.fitting import UserRows, fit_to_rows
 from recipes_lib.config.launch import (
     DEFAULT_PORT,
     AccelerateConfig,
@@ -30,7 +34,14 @@ from recipes_lib.config.launch import (
     plan_launch,
 )
 from recipes_lib.config.migrate import migrate
-from recipes_lib.config.new import Method, new_recipe, schema_line
+from recipes_lib.config.new import (
+    Method,
+    NewData,
+    chosen_keys,
+    copy_of,
+    new_recipe,
+    schema_line,
+)
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.preflight import check_model_files, check_upstream
 from recipes_lib.config.recipe import (
@@ -54,9 +65,9 @@ from recipes_lib.core.errors import (
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, recipe_path, shown_path
 from recipes_lib.core.terminal import aligned, count, next_step, say
-from recipes_lib.data.errors import place
+from recipes_lib.data.errors import BadRows, place
 from recipes_lib.data.prompts import chat_template
-from recipes_lib.data.reading import check_rows, first_local_row, formats_of
+from recipes_lib.data.reading import check_rows, first_local_row, formats_of, read_data
 from recipes_lib.training.resume_guard import differences, flatten
 
 if TYPE_CHECKING:
@@ -67,6 +78,7 @@ if TYPE_CHECKING:
 
 def run_new(
     name: Annotated[str, "name of the recipe and of its run"],
+    overrides: Sequence[str],
     *,
     from_: Annotated[str, "the recipe to start from, for example quickstart/lora-r8"],
     model: Annotated[str | None, "another base model: a Hub id or a folder"] = None,
@@ -74,25 +86,77 @@ def run_new(
     method: Annotated[Method | None, "what to train"] = None,
     output: Annotated[Path | None, "default: NAME.yaml, in ./recipes if there is one"] = None,
 ) -> int:
-    """Write the recipe and print it; nothing is left where the rows cannot be read."""
+    """Write the recipe and print it; nothing is left where no row can be read."""
     check_run_name(name)
+    kind = read(from_).kind
+    if kind in _COPIED_TO:
+        return _copy(name, from_, output or Path(_COPIED_TO[kind], f"{name}.yaml"))
     folder = Path("recipes") if Path("recipes").is_dir() else Path()
     target = output or folder / f"{name}.yaml"
-    file = shown_path(target)
-    if target.exists():
-        raise RecipeError("exists already", "write elsewhere: --output OTHER.yaml", file=file)
-    rows = (data, formats_of(data)) if data else None
-    text = new_recipe(name, target, load_recipe(from_), model=model, rows=rows, method=method)
+    file = _unused(target)
+    origin = load_recipe(from_, overrides)
+    new_text = functools.partial(
+        new_recipe, name, target, origin, model=model, method=method, words=overrides
+    )
+    if data is not None:
+        return _new_with_rows(data, target, new_text, overrides)
+    text = new_text()
     write_text(target, text)
+    say(f"wrote {file}:\n{text.rstrip()}")
+    return next_step("check", file)
+
+
+def _new_with_rows(
+    data: Path, target: Path, new_text: Callable[..., str], overrides: Sequence[str]
+) -> int:
+    """Write a recipe for the user's own rows, fitted to their number; name those that are bad."""
+    columns: dict[str, str] = {}
+    for document in read_words(overrides):
+        columns |= document.values.get("data", {}).get("columns") or {}
+    rows = NewData(data, formats_of(data, columns))
+    write_text(target, new_text(rows=rows))
+    bad = BadRows()
     try:
-        recipe = load_recipe(target, ["run.global_batch_size=null"])  # it can be lowered
-        for error in check_rows(recipe) if rows else ():
-            raise error
+        # the origin's batch may be larger than all of the rows
+        recipe = load_recipe(target, ["run.global_batch_size=null"])
+        read_rows = read_data(recipe.data, bad)
+        if not read_rows.rows:
+            raise bad.error(read_rows.num_read)
     except RecipesError:
         target.unlink()
         raise
-    say(f"wrote {file}:\n{text.rstrip()}")
+    num_characters = max(len(json.dumps(row.fields)) for row in read_rows.rows)
+    user_rows = UserRows(len(read_rows.rows), num_characters)
+    fitted = fit_to_rows(load_recipe(target), user_rows, chosen_keys(overrides))
+    text = new_text(rows=rows, fitted=fitted)
+    write_text(target, text)
+    file = shown_path(target)
+    say(f"wrote {file}:\n{text.rstrip()}", *fitted.lines)
+    if bad and recipe.data.on_bad_row == "error":
+        raise bad.error(read_rows.num_read)
+    for error in check_rows(load_recipe(target)):
+        raise error
     return next_step("check", file)
+
+
+# Kind of a file that is copied whole -> the folder where it is looked for by its name.
+_COPIED_TO = {"profile": "launch/profiles", "accelerate": "accelerate_configs"}
+
+
+def _copy(name: str, origin: str, target: Path) -> int:
+    """Write a copy of a profile or an accelerate config."""
+    file = _unused(target)
+    write_text(target, copy_of(recipe_path(origin), target))
+    say(f"wrote {file}; {origin} with its comments")
+    return next_step("check", file)
+
+
+def _unused(target: Path) -> str:
+    """Return how a user would type a file that does not exist yet."""
+    file = shown_path(target)
+    if target.exists():
+        raise RecipeError("exists already", "write elsewhere: --output OTHER.yaml", file=file)
+    return file
 
 
 # ---- migrate ----

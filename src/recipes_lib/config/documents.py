@@ -148,7 +148,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     files = _with_parents(path, ())
     document = Document(path, text=files[-1].text)
     once = {part.path.resolve(): part for part in files}
-    for part in [*once.values(), *map(_override, overrides)]:
+    for part in [*once.values(), *read_words(overrides)]:
         if isinstance(part.values, dict) and isinstance(document.values, dict):
             _merge(document, document.values, part.values, ())
         else:
@@ -187,6 +187,11 @@ def _merge(document: Document, into: Values, new: Values, at: KeyPath) -> None:
         into[key] = value
         for known in [known for known in document.origins if known[: len(path)] == path]:
             del document.origins[known]
+
+
+def read_words(words: Iterable[str]) -> list[Document]:
+    """Return a document for each `section.key=value`, with its one value in nested mappings."""
+    return [_override(word) for word in words]
 
 
 def _override(word: str) -> Document:

@@ -167,7 +167,7 @@ def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> Migrate
     if rows.prompt_format is None:
         recipe.texts["data.prompt_format"] = [f"# {line}" for line in _ROWS_ARE_ELSEWHERE]
         recipe.changes.append(f"not written: data.prompt_format; {rows.why}")
-    text = "\n".join([head, *recipe.lines(), *comments])
+    text = "\n".join([head, *recipe.lines(), *comments]).lstrip("\n")
     return Migrated(f"{text}\n", recipe.changes)
 
 

@@ -1,14 +1,17 @@
-"""The text of a new recipe that extends another."""
+"""The text of a new recipe that extends another, or of a copy of a shipped profile or config."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
-from recipes_lib.config.documents import Values, relative_path
-from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.documents import Values, dotted, read_words, relative_path
+from recipes_lib.config.fitting import Fitted
+from recipes_lib.config.recipe import DataSection, FiltersSection, Recipe
 from recipes_lib.core.project import project_root
 
 Method = Literal["lora", "qlora", "full"]
@@ -19,6 +22,21 @@ _NF4 = {
     "bnb_4bit_compute_dtype": "bfloat16",
     "bnb_4bit_quant_storage": "bfloat16",  # FSDP shards one floating type
 }
+_NEW_ADAPTER = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+# Full fine-tuning takes about a tenth of the learning rate that an adapter takes.
+_RATE_OF_ADAPTER = 10
+# The keys of `data` that say which rows of a source are read, and how its columns are called.
+_OF_THE_SOURCE = ("subset", "source_split", "revision", "columns", "max_examples")
+_OF_CHAT = ("chat_template", "chat_template_kwargs", "template_date", "system_prompt", "chat_loss")
+_SCHEMA_MARK = "# yaml-language-server: $schema="
+
+
+@dataclass(frozen=True)
+class NewData:
+    """The user's own rows: a file or folder, and the prompt formats that can read it."""
+
+    file: Path
+    formats: tuple[str, ...]
 
 
 def new_recipe(
@@ -27,49 +45,152 @@ def new_recipe(
     origin: Recipe,
     *,
     model: str | None = None,
-    rows: tuple[Path, tuple[str, ...]] | None = None,
+    rows: NewData | None = None,
     method: Method | None = None,
+    words: Sequence[str] = (),
+    fitted: Fitted | None = None,
 ) -> str:
     """Return the text of a recipe called `name` that extends `origin` and will lie at `target`.
 
     Args:
-        rows: the user's own, and the prompt formats that can read them. Steps become shares of the
-            training.
+        rows: the user's own. Steps become shares of the training.
+        words: `section.key=value`, as the user typed them; `origin` was read with them.
+        fitted: what the number of rows changes.
     """
     values: Values = {"model": {}, "quantization": {}, "lora": {}, "data": {}, "train": {}}
-    train, lora = origin.train, origin.lora
     if model is not None:
-        folder = Path(model).expanduser()
-        values["model"]["name_or_path"] = (
-            relative_path(target, folder) if folder.is_dir() else model
-        )
-        values["data"] |= {"chat_template": None} if origin.data.chat_template else {}
-        values["train"] |= {"eos_token": None} if train.get("eos_token") else {}
-        values["lora"] |= {"target_modules": "all-linear"} if lora else {}
+        _set_model(values, target, origin, model)
     if rows is not None:
-        file, formats = rows
-        values["data"]["source"] = relative_path(target, file)
-        if origin.data.prompt_format not in formats:
-            values["data"]["prompt_format"] = formats[0]
-        if formats == ("raw",) and train.get("completion_only_loss"):
-            values["train"]["completion_only_loss"] = None
-        values["train"] |= {"max_steps": -1, "eval_steps": 0.2, "save_steps": 0.2}
+        _set_rows(values, target, origin, rows, chosen_keys(words))
     if method is not None:
-        if method == "full":
-            values["lora"] = None
-        elif lora is None:
-            values["lora"] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-        if method == "qlora" or origin.quantization is not None:
-            values["quantization"] = (origin.quantization or _NF4) if method == "qlora" else None
-        if (lora is None) != (method == "full") and (rate := train.get("learning_rate")):
-            values["train"]["learning_rate"] = float(f"{rate * (10 if lora is None else 0.1):.3g}")
+        _set_method(values, origin, method)
     values["run"] = {"name": name, "tags": []}
+    if fitted is not None:
+        values["data"] |= fitted.data
+        values["train"] |= fitted.train
+        values["run"] |= fitted.run
+    _set_words(values, target, origin, words)
     written = {key: value for key, value in values.items() if value is None or value}
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
-    return f"{schema_line(target)}\nextends: {relative_path(target, origin.path)}\n{text}"
+    lines = [schema_line(target), f"extends: {_name_of(origin, target)}", text]
+    return "\n".join(line for line in lines if line)
+
+
+def _set_model(values: Values, target: Path, origin: Recipe, model: str) -> None:
+    """Another base: its own chat template and end of turn, and adapters on all of its layers."""
+    folder = Path(model).expanduser()
+    values["model"]["name_or_path"] = relative_path(target, folder) if folder.is_dir() else model
+    if origin.data.chat_template:
+        values["data"]["chat_template"] = None
+    if origin.train.get("eos_token"):
+        values["train"]["eos_token"] = None
+    if origin.lora:
+        values["lora"]["target_modules"] = "all-linear"
+
+
+def _set_rows(
+    values: Values, target: Path, origin: Recipe, rows: NewData, chosen: set[str]
+) -> None:
+    """Other rows: what the origin says about its own source goes with it."""
+    data = values["data"]
+    data["source"] = relative_path(target, rows.file)
+    for key in _OF_THE_SOURCE:
+        _reset(data, origin, key)
+    if origin.data.filters != FiltersSection():
+        data["filters"] = FiltersSection().model_dump()
+    prompt_format: str = origin.data.prompt_format
+    if prompt_format not in rows.formats and "data.prompt_format" not in chosen:
+        prompt_format = rows.formats[0]
+        data["prompt_format"] = prompt_format
+    if prompt_format != "chat":
+        for key in _OF_CHAT:
+            _reset(data, origin, key)
+        if origin.train.get("assistant_only_loss"):
+            values["train"]["assistant_only_loss"] = False
+    if rows.formats == ("raw",) and origin.train.get("completion_only_loss"):
+        values["train"]["completion_only_loss"] = None
+    values["train"] |= {"max_steps": -1, "eval_steps": 0.2, "save_steps": 0.2}
+
+
+def _reset(data: Values, origin: Recipe, key: str) -> None:
+    """Set a key of `data` back to its default, if the origin has another value."""
+    default = DataSection.model_fields[key].default
+    if getattr(origin.data, key) != default:
+        data[key] = default or None  # null empties a mapping, which {} would only add to
+
+
+def _set_method(values: Values, origin: Recipe, method: Method) -> None:
+    """Another method, with the learning rate that goes with it."""
+    if method == "full":
+        values["lora"] = None
+    elif origin.lora is None:
+        values["lora"] = dict(_NEW_ADAPTER)
+    if method == "qlora":
+        values["quantization"] = origin.quantization or _NF4
+    elif origin.quantization is not None:
+        values["quantization"] = None
+    rate = origin.train.get("learning_rate")
+    had_adapter = origin.lora is not None
+    if rate and had_adapter != (method != "full"):
+        factor = 1 / _RATE_OF_ADAPTER if had_adapter else _RATE_OF_ADAPTER
+        values["train"]["learning_rate"] = float(f"{rate * factor:.3g}")
+
+
+def chosen_keys(words: Sequence[str]) -> set[str]:
+    """Return the dotted keys that `section.key=value` words set, those inside a mapping too."""
+    keys: set[str] = set()
+    for document in read_words(words):
+        keys.update(dotted(path) for path in document.origins)
+    return keys
+
+
+def _set_words(values: Values, target: Path, origin: Recipe, words: Sequence[str]) -> None:
+    """Write what the user chose, with paths as they are seen from the recipe."""
+    for document in read_words(words):
+        _write(values, document.values, origin.document.values, target)
+
+
+def _write(into: Values, chosen: Values, resolved: Values, target: Path) -> None:
+    """Merge nested values into others, which they replace. `resolved` has absolute paths."""
+    for key, value in chosen.items():
+        found = resolved.get(key)
+        if isinstance(value, dict):
+            inner = into.get(key)
+            into[key] = inner if isinstance(inner, dict) else {}
+            _write(into[key], value, found if isinstance(found, dict) else {}, target)
+        elif isinstance(found, str) and found != value and Path(found).exists():
+            into[key] = relative_path(target, Path(found))
+        else:
+            into[key] = value
 
 
 def schema_line(target: Path) -> str:
-    """Return the first line of a recipe at `target`, by which editors find its schema."""
-    schema = project_root() / "schema/recipe.schema.json"
-    return f"# yaml-language-server: $schema={relative_path(target, schema)}"
+    """Return the first line of a recipe at `target`, by which editors find its schema; none
+    outside of the checkout: the schema of an installed package goes with its environment.
+    """
+    root = project_root().resolve()
+    if not target.resolve().is_relative_to(root):
+        return ""
+    return f"{_SCHEMA_MARK}{relative_path(target, root / 'schema/recipe.schema.json')}"
+
+
+def copy_of(file: Path, target: Path) -> str:
+    """Return the text of a profile or an accelerate config, to be written to `target`."""
+    lines = file.read_text("utf-8").split("\n")
+    if lines[0].startswith(_SCHEMA_MARK):
+        schema = file.parent / lines[0].removeprefix(_SCHEMA_MARK)
+        del lines[0]
+        if target.resolve().is_relative_to(project_root().resolve()):
+            lines.insert(0, f"{_SCHEMA_MARK}{relative_path(target, schema)}")
+    return "\n".join(lines)
+
+
+def _name_of(origin: Recipe, target: Path) -> str:
+    """Return how a recipe at `target` names its origin: a shipped one by its short name, which
+    holds wherever the package lies.
+    """
+    shipped = project_root().resolve() / "recipes"
+    path = origin.path.resolve()
+    if path.is_relative_to(shipped):
+        return path.relative_to(shipped).with_suffix("").as_posix()
+    return relative_path(target, path)

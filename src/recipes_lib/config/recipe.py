@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.json_schema import JsonSchemaValue as Schema
 
 from recipes_lib.config import upstream
@@ -67,6 +67,12 @@ _Kernel = r"^(sdpa|eager|varlen|flex_attention|flash_attention_[234]|[^/]+/[^/]+
 _OfTexts = Literal["id", "instruction", "context", "response"]
 _OfPairs = Literal["prompt", "completion", "text"]
 _Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_template_kwargs"]
+
+
+# A mapping of a base is added to; null takes it away, as it does any other value.
+_NullIsEmpty = BeforeValidator(
+    lambda value: {} if value is None else value, json_schema_input_type=dict[str, Any] | None
+)
 
 
 class ModelSection(Section):
@@ -142,7 +148,7 @@ class DataSection(Section):
     """Split of a Hub data set to read."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
-    columns: dict[_Column, str] = {}
+    columns: Annotated[dict[_Column, str], _NullIsEmpty] = {}
     """Our name for a column -> the file's name for it."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Rows that cannot be used: error lists them all and stops, skip counts and omits them."""
@@ -150,7 +156,7 @@ class DataSection(Section):
     """Headings around instruction and response, the chat template, or plain texts (raw)."""
     chat_template: _Template | None = None
     """For `chat`: a .jinja file, its text, or TRL's (trl:llama3). Default: the tokenizer's."""
-    chat_template_kwargs: Values = {}
+    chat_template_kwargs: Annotated[Values, _NullIsEmpty] = {}
     """For `chat`: arguments of the template, such as {enable_thinking: false}; a row's own win."""
     template_date: str | None = Field(None, pattern=r"^\d{4}-[01]\d-[0-3]\d$")
     """For `chat`: the date that a template prints as today's. Default: the run's start."""

@@ -30,10 +30,13 @@ def cache_root() -> Path:
 
 
 def recipe_path(name: str | Path) -> Path:
-    """Return the file of a path or short name (`quickstart/lora-r8`); the name where it is none."""
+    """Return the file of a path or short name (`quickstart/lora-r8`, or of another shipped file
+    `launch/profiles/example`); the name where it is none.
+    """
     path = Path(name)
     file = path if path.suffix in (".yaml", ".yml") else Path(f"{name}.yaml")
-    places = (path, file, "recipes" / file, project_root() / "recipes" / file)
+    shipped = project_root()
+    places = (path, file, "recipes" / file, shipped / "recipes" / file, shipped / file)
     return next((place for place in places if place.is_file()), path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +99,20 @@ def first_local_row(source: str, split: str) -> dict[str, Any] | None:
     return None
 
 
-def formats_of(data: Path) -> tuple[str, ...]:
-    """Return the prompt formats that can read the first row of a file or folder, best first."""
-    file = source_files(SourcePart.model_construct(source=str(data)))[0]
-    names = [name for row in read_file(file)[:1] for name in row.fields]
-    formats = tuple(fields_by_format({}, names)[1])
+def formats_of(data: Path, columns: Mapping[Any, str] | None = None) -> tuple[str, ...]:
+    """Return the prompt formats that can read the first row of a file or folder, best first.
+
+    Args:
+        data: the file or folder.
+        columns: our name -> the file's name, where the user has said it.
+    """
+    file = source_files(SourcePart.model_construct(source=str(data), source_split=TRAIN))[0]
+    rows = read_file(file, BadRows())
+    names = list(rows[0].fields) if rows else []
+    formats = tuple(fields_by_format(columns or {}, names)[1])
     if not formats:
         what = f"columns {', '.join(names)} are not understood" if names else "0 rows or columns"
-        hint = "docs/data.md lists the known ones; or start without --data and set data.columns"
-        raise DataError(what, hint, file=shown_path(file), line=1)
+        hint = "say which is which: data.columns={instruction: NAME, response: NAME}"
+        known_names = "docs/data.md lists the known names"
+        raise DataError(what, hint, known_names, file=shown_path(file), line=1)
     return formats

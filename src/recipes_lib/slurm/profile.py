@@ -17,6 +17,8 @@ from recipes_lib.core.project import project_root
 from recipes_lib.study.needs import Site
 
 STAGES = ("train", "eval", "report")
+# Wherever the package lies: the shipped profiles are found by name.
+NEW_PROFILE = "recipes new MY-SITE --from launch/profiles/example"
 Flag = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
 Flags = dict[Flag, str | int | bool | None]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -121,7 +123,7 @@ def load_profile(name: str) -> Profile:
         raise RecipeError(
             f"there is no profile '{name}' in launch/profiles/",
             *did_you_mean(name, known),
-            f"there are {', '.join(known)}; for a new site copy launch/profiles/example.yaml",
+            f"there are {', '.join(known)}; for a new site: {NEW_PROFILE}",
         )
     document = read(path)
     profile = parse(Profile, document, _rules)
