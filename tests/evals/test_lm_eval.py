@@ -115,6 +115,25 @@ def test_a_group_of_ones_own_may_name_tasks_of_lm_eval(small_task, tmp_path, mon
     assert load_tasks(recipe, remote_code=True) == 8
 
 
+def test_items_that_ask_the_same_are_one_question_and_chosen_ones_a_subset(
+    small_task, make_run, tmp_path
+):
+    """Five times the same eight rows are eight questions: the interval is as wide."""
+    make_run("one", 1)
+    logs = []
+    rows = (tmp_path / "rows.jsonl").read_text()
+    for times in (1, 5):
+        (tmp_path / "rows.jsonl").write_text(rows * times)
+        logs += evaluate([load_eval(small_task)], ["one"], remote_code=True)
+    once, often = (log.metrics[0] for log in logs)
+    assert (once.n, often.n, logs[1].subset) == (8, 40, None)
+    assert len({sample.same_as or sample.id for sample in often.samples}) == 8
+    assert often.high - often.low > 0.8 * (once.high - once.low)
+    words = ["suite.options={samples: {tiny_choice: [0, 3]}}"]
+    (chosen,) = evaluate([load_eval(small_task, words)], ["one"], remote_code=True)
+    assert chosen.subset == "subset, 2 chosen items of 40"
+
+
 MISTAKES = {
     'doc_to_text: "{{qestion}}:"': "'qestion' is undefined",
     "dataset_kwargs: {data_files: {test: gone.jsonl}}": "gone.jsonl",
@@ -123,6 +142,7 @@ MISTAKES = {
     "test_split: tset": "tset",
 }
 OPTIONS = {
+    "suite.options={wandb_args: {project: x}}": "wandb_args does nothing here",
     "suite.options={not_an_option: 1}": "not_an_option",
     "suite.options={model: x}": "multiple values for keyword argument 'model'",
 }

@@ -45,6 +45,16 @@ _OWNERS = {"labels": "alpaca_eval", "references": "mt_bench", "include_path": "l
 _DATA = re.compile(r"([\w./-]+\.(?:jsonl?|csv|parquet)\b)|data(?:_dir|set_path): *[\"']?([\w./-]+)")
 # options that let lm-eval run code
 _RUN_CODE = ("trust_remote_code", "confirm_run_unsafe_code", "custom_generate", "hf_evaluate")
+# options of the command `lm_eval run` that say where its results go; here they have their place
+_OF_THE_COMMAND = (
+    "config",
+    "hf_hub_log_args",
+    "output_path",
+    "show_config",
+    "trackio_args",
+    "wandb_args",
+    "wandb_config_args",
+)
 TEXTS = {
     "relative_prompt": "prompts/prometheus-relative.txt",
     "absolute_prompt": "prompts/prometheus-absolute.txt",
@@ -418,6 +428,10 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
         if not suite.tasks:
             what = "suite.tasks is missing"
             yield document.error("suite", what, "for example tasks: [arc_easy]")
+        for option in sorted(suite.options.keys() & set(_OF_THE_COMMAND)):
+            what = f"suite.options: {option} does nothing here"
+            hint = "remove it; results and items are in the run's folder, evals/<eval>/"
+            yield document.error("suite.options", what, hint)
         yield from () if generation.trust_remote_code else _code_errors(recipe, document)
     elif not data.questions:
         yield document.error("data", f"data.questions is missing; {suite.name} needs questions")

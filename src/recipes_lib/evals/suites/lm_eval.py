@@ -92,7 +92,7 @@ class LMEval(Suite):
         return self.new_log(
             metrics,
             n=sum({each.task: each.n for each in metrics if not each.parts}.values()),
-            subset=None if suite.limit is None else f"subset, limit={suite.limit} per task",
+            subset=_subset_of(recipe, results),
             lm_eval_command=line,
         )
 
@@ -222,14 +222,7 @@ def metrics_of(
             rows = [row for row in samples.get(task, ()) if row.get("filter", "none") == pipeline]
             rows = [row for row in rows if isinstance(row.get(metric), int | float)]
             scores = [float(row[metric]) for row in rows]
-            items = [
-                Sample(
-                    f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}",
-                    value=score,
-                    outcome={1.0: "right", 0.0: "wrong"}.get(score, "scored"),
-                )
-                for row, score in zip(rows, scores, strict=True)
-            ]
+            items = _samples_of(rows, scores)
             in_range = all(0 <= score <= 1 for score in (*scores, value))
             key = metric if pipeline == "none" else f"{metric},{pipeline}"
             facts: dict[str, Any] = {
@@ -250,6 +243,41 @@ def metrics_of(
                 facts |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
             num = (fact(task, "n-samples") or {}).get("effective", 0)
             yield Metric(value=value, n=num, **facts)
+
+
+def _samples_of(rows: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> list[Sample]:
+    """Return the samples of a metric. Rows that ask a model for exactly the same, under whatever
+    ids, are one question: `same_as` is the first of them.
+    """
+    samples = []
+    first_id: dict[str, str] = {}  # by what was asked
+    for row, score in zip(rows, scores, strict=True):
+        name = f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}"
+        outcome = "scored"
+        if score == 1.0:
+            outcome = "right"
+        elif score == 0.0:
+            outcome = "wrong"
+        same_as = ""
+        if row.get("arguments"):
+            asked = hash_of(row["arguments"], row.get("target"))
+            earlier = first_id.setdefault(asked, name)
+            if earlier != name:
+                same_as = earlier
+        samples.append(Sample(name, value=score, outcome=outcome, same_as=same_as))
+    return samples
+
+
+def _subset_of(recipe: EvalRecipe, results: Mapping[str, Any]) -> str | None:
+    """Return the stamp of a result on some of the items: by a limit, or by chosen `samples`."""
+    if recipe.suite.limit is not None:
+        return f"subset, limit={recipe.suite.limit} per task"
+    counts = (results.get("n-samples") or {}).values()
+    num_asked = sum(count.get("effective", 0) for count in counts)
+    num_items = sum(count.get("original", 0) for count in counts)
+    if num_asked < num_items:
+        return f"subset, {num_asked} chosen items of {num_items}"
+    return None
 
 
 # ---- the configuration that gives the same numbers ----
