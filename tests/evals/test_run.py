@@ -371,3 +371,50 @@ def test_a_new_suite_is_one_file_and_one_line(make_run, tmp_path, monkeypatch, c
     assert log.answers.name == "one"
     assert main(["compare", "one", "two"]) == 0
     assert "letters" in capsys.readouterr().out
+
+
+def test_a_server_that_is_down_is_not_asked_again_for_other_models_and_tasks(
+    quick, make_run, monkeypatch
+):
+    """What is stored is used all the same."""
+    make_run("one", 1), make_run("two", 2)
+    monkeypatch.setattr("recipes_lib.evals.asking.MOST_FAILURES", 4)
+    with FaultyServer(answer="An answer.") as server:
+        server.as_asked = True
+        words = ["generation.engine=openai", f"generation.base_url={server.url}"]
+        words += ["generation.max_retries=0", "generation.concurrency=1"]
+        stored = evaluate([quick("mt_bench", *words)], ["two"])
+        server.faults = lambda number: "503"
+        before, failed = len(server.bodies), []
+        stored[0].file.unlink()
+        tasks = [EvalTask(quick("alpaca_eval", *words), ("one", "two"))]
+        tasks.append(EvalTask(quick("mt_bench", *words), ("two", "one")))
+        logs = evaluate_tasks(tasks, on_error=lambda *error: failed.append(error))
+        assert len(server.bodies) - before == 4
+    assert [(log.suite, log.target) for log in logs] == [("mt_bench", "two")]
+    assert [(tasks.index(task), word) for task, word, _ in failed] == [
+        (0, "one"),
+        (1, "one"),
+        (0, "two"),
+    ]
+    assert all("not asked" in str(error) for _, _, error in failed[1:])
+
+
+def test_a_judge_that_is_gone_is_not_asked_again_and_its_stored_verdicts_are_used(
+    quick, make_run, monkeypatch
+):
+    make_run("one", 1), make_run("two", 2)
+    monkeypatch.setattr("recipes_lib.evals.asking.MOST_FAILURES", 3)
+    with FaultyServer(answer="[RESULT] A") as server:
+        words = ["judge.engine=openai", f"judge.base_url={server.url}", f"judge.model={MODEL}"]
+        words += ["judge.mode=generate", "judge.max_retries=0", "judge.concurrency=1"]
+        recipe = quick("alpaca_eval", *words, "metrics.probe_pairs=0")
+        (stored,) = evaluate([recipe], ["two"])
+        stored.file.unlink()
+        server.faults = lambda number: "503"
+        before, failed = len(server.bodies), []
+        tasks = [EvalTask(recipe, ("one", "two")), EvalTask(recipe, ("one",), "two")]
+        logs = evaluate_tasks(tasks, on_error=lambda *error: failed.append(error))
+        assert len(server.bodies) - before == 3
+    assert [log.target for log in logs] == ["two"]
+    assert [(tasks.index(task), word) for task, word, _ in failed] == [(0, "one"), (1, "one")]

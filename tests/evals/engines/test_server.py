@@ -11,7 +11,7 @@ import pytest
 from tests.evals.faulty_server import MODEL, NONSENSE, Fault, FaultyServer
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.evals.asking import EvaluationIncomplete, ServerGone, ask_missing
+from recipes_lib.evals.asking import EvaluationIncomplete, ServerDown, ServerGone, ask_missing
 from recipes_lib.evals.engines import answered_by
 from recipes_lib.evals.engines.base import Completion, Request, Sampling
 from recipes_lib.evals.engines.server import ServerEngine
@@ -217,3 +217,15 @@ def test_no_more_requests_than_allowed_are_in_flight():
     with FaultyServer(faults=faults) as server:
         assert len(ask(engine_for(server, concurrency=3), 12)) == 12
     assert 1 < most[0] <= 3
+
+
+def test_a_server_that_is_down_is_told_from_one_that_refuses_a_model(tmp_path):
+    """Another model may be served; nobody is, where the connection ends."""
+    for fault, kind in (("404", ServerGone), ("503", ServerDown), ("drop", ServerDown)):
+        requests = {str(n): Request(key=str(n), prompt="Hi") for n in range(30)}
+        with always(fault) as server, pytest.raises(ServerGone) as caught:
+            engine = engine_for(server, max_retries=0)
+            complete = partial(engine.complete, sampling=Sampling())
+            store = Store(tmp_path / f"{fault}.jsonl")
+            ask_missing(store, requests, complete, lambda *_: {}, "answer")
+        assert type(caught.value) is kind, fault

@@ -75,3 +75,68 @@ def test_a_prompt_longer_than_the_context_is_no_answer_and_stops_nothing(model_a
     engine = TransformersEngine(lambda: nullcontext(model), tokenizer)
     first, second = engine.complete([REQUESTS[0], long], Sampling())
     assert first.finish_reason == "prompt_too_long" and second.text
+
+
+def test_a_batch_that_fits_is_remembered_for_every_model_on_the_base(
+    model_and_tokenizer, monkeypatch
+):
+    """Each adapter would decode a batch to its end, to find again that it does not fit."""
+    model, tokenizer = model_and_tokenizer
+    sizes, generate = [], model.generate
+
+    def limited(input_ids: Any, **options: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 4:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", limited)
+    for _ in range(3):
+        assert len(answers(model, tokenizer, 10_000)) == len(REQUESTS)
+    assert sizes.count(7) == 1 and max(sizes[1:]) == 4
+
+
+def test_an_error_that_is_not_about_memory_is_raised_at_once(model_and_tokenizer, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    calls = []
+
+    def broken(**options: Any) -> Any:
+        calls.append(options)
+        raise RuntimeError("probability tensor contains inf")
+
+    monkeypatch.setattr(model, "generate", broken)
+    with pytest.raises(RuntimeError, match="contains inf"):
+        answers(model, tokenizer, 10_000)
+    assert len(calls) == 1
+
+
+def test_one_request_that_does_not_fit_says_how_long_it_is(model_and_tokenizer, monkeypatch):
+    import torch
+
+    model, tokenizer = model_and_tokenizer
+
+    def full(**options: Any) -> Any:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(model, "generate", full)
+    with pytest.raises(torch.OutOfMemoryError, match="one request of 21 tokens does not fit"):
+        answers(model, tokenizer, 10_000)
+
+
+def test_the_head_of_a_judge_is_made_float32_once_for_all_batches(model_and_tokenizer, monkeypatch):
+    import torch
+
+    model, tokenizer = model_and_tokenizer
+    model = model.bfloat16()
+    copies, to_float = [], torch.Tensor.float
+
+    def counted(tensor: Any) -> Any:
+        if tensor is model.get_output_embeddings().weight:
+            copies.append(tensor)
+        return to_float(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "float", counted)
+    engine = TransformersEngine(lambda: nullcontext(model), tokenizer, batch_tokens=20)
+    shares = list(engine.weigh(REQUESTS, {"A": 7, "B": 8}))
+    assert len(shares) == len(REQUESTS) and len(copies) == 1
+    assert engine._head is None
