@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.evals.suites.checks import RULES, AnswerRule, rule_of, see_form_alone
+from recipes_lib.evals.rules import RULES, AnswerRule, rule_of, see_form_alone
 
 CHOICES = {
     "C": [

