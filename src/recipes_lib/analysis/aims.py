@@ -43,6 +43,11 @@ class Margin:
             return cls(size=size / 100, points=True)
         return cls(size=size)
 
+    @property
+    def text(self) -> str:
+        """The margin as it is written."""
+        return f"{100 * self.size:g} points" if self.points else f"{self.size:g}"
+
     def fits(self, metric: str, unit: str | None = None) -> str:
         """Return why the margin cannot be one of a metric; its name tells the unit without one."""
         last = metric.rpartition("/")[2]
@@ -122,6 +127,7 @@ class Design:
     changed: tuple[str, ...] = ()  # since the design of an earlier report with verdicts
     reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # never tested
     command: str = ""  # what runs the study
+    evals: tuple[str, ...] = ()  # the files of its eval recipes
 
     def factor_of(self, key: str) -> str | None:
         """Return the factor that may change a dotted key; None where a difference is a confound."""

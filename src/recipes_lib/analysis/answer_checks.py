@@ -7,15 +7,17 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.findings import Finding, Severity
+from recipes_lib.analysis.printed_commands import evaluate_again
 from recipes_lib.analysis.runs import Arms, run_place
-from recipes_lib.evals.log import CUT, FORM_ONLY, EvalLog, answer_faults
+from recipes_lib.evals.log import CUT, FORM_ONLY, EvalLog, answer_faults, items_file
 
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
 DEGENERATE_ANSWERS = "degenerate-answers"  # stands in the sentences that it touches
 
 
-def check_answers(arms: Arms) -> Iterator[Finding]:
+def check_answers(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield arms with many answers that are the same text, empty, cut or repetitive, and rules
     that see the form of an answer alone.
     """
@@ -26,29 +28,32 @@ def check_answers(arms: Arms) -> Iterator[Finding]:
             key = (arm, log.eval, fault)
             if times > 2 and times / n > max(SOME_DEGENERATE, worst.get(key, 0.0)):
                 worst[key] = times / n
-                findings[key] = _degenerate(arm, log, fault, times, n)
+                findings[key] = _degenerate(arm, log, fault, times, n, design)
     yield from findings.values()
-    yield from _check_cut_by_rule(arms)
-    form_only = {log.eval: log.metric_names for _, log in arms.logs if FORM_ONLY in log.notes}
-    for name, metrics in form_only.items():
+    yield from _check_cut_by_rule(arms, design)
+    form_only = {log.eval: log for _, log in arms.logs if FORM_ONLY in log.notes}
+    for name, log in form_only.items():
         yield Finding(
             code="form-only",
             severity="note",
             title=f"{name}: {FORM_ONLY}",
-            remedy="read some answers: whether they are right was not asked",
-            metrics=metrics,
+            remedy="whether they are right was not asked; read some answers:"
+            f" {run_place(items_file(log.file))}",
+            metrics=log.metric_names,
         )
 
 
-def _degenerate(arm: str, log: EvalLog, fault: str, times: int, n: int) -> Finding:
+def _degenerate(
+    arm: str, log: EvalLog, fault: str, times: int, n: int, design: Design | None
+) -> Finding:
     severity: Severity = "warning"
     # A cut answer that fails a rule might fail without the limit too: `_check_cut_by_rule`.
     is_by_rule = log.suite == "checks" and fault == CUT
     if times / n > DEGENERATE and not is_by_rule:
         severity = "error"
-    remedy = "read some"
+    remedy = f"read some of them: {run_place(items_file(log.file))}"
     if fault == CUT:
-        remedy = _longer_answers(log)
+        remedy = _longer_answers(log, design)
     return Finding(
         code=DEGENERATE_ANSWERS,
         severity=severity,
@@ -60,10 +65,11 @@ def _degenerate(arm: str, log: EvalLog, fault: str, times: int, n: int) -> Findi
     )
 
 
-def _longer_answers(log: EvalLog) -> str:
+def _longer_answers(log: EvalLog, design: Design | None) -> str:
     limit = (log.recipe.get("generation") or {}).get("max_new_tokens")
-    more = f"generation.max_new_tokens={2 * limit if limit else 'N'}"
-    return f"recipes eval EVAL {log.target or 'RUN'} {more}"
+    if not limit:
+        return "evaluate with a higher generation.max_new_tokens"
+    return evaluate_again(log, design, f"generation.max_new_tokens={2 * limit}")
 
 
 @dataclass
@@ -76,7 +82,7 @@ class _Passed:
     answers: int = 0
 
 
-def _check_cut_by_rule(arms: Arms) -> Iterator[Finding]:
+def _check_cut_by_rule(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield pairs of arms where the token limit may have decided: the worse arm would have passed
     as often as the better one if its cut answers, which fail, had passed.
     """
@@ -101,7 +107,7 @@ def _check_cut_by_rule(arms: Arms) -> Iterator[Finding]:
                     title=f"{counts.cut} of {counts.answers} {worse} answers in {name} hit the"
                     f" token limit and fail: longer, {worse} might pass as often as {better}",
                     evidence=(run_place(counts.log.file),),
-                    remedy=_longer_answers(counts.log),
+                    remedy=_longer_answers(counts.log, design),
                     arms=(worse, better),
                     metrics=counts.log.metric_names,
                 )

@@ -15,6 +15,7 @@ from recipes_lib.analysis.differences import arm_differences, base_weights
 from recipes_lib.analysis.eval_facts import computing_facts, differing_prompts, lowered_thresholds
 from recipes_lib.analysis.findings import SEVERITIES, Finding, Severity
 from recipes_lib.analysis.missing import check_presence, check_subsets
+from recipes_lib.analysis.printed_commands import audit_again, evaluate_again
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, run_place
 from recipes_lib.analysis.text import sentence_list, setting_text
 from recipes_lib.core.files import model_fingerprint, read_object
@@ -40,7 +41,6 @@ _ONE_FORMAT = (
     "train both in one prompt format, or declare the difference in a study:"
     " factors: {format: [data.prompt_format]}"
 )
-AUDIT_COMMAND = "recipes judge audit --judge JUDGE.yaml --labels FILE"
 # Parts of an eval recipe that say how fast or where it runs; the judge has its own check, and which
 # engine answered is compared by `_facts`.
 _FREE = re.compile(
@@ -54,9 +54,9 @@ def find(arms: Arms, design: Design | None = None) -> list[Finding]:
     """Return what every check found, the heaviest first."""
     findings = [
         *check_copies(arms),
-        *check_former_opponents(arms),
-        *check_judges(arms),
-        *check_answers(arms),
+        *check_former_opponents(arms, design),
+        *check_judges(arms, design),
+        *check_answers(arms, design),
         *check_protocol(arms, design),
         *check_subsets(arms),
         *check_differences(arms, design),
@@ -151,7 +151,7 @@ def _answers(log: EvalLog) -> Mapping[Any, Sequence[str]]:
     return {sample.key: sample.answer.split() for sample in samples if sample.answer is not None}
 
 
-def check_former_opponents(arms: Arms) -> Iterator[Finding]:
+def check_former_opponents(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield verdicts against answers of a run that has other weights now."""
     runs = {run.name: (rival.name, run) for rival in arms for run in rival.runs}
     for arm, log in arms.logs:
@@ -163,7 +163,7 @@ def check_former_opponents(arms: Arms) -> Iterator[Finding]:
         if judged and now and judged not in now:
             title = f"{arm} was judged in {log.eval} against outdated answers of {run.name}"
             lines = (f"{run_place(log.file)}: weights {judged[:12]}", f"now {min(now)[:12]}")
-            remedy = f"recipes eval EVAL {log.file.parents[2].name} --against {run.name}"
+            remedy = evaluate_again(log, design)
             both, metrics = (arm, rival), tuple(m.name for m in log.metrics if m.opponent)
             yield Finding("former-opponent", "error", title, lines, remedy, both, metrics, rival)
 
@@ -171,7 +171,7 @@ def check_former_opponents(arms: Arms) -> Iterator[Finding]:
 # ---- The judge ----
 
 
-def check_judges(arms: Arms) -> Iterator[Finding]:
+def check_judges(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield judges that differ, are weak, not audited or their own, and verdicts of one order."""
     failed, audited = _audits(arms)
     for name, every in _by_eval(arms).items():
@@ -199,11 +199,13 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
                 yield Finding("one-order", "error", title, place, remedy, (arm,), (*single,))
         if lines := tuple(dict.fromkeys(line for key in judges for line in failed.get(key, ()))):
             title = f"The judge of {name} failed its audit: {lines[0].partition(': ')[2]}"
-            remedy = f"use a stronger judge: {AUDIT_COMMAND}"
+            remedy = "use a stronger judge, such as those in evals/judges"
             yield Finding("judge-failed-audit", "error", title, lines, remedy, (), metrics)
         if not judges.keys() <= audited:
             title = f"The judge of {name} was not audited"
-            yield Finding(UNAUDITED, "warning", title, (), AUDIT_COMMAND, (), metrics)
+            judged = [log for _, _, log in logs if log.judge]
+            remedy = audit_again(judged[0], design)
+            yield Finding(UNAUDITED, "warning", title, (), remedy, (), metrics)
         lowered = dict.fromkeys(filter(None, (lowered_thresholds(log) for _, _, log in logs)))
         if lowered:
             yield Finding(

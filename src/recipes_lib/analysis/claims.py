@@ -7,11 +7,11 @@ an arm that was trained once, a cause where anything but the declared keys diffe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
-from recipes_lib.analysis.aims import Aims, Design, is_named
+from recipes_lib.analysis.aims import Aims, Design, Margin, is_named
 from recipes_lib.analysis.answer_checks import DEGENERATE_ANSWERS
 from recipes_lib.analysis.checks import (
     EVALUATED_DIFFERENTLY,
@@ -104,6 +104,7 @@ class Conclusion:
     findings: tuple[Finding, ...]
     claims: tuple[Claim, ...]
     descriptive: str = ""
+    margins: Mapping[str, Margin] = field(default_factory=dict)
     waiting: str = ""  # for what a study is not complete without: its arms are not compared yet
 
     @property
@@ -180,10 +181,15 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         # another arm is one.
         scores = [score for score in table.scores if score.opponent not in arms.by_name]
         without_intervals = [replace(score, interval=None) for score in scores]
-        alone = TestedTable((), tuple(without_intervals))
         left = count(len(design.missing), "training or result")
-        waiting = f"Interim: {left} still missing. The arms are compared when all are there."
-        return Conclusion(question, alone, findings, (), descriptive, waiting)
+        return Conclusion(
+            question=question,
+            table=TestedTable((), tuple(without_intervals)),
+            findings=findings,
+            claims=(),
+            descriptive=descriptive,
+            waiting=f"Interim: {left} still missing. The arms are compared when all are there.",
+        )
     if aims and table.rows and not descriptive:
         findings = (*absent_metrics(table, aims), *findings)
     between = {
@@ -196,7 +202,14 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         unaudited = any(finding.code == UNAUDITED for finding in touching)
         remarks = _remarks(claim, touching)
         claims.append(replace(claim, remarks=remarks, unaudited=unaudited))
-    return Conclusion(question, table, findings, tuple(claims), descriptive)
+    return Conclusion(
+        question=question,
+        table=table,
+        findings=findings,
+        claims=tuple(claims),
+        descriptive=descriptive,
+        margins=aims.margins if aims else {},
+    )
 
 
 def absent_metrics(table: TestedTable, aims: Aims) -> list[Finding]:

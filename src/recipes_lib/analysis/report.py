@@ -11,15 +11,15 @@ import io
 import json
 import math
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from recipes_lib.analysis import plots, row_text, text
 from recipes_lib.analysis.aims import Design
@@ -27,9 +27,9 @@ from recipes_lib.analysis.claims import Conclusion
 from recipes_lib.analysis.differences import code_text
 from recipes_lib.analysis.findings import SEVERITIES
 from recipes_lib.analysis.lines import report_markdown, tests_text
+from recipes_lib.analysis.printed_commands import commands, portable_command
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text
-from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import printable
 from recipes_lib.evals.log import ORDERS, Sample, answer_faults
 from recipes_lib.evals.suites import numbers_of
@@ -37,8 +37,6 @@ from recipes_lib.evals.suites import numbers_of
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_CHARACTERS, LONGEST_TEXT = 330_000, 4_000
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # a spreadsheet would calculate it
-_PYTHON = re.compile(r"(?<!\S)\S*python[\d.]* -m (recipes_lib\.\w+)")
-_PATH = re.compile(r"(?<![\w./:~-])(?:/|(?:\.\./)+)(?:[^\s/'\",;)]+/)+([^\s/'\",;)]+)")
 # The correction for many tests is of p alone.
 _INTERVAL_COLUMNS = {"low": "low_95_not_corrected", "high": "high_95_not_corrected"}
 
@@ -60,6 +58,7 @@ def write_report(
 
 def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None) -> str:
     """Return the page."""
+    samples = sample_data(arms)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -77,11 +76,11 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         "where": row_text.where_text,
         "tests": tests_text,
         "interval": lambda limits, unit: text.interval_text(limits, unit, signed=False),
+        "linked": partial(_with_links, samples=samples),
     }
     style, script = (
         Markup((TEMPLATES / name).read_text("utf-8")) for name in ("report.css", "samples.js")
     )
-    samples = sample_data(arms)
     ours = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
     findings = [
         (severity, of_severity)
@@ -106,11 +105,21 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         audits=_audits(arms),
         samples=samples,
         sample_data=Markup(script_json(samples)),
-        commands=commands(arms, design),
+        commands=commands(arms, design, conclusion.margins),
         provenance=provenance(arms, design),
         style=style,
         script=script,
     )
+
+
+def _with_links(line: str, samples: dict[str, Any]) -> Markup:
+    """A line in which the name of a file of rows leads to these rows in the browser of samples."""
+    shown = str(escape(printable(line)))
+    for number, group in enumerate(samples["groups"]):
+        file = re.escape(str(escape(f"{group['folder']}/items")))
+        link = rf'<a href="#samples" data-rows="{number}">\1</a>'
+        shown = re.sub(rf"((?<=\s)[^\s<>]*{file}[^\s<>]*\.jsonl)", link, shown, count=1)
+    return Markup(shown)
 
 
 # ---- Trainings, answers, categories, audits ----
@@ -244,44 +253,6 @@ def _cell(value: object) -> object:
 
 
 # ---- Where it comes from ----
-
-
-def commands(arms: Arms, design: Design | None) -> list[tuple[str, list[str]]]:
-    """Return the commands that make this report again, whole and step by step."""
-    runs = [run for arm in arms for run in arm.runs]
-    names = [str(run.folder) if run.foreign else run.name for run in runs]
-    sources = {"This table": [f"recipes compare {shlex.join(names)}"]}
-    if design is not None:
-        typed = [path for run in runs if (path := run.folder / "command.txt").is_file()]
-        lines = [path.read_text(encoding="utf-8", errors="replace").splitlines() for path in typed]
-        logs = [log for run in runs for log in run.evals]
-        sources = {
-            "Everything": [design.command],
-            "Trainings": [content[-1] for content in lines if content],
-            "Evaluations": [log.command for log in logs],
-            "lm-eval alone": [log.lm_eval_command or "" for log in logs],
-        }
-    return [
-        (title, list(dict.fromkeys(portable_command(line) for line in some if line)))
-        for title, some in sources.items()
-        if any(some)
-    ]
-
-
-def portable_command(command: str) -> str:
-    """Return a command without the paths of the machine it ran on: relative to the project or as
-    `runs/...`, else the last name alone.
-
-    Example:
-        >>> portable_command("/opt/bin/python -m recipes_lib.cli eval /somewhere/else/my.yaml r8")
-        'recipes eval .../my.yaml r8'
-    """
-    shown = _PYTHON.sub(
-        lambda match: "recipes" if match[1].endswith("cli") else f"python -m {match[1]}", command
-    )
-    for folder, name in ((runs_root(), "runs/"), (project_root(), "")):
-        shown = re.sub(rf"(?<![\w./~-]){re.escape(str(folder.resolve()))}/", name, shown)
-    return _PATH.sub(r".../\1", shown)
 
 
 def provenance(arms: Arms, design: Design | None) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -90,7 +91,8 @@ def run_compare(
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:
         what = "none of these has an evaluation with a result"
-        raise RecipeError(what, f"evaluate first: recipes eval EVAL {' '.join(runs)}")
+        command = shlex.join(["recipes", "eval", "evals/quickstart/lm_eval.yaml", *runs])
+        raise RecipeError(what, f"evaluate first, for example: {command}")
     known = dict.fromkeys(row.metric for row in conclusion.table.rows)
     for word in aims.margins:
         if not any(is_named(word, metric) for metric in known):

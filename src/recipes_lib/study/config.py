@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from recipes_lib.config.launch import AccelerateConfigName, Launch, check_launch
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.recipe import Recipe, RecipeFile, keys_of, load_recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.core.project import recipe_path
+from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.evals.lm_eval_files import metrics_of_task
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
@@ -153,7 +154,8 @@ class Study:
             values={arm.name: arm.resolved() for arm in self.arms},
             tuned={arm.name: arm.tuning for arm in self.arms if arm.tuning},
             reference=self.file.reference,
-            command=" ".join(["recipes study run", self.document.file, *self.words]),
+            command=shlex.join(["recipes", "study", "run", self.document.file, *self.words]),
+            evals=tuple(shown_path(recipe.document.path) for recipe in self.evals),
         )
 
 

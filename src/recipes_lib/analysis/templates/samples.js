@@ -95,6 +95,8 @@
     for (const name of ["outcome", "category", "flip"]) form[name].addEventListener("change", select);
     form.text.addEventListener("input", select);
     form.addEventListener("submit", (event) => event.preventDefault());
+    for (const link of document.querySelectorAll("a[data-rows]"))
+      link.addEventListener("click", () => { form.group.value = link.dataset.rows; offer(); select(); });
     $("previous").addEventListener("click", () => { if (place > 0) { place--; show(); } });
     $("next").addEventListener("click", () => { if (place < shown.length - 1) { place++; show(); } });
     select();
