@@ -9,20 +9,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import hash_of
 from recipes_lib.core.terminal import aligned
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.data.splits import TRAIN
-from recipes_lib.evals.log import EvalLog, Sample
+from recipes_lib.evals.log import EvalLog, Metric, Sample
 from recipes_lib.evals.models import Model
 from recipes_lib.evals.recipe import HELD_OUT
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 _POSITIONS = 512  # of a row, whose logits are in float32 at the same time
+_NO_LOSS = -100  # the label of a token that is not supervised, as in torch
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that a model reads."""
+
+    names: list[str]
+    tokens: list[list[int]]
+    labels: list[list[int]]
+    num_supervised: list[int]  # tokens
+    texts: list[str]  # the supervised tokens as text, which another tokenizer has too
+    keys: list[str]  # a hash of each row's tokens and labels
 
 
 class HeldoutLoss(Suite):
@@ -31,33 +46,60 @@ class HeldoutLoss(Suite):
     title = "held-out loss"
 
     def prepare(self, models: Sequence[Model]) -> None:
-        """Find the rows of each model: a base that is no run reads those of a run on it, of one
-        that is asked as it is where there are several.
+        """Find the rows of each model: a base reads the rows of a run trained on it, preferably one
+        with the same prompt format.
         """
-        name = str(self.recipe.data.questions)
-        self.split = name if name in HELD_OUT else None
-        self.recipes = {}  # whose rows a model reads, by its name
+        questions = str(self.recipe.data.questions)
+        self.split: str | None = None
+        if questions in HELD_OUT:
+            self.split = questions
+        self.recipes: dict[str, Recipe] = {}  # whose rows a model reads, by its name
         for model in models:
-            base, asked = model.recipe.model.name_or_path, model.prompt_hash
-            runs = [run for run in models if run.trained and run.recipe.model.name_or_path == base]
-            runs = (
-                [model] if model.trained else sorted(runs, key=lambda run: run.prompt_hash != asked)
-            )
-            if self.split and not runs:
-                what = f"'{model.word}' has no recipe, so no {self.split} split"
-                hint = "name a file of rows, or `base` beside its runs"
-                raise self.recipe.document.error("data.questions", what, hint)
-            self.recipes[model.name] = (*runs, model)[0].recipe
+            self.recipes[model.name] = self._recipe_of(model, models)
+
+    def _recipe_of(self, model: Model, models: Sequence[Model]) -> Recipe:
+        """The recipe whose rows a model reads."""
+        if model.trained:
+            return model.recipe
+        base = model.recipe.model.name_or_path
+        runs = [run for run in models if run.trained and run.recipe.model.name_or_path == base]
+        if runs:
+            in_its_format = [run for run in runs if run.prompt_hash == model.prompt_hash]
+            return (in_its_format or runs)[0].recipe
+        if self.split:
+            what = f"'{model.word}' has no recipe, so no {self.split} split"
+            hint = "name a file of rows, or `base` beside its runs"
+            raise self.recipe.document.error("data.questions", what, hint)
+        return model.recipe
 
     def reads(self, model: Any) -> Any:
         """Return where the rows come from, and their files: a base reads those of a run."""
         source = self.recipes[model.name]
-        files = source_hashes(source.data) if self.split else None
+        files = None
+        if self.split:
+            files = source_hashes(source.data)
         return [source.data.model_dump(), source.train.get("max_length"), files]
 
     def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model."""
-        limit, source = self.recipe.data.max_questions, self.recipes[model.name]
+        limit = self.recipe.data.max_questions
+        rows = self._rows(model, limit)
+        nats = row_losses(network, rows.tokens, rows.labels)
+        metrics = [self._loss_per_token(rows, nats)]
+        if any(rows.texts):  # else the supervised tokens are all special, and have no bytes
+            metrics.append(self._bits_per_byte(rows, nats))
+        subset = None
+        if limit:
+            subset = f"subset, the first {limit} rows"
+        banners: tuple[str, ...] = ()
+        has_chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
+        if self.split == "validation" and has_chosen:
+            banners = ("the validation rows chose the checkpoint: the loss on them is biased low",)
+        return self.new_log(metrics, n=len(rows.names), subset=subset, banners=banners)
+
+    def _rows(self, model: Model, limit: int | None) -> _Rows:
+        """The rows that a model reads, tokenized for it."""
+        source = self.recipes[model.name]
         if self.split is None:
             source = source.reading(str(self.recipe.path_of("data.questions")))
         rows = getattr(prepare_data(source, model.tokenizer), self.split or TRAIN)
@@ -67,8 +109,9 @@ class HeldoutLoss(Suite):
                 f"set data.split.{self.split} to a share of the rows, or name a file of rows",
             )
         rows = rows[:limit]
-        names, tokens, labels = (rows[key] for key in ("example_id", "input_ids", "labels"))
-        supervised = [[label for label in row[1:] if label != -100] for row in labels]
+        tokens = rows["input_ids"]
+        labels = rows["labels"]
+        supervised = [_supervised(row) for row in labels]
         if not any(supervised):
             raise RecipeError(
                 f"none of the {len(rows):,} rows that {model.name} reads has a token with loss",
@@ -76,41 +119,85 @@ class HeldoutLoss(Suite):
                 " before the answer begins",
             )
         texts = model.tokenizer.batch_decode(supervised, skip_special_tokens=True)
-        texts = [text.strip() for text in texts]
-        first: dict[str, str] = {}  # the first row with these tokens
-        keys = [hash_of(*row) for row in zip(tokens, labels, strict=True)]
-        same = [first.setdefault(key, str(name)) for key, name in zip(keys, names, strict=True)]
-        nats = row_losses(network, tokens, labels)
-        lengths, metrics = list(map(len, supervised)), []
-        num_bytes = [len(text.encode(errors="replace")) for text in texts]
-        for metric, label, instead_of, unit, scale, sizes, read in (
-            ("loss", "loss per token", "", "tokens", 1.0, lengths, keys),
-            ("bits_per_byte", "bits per byte", "loss", "bytes", math.log(2), num_bytes, texts),
-        ):
-            if not any(sizes):
-                continue  # the supervised tokens are all special: no text, so no bytes
-            mean = scale * sum(sizes) / len(sizes)
-            samples = [
+        return _Rows(
+            names=[str(name) for name in rows["example_id"]],
+            tokens=tokens,
+            labels=labels,
+            num_supervised=[len(row) for row in supervised],
+            texts=[text.strip() for text in texts],
+            keys=[hash_of(*row) for row in zip(tokens, labels, strict=True)],
+        )
+
+    def _loss_per_token(self, rows: _Rows, nats: Sequence[float]) -> Metric:
+        return self._metric(
+            rows,
+            nats,
+            name="loss",
+            label="loss per token",
+            instead_of="",
+            unit="tokens",
+            sizes=rows.num_supervised,
+            nats_of_a_unit=1.0,
+            paired_by=rows.keys,
+        )
+
+    def _bits_per_byte(self, rows: _Rows, nats: Sequence[float]) -> Metric:
+        return self._metric(
+            rows,
+            nats,
+            name="bits_per_byte",
+            label="bits per byte",
+            instead_of="loss",
+            unit="bytes",
+            sizes=[len(text.encode(errors="replace")) for text in rows.texts],
+            nats_of_a_unit=math.log(2),
+            paired_by=rows.texts,
+        )
+
+    def _metric(
+        self,
+        rows: _Rows,
+        nats: Sequence[float],
+        *,
+        name: str,
+        label: str,
+        instead_of: str,
+        unit: str,
+        sizes: Sequence[int],
+        nats_of_a_unit: float,
+        paired_by: Sequence[str],
+    ) -> Metric:
+        """A metric of the losses: each row's over the mean size of a row.
+
+        Args:
+            instead_of: the metric that is compared in its place where two models share that.
+            sizes: tokens or bytes of each row.
+            paired_by: what two models must share to be compared; its hash is in the task.
+        """
+        mean_size = nats_of_a_unit * sum(sizes) / len(sizes)
+        first_row: dict[str, str] = {}  # with these tokens
+        samples = []
+        for row, key, loss, size in zip(rows.names, rows.keys, nats, sizes, strict=True):
+            same_as = first_row.setdefault(key, row)
+            if same_as == row:
+                same_as = ""
+            samples.append(
                 Sample(
-                    str(name),
-                    value=loss / mean,
+                    id=row,
+                    value=loss / mean_size,
                     outcome="graded",
                     verdicts=(f"{size} {unit}",),
-                    same_as="" if earlier == str(name) else earlier,
+                    same_as=same_as,
                 )
-                for name, loss, size, earlier in zip(names, nats, sizes, same, strict=True)
-            ]
-            known = {"higher_is_better": False, "instead_of": instead_of}
-            known["task"] = f"{unit}-{hash_of(read)[:8]}"
-            label = f"{label} on {self.split or 'held-out'} rows"
-            metrics.append(metric_of(metric, label, samples, "number", **known))
-        chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
-        note = "the validation rows chose the checkpoint: the loss on them is biased low"
-        return self.new_log(
-            metrics,
-            n=len(names),
-            subset=f"subset, the first {limit} rows" if limit else None,
-            banners=(note,) if self.split == "validation" and chosen else (),
+            )
+        return metric_of(
+            name,
+            f"{label} on {self.split or 'held-out'} rows",
+            samples,
+            "number",
+            higher_is_better=False,
+            instead_of=instead_of,
+            task=f"{unit}-{hash_of(paired_by)[:8]}",
         )
 
     @staticmethod
@@ -122,10 +209,16 @@ class HeldoutLoss(Suite):
             if len(rates) == 1:
                 rates.append("-")  # no text, so no bytes
             lines.append([log.target, f"{log.n:,}", *rates])
-        if len({log.metrics[0].task for log in logs}) == 1:
+        tasks = {log.metrics[0].task for log in logs}
+        if len(tasks) == 1:
             return aligned(lines)
         what = "their losses per token are not comparable, bits per byte of the same text are"
         return [*aligned(lines), "", f"these models read different rows or tokens: {what}"]
+
+
+def _supervised(labels: Sequence[int]) -> list[int]:
+    """The tokens of a row that have a loss; nothing predicts the first one."""
+    return [label for label in labels[1:] if label != _NO_LOSS]
 
 
 def row_losses(
@@ -145,9 +238,12 @@ def row_losses(
             parts = []
             for start in range(0, len(wanted), _POSITIONS):
                 part = slice(start, start + _POSITIONS)
-                each = torch.nn.functional.cross_entropy(
+                token_losses = torch.nn.functional.cross_entropy(
                     logits[part].float(), wanted[part], reduction="none"
                 )
-                parts.append(each.double())
-        losses.append(float(torch.cat(parts).sum()) if parts else 0.0)
+                parts.append(token_losses.double())
+        loss = 0.0
+        if parts:
+            loss = float(torch.cat(parts).sum())
+        losses.append(loss)
     return losses
