@@ -203,7 +203,7 @@ LINES: list[tuple[list[str], int, str]] = [
     (["check", "--ful", "tiny.yaml"], 2, "--full"),
     (["train", "tiny.yaml", "--accelerate", "dpp_cpu"], 2, "ddp_cpu"),
     (["status", "nothing"], 2, "no run named 'nothing'"),
-    (["compare", "."], 2, "no run named"),
+    (["compare", "."], 2, "holds no results lm-eval"),
     (["chat", "nothing", "--prompt", "x"], 2, "no run named 'nothing'"),
     (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
     (["data", "tiny.yaml", "data.source=pipe.jsonl"], 4, "pipe.jsonl: no data file"),

@@ -126,6 +126,8 @@ def announce_slurm_job() -> None:
 
 
 def _run(words: Sequence[str], debug: bool) -> int:
+    if words[:1] == ["help"] and len(words) > 1:
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         return _say_help()
     if words[0] == "--version":

@@ -53,6 +53,10 @@ def test_errors_and_lines_on_the_terminal_show_stars(capsys: pytest.CaptureFixtu
 def test_values_of_secret_variables_are_masked_whatever_their_form(monkeypatch) -> None:
     monkeypatch.setenv("JUDGE_API_KEY", "plain words and 7")
     assert mask_secrets("401: bad key 'plain words and 7'") == "401: bad key '***'"
+    monkeypatch.setenv("SHORT_API_KEY", "8letters")
+    assert mask_secrets("bad key 8letters") == "bad key ***"
+    monkeypatch.setenv("SHORT_API_KEY", "7letter")  # may be a word of any sentence
+    assert mask_secrets("bad key 7letter") == "bad key 7letter"
     assert str(DataError("the server echoed plain words and 7")) == "the server echoed ***"
 
 

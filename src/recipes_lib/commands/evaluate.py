@@ -82,7 +82,9 @@ def run_compare(
 
     measured = []
     for word in runs:
-        results = read_results(Path(word)) or ours.read(open_run(word).path)
+        results = read_results(Path(word))
+        if results is None:
+            results = ours.read(_open(word))
         for run in results:
             check_ownership(run)
         measured += results
@@ -107,6 +109,19 @@ def run_compare(
         say(f"\nreport: {shown_path(html)}")
         return ExitCode.DONE
     return next_step("compare", *runs, "--html", "report.html")
+
+
+def _open(word: str) -> Path:
+    """Return the folder of a run by its name or path."""
+    from recipes_lib.analysis.readers import known_forms
+
+    try:
+        return open_run(word).path
+    except RecipeError:
+        if not Path(word).is_dir():
+            raise
+        what = "this folder holds no results that can be read"
+        raise RecipeError(what, known_forms(), file=Path(word)) from None
 
 
 def _margin(word: str) -> tuple[str, Margin]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from recipes_lib.config.typed_words import hints_of_word
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.project import project_root, recipe_path, shown_path
 from recipes_lib.core.terminal import holds_secret, is_secret_name
@@ -57,6 +58,8 @@ _HINTS = {
     "flat": "recipes migrate turns a flat TRL config into a recipe",
     "study": "use recipes study",
     "eval": "use recipes eval",
+    "recipe": "to train it: recipes train",
+    "accelerate": "it says how a recipe is launched: recipes train RECIPE --accelerate FILE",
 }
 _ROWS = "to train on rows: recipes new NAME --from RECIPE --data FILE"
 
@@ -200,7 +203,8 @@ def _override(word: str) -> Document:
     keys = name.split(".")
     document = Document(Path(COMMAND_LINE), text=text)
     if not separator or not all(keys):
-        raise document.error(1, f"'{word}' is not section.key=value")
+        what = f"'{word}' is not section.key=value"
+        raise document.error(1, what, *hints_of_word(word))
     document.origins[tuple(keys)] = document.origin(1)
     _compose(document, tuple(keys))
     for key in reversed(keys):

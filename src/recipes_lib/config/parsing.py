@@ -17,6 +17,7 @@ from recipes_lib.config.documents import (
     value_text,
     wrong_kind,
 )
+from recipes_lib.config.typed_words import SHORT_NAMES
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 
 _MAX_NAMES = 20  # that a message lists
@@ -150,6 +151,8 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
     what = what.partition(" or instance of ")[0]
     if what.count("'") > 2 * _MAX_NAMES:
         what = f"not one of the choices (recipes explain {name})"
+    if what == "Input should be a valid dictionary":
+        return [f"{name} is a section, not a value", f"its keys: recipes explain {name}"]
     return [f"{name}: {what}, got {value_text(value, 60)}"]
 
 
@@ -166,6 +169,8 @@ def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
     for home, field in model.model_fields.items():
         if any(key in known.model_fields for known in _models_in(field.annotation)):
             return [f"unknown key '{name}'", f"it belongs to {home}: write {home}.{key}"]
+    if len(path) == 1 and key in SHORT_NAMES:
+        return [f"unknown key '{name}'", f"write {SHORT_NAMES[key]}"]
     keys = [name for known in models for name in known.model_fields]
     listed = ", ".join(keys) if len(keys) < _MAX_NAMES else f"recipes explain {section}"
     near = did_you_mean(key, keys, lambda key: dotted((*path[:-1], key)))
