@@ -518,3 +518,24 @@ def test_a_training_template_trains_and_the_plain_one_is_saved(
     assert main(words) == 0
     saved = tiny_recipe.parent / "runs" / "tiny" / "adapter"
     assert (saved / "chat_template.jinja").read_text(encoding="utf-8") == plain
+
+
+def test_damaged_prepared_rows_train_the_same_weights_and_packing_leaves_no_file_beside_them(
+    tiny_recipe, tmp_path, monkeypatch, capfd
+) -> None:
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
+    words = [str(tiny_recipe), "train.packing=true", "train.max_steps=2"]
+    words += ["train.shuffle_dataset=true"]
+    assert main([*words, "run.name=first"]) == 0
+    [folder] = (tmp_path / "cache" / "rows").glob("*/data")
+    sealed = json.loads((folder / "files.json").read_text())["files"]
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*sealed, "files.json"}
+
+    rows = folder / "train" / "data-00000-of-00001.arrow"
+    damaged = bytearray(rows.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    rows.write_bytes(damaged)
+    assert main([*words, "run.name=second"]) == 0
+    assert "were made again" in capfd.readouterr().err
+    assert adapter(tiny_recipe, "second") == adapter(tiny_recipe, "first")

@@ -6,19 +6,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import file_hash, hash_of, read_object, sync_tree, write_json
-from recipes_lib.core.project import cache_root
-from recipes_lib.core.ranks import on_main_rank
+from recipes_lib.core.files import file_hash, hash_of, read_object, write_json
+from recipes_lib.core.ranks import leads_machine, meet, on_main_rank, rank, spans_machines
 from recipes_lib.data.audit import DataAudit, audit_rows, judge, system_message_note
+from recipes_lib.data.cache import folder_of, keep_rows
 from recipes_lib.data.encoding import Encoded, Supervision, encode
 from recipes_lib.data.errors import BadRow, BadRows, SettingError, place
 from recipes_lib.data.prompts import (
@@ -63,12 +62,15 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     disable_progress_bars()
     try:
         settings = Supervision.of(recipe.data, recipe.train, tokenizer)
-        folder = on_main_rank(lambda: _prepared_folder(recipe, settings, tokenizer))
-        if not (folder / _RECORD).is_file():  # on another machine, which has a disk of its own
-            folder = _prepared_folder(recipe, settings, tokenizer)
+        key = on_main_rank(lambda: _keep(recipe, settings, tokenizer))
+        if spans_machines():  # each may have a disk of its own
+            if rank() != 0 and leads_machine():
+                _keep(recipe, settings, tokenizer, expected=key)
+            meet()
     except DataError as error:
         raise place(recipe, error) from error.__cause__
-    record = read_object(folder / _RECORD, remedy=f"delete {folder}")
+    folder = folder_of(key)
+    record = read_object(folder / _RECORD)
     parts: dict[str, Any] = dict.fromkeys(SPLITS) | dict(load_from_disk(str(folder)))
     return PreparedData(**parts, **record | {"audit": DataAudit(**record["audit"])})
 
@@ -76,20 +78,27 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
 # ---- the cache ----
 
 
-def _prepared_folder(recipe: Recipe, settings: Supervision, tokenizer: Any) -> Path:
-    """Return the folder of the prepared data. Its record is written last: without it, the rest is
-    what a process left that was killed.
+def _keep(
+    recipe: Recipe, settings: Supervision, tokenizer: Any, expected: str | None = None
+) -> str:
+    """Have the prepared rows in this machine's cache, whole; return their key.
+
+    Args:
+        expected: the key on rank 0's machine. With another one, the ranks would train other rows.
     """
     key = _key(recipe, settings, tokenizer)
-    folder = cache_root() / "rows" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):  # arms of a study start at the same time
-        if not (folder / _RECORD).is_file():
-            parts, record = _prepare(recipe, settings, tokenizer, key)
-            parts.save_to_disk(folder)
-            sync_tree(folder)
-            write_json(folder / _RECORD, record)
-    return folder
+    if expected not in (None, key):
+        what = "the rows of this machine would not be those of rank 0's"
+        hint = "give all machines the same data files, and the same versions of the packages"
+        raise DataError(f"{socket.gethostname()}: {what}", hint)
+
+    def make(folder: Path) -> None:
+        parts, record = _prepare(recipe, settings, tokenizer, key)
+        parts.save_to_disk(folder)
+        write_json(folder / _RECORD, record)
+
+    keep_rows(key, make)
+    return key
 
 
 def _key(recipe: Recipe, settings: Supervision, tokenizer: Any) -> str:

@@ -87,7 +87,10 @@ def build_trainer(
     lora = build_lora_config(recipe)
     if args.router_aux_loss_coef is None and not families.adds_router_loss(model, recipe.lora):
         args.router_aux_loss_coef = 0.0
-    train = data.train.shuffle(seed=args.seed) if args.shuffle_dataset else data.train
+    train = data.train
+    if args.shuffle_dataset:
+        # not in a file beside the rows, which the next start would use unchecked
+        train = train.shuffle(seed=args.seed, keep_in_memory=True, load_from_cache_file=False)
     validation = data.validation if args.eval_strategy != "no" else None
     columns = ["input_ids", "labels"]
     trainer = RecipeTrainer(
@@ -227,7 +230,9 @@ def _why_rows_apart(model: PreTrainedModel) -> str | None:
 
 def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     if args.packing:
-        rows = pack_dataset(rows, args.max_length, args.packing_strategy)
+        # not in a file beside the rows, which the next start would use unchecked
+        options = {"keep_in_memory": True, "load_from_cache_file": False}
+        rows = pack_dataset(rows, args.max_length, args.packing_strategy, options)
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if len(rows) < step:
         whole = recipe.run.global_batch_size
