@@ -109,6 +109,58 @@ def test_a_source_that_is_nowhere_names_the_nearest(tmp_path, monkeypatch):
         rows_of("nobody/nothing")
 
 
+def test_a_json_list_in_a_jsonl_file_is_one_error_about_the_file(tmp_path):
+    for number, text in enumerate((json.dumps(TASKS), json.dumps(TASKS, indent=1))):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text(text)
+        with pytest.raises(DataError, match="a JSON list, where each line") as caught:
+            read_file(file)
+        assert str(caught.value.file) == str(file) and caught.value.line is None
+        assert caught.value.hints == ("give the file the ending .json",)
+    (tmp_path / "row.jsonl").write_text("[1]\n" + json.dumps(TASK))
+    bad = BadRows()
+    assert len(read_file(tmp_path / "row.jsonl", bad)) == 1
+    assert "row.jsonl:1: the row: expected dict, found list" in bad.lines()[0]
+
+
+def test_an_address_as_the_source_says_what_to_set_instead():
+    with pytest.raises(SettingError, match="is an address, not a file") as caught:
+        rows_of("https://example.org/rows.jsonl")
+    assert "download the file" in caught.value.hints[0]
+    with pytest.raises(SettingError) as caught:
+        rows_of("https://huggingface.co/datasets/somebody/rows/tree/main")
+    assert caught.value.hints == ("set data.source: somebody/rows",)
+
+
+def test_other_separators_encodings_and_saved_data_sets_say_what_to_do(tmp_path):
+    file = tmp_path / "a.csv"
+    file.write_text("instruction;response\na;b\n")
+    with pytest.raises(DataError, match="one column, 'instruction;response'") as caught:
+        read_file(file)
+    assert "commas as .csv" in caught.value.hints[0]
+    for name, text in (("b.csv", "instruction,response\n\xe9,b\n"), ("b.jsonl", '{"a": "\xe9"}')):
+        (tmp_path / name).write_bytes(text.encode("latin-1"))
+        with pytest.raises(DataError, match="'utf-8' codec") as caught:
+            read_file(tmp_path / name)
+        assert "iconv -f latin1" in caught.value.hints[0]
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="the files of datasets' save_to_disk") as caught:
+        rows_of(saved)
+    assert "to_parquet" in caught.value.hints[0]
+
+
+def test_preference_rows_are_named_as_such(read, write_jsonl):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(SettingError) as caught:
+        read([row], "chat")
+    assert "preference tuning" in caught.value.hints[-1]
+    with pytest.raises(DataError) as caught:
+        formats_of(write_jsonl([row]))
+    assert "preference tuning" in caught.value.hints[-1]
+
+
 def test_what_cannot_be_used_is_described_with_its_lines(read):
     chat = {"messages": TURNS}
     for row, prompt_format, keys, words in (

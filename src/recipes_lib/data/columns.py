@@ -51,6 +51,13 @@ def fields_by_format(
     return names, {prompt_format: fields[0] for prompt_format, fields in sets.items() if fields}
 
 
+def preference_hint(columns: Sequence[str]) -> list[str]:
+    """Return what to say of columns that only preference tuning reads."""
+    if {"chosen", "rejected"} <= {*columns}:
+        return ["chosen and rejected answers are for preference tuning, which recipes do not do"]
+    return []
+
+
 def map_columns(
     rows: Sequence[DataRow], section: DataSection, columns: Mapping[Any, str], bad: BadRows
 ) -> tuple[list[DataRow], list[str]]:
@@ -70,7 +77,8 @@ def map_columns(
         what = f"columns are {', '.join(present)}; expected {expected}"
         fitting = [f"data.prompt_format: {other}" for other in fields]
         hint = " or ".join([*fitting, "data.columns: {<our name>: <your column>}"])
-        raise SettingError("data.prompt_format", what, f"set {hint}")
+        hints = [f"set {hint}", *preference_hint(present)]
+        raise SettingError("data.prompt_format", what, *hints)
     read = {*fields[prompt_format], "id", *(OF_CHAT if prompt_format == "chat" else ())}
     if "instruction" in read:
         read |= {*OF_PAIRS} if prompt_format == "chat" else {"context"}

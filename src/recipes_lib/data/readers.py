@@ -19,8 +19,9 @@ from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.errors import BadRow, BadRows
 from recipes_lib.data.rows import DataRow
-from recipes_lib.data.values import parsed_json
+from recipes_lib.data.values import NOT_UTF8, parsed_json
 
+_BEFORE_JSON = codecs.BOM_UTF8 + b" \t\r\n"
 Numbered = tuple[int | None, Any]  # a row, its JSON text, or why it is none
 
 
@@ -44,8 +45,13 @@ def read_file(path: Path, bad: BadRows | None = None) -> list[DataRow]:
                 rows.append(row)
             except BadRow as reason:
                 no_rows.add(row, reason)
+    except DataError as error:
+        error.file = file
+        raise
     except Exception as error:  # of a codec, csv, pyarrow or the disk
-        raise DataError(f"cannot be read as {kind[1:]}: {one_line(error)}", file=file) from None
+        hints = [NOT_UTF8] if isinstance(error, UnicodeDecodeError) else []
+        what = f"cannot be read as {kind[1:]}: {one_line(error)}"
+        raise DataError(what, *hints, file=file) from None
     if bad is None and len(no_rows):
         raise no_rows.error()
     return rows
@@ -53,13 +59,28 @@ def read_file(path: Path, bad: BadRows | None = None) -> list[DataRow]:
 
 def _read_jsonl(path: Path) -> Iterator[Numbered]:
     with path.open("rb") as lines:
+        _refuse_list(lines.readline())
+        lines.seek(0)
         yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _refuse_list(first_line: bytes) -> None:
+    """Refuse a file that is one JSON list, whose every line would be an error."""
+    if not first_line.lstrip(_BEFORE_JSON).startswith(b"["):
+        return
+    try:
+        value = json.loads(first_line)
+    except ValueError:
+        value = None  # the list goes on in the next line
+    if value is None or any(isinstance(row, dict) for row in value):
+        what = "a JSON list, where each line has to be an object of its own"
+        raise DataError(what, "give the file the ending .json")
 
 
 def _read_json(path: Path) -> Iterator[Numbered]:
     """Read a list of objects, or JSON Lines under the name .json."""
     content = path.read_bytes()
-    if not content.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+    if not content.lstrip(_BEFORE_JSON).startswith(b"["):
         return _read_jsonl(path)
     return ((None, row) for row in json.loads(content))
 
@@ -69,11 +90,21 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         sign = "\t" if data_format(path) == ".tsv" else ","
         reader = csv.DictReader(stream, delimiter=sign, strict=True)
-        names, start = reader.fieldnames or [], reader.line_num + 1
+        names = list(reader.fieldnames or [])
+        _refuse_other_separator(names, sign)
+        start = reader.line_num + 1
         for row in reader:
             is_whole = None not in row and None not in row.values()
             yield start, row if is_whole else BadRow(f"not {len(names)} fields like the header")
             start = reader.line_num + 1
+
+
+def _refuse_other_separator(names: list[str], sign: str) -> None:
+    """Refuse a header that is one name with another sign between its words."""
+    for other in (";", ",", "\t", "|"):
+        if len(names) == 1 and other in names[0]:
+            what = f"the header has one column, {names[0]!r}: fields are separated by {sign!r}"
+            raise DataError(what, "save the file with commas as .csv, or with tabs as .tsv")
 
 
 def _read_parquet(path: Path) -> Iterator[Numbered]:

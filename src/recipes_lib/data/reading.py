@@ -11,7 +11,7 @@ from typing import Any
 from recipes_lib.config.recipe import DataSection, Recipe, SourcePart
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.columns import fields_by_format, map_columns
+from recipes_lib.data.columns import fields_by_format, map_columns, preference_hint
 from recipes_lib.data.errors import BadRows, SettingError, place
 from recipes_lib.data.readers import read_file
 from recipes_lib.data.rows import DataRow, content_hash
@@ -114,5 +114,6 @@ def formats_of(data: Path, columns: Mapping[Any, str] | None = None) -> tuple[st
         what = f"columns {', '.join(names)} are not understood" if names else "0 rows or columns"
         hint = "say which is which: data.columns={instruction: NAME, response: NAME}"
         known_names = "docs/data.md lists the known names"
-        raise DataError(what, hint, known_names, file=shown_path(file), line=1)
+        hints = [hint, known_names, *preference_hint(names)]
+        raise DataError(what, *hints, file=shown_path(file), line=1)
     return formats

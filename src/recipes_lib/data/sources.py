@@ -4,6 +4,7 @@ path wins over a Hub id of the same name.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from recipes_lib.data.rows import DataRow
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 
 def listed_sources(section: DataSection) -> list[SourcePart]:
@@ -59,11 +62,22 @@ def load_rows(source: SourcePart, bad: BadRows | None = None) -> list[DataRow]:
 
 def source_files(source: SourcePart) -> list[Path]:
     """Return the files of a local source, or raise an error that names the nearest."""
+    if "://" in source.source:
+        raise _url_error(source.source)
     path = Path(source.source).expanduser()
     if path.exists():
         return [path] if path.is_file() else data_files(path, source.source_split or "train")
     hints = [*near_file(path), f"looked in {shown_path(path.parent.resolve())}"]
     raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
+
+
+def _url_error(url: str) -> SettingError:
+    """Return the error about an address where a file, a folder or a Hub data set is expected."""
+    hint = "download the file, and set data.source to its path"
+    of_hub = re.search(r"(?:huggingface\.co|hf\.co)/datasets/([^/?#]+/[^/?#]+)", url)
+    if of_hub:
+        hint = f"set data.source: {of_hub[1]}"
+    return SettingError("data.source", f"{url} is an address, not a file, folder or Hub id", hint)
 
 
 def source_hashes(section: DataSection) -> dict[str, str]:
@@ -80,6 +94,10 @@ def data_files(folder: Path, split: str) -> list[Path]:
     """Return a folder's data files of a split, as `datasets` tells them by their names."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
+    if any((folder / name).is_file() for name in _SAVED_TO_DISK):
+        what = "the files of datasets' save_to_disk, which are not data files"
+        hint = "write the rows as Parquet: datasets.load_from_disk(FOLDER).to_parquet(FILE)"
+        raise DataError(what, hint, file=shown_path(folder))
     place, kinds = str(folder.resolve()), list(DATA_FORMATS)
     try:
         patterns = get_data_patterns(place)
