@@ -30,7 +30,8 @@ class Suite:
     title: ClassVar[str] = ""
 
     def __init__(self, recipe: EvalRecipe, chosen: QuestionSet) -> None:
-        self.recipe, self.chosen = recipe, chosen
+        self.recipe = recipe
+        self.chosen = chosen
 
     def prepare(self, models: Sequence[Model]) -> None:
         """See which models will be asked, before the first one is loaded."""
@@ -47,10 +48,14 @@ class Suite:
         """Return the log of one model, whose network is in memory."""
         raise NotImplementedError
 
-    def new_log(self, metrics: Iterable[Metric], **known: Any) -> EvalLog:
+    def new_log(self, metrics: Iterable[Metric], **facts: Any) -> EvalLog:
         """Return a log of metrics."""
-        name, suite = self.recipe.name, self.recipe.suite.name
-        return EvalLog(suite=suite, eval=name, metrics=tuple(metrics), **known)
+        return EvalLog(
+            suite=self.recipe.suite.name,
+            eval=self.recipe.name,
+            metrics=tuple(metrics),
+            **facts,
+        )
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
@@ -62,15 +67,19 @@ def numbers_of(
     values: Sequence[float | None], clusters: Sequence[str], unit: str = "share"
 ) -> dict[str, Any]:
     """Return the mean of the values that are known, its 95% interval over clusters, and n."""
-    known = [pair for pair in zip(values, clusters, strict=True) if pair[0] is not None]
-    if not known:
+    numbers = []
+    names = []
+    for value, cluster in zip(values, clusters, strict=True):
+        if value is not None:
+            numbers.append(value)
+            names.append(cluster)
+    if not numbers:
         return {"n": 0}
     from recipes_lib.stats import mean_interval  # scipy, which `recipes study --help` does without
 
-    numbers, names = [value or 0.0 for value, _ in known], [name for _, name in known]
     low, high = mean_interval(numbers, names, UNIT_SCALES.get(unit)) or (None, None)
-    mean = math.fsum(numbers) / len(known)
-    return {"value": mean, "low": low, "high": high, "n": len(known)}
+    mean = math.fsum(numbers) / len(numbers)
+    return {"value": mean, "low": low, "high": high, "n": len(numbers)}
 
 
 def metric_of(
@@ -78,29 +87,36 @@ def metric_of(
     label: str,
     samples: Sequence[Sample],
     unit: Literal["share", "grade", "number"] = "share",
-    **known: Any,
+    **facts: Any,
 ) -> Metric:
     """Return a metric that is the mean of samples; those of one question are one observation."""
     clusters = [sample.same_as or sample.id for sample in samples]
     numbers = numbers_of([sample.value for sample in samples], clusters, unit)
-    return Metric(metric, label, tuple(samples), unit=unit, **numbers, **known)
+    return Metric(metric, label, tuple(samples), unit=unit, **numbers, **facts)
 
 
 def bounds_of(samples: Sequence[Sample], unit: str = "share") -> tuple[float, float]:
     """Return the mean if everything unresolved had got the lowest value, and the highest."""
-    lowest, highest = (
-        fmean(end if sample.value is None else sample.value for sample in samples)
-        for end in UNIT_SCALES[unit]
-    )
-    return lowest, highest
+    lowest, highest = UNIT_SCALES[unit]
+    return _mean_with(samples, lowest), _mean_with(samples, highest)
+
+
+def _mean_with(samples: Sequence[Sample], unresolved: float) -> float:
+    """The mean with a value for what is unresolved."""
+    return fmean(unresolved if sample.value is None else sample.value for sample in samples)
 
 
 def shown_rate(rate: Metric | Check, digits: int = 2, unit: str = "share") -> str:
     """Return a value with its interval, a share in percent."""
-    scale, digits, sign = (100, 1, "%") if unit == "share" else (1, digits, "")
     if rate.value is None:
         return "n/a"
-    shown = f"{scale * rate.value:.{digits}f}{sign}"
+    scale = 1
+    sign = ""
+    if unit == "share":
+        scale = 100
+        sign = "%"
+        digits = 1
+    text = f"{scale * rate.value:.{digits}f}{sign}"
     if rate.low is None or rate.high is None:
-        return shown
-    return f"{shown} [{scale * rate.low:.{digits}f}, {scale * rate.high:.{digits}f}]"
+        return text
+    return f"{text} [{scale * rate.low:.{digits}f}, {scale * rate.high:.{digits}f}]"

@@ -29,42 +29,49 @@ class AlpacaEval(JudgedSuite):
     ) -> Item:
         """Return an answer with its opponent's."""
         assert opponent
-        text, other = answers.texts[question.id, 1], opponent.texts[question.id, 1]
+        text = answers.texts[question.id, 1]
+        other = opponent.texts[question.id, 1]
         return Item(question.id, question.turns[0], text, other)
 
     def write(self, log: EvalLog) -> None:
         """Write the files that alpaca_eval reads."""
         assert log.judge
-        outputs, annotations = list[object](), list[object]()
+        outputs: list[object] = []
+        annotations: list[object] = []
         for sample in log.metrics[0].samples:
-            asked = {"dataset": sample.category, "instruction": sample.input}
-            outputs.append({**asked, "output": sample.answer or "", "generator": log.target})
-            pair: dict[str, object] = {
+            question: dict[str, object] = {
+                "dataset": sample.category,
+                "instruction": sample.input,
+            }
+            outputs.append(question | {"output": sample.answer or "", "generator": log.target})
+            preference = None
+            if sample.value is not None:
+                preference = 1 + sample.value  # 1: the opponent wins, 1.5: a tie, 2: the candidate
+            pair = {
                 "output_1": sample.opponent or "",
                 "generator_1": log.against,
                 "output_2": sample.answer or "",
                 "generator_2": log.target,
                 "annotator": f"judge-{log.judge.fingerprint[:12]}",
-                # 1: the opponent wins, 1.5: a tie, 2: the candidate wins
-                "preference": None if sample.value is None else 1 + sample.value,
+                "preference": preference,
             }
-            annotations.append({**asked, **pair})
-        name = log.file.name.replace("result", "annotations", 1)
-        files = {"model_outputs.json": outputs, name: annotations}
-        for file, rows in files.items():
-            write_json(log.file.parent / "samples" / file, rows)
+            annotations.append(question | pair)
+        folder = log.file.parent / "samples"
+        write_json(folder / "model_outputs.json", outputs)
+        write_json(folder / log.file.name.replace("result", "annotations", 1), annotations)
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         outcomes = ("win", "loss", "tie", "unresolved")
-        head = ["model", "against", "n", *outcomes]
-        rows = [[*head, "win rate, tie = half [95%]", "all lost .. won"]]
+        head = ["model", "against", "n", *outcomes, "win rate, tie = half [95%]", "all lost .. won"]
+        rows = [head]
         for log in logs:
             (wins,) = log.metrics
             counts = Counter(sample.outcome for sample in wins.samples)
             lowest, highest = bounds_of(wins.samples)
             cells = [log.target, str(log.against), str(len(wins.samples))]
             cells += [str(counts[outcome]) for outcome in outcomes]
-            rows.append([*cells, shown_rate(wins), f"{lowest:.1%} .. {highest:.1%}"])
+            cells += [shown_rate(wins), f"{lowest:.1%} .. {highest:.1%}"]
+            rows.append(cells)
         return [*aligned(rows), "", "judged in both orders; orders that disagree are a tie"]

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,71 +44,93 @@ class LMEval(Suite):
 
     def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model."""
-        recipe, suite = self.recipe, self.recipe.suite
+        recipe = self.recipe
         folder = model.folder(recipe.name).resolve()
         (folder / "cache").mkdir(parents=True, exist_ok=True)
         # lm_eval (0.4.13) would tie a head and embeddings that were trained apart
         needs_merge = bool(model.trained and (model.recipe.lora or {}).get("modules_to_save"))
-        config, file = _config(recipe, model, needs_merge), folder / "lm_eval.yaml"
+        config = _config(recipe, model, needs_merge)
+        config_file = folder / "lm_eval.yaml"
         with _inside(recipe):
-            from lm_eval import simple_evaluate
-            from lm_eval.config.evaluate_config import EvaluatorConfig
-            from lm_eval.models.huggingface import HFLM
             from lm_eval.utils import handle_non_serializable
 
-            config = dict(**config, **suite.options)
-            write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-            settings = asdict(EvaluatorConfig.from_config(file))
-            network.tie_weights = lambda *_, **__: None
-            try:
-                harness = _short_probes(HFLM)(
-                    pretrained=network,
-                    tokenizer=model.tokenizer,
-                    batch_size=config["batch_size"],
-                    # else lm_eval (0.4.13) turns off the autocast that it runs inside
-                    mixed_precision_dtype=config["model_args"].get("mixed_precision_dtype"),
-                    chat_template_args=dict(model.recipe.data.chat_template_kwargs),
-                )
-            finally:
-                del network.tie_weights
-            manager, tasks = _tasks(recipe)
-            known = inspect.signature(simple_evaluate).parameters
-            options = {name: value for name, value in settings.items() if name in known}
-            options |= dict(zip(_SEEDS, settings["seed"] or [None] * 4, strict=True))
-            options |= {"model": harness, "tasks": tasks, "task_manager": manager}
+            config = dict(**config, **recipe.suite.options)  # an error where a key is in both
+            write_text(config_file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             # lm-eval's cache knows neither the model nor the batches, on which rounding depends
-            options["use_cache"] = str(folder / "cache" / hash_of(model.fingerprint, config)[:16])
-            results = simple_evaluate(**options | {"log_samples": True})
+            cache = folder / "cache" / hash_of(model.fingerprint, config)[:16]
+            results = _evaluated(recipe, model, network, config_file, cache)
         # as plain values, which is how lm_eval itself writes them
         results = json.loads(json.dumps(results, default=handle_non_serializable))
         samples = results.pop("samples", {})
         for task, rows in samples.items():
             write_lines(folder / "samples" / f"samples_{task}.jsonl", rows)
         write_json(folder / "lm_eval_results.json", results)
+
         metrics = tuple(metrics_of(results, samples))
-        line = shlex.join(["lm_eval", "run", "--config", str(file)])
+        num_items = {metric.task: metric.n for metric in metrics if not metric.parts}
+        command = shlex.join(["lm_eval", "run", "--config", str(config_file)])
         if recipe.data.folder:
-            line = f"(cd {shlex.quote(str(recipe.data.folder))} && {line})"
-        line += f"  # after recipes merge {model.name}" if needs_merge else ""
+            command = f"(cd {shlex.quote(str(recipe.data.folder))} && {command})"
+        if needs_merge:
+            command += f"  # after recipes merge {model.name}"
         return self.new_log(
             metrics,
-            n=sum({each.task: each.n for each in metrics if not each.parts}.values()),
+            n=sum(num_items.values()),
             subset=_subset_of(recipe, results),
-            lm_eval_command=line,
+            lm_eval_command=command,
         )
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         rows = [["task", "metric", "few-shot", "n", *(log.target for log in logs)]]
-        tables = [{(metric.task, metric.metric): metric for metric in log.metrics} for log in logs]
-        for key in dict.fromkeys(key for table in tables for key in table):
-            cells = [table.get(key) for table in tables]
-            first = next(cell for cell in cells if cell)
-            shots = "-" if first.num_fewshot is None else str(first.num_fewshot)
-            shown = [shown_rate(cell, 4, "number") if cell else "-" for cell in cells]
-            rows.append([*key, shots, str(first.n), *shown])
+        metrics: dict[tuple[str, str], dict[str, Metric]] = defaultdict(dict)  # by the model
+        for log in logs:
+            for metric in log.metrics:
+                metrics[metric.task, metric.metric][log.target] = metric
+        for (task, name), by_model in metrics.items():
+            first = next(iter(by_model.values()))
+            shots = "-"
+            if first.num_fewshot is not None:
+                shots = str(first.num_fewshot)
+            row = [task, name, shots, str(first.n)]
+            for log in logs:
+                rate = "-"
+                if log.target in by_model:
+                    rate = shown_rate(by_model[log.target], 4, "number")
+                row.append(rate)
+            rows.append(row)
         return aligned(rows)
+
+
+def _evaluated(
+    recipe: EvalRecipe, model: Model, network: Any, config_file: Path, cache: Path
+) -> dict[str, Any]:
+    """What `simple_evaluate` returns for a loaded model, asked as the command with this file is."""
+    from lm_eval import simple_evaluate
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.models.huggingface import HFLM
+
+    settings = asdict(EvaluatorConfig.from_config(config_file))
+    network.tie_weights = lambda *_, **__: None
+    try:
+        harness = _short_probes(HFLM)(
+            pretrained=network,
+            tokenizer=model.tokenizer,
+            batch_size=settings["batch_size"],
+            # else lm_eval (0.4.13) turns off the autocast that it runs inside
+            mixed_precision_dtype=settings["model_args"].get("mixed_precision_dtype"),
+            chat_template_args=dict(model.recipe.data.chat_template_kwargs),
+        )
+    finally:
+        del network.tie_weights
+    manager, tasks = _tasks(recipe)
+    parameters = inspect.signature(simple_evaluate).parameters
+    options = {name: value for name, value in settings.items() if name in parameters}
+    options |= dict(zip(_SEEDS, settings["seed"] or [None] * 4, strict=True))
+    options |= {"model": harness, "tasks": tasks, "task_manager": manager}
+    options |= {"use_cache": str(cache), "log_samples": True}
+    return simple_evaluate(**options)
 
 
 def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
@@ -124,13 +147,17 @@ def _tasks(recipe: EvalRecipe) -> tuple[Any, list[str]]:
     """
     from lm_eval.tasks import TaskManager
 
-    folder, tasks = recipe.data.include_path, recipe.suite.tasks or []
+    folder = recipe.data.include_path
+    tasks = recipe.suite.tasks or []
     manager = TaskManager(include_path=folder, include_defaults=False)
-    own = manager.task_index.keys() - {*manager.all_groups}  # which may have tasks of lm-eval
-    if not own.issuperset(tasks):
+    # a group of the folder may have tasks of lm-eval
+    complete = manager.task_index.keys() - set(manager.all_groups)
+    if not complete.issuperset(tasks):
         manager = TaskManager(include_path=folder)
-    names = [name for task in tasks for name in manager.match_tasks([task]) or [task]]
-    return manager, [*dict.fromkeys(names)]
+    names: dict[str, None] = {}
+    for task in tasks:
+        names |= dict.fromkeys(manager.match_tasks([task]) or [task])
+    return manager, list(names)
 
 
 @contextlib.contextmanager
@@ -174,9 +201,9 @@ def _short_probes(harness: type[Any]) -> type[Any]:
                 self.longest = None
 
         def _length(self, request: Any) -> int:
-            prompt, asked = request.args
-            most = normalize_gen_kwargs(dict(asked), self.max_gen_toks)["max_gen_toks"]
-            return len(self.tok_encode(prompt)) + int(most)
+            prompt, generation = request.args
+            options = normalize_gen_kwargs(dict(generation), self.max_gen_toks)
+            return len(self.tok_encode(prompt)) + int(options["max_gen_toks"])
 
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
             if requests or self.longest is None:
@@ -204,45 +231,62 @@ def metrics_of(
         results: the content of lm-eval's results file.
         samples: the rows of its samples files by task.
     """
-
-    def fact(task: str, key: str) -> Any:
-        return (results.get(key) or {}).get(task)
-
-    def parts(group: str) -> list[str]:
-        """Every task and group below a group; nothing of a task."""
-        return [
-            name for part in fact(group, "group_subtasks") or () for name in (part, *parts(part))
-        ]
-
     for task, values in results["results"].items():
         for name, value in values.items():
             metric, _, pipeline = name.partition(",")
-            if not pipeline or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            rows = [row for row in samples.get(task, ()) if row.get("filter", "none") == pipeline]
-            rows = [row for row in rows if isinstance(row.get(metric), int | float)]
-            scores = [float(row[metric]) for row in rows]
-            items = _samples_of(rows, scores)
-            in_range = all(0 <= score <= 1 for score in (*scores, value))
-            key = metric if pipeline == "none" else f"{metric},{pipeline}"
-            facts: dict[str, Any] = {
-                "metric": key,
-                "label": f"{task} {key.replace(',', ', ')}",
-                "unit": "share" if _SHARE.search(metric) and in_range else "number",
-                "task": task,
-                "higher_is_better": (fact(task, "higher_is_better") or {}).get(metric),
-                "parts": tuple(parts(task)),
-                "num_fewshot": fact(task, "n-shot"),
-                "version": str(fact(task, "versions") or "") or None,
-            }
-            if scores and abs(sum(scores) / len(scores) - value) <= 1e-6:
-                yield metric_of(samples=items, **facts)
-                continue
-            # a corpus score, or a group
-            if isinstance(error := values.get(f"{metric}_stderr,{pipeline}"), int | float):
-                facts |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
-            num = (fact(task, "n-samples") or {}).get("effective", 0)
-            yield Metric(value=value, n=num, **facts)
+            if pipeline and not metric.endswith("_stderr") and isinstance(value, int | float):
+                yield _metric_of(results, samples.get(task, ()), task, metric, pipeline)
+
+
+def _metric_of(
+    results: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    task: str,
+    metric: str,
+    pipeline: str,
+) -> Metric:
+    """One metric of a task or group: the mean of its samples, or without them as it is reported."""
+
+    def fact(key: str) -> Any:
+        return (results.get(key) or {}).get(task)
+
+    value = results["results"][task][f"{metric},{pipeline}"]
+    scored = [
+        row
+        for row in rows
+        if row.get("filter", "none") == pipeline and isinstance(row.get(metric), int | float)
+    ]
+    scores = [float(row[metric]) for row in scored]
+    in_range = all(0 <= score <= 1 for score in (*scores, value))
+    name = metric
+    if pipeline != "none":
+        name = f"{metric},{pipeline}"
+    facts: dict[str, Any] = {
+        "metric": name,
+        "label": f"{task} {name.replace(',', ', ')}",
+        "unit": "share" if _SHARE.search(metric) and in_range else "number",
+        "task": task,
+        "higher_is_better": (fact("higher_is_better") or {}).get(metric),
+        "parts": tuple(_parts_of(results, task)),
+        "num_fewshot": fact("n-shot"),
+        "version": str(fact("versions") or "") or None,
+    }
+    if scores and abs(sum(scores) / len(scores) - value) <= 1e-6:
+        return metric_of(samples=_samples_of(scored, scores), **facts)
+    # a score of the whole corpus, or of a group
+    error = results["results"][task].get(f"{metric}_stderr,{pipeline}")
+    if isinstance(error, int | float):
+        facts |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
+    return Metric(value=value, n=(fact("n-samples") or {}).get("effective", 0), **facts)
+
+
+def _parts_of(results: Mapping[str, Any], group: str) -> list[str]:
+    """Every task and group below a group; nothing of a task."""
+    parts: list[str] = []
+    for part in (results.get("group_subtasks") or {}).get(group) or ():
+        parts.append(part)
+        parts += _parts_of(results, part)
+    return parts
 
 
 def _samples_of(rows: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> list[Sample]:
@@ -287,13 +331,16 @@ def _config(recipe: EvalRecipe, model: Model, needs_merge: bool) -> dict[str, An
     """What `lm_eval run --config` takes, without the recipe's own options."""
     import torch
 
-    section, trained = model.recipe.model, model.trained
-    path, adapter = Path(model_path(section)), None
-    if trained and (trained.full or needs_merge):
-        path = trained.weights if trained.full else trained.merged
+    section = model.recipe.model
+    trained = model.trained
+    path = Path(model_path(section))
+    adapter = None
+    if trained and trained.full:
+        path = trained.weights
+    elif trained and needs_merge:
+        path = trained.merged
     elif trained:
         adapter = str(trained.weights.resolve())
-    loading = (model.recipe.quantization or {}).items()
     arguments = {
         "pretrained": str(path.resolve() if path.is_dir() else path),
         "dtype": section.dtype,
@@ -303,10 +350,12 @@ def _config(recipe: EvalRecipe, model: Model, needs_merge: bool) -> dict[str, An
         "revision": section.revision,
         "trust_remote_code": section.trust_remote_code,
         "chat_template_args": dict(model.recipe.data.chat_template_kwargs),
-        **{key: value for key, value in loading if key.startswith(("load_in", "bnb_"))},
     }
+    loading = (model.recipe.quantization or {}).items()
+    arguments |= {key: value for key, value in loading if key.startswith(("load_in", "bnb_"))}
     config = recipe.suite.model_dump(exclude={"name", "options"})
-    config |= {"model": "hf", "include_path": recipe.data.include_path}
+    config["model"] = "hf"
+    config["include_path"] = recipe.data.include_path
     config["model_args"] = {key: value for key, value in arguments.items() if value}
     if str(config["batch_size"]).startswith("auto") and not torch.cuda.is_available():
         config["batch_size"] = _CPU_BATCH

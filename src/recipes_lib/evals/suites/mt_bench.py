@@ -29,17 +29,18 @@ class MTBench(JudgedSuite):
         """Return a turn, the conversation before it in the instruction, with the reference answer
         where its category needs one.
         """
-        known = question.reference or () if question.category in NEEDS_REFERENCE else ()
-        reference = known[turn - 1] if len(known) >= turn else None
+        reference = None
+        if question.category in NEEDS_REFERENCE and question.reference:
+            reference = dict(enumerate(question.reference, 1)).get(turn)
         instruction = question.turns[0]
         if turn > 1:
-            before = [
-                f"User: {question.turns[n - 1]}\n\nAssistant: {answers.texts[question.id, n]}"
-                for n in range(1, turn)
-            ]
-            last = f"User: {question.turns[turn - 1]}"
+            messages = []
+            for n in range(1, turn):
+                messages.append(f"User: {question.turns[n - 1]}")
+                messages.append(f"Assistant: {answers.texts[question.id, n]}")
+            messages.append(f"User: {question.turns[turn - 1]}")
             note = "(The response to evaluate answers the last message of this conversation.)"
-            instruction = "\n\n".join([*before, last, note])
+            instruction = "\n\n".join([*messages, note])
         text = answers.texts[question.id, turn]
         return Item(f"{question.id}:{turn}", instruction, text, reference=reference)
 
@@ -51,13 +52,14 @@ class MTBench(JudgedSuite):
             (grade,) = log.metrics
             lowest, highest = bounds_of(grade.samples, "grade")
             cells = [log.target, str(log.n), str(len(grade.samples) - grade.n)]
-            shown = shown_rate(grade, unit="grade")
-            rows.append([*cells, shown, f"{lowest:.2f} .. {highest:.2f}"])
+            cells += [shown_rate(grade, unit="grade"), f"{lowest:.2f} .. {highest:.2f}"]
+            rows.append(cells)
         by_category = [["turn 1 / turn 2", *(log.target for log in logs)]]
-        categories = dict.fromkeys(sample.category for sample in logs[0].metrics[0].samples)
-        for name in ("all", *categories):
-            cells = [_means(log.metrics[0].samples, name) for log in logs]
-            by_category.append([name, *cells])
+        categories = ["all"]
+        categories += dict.fromkeys(sample.category for sample in logs[0].metrics[0].samples)
+        for name in categories:
+            means = [_means(log.metrics[0].samples, name) for log in logs]
+            by_category.append([name, *means])
         return [*aligned(rows), "", *aligned(by_category)]
 
 
@@ -67,4 +69,10 @@ def _means(samples: Sequence[Sample], category: str) -> str:
     for sample in samples:
         if category in ("all", sample.category) and sample.value:
             grades[sample.turn].append(sample.value)
-    return " / ".join(f"{fmean(values):.2f}" if values else "n/a" for values in grades.values())
+    means = []
+    for values in grades.values():
+        mean = "n/a"
+        if values:
+            mean = f"{fmean(values):.2f}"
+        means.append(mean)
+    return " / ".join(means)
