@@ -41,6 +41,7 @@ run() {
     say "done by an earlier try of this job"; exit 0   # after a preemption Slurm queues a job again even when it has finished since
   fi
   rm -rf "$FOLDER/$TASK.reported".* "$FOLDER/$TASK.exit_code"
+  [ "$TRY" -gt 0 ] || rm -f "$FOLDER/$TASK.requeues"   # of an earlier submission
   # A task holds the cores of all its processes. Without Slurm the libraries count the machine's.
   [ -z "$SLURM_JOB_ID" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(((${SLURM_CPUS_PER_TASK:-1} + PROCESSES - 1) / PROCESSES))}"
 
@@ -68,7 +69,10 @@ ask() { case $JOB in train*) kill -USR2 "$COMMAND" ;; *) kill -TERM "$COMMAND" ;
 finish() {
   if [ -n "$SLURM_JOB_ID" ] && later_try; then say "a later try of this job has taken over"; exit "$CODE"; fi
   if [ "$SIGNAL" != TERM ] && { [ "$CODE" = 75 ] || { [ "$SIGNAL" = USR2 ] && [ "$CODE" -gt 75 ]; }; }; then   # stopped, not failed
-    if [ -n "$SLURM_JOB_ID" ] && [ "$TRY" -lt "$MAX_REQUEUES" ]; then
+    # Only these count: Slurm's own count holds preemptions and lost nodes, too.
+    local requeues; requeues=$(cat "$FOLDER/$TASK.requeues" 2> /dev/null || echo 0)
+    if [ -n "$SLURM_JOB_ID" ] && [ "$requeues" -lt "$MAX_REQUEUES" ]; then
+      echo $((requeues + 1)) > "$FOLDER/$TASK.requeues"
       say "saved; requeueing the job"; scontrol requeue "$(own_id)" && { sleep 120 & wait $!; exit 75; }   # Slurm ends this shell here
     fi
     say "saved, but not requeued: launch it again to continue"; CODE=75

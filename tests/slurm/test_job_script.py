@@ -157,7 +157,10 @@ def test_a_training_that_saved_is_queued_again_after_usr2_and_never_after_term(
     """USR2 is sent until the training listens. TERM means that Slurm ends the job: a preemption
     queues it again by itself, after scancel it must stay away.
     """
-    for by, restarts, queued_again in (("USR2", 0, True), ("USR2", 20, False), ("TERM", 0, False)):
+    # how often Slurm has queued it again, preemptions included; how often it asked for that itself
+    cases = [("USR2", 0, 0, True), ("USR2", 30, 19, True), ("USR2", 30, 20, False)]
+    for by, restarts, own_requeues, queued_again in (*cases, ("TERM", 0, 0, False)):
+        (tmp_path / "train.requeues").write_text(f"{own_requeues}\n")
         shown = f'"show job"*) echo "JobId=7 Requeue=1 Restarts={restarts} B=1" ;; *) exit 1 ;;'
         listen = "signal.signal(signal.SIGUSR2, save)"
         stop = f"os.kill(os.getppid(), signal.SIG{by}); time.sleep(1)"
@@ -169,6 +172,8 @@ def test_a_training_that_saved_is_queued_again_after_usr2_and_never_after_term(
         calls = tmp_path / "bin" / "scontrol.calls"
         assert ("requeue" in calls.read_text().splitlines()) is queued_again
         calls.unlink()
+        if queued_again:
+            assert (tmp_path / "train.requeues").read_text() == f"{own_requeues + 1}\n"
 
 
 def test_a_task_of_an_array_asks_slurm_about_itself_alone(job, in_slurm, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -98,6 +100,50 @@ def test_a_recipe_becomes_training_evaluations_and_a_report_each_after_the_one_b
     assert "so there is nothing to evaluate" in launch(*words, "--stages", "eval", code=2)
 
 
+def jobs_of(root: Path) -> list[dict[str, Any]]:
+    """Return what the only launch of a runs folder noted of its jobs."""
+    (file,) = root.glob("*/slurm/jobs.json")
+    return json.loads(file.read_text())["jobs"]
+
+
+def test_more_trainings_than_slurm_takes_in_an_array_become_several(
+    profile_file, launch: Launch, tiny_model_dir: Path, tmp_path: Path, stand_in
+) -> None:
+    study = write_tiny_study(tmp_path / "study", tiny_model_dir)
+    stand_in("scontrol", "echo 'MaxArraySize            = 4'")
+    words = (study, "--profile", profile_file(sbatch={"partition": "a"}), "--dry-run")
+    said = launch(*words, "seeds=[1,2,3]")
+    assert "--array=0-3\n" in said and "--array=0-1\n" in said
+    assert "dependency=afterany:${train_1}:${train_2} " in said
+    assert "--array=0-3" in launch(*words, "seeds=[1,2]") and "train_2" not in said.split("eval")[1]
+
+
+def test_flags_that_are_hardly_meant_are_said(profile_file, launch: Launch) -> None:
+    sbatch = {"partition": "gpu", "gres": "gpu:{gpus}", "constraint": "h100", "time": "1:00:00"}
+    stages = {"report": {"partition": "cpu"}}
+    said = launch(*CHAIN, "--dry-run", "--profile", profile_file(sbatch=sbatch, stages=stages))
+    cpu = "asks for no GPU and goes to partition gpu: if that is for GPU jobs, set stages"
+    assert f"# warning: train {cpu}.train.partition" in said and f"mt_bench {cpu}.eval" in said
+    assert "stage report has its own partition, but sbatch.constraint (h100)" in said
+    stages = {"report": {"partition": "cpu", "constraint": None}}
+    stages |= {name: {"partition": "cpu", "constraint": None} for name in ("train", "eval")}
+    said = launch(*CHAIN, "--dry-run", "--profile", profile_file(sbatch=sbatch, stages=stages))
+    assert "constraint" not in said and "partition gpu" not in said
+
+
+def test_a_variable_that_is_not_set_is_no_folder(
+    profile_file, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue: without $USER, as in a cron job, runs went to a folder of that name."""
+    monkeypatch.delenv("USER", raising=False)
+    path = profile_file(env={"RECIPES_RUNS_ROOT": "/scratch/$USER/runs"})
+    said = launch(*CPU, "--dry-run", "--profile", path, code=2)
+    assert "env.RECIPES_RUNS_ROOT: the variable $USER is not set here" in said
+    assert f"{path}:" in said
+    monkeypatch.setenv("USER", "me")
+    assert load_profile(str(path)).variables() == {"RECIPES_RUNS_ROOT": "/scratch/me/runs"}
+
+
 def test_a_study_becomes_an_array_of_arms_and_a_job_that_evaluates_what_is_trained(
     profile_file, launch: Launch, tiny_model_dir: Path, tmp_path: Path, root: Path
 ) -> None:
@@ -176,6 +222,10 @@ def test_a_job_serves_one_judge_with_the_longest_context_that_its_evals_ask_for(
     words = (*CPU, "--evals", "evals/mt_bench.yaml", "--dry-run", "--profile")
     said = launch(*words, profile_file("none"))
     assert "no job starts the judge" in said and "with_judge.sh" not in said
+    root = Path(os.environ["RECIPES_RUNS_ROOT"])
+    launch(*words[:-2], "--prepare", "--profile", profile_file("none"))
+    names = {task for row in jobs_of(root) for task in row["tasks"]}
+    assert names == {"quickstart--lora-r8", "mt_bench", "report"}  # not the warning
     said = launch(*words, profile_file(vllm="vllm"))
     assert "no job starts the judge" not in said and "with_judge.sh prometheus-eval/" in said
     study = write_tiny_study(tmp_path / "study", tiny_model_dir, questions=3)
@@ -215,10 +265,40 @@ def test_one_squeue_and_one_sacct_tell_what_became_of_all_jobs(root: Path, stand
     failed = RunDirectory("tiny--r4")
     failed.write_state("failed", exit_code=3, error="gradient norm is nan at step 3\n  lower it")
     said = launch("status", "tiny")
+    assert f"logs: {launched}" in said
     assert "exit code 3" in said and "  train.0: gradient norm is nan at step 3\n" in said
     failed.write_state("failed", exit_code=1)  # of an attempt before
     assert "gradient norm" not in launch("status", "tiny")
-    assert f"logs: {launched}" in said
+    # an array is cancelled by its number, once
+    stand_in("squeue", "echo '7_0|RUNNING|None|node3'; echo '7_1|RUNNING|None|node3'")
+    cancelled = stand_in("scancel", "true")
+    launch("cancel", "tiny")
+    assert cancelled.read_text() == "7\n---\n"
+
+
+def test_a_job_that_slurm_never_started_or_that_saved_is_not_unknown_and_not_failed(
+    root: Path, stand_in, launch: Launch
+) -> None:
+    """Issue: without accounting `unknown` was said of jobs that their dependency had ended."""
+    launched = root / "mine" / "slurm"
+    launched.mkdir(parents=True)
+    jobs = [
+        {"label": "train", "id": "7", "tasks": ["mine"], "after": []},
+        {"label": "eval-x", "id": "8", "tasks": ["x"], "after": ["train"]},
+        {"label": "report", "id": "9", "tasks": ["report"], "after": ["eval-x"]},
+    ]
+    (launched / "jobs.json").write_text(json.dumps({"jobs": jobs}))
+    stand_in("squeue", "true")
+    stand_in("sacct", "exit 1")
+    for code, ended in ((75, "stopped"), (3, "failed")):
+        (launched / "train.exit_code").write_text(f"{code}\n")
+        rows = json.loads(launch("status", "mine", "--json"))["mine"]
+        states = {row["label"]: (row["state"], row["reason"]) for row in rows}
+        assert states["train"][0] == ended and f"exit code {code}" in states["train"][1]
+        assert states["eval-x"] == ("cancelled", f"train: {ended}")
+        assert states["report"] == ("cancelled", "eval-x: cancelled")
+    (launched / "train.exit_code").unlink()
+    assert "unknown" in launch("status", "mine")
 
 
 def test_cancel_names_only_what_is_not_over_and_a_second_launch_is_refused(

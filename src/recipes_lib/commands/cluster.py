@@ -61,7 +61,18 @@ def run_launch(
     site.enter()
     flags = flag_words(resume_anyway=resume_anyway, trust_remote_code=trust_remote_code)
     named = [word for word in evals if "=" not in word]
-    plan = Planner(site, values, accelerate, gpus, nodes, stages, named, flags).plan(first)
+    planner = Planner(
+        profile=site,
+        overrides=values,
+        accelerate=accelerate,
+        gpus=gpus,
+        nodes=nodes,
+        named_stages=stages,
+        evals=named,
+        flags=flags,
+        largest_array=queue.largest_array,
+    )
+    plan = planner.plan(first)
     needs = missing_needs(plan.recipes.values(), plan.evals, site.site())
     if prepare or dry_run:  # nothing starts yet
         plan.warnings.extend(f"warning: {need.what}" for need in needs)

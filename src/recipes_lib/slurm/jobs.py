@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from recipes_lib.study.config import load_study, study_file
 from recipes_lib.study.run import missing_of, refuse_unmet
 from recipes_lib.study.trainings import StudyRun, is_trained, study_trainings
 
+# Flags that say which nodes of a partition are wanted, or by which right.
+_OF_A_PARTITION = ("constraint", "nodelist", "exclude", "qos", "reservation")
 _DEFAULT_EVALS = ("evals/alpaca_eval.yaml", "evals/mt_bench.yaml", "evals/lm_eval.yaml")
 # What only a node of several knows; bash puts it in there. On one node the launcher finds a port.
 _MEETING = (
@@ -87,6 +89,7 @@ class Planner:
     named_stages: str | None = None  # None for all
     evals: Sequence[str] = ()  # words; none for the three of evals/
     flags: Sequence[str] = ()  # that are handed on to the commands of the jobs
+    largest_array: Callable[[], int | None] = lambda: None  # tasks that the scheduler takes in one
 
     def plan(self, target: str) -> JobPlan:
         """Return the jobs of a recipe or a study, or raise everything that is wrong with it."""
@@ -98,7 +101,31 @@ class Planner:
         own = not (self.profile.setup or self.profile.prefix)
         self.python = (*self.profile.prefix, sys.executable if own else "python")
         path = study_file(target)
-        return self._study(path) if path else self._recipe(target)
+        plan = self._study(path) if path else self._recipe(target)
+        plan.warnings.extend(self._doubtful_flags(plan.jobs))
+        return plan
+
+    def _doubtful_flags(self, jobs: Sequence[Job]) -> Iterator[str]:
+        """Yield a warning for flags that Slurm may take, and that are hardly meant."""
+        sbatch = self.profile.sbatch
+        if self.profile.flags("train", 1, 1) != self.profile.flags("train", 0, 1):
+            for job in jobs:
+                partition = self.profile.flag(job.stage, "partition")
+                if job.stage != "report" and not job.uses_gpus and partition:
+                    what = f"{job.label} asks for no GPU and goes to partition {partition}"
+                    hint = f"if that is for GPU jobs, set stages.{job.stage}.partition"
+                    yield f"warning: {what}: {hint}"
+        for stage in dict.fromkeys(job.stage for job in jobs):
+            flags = self.profile.stage_flags(stage)
+            if flags.get("partition", sbatch.get("partition")) == sbatch.get("partition"):
+                continue
+            inherited = [name for name in _OF_A_PARTITION if sbatch.get(name)]
+            for name in inherited:
+                if name not in flags:
+                    what = (
+                        f"stage {stage} has its own partition, but sbatch.{name} ({sbatch[name]})"
+                    )
+                    yield f"warning: {what}: if that is not meant, set stages.{stage}.{name}: null"
 
     def _recipe(self, target: str) -> JobPlan:
         recipe = load_recipe(target, self.overrides)
@@ -144,11 +171,16 @@ class Planner:
             launch = training.arm.launch
             key = launch.config.path, launch.machines, launch.per_machine
             groups.setdefault(key, []).append(training)
-        for number, trainings in enumerate(groups.values(), 1):
+        size = self.largest_array() or len(left)
+        arrays: list[list[StudyRun]] = []
+        for group in groups.values():
+            starts = range(0, len(group), size)
+            arrays.extend(group[start : start + size] for start in starts)
+        for number, trainings in enumerate(arrays, 1):
             recipes = {f"{training.run}.yaml": training.recipe for training in trainings}
             # one after another: together they would exceed the limit
             before = plan.jobs[-1:] if self.profile.max_concurrent_arms else []
-            label = f"train-{number}" if len(groups) > 1 else "train"
+            label = f"train-{number}" if len(arrays) > 1 else "train"
             launch = trainings[0].arm.launch
             plan.jobs.append(self._train_job(plan, label, recipes, launch, before))
         if {"eval", "report"} & {*self.stages} and missing_of(study):
@@ -204,12 +236,11 @@ class Planner:
         judges = [each.judge for each in evals if each.judge and each.judge.served_here]
         names = sorted({f"{judge.model} {judge.revision or ''}".strip() for judge in judges})
         if judges and not program:
-            what = "warning: no job starts the judge that is expected at 127.0.0.1"
-            plan.warnings.append(f"{what}: set vllm in the profile")
+            missing = "no job starts the judge that is expected at 127.0.0.1"
+            plan.warnings.append(f"warning: {missing}: set vllm in the profile")
         elif len(names) > 1:
-            what = f"one job would have to serve two judges: {', '.join(names)}"
             hint = "give the evals one judge, or judge in the job: judge.engine"
-            raise RecipeError(what, hint)
+            raise RecipeError(f"one job would have to serve two judges: {', '.join(names)}", hint)
         elif judges:
             script = str(project_root() / "launch" / "with_judge.sh")
             revision = ("--revision", judges[0].revision) if judges[0].revision else ()

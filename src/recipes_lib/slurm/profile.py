@@ -66,19 +66,36 @@ class Profile(Section):
 
     def flags(self, stage: str, gpus: int, processes: int) -> list[str]:
         """Return the flags of sbatch for a job of a stage, with so many of each on a node."""
-        own = {str(name): flags for name, flags in self.stages.items()}.get(stage, {})
         words = []
-        for name, value in {**self.sbatch, **own}.items():
+        for name, value in {**self.sbatch, **self.stage_flags(stage)}.items():
             if value is None or value is False or (not gpus and _is_about_gpus(name, value)):
                 continue
             text = str(value).replace("{gpus}", str(gpus)).replace("{processes}", str(processes))
             words.append(f"--{name}" if value is True else f"--{name}={text}")
         return words
 
+    def stage_flags(self, stage: str) -> Flags:
+        """Return the flags that replace those of `sbatch` in a stage."""
+        by_stage = {str(name): flags for name, flags in self.stages.items()}
+        return by_stage.get(stage, {})
+
+    def flag(self, stage: str, name: str) -> str | int | bool | None:
+        """Return one flag's value in a stage."""
+        return {**self.sbatch, **self.stage_flags(stage)}.get(name)
+
     def variables(self) -> dict[str, str]:
-        """Return the variables of a job; `{job}` stays."""
-        known = {name: os.path.expandvars(value) for name, value in self.env.items()}
-        return {name: os.path.expanduser(value) for name, value in known.items()}  # noqa: PTH111 (also URLs)
+        """Return the variables of a job; `{job}` stays. One that names a variable which is not set
+        here, say $USER in a cron job, is an error: the job would take the text as it is.
+        """
+        variables: dict[str, str] = {}
+        for name, value in self.env.items():
+            text = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 (also URLs)
+            if unset := re.search(r"\$(\w+|\{\w+\})", text):
+                what = f"env.{name}: the variable {unset[0]} is not set here"
+                hint = "export it before the launch, or write its value"
+                raise self.document.error(("env", name), what, hint)
+            variables[name] = text
+        return variables
 
     def site(self) -> Site:
         """Return what a job of this site will see and have, as far as it is known here."""
@@ -99,10 +116,15 @@ class Profile(Section):
         variables = self.variables()
         os.environ.update({name: variables[name] for name in _FOLDERS if name in variables})
 
+    @property
+    def document(self) -> Document:
+        """The file with the place of each value."""
+        assert self._document is not None
+        return self._document
+
     def error(self, what: str, *hints: str) -> RecipeError:
         """Return an error placed at the flags of sbatch."""
-        assert self._document is not None
-        return self._document.error("sbatch", what, *hints)
+        return self.document.error("sbatch", what, *hints)
 
 
 def _is_about_gpus(name: str, value: object) -> bool:

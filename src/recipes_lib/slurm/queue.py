@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
 from recipes_lib.core.files import object_or_none, read_object, write_json, write_text
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
@@ -43,10 +43,11 @@ def prepare(plan: JobPlan, profile: Profile) -> None:
 
 def _write_jobs(plan: JobPlan, ids: Mapping[str, str]) -> None:
     """Note the jobs, with the ids of those that `recipes launch` submitted."""
-    rows = [
-        {"label": job.label, "id": ids.get(job.label), "tasks": [task.what for task in job.tasks]}
-        for job in plan.jobs
-    ]
+    rows = []
+    for job in plan.jobs:
+        names = [task.what for task in job.tasks]
+        row = {"label": job.label, "id": ids.get(job.label), "tasks": names}
+        rows.append({**row, "after": list(job.after)})
     write_json(plan.folder / JOBS_FILE, {"jobs": rows})
 
 
@@ -124,6 +125,16 @@ def run_slurm(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def largest_array() -> int | None:
+    """Return how many tasks Slurm takes in one array; None where it cannot be asked."""
+    try:
+        configuration = run_slurm(["scontrol", "show", "config"]).stdout
+    except EnvironmentFault:
+        return None
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", configuration, re.M)
+    return int(found[1]) if found else None
+
+
 def _last_words(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Try ")]
     return lines[-1].rpartition("error: ")[2] if lines else "no reason given"
@@ -144,6 +155,7 @@ class TaskState:
     active: bool = False
     exit_code: int | None = None
     error: str = ""  # what a failed training says of itself in run.json
+    after: tuple[str, ...] = ()  # labels of the jobs that must have succeeded before
 
 
 def submitted_tasks(folder: Path) -> list[TaskState]:
@@ -154,7 +166,7 @@ def submitted_tasks(folder: Path) -> list[TaskState]:
         if not job and by_hand.is_file():
             job = by_hand.read_text().strip().partition(";")[0]
         for number, what in enumerate(row["tasks"] if job else ()):
-            task = TaskState(label, job, what)
+            task = TaskState(label, job, what, after=tuple(row.get("after", ())))
             if len(row["tasks"]) > 1:
                 task.label, task.job = f"{label}.{number}", f"{job}_{number}"
             tasks.append(task)
@@ -180,6 +192,9 @@ def task_states(folder: Path) -> list[TaskState]:
             task.exit_code = int((folder / f"{task.label}.exit_code").read_text())
             task.state = "failed" if task.exit_code else "done"
             task.reason = f"exit code {task.exit_code}" if task.exit_code else ""
+            if task.exit_code == ExitCode.PREEMPTED:
+                task.state = "stopped"
+                task.reason += ": saved, launch it again to continue"
             if task.exit_code and task.label.startswith("train"):
                 task.error = _error_of(folder.parents[1], task)
     # the accounting database knows the others, where the site has one
@@ -190,7 +205,23 @@ def task_states(folder: Path) -> list[TaskState]:
             job, _, state = line.partition("|")
             if job in unknown and state:
                 unknown[job].state = state.split()[0].lower()  # CANCELLED by 1000
+    _cancelled_by_dependency(tasks)
     return tasks
+
+
+def _cancelled_by_dependency(tasks: Sequence[TaskState]) -> None:
+    """Say of a task that no file and no accounting knows that Slurm never started it, where a job
+    that it waited for did not succeed.
+    """
+    ended_badly: dict[str, str] = {}  # label of a job -> how it ended
+    for task in tasks:
+        causes = [label for label in task.after if label in ended_badly]
+        if task.state == "unknown" and causes:
+            task.state = "cancelled"
+            task.reason = f"{causes[0]}: {ended_badly[causes[0]]}"
+        if not task.active and task.state not in ("done", "unknown"):
+            label = task.label.rpartition(".")[0] if "_" in task.job else task.label
+            ended_badly[label] = task.state
 
 
 def _error_of(root: Path, task: TaskState) -> str:
