@@ -23,6 +23,7 @@ ORDER = (
     ("train",),
     ("analysis",),
     ("study",),
+    ("jobs",),
     ("slurm",),
     ("commands", "cli", "config.schema"),
 )

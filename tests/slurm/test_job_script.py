@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.slurm.jobs import Job, Task, directives, script_of
+from recipes_lib.jobs.jobs import Job, Task
 from recipes_lib.slurm.profile import load_profile
+from recipes_lib.slurm.script import directives, script_of
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 

@@ -19,8 +19,8 @@ from tests.study.study_files import write_tiny_study
 from recipes_lib.config.recipe import ModelSection
 from recipes_lib.core.errors import EnvironmentFault, RecipeErrors
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.slurm import queue
-from recipes_lib.slurm.prefetching import check_model
+from recipes_lib.jobs.prefetching import check_model
+from recipes_lib.jobs.records import submitted_tasks
 from recipes_lib.slurm.profile import known_profiles, load_profile
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def test_a_recipe_becomes_training_evaluations_and_a_report_each_after_the_one_b
         ["--dependency=afterok:11:12", waits, str(folder / "report.sbatch")],
     ]
     assert "train: job 10" in said
-    jobs = {task.label: task.job for task in queue.submitted_tasks(folder)}
+    jobs = {task.label: task.job for task in submitted_tasks(folder)}
     assert jobs["report"] == "13"
     assert "so there is nothing to evaluate" in launch(*words, "--stages", "eval", code=2)
 
@@ -190,7 +190,7 @@ def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(profile_file, launch, ro
     assert done.returncode == 0, done.stderr
     asked = calls.read_text().split("---\n")[:-1]
     assert len(asked) == 3 and "afterok:10" in asked[1] and "afterok:11" in asked[2]
-    tasks = queue.submitted_tasks(root / "quickstart--lora-r8/slurm")
+    tasks = submitted_tasks(root / "quickstart--lora-r8/slurm")
     assert [task.job for task in tasks] == ["10", "11", "12"]
 
 

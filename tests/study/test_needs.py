@@ -14,7 +14,7 @@ from tests.study.stand_in import COMMAND
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.study import run as running
-from recipes_lib.study.needs import Site, missing_needs
+from recipes_lib.study.needs import Host, missing_needs
 
 Recipes = Callable[..., tuple[int, str, str]]
 CLOSED = "http://127.0.0.1:9/v1"  # no server answers at the port of "discard"
@@ -162,8 +162,8 @@ def test_a_tracker_that_does_not_know_who_sends_refuses_the_training(
     settings.parent.mkdir(parents=True)
 
     def needs(**variables: str) -> str:
-        site = Site(environment={"HOME": str(home), **variables}, own_python=False)
-        return "".join(map(str, missing_needs([load_recipe(file)], [], site)))
+        host = Host(environment={"HOME": str(home), **variables}, own_python=False)
+        return "".join(map(str, missing_needs([load_recipe(file)], [], host)))
 
     assert "wandb is not logged in" in needs()
     for variables in ({"WANDB_API_KEY": "x"}, {"WANDB_MODE": "offline"}):

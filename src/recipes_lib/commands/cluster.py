@@ -6,22 +6,22 @@ import os
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from recipes_lib.commands import Accelerate, Gpus, Nodes, flag_words
 from recipes_lib.config.documents import read
 from recipes_lib.config.launch import TRAIN_FLAGS
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, one_line, print_error
-from recipes_lib.core.terminal import count, next_step, say
-from recipes_lib.slurm import queue
-from recipes_lib.slurm.jobs import JobPlan, Planner, directives, job_commands
-from recipes_lib.slurm.prefetching import prefetch_needs
-from recipes_lib.slurm.profile import NEW_PROFILE, Profile, known_profiles, load_profile
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.terminal import aligned, next_step, print_json, say
+from recipes_lib.jobs.jobs import Backend, Plan
+from recipes_lib.jobs.planner import Planner
+from recipes_lib.jobs.prefetching import Need, prefetch_needs
+from recipes_lib.jobs.records import launched
+from recipes_lib.slurm.backend import Slurm
+from recipes_lib.slurm.profile import NEW_PROFILE, known_profiles, load_profile
 from recipes_lib.study.needs import missing_needs
 from recipes_lib.study.run import raise_all
-
-if TYPE_CHECKING:
-    from recipes_lib.slurm.prefetching import Need
 
 
 def run_launch(
@@ -42,74 +42,115 @@ def run_launch(
     json: Annotated[bool, "status: print one JSON object"] = False,
 ) -> int:
     """Submit a recipe or a study, print what would be submitted, or look after it."""
-    first, *rest = words
+    first = words[0]
+    rest = words[1:]
     if first in ("status", "cancel") and not Path(first).exists():
         if overrides:
             raise RecipeError(f"recipes launch {first}: unknown argument '{overrides[0]}'")
-        return queue.show_status(rest, as_json=json) if first == "status" else queue.cancel(rest)
+        if first == "status":
+            return show_status(Slurm(), rest, as_json=json)
+        return cancel(Slurm(), rest)
+
     # --evals takes what follows it
+    named_evals = [word for word in evals if "=" not in word]
     values = [*rest, *overrides, *(word for word in evals if "=" in word)]
-    if wrong := [word for word in values if "=" not in word or word.startswith("--")]:
-        raise RecipeError(
-            f"recipes launch: {wrong[0]} is neither an option nor section.key=value",
-            "one recipe or study at a time; put site options into the profile (sbatch)",
-        )
+    for word in values:
+        if "=" not in word or word.startswith("--"):
+            raise RecipeError(
+                f"recipes launch: {word} is neither an option nor section.key=value",
+                "one recipe or study at a time; put site options into the profile (sbatch)",
+            )
     if not profile:
         hint = f"profiles: {', '.join(known_profiles())}; for a new site: {NEW_PROFILE}"
         raise RecipeError("recipes launch: --profile is missing", hint)
+
     site = load_profile(profile)
     site.enter()
-    flags = flag_words(resume_anyway=resume_anyway, trust_remote_code=trust_remote_code)
-    named = [word for word in evals if "=" not in word]
     planner = Planner(
-        profile=site,
+        site=site,
         overrides=values,
         accelerate=accelerate,
         gpus=gpus,
         nodes=nodes,
-        named_stages=stages,
-        evals=named,
-        flags=flags,
-        largest_array=queue.largest_array,
+        stages=stages,
+        evals=named_evals,
+        flags=flag_words(resume_anyway=resume_anyway, trust_remote_code=trust_remote_code),
     )
     plan = planner.plan(first)
-    needs = missing_needs(plan.recipes.values(), plan.evals, site.site())
-    if prepare or dry_run:  # nothing starts yet
-        plan.warnings.extend(f"warning: {need.what}" for need in needs)
-    else:
+    needs = missing_needs(plan.recipes.values(), plan.evals, site.host)
+    backend = Slurm(site)
+    if not prepare and not dry_run:
         raise_all(needs)
-    if prepare:
-        queue.prepare(plan, site)
-        for warning in dict.fromkeys(plan.warnings):
-            print_error(warning)
-        print(plan.folder)
-        return ExitCode.DONE
+        return _submit(backend, plan)
+    # nothing starts yet
+    plan.warnings.extend(f"warning: {need.what}" for need in needs)
     if dry_run:
-        say(*_dry_run_lines(plan, site, shlex.join(["recipes", *typed])))
+        say(*_dry_run_lines(backend, plan, shlex.join(["recipes", *typed])))
         return ExitCode.DONE
+    backend.prepare(plan)
+    for warning in dict.fromkeys(plan.warnings):
+        print_error(warning)
+    print(plan.folder)
+    return ExitCode.DONE
+
+
+def _submit(backend: Backend, plan: Plan) -> int:
+    """Submit the jobs, and say what waits for what."""
     for warning in dict.fromkeys(plan.warnings):
         say(warning)
-    ids = queue.submit_chain(plan, site)
+    ids = backend.submit(plan)
     for job in plan.jobs:
-        arms = f" ({len(job.tasks)} arms)" if len(job.tasks) > 1 else ""
-        waits = ", ".join([*job.after, *job.after_any])
-        say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
+        line = f"{job.label}: job {ids[job.label]}"
+        if len(job.tasks) > 1:
+            line += f" ({len(job.tasks)} arms)"
+        earlier = ", ".join([*job.after, *job.after_any])
+        if earlier:
+            line += f", after {earlier}"
+        say(line)
     return next_step("launch", "status", plan.name)
 
 
-def _dry_run_lines(plan: JobPlan, site: Profile, typed: str) -> Iterator[str]:
+def _dry_run_lines(backend: Backend, plan: Plan, typed: str) -> Iterator[str]:
     """Yield commands that bash takes as they stand; what its script holds is comments."""
-    yield from (f"# {warning}" for warning in dict.fromkeys(plan.warnings))
+    for warning in dict.fromkeys(plan.warnings):
+        yield f"# {warning}"
     yield "# paste these lines into bash; the first one writes the scripts"
     yield typed.replace(" --dry-run", " --prepare")
-    for job, line in queue.sbatch_lines(plan):
-        unit = "GPU" if job.uses_gpus else "process"
-        arms = f"{len(job.tasks)} arms, each " if len(job.tasks) > 1 else ""
-        yield f"# {job.label}: {arms}{count(job.nodes, 'node')} x {count(job.processes, unit)}"
-        yield line
-        script = [*directives(job, plan.folder, site), *job_commands(job)]
-        yield from (f"#     {text}" for text in "\n".join(script).split("\n"))
+    yield from backend.preview(plan)
     yield f"# next: {typed.replace(' --dry-run', '')}"
+
+
+def show_status(backend: Backend, names: Sequence[str], as_json: bool = False) -> int:
+    """Print the jobs of the launches named, or of all."""
+    folders = launched(backend.scheduler, names)
+    states = {name: backend.states(folder) for name, folder in folders.items()}
+    if as_json:
+        return print_json({name: list(map(vars, tasks)) for name, tasks in states.items()})
+    for name, tasks in states.items():
+        say(name)
+        rows = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
+        say(*aligned([("job", "task", "what", "state", ""), *rows]))
+        for task in tasks:
+            if task.error:
+                say(f"  {task.label}: {task.error}")
+        say(f"  logs: {shown_path(folders[name])}")
+    if states:
+        return ExitCode.DONE
+    return next_step("launch", "RECIPE", "--profile", "example", "--dry-run")
+
+
+def cancel(backend: Backend, names: Sequence[str]) -> int:
+    """Cancel every job of the launches named."""
+    if not names:
+        raise RecipeError("recipes launch cancel: name a run or study")
+    for name, folder in launched(backend.scheduler, names).items():
+        # an array is cancelled by its number, once
+        active = dict.fromkeys(task.job_id for task in backend.states(folder) if task.active)
+        if active:
+            backend.cancel([*active])
+        cancelled = ", ".join(active) or "nothing: no job is queued or runs"
+        say(f"{name}: cancelled {cancelled}")
+    return next_step("launch", "status", names[0])
 
 
 def run_prefetch(
@@ -132,11 +173,7 @@ def run_prefetch(
         # the Hub's libraries read them once, when they are imported
         for name in ("HUB_OFFLINE", "DATASETS_OFFLINE", "DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ[f"HF_{name}"] = "1"
-    evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
-    needs: dict[Need, None] = {}
-    for file in files:
-        asked = values if file not in evals or evals == files else []  # they are the recipe's
-        needs |= dict.fromkeys(prefetch_needs(file, asked, trust_remote_code))
+    needs = _needs_of(files, values, trust_remote_code)
     missing = 0
     for need in needs:
         try:
@@ -145,8 +182,23 @@ def run_prefetch(
             what = f"missing: {need.kind} {need.name}: {one_line(error)}"
             print_error(RecipesError(what, "on a machine with a network: recipes prefetch"))
             missing += 1
-    how = "found without a network" if check else "fetched"
-    say(f"{len(needs) - missing} of {len(needs)} {how}")
-    if missing or check:
-        return ExitCode.ENVIRONMENT if missing else ExitCode.DONE
+    outcome = "found without a network" if check else "fetched"
+    say(f"{len(needs) - missing} of {len(needs)} {outcome}")
+    if missing:
+        return ExitCode.ENVIRONMENT
+    if check:
+        return ExitCode.DONE
     return next_step("prefetch", *files, *values, "--check")
+
+
+def _needs_of(files: Sequence[str], values: Sequence[str], remote_code: bool) -> list[Need]:
+    """Return what files need, each once. Values are those of the recipes among them."""
+    evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
+    needs: dict[Need, None] = {}
+    for file in files:
+        is_for_recipes = len(evals) < len(files)
+        overrides: Sequence[str] = values
+        if file in evals and is_for_recipes:
+            overrides = ()
+        needs.update(dict.fromkeys(prefetch_needs(file, overrides, remote_code)))
+    return list(needs)

@@ -427,10 +427,10 @@ def _warnings(
     recipes: Sequence[Recipe], evals: Sequence[EvalRecipe], full: bool
 ) -> Iterator[RecipeError]:
     """Yield a warning for what is not there yet: a judge's key or server, a tracker's login."""
-    from recipes_lib.study.needs import Site, missing_needs
+    from recipes_lib.study.needs import Host, missing_needs
 
     # `full` finds packages that are missing by itself
-    for need in missing_needs(recipes, evals, Site(own_python=not full)):
+    for need in missing_needs(recipes, evals, Host(own_python=not full)):
         yield RecipeError(f"warning: {need.what}", *need.hints, file=need.file, line=need.line)
 
 

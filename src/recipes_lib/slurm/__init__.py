@@ -1,1 +1,1 @@
-"""Clusters: a recipe or a study and a site profile become a chain of Slurm jobs."""
+"""Slurm: a site's profile, the scripts of jobs, their submission and what became of them."""

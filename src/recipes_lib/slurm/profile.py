@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -14,19 +15,24 @@ from recipes_lib.config.documents import Document, KeyPath, did_you_mean, dotted
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
-from recipes_lib.study.needs import Site
+from recipes_lib.jobs.jobs import Job
+from recipes_lib.slurm.client import largest_array
+from recipes_lib.study.needs import Host
 
-STAGES = ("train", "eval", "report")
 # Wherever the package lies: the shipped profiles are found by name.
 NEW_PROFILE = "recipes new MY-SITE --from launch/profiles/example"
+# The folder with the files of a launch, in that of its run.
+SCHEDULER = "slurm"
 Flag = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
 Flags = dict[Flag, str | int | bool | None]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 # What `recipes launch` decides itself, for each job.
-_OURS = (
+_OURS = {
     *("nodes", "ntasks", "ntasks-per-node", "array", "dependency", "output", "error", "job-name"),
     *("signal", "requeue", "no-requeue", "open-mode", "parsable", "wrap", "wait"),
-)
+}
+# Flags that say which nodes of a partition are wanted, or by which right.
+_OF_A_PARTITION = ("constraint", "nodelist", "exclude", "qos", "reservation")
 # Variables that are those of this process too, while it launches.
 _FOLDERS = ("RECIPES_RUNS_ROOT", "RECIPES_CACHE", "HF_HOME")
 
@@ -64,24 +70,109 @@ class Profile(Section):
     max_concurrent_arms: int | None = Field(None, ge=1)
     """Arms of a study that train at the same time; null means no limit."""
 
+    # ---- What `jobs` asks of a site ----
+
+    @property
+    def scheduler(self) -> str:
+        """Name of the folder with a launch's files in that of its run."""
+        return SCHEDULER
+
+    @property
+    def python(self) -> tuple[str, ...]:
+        """The container's or the environment's Python, else the one that submits."""
+        if self.setup or self.prefix:
+            return (*self.prefix, "python")
+        return (sys.executable,)
+
+    @property
+    def judge_program(self) -> str | None:
+        """The program that serves a judge beside its evaluation; None if nothing does."""
+        return self.vllm
+
+    @property
+    def trainings_at_once(self) -> int | None:
+        """How many trainings of a study may run at the same time; None for all."""
+        return self.max_concurrent_arms
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether there are flags that only a job with GPUs gets."""
+        return self.flags("train", 1, 1) != self.flags("train", 0, 1)
+
+    @property
+    def largest_array(self) -> int | None:
+        """How many tasks a job may have; None where Slurm cannot be asked."""
+        return largest_array()
+
+    @property
+    def host(self) -> Host:
+        """What a job of this site will see and have, as far as it is known here."""
+        environment: dict[str, str] = {}
+        if self.sbatch.get("export") != "NONE":
+            environment.update(os.environ)
+        environment.update(self.variables())
+        set_there: set[str] = set()
+        for line in self.setup:
+            set_there.update(re.findall(r"\b([A-Za-z_]\w*)=", line))
+        return Host(
+            environment=environment,
+            set_there=frozenset(set_there),
+            is_here=False,
+            own_python=not (self.setup or self.prefix),
+            starts_judges=self.vllm is not None,
+        )
+
+    def error(self, what: str, *hints: str) -> RecipeError:
+        """Return an error placed at the flags of sbatch."""
+        return self.document.error("sbatch", what, *hints)
+
+    def doubts(self, jobs: Sequence[Job]) -> Iterator[str]:
+        """Yield a warning for flags that Slurm may accept and the user hardly means."""
+        if self.has_gpus:
+            for job in jobs:
+                partition = self._all_flags(job.stage).get("partition")
+                if job.stage != "report" and not job.uses_gpus and partition:
+                    what = f"{job.label} asks for no GPU and goes to partition {partition}"
+                    hint = f"if that is for GPU jobs, set stages.{job.stage}.partition"
+                    yield f"warning: {what}: {hint}"
+        for stage in dict.fromkeys(job.stage for job in jobs):
+            yield from self._inherited_flags(stage)
+
+    def _inherited_flags(self, stage: str) -> Iterator[str]:
+        """Yield a warning for each flag of another partition that a stage inherits."""
+        flags = self._flags_of(stage)
+        if flags.get("partition", self.sbatch.get("partition")) == self.sbatch.get("partition"):
+            return
+        for name in _OF_A_PARTITION:
+            if self.sbatch.get(name) and name not in flags:
+                value = f"sbatch.{name} ({self.sbatch[name]})"
+                what = f"stage {stage} has its own partition, but {value}"
+                yield f"warning: {what}: if that is not meant, set stages.{stage}.{name}: null"
+
+    # ---- What its scripts hold ----
+
     def flags(self, stage: str, gpus: int, processes: int) -> list[str]:
         """Return the flags of sbatch for a job of a stage, with so many of each on a node."""
         words = []
-        for name, value in {**self.sbatch, **self.stage_flags(stage)}.items():
-            if value is None or value is False or (not gpus and _is_about_gpus(name, value)):
+        for name, value in self._all_flags(stage).items():
+            if value is None or value is False:
+                continue
+            if not gpus and _is_about_gpus(name, value):
+                continue
+            if value is True:
+                words.append(f"--{name}")
                 continue
             text = str(value).replace("{gpus}", str(gpus)).replace("{processes}", str(processes))
-            words.append(f"--{name}" if value is True else f"--{name}={text}")
+            words.append(f"--{name}={text}")
         return words
 
-    def stage_flags(self, stage: str) -> Flags:
+    def _all_flags(self, stage: str) -> Flags:
+        return {**self.sbatch, **self._flags_of(stage)}
+
+    def _flags_of(self, stage: str) -> Flags:
         """Return the flags that replace those of `sbatch` in a stage."""
         by_stage = {str(name): flags for name, flags in self.stages.items()}
         return by_stage.get(stage, {})
-
-    def flag(self, stage: str, name: str) -> str | int | bool | None:
-        """Return one flag's value in a stage."""
-        return {**self.sbatch, **self.stage_flags(stage)}.get(name)
 
     def variables(self) -> dict[str, str]:
         """Return the variables of a job; `{job}` stays. One that names a variable which is not set
@@ -90,41 +181,25 @@ class Profile(Section):
         variables: dict[str, str] = {}
         for name, value in self.env.items():
             text = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 (also URLs)
-            if unset := re.search(r"\$(\w+|\{\w+\})", text):
+            unset = re.search(r"\$(\w+|\{\w+\})", text)
+            if unset:
                 what = f"env.{name}: the variable {unset[0]} is not set here"
                 hint = "export it before the launch, or write its value"
                 raise self.document.error(("env", name), what, hint)
             variables[name] = text
         return variables
 
-    def site(self) -> Site:
-        """Return what a job of this site will see and have, as far as it is known here."""
-        environment = {} if self.sbatch.get("export") == "NONE" else dict(os.environ)
-        set_there: set[str] = set()
-        for line in self.setup:
-            set_there.update(re.findall(r"\b([A-Za-z_]\w*)=", line))
-        return Site(
-            environment={**environment, **self.variables()},
-            set_there=frozenset(set_there),
-            is_here=False,
-            own_python=not (self.setup or self.prefix),
-            starts_judges=self.vllm is not None,
-        )
-
     def enter(self) -> None:
         """Use the site's folders in this process, before the Hub's library reads its variable."""
-        variables = self.variables()
-        os.environ.update({name: variables[name] for name in _FOLDERS if name in variables})
+        for name, value in self.variables().items():
+            if name in _FOLDERS:
+                os.environ[name] = value
 
     @property
     def document(self) -> Document:
         """The file with the place of each value."""
         assert self._document is not None
         return self._document
-
-    def error(self, what: str, *hints: str) -> RecipeError:
-        """Return an error placed at the flags of sbatch."""
-        return self.document.error("sbatch", what, *hints)
 
 
 def _is_about_gpus(name: str, value: object) -> bool:
@@ -158,6 +233,6 @@ def _rules(profile: Profile, document: Document) -> Iterator[RecipeError]:
     tables: dict[KeyPath, Flags] = {("sbatch",): profile.sbatch}
     tables |= {("stages", stage): flags for stage, flags in profile.stages.items()}
     for place, flags in tables.items():
-        for name in flags.keys() & {*_OURS}:
+        for name in flags.keys() & _OURS:
             what = f"{dotted((*place, name))} is set by recipes launch"
             yield document.error((*place, name), what)

@@ -11,6 +11,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -28,7 +29,7 @@ _WANDB_SERVER = "https://api.wandb.ai"
 
 
 @dataclass(frozen=True)
-class Site:
+class Host:
     """Where the work will run, as far as that decides what can be looked at from here.
 
     Attributes:
@@ -51,32 +52,32 @@ class Site:
 
 
 def missing_needs(
-    recipes: Iterable[Recipe], evals: Iterable[EvalRecipe], site: Site
+    recipes: Iterable[Recipe], evals: Iterable[EvalRecipe], host: Host
 ) -> list[RecipesError]:
     """Return an error for each need that is not met, each once."""
     errors: list[RecipesError] = []
     for recipe in recipes:
-        errors.extend(_missing_trackers(recipe, site))
+        errors.extend(_missing_trackers(recipe, host))
     servers: set[tuple[str, str | None]] = set()
     for evaluation in evals:
-        missing_keys = list(_missing_keys(evaluation, site))
+        missing_keys = list(_missing_keys(evaluation, host))
         errors.extend(missing_keys)
         judge = evaluation.judge
-        if judge is None or missing_keys or not _is_there_already(judge, site):
+        if judge is None or missing_keys or not _is_there_already(judge, host):
             continue
         server = (judge.address, judge.api_key_variable)
         if server not in servers:
             servers.add(server)
-            errors.extend(_silent_judge(evaluation, judge, site))
+            errors.extend(_silent_judge(evaluation, judge, host))
     return list({error.args[0]: error for error in errors}.values())
 
 
 # ---- Trackers ----
 
 
-def _missing_trackers(recipe: Recipe, site: Site) -> Iterator[RecipesError]:
+def _missing_trackers(recipe: Recipe, host: Host) -> Iterator[RecipesError]:
     """Yield an error for a tracker that is not installed, or that does not know who sends."""
-    if site.own_python:
+    if host.own_python:
         try:
             check_packages(recipe)
         except RecipesError as error:
@@ -84,39 +85,42 @@ def _missing_trackers(recipe: Recipe, site: Site) -> Iterator[RecipesError]:
             return
     named = recipe.train.get("report_to") or []
     trackers = [named] if isinstance(named, str) else named
-    if "wandb" in trackers and not _wandb_knows_the_user(site):
+    if "wandb" in trackers and not _wandb_knows_the_user(host):
         key = "train.report_to"
         what = f"{key}: wandb is not logged in, and would end the training"
         remedy = "wandb login, or set WANDB_API_KEY; without a network: WANDB_MODE=offline"
         yield recipe.fault(key, what, remedy)
 
 
-def _wandb_knows_the_user(site: Site) -> bool:
+def _wandb_knows_the_user(host: Host) -> bool:
     """Whether wandb finds a key, or needs none. Its order: variables, settings, ~/.netrc."""
-    if site.has("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DISABLED"):
+    if host.has("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DISABLED"):
         return True
-    if site.environment.get("WANDB_MODE", "online") not in ("online", "shared"):
+    if host.environment.get("WANDB_MODE", "online") not in ("online", "shared"):
         return True
-    home = Path(site.environment.get("HOME") or Path.home())
-    folder = Path(site.environment.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
+    home = Path(host.environment.get("HOME") or Path.home())
+    folder = Path(host.environment.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
     for settings in (folder / "settings", Path("wandb/settings")):
         # a key, or a server of one's own: its rules are not known here
         if settings.is_file() and re.search(r"^(api_key|base_url)\b", settings.read_text(), re.M):
             return True
-    host = urlsplit(site.environment.get("WANDB_BASE_URL") or _WANDB_SERVER).hostname
-    for file in (site.environment.get("NETRC"), home / ".netrc", home / "_netrc"):
-        if file and Path(file).expanduser().is_file():
-            try:
-                return netrc.netrc(Path(file).expanduser()).authenticators(str(host)) is not None
-            except (netrc.NetrcParseError, OSError):
-                return False
+    address = host.environment.get("WANDB_BASE_URL") or _WANDB_SERVER
+    server = str(urlsplit(address).hostname)
+    files = [home / ".netrc", home / "_netrc"]
+    if host.environment.get("NETRC"):
+        files.insert(0, Path(host.environment["NETRC"]).expanduser())
+    for file in files:
+        if file.is_file():
+            with suppress(netrc.NetrcParseError, OSError):
+                return netrc.netrc(file).authenticators(server) is not None
+            return False
     return False
 
 
 # ---- Judges ----
 
 
-def _missing_keys(evaluation: EvalRecipe, site: Site) -> Iterator[EnvironmentFault]:
+def _missing_keys(evaluation: EvalRecipe, host: Host) -> Iterator[EnvironmentFault]:
     """Yield an error for a server's key that is not set."""
     sections: dict[str, ServerSection | None] = {
         "generation": evaluation.generation,
@@ -126,7 +130,7 @@ def _missing_keys(evaluation: EvalRecipe, site: Site) -> Iterator[EnvironmentFau
         if section is None or not section.is_served or section.api_key_variable is None:
             continue
         variable = section.api_key_variable
-        if variable in site.set_there or _is_key(site.environment.get(variable, "")):
+        if variable in host.set_there or _is_key(host.environment.get(variable, "")):
             continue
         origin = evaluation.document.origin(f"{name}.api_key_variable")
         yield EnvironmentFault(
@@ -143,25 +147,25 @@ def _is_key(text: str) -> bool:
     return bool(key) and key.isascii() and key.isprintable()
 
 
-def _is_there_already(judge: JudgeSection, site: Site) -> bool:
+def _is_there_already(judge: JudgeSection, host: Host) -> bool:
     """Whether a judge is behind a server that must answer before anything is trained."""
     if not judge.is_served:
         return False
     if judge.served_here:
         # one that a job starts is not there yet, and 127.0.0.1 of another machine cannot be asked
-        return site.is_here and not site.starts_judges
+        return host.is_here and not host.starts_judges
     return True
 
 
 def _silent_judge(
-    evaluation: EvalRecipe, judge: JudgeSection, site: Site
+    evaluation: EvalRecipe, judge: JudgeSection, host: Host
 ) -> Iterator[EnvironmentFault]:
     """Yield an error if one request to a judge's server is not answered."""
     variable = judge.api_key_variable or ""
-    reason = _ask(_models_url(judge.address), site.environment.get(variable))
+    reason = _ask(_models_url(judge.address), host.environment.get(variable))
     if reason is None:
         return
-    if variable in site.set_there and "401" in reason:  # the key is not known here
+    if variable in host.set_there and "401" in reason:  # the key is not known here
         return
     origin = evaluation.document.origin("judge.base_url")
     yield EnvironmentFault(

@@ -42,7 +42,7 @@ from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.plan.cards import devices_here
 from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
 from recipes_lib.study.lock import lock_design
-from recipes_lib.study.needs import Site, missing_needs
+from recipes_lib.study.needs import Host, missing_needs
 from recipes_lib.study.trainings import (
     REPLACED,
     StudyRun,
@@ -220,7 +220,7 @@ def refuse_missing_needs(study: Study) -> None:
     """Refuse a study whose first training would begin without what it and its judges need."""
     if is_untrained(study):
         recipes = [arm.recipe for arm in study.arms]
-        raise_all(missing_needs(recipes, study.evals, Site()))
+        raise_all(missing_needs(recipes, study.evals, Host()))
 
 
 def is_untrained(study: Study) -> bool:

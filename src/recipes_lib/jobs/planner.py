@@ -1,0 +1,283 @@
+"""The jobs of a recipe or a study, and their order.
+
+    a recipe   train -> an evaluation each -> report
+    a study    trainings, those of one launch together -> `recipes study run`
+
+Every task is a command that can be run again, as an argument list: no shell reads a value of a
+recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes_lib.config.launch import Launch, check_launch, plan_launch
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import project_root, runs_root, shown_path
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.evals.leaks import refuse_leaks_of
+from recipes_lib.evals.recipe import EvalRecipe, check_allowed, load_eval
+from recipes_lib.jobs.jobs import STAGES, Job, Plan, Site, Task
+from recipes_lib.study.config import Study, load_study, study_file
+from recipes_lib.study.run import missing_of, refuse_unmet
+from recipes_lib.study.trainings import StudyRun, is_trained, study_trainings
+
+_DEFAULT_EVALS = ("evals/alpaca_eval.yaml", "evals/mt_bench.yaml", "evals/lm_eval.yaml")
+_TRUST = "--trust-remote-code"
+
+
+@dataclass(kw_only=True)
+class Planner:
+    """Makes the jobs of a recipe or a study from what `recipes launch` was told.
+
+    Attributes:
+        stages: words of `--stages`, separated by commas; None for all.
+        evals: files of eval recipes; none for the three of evals/.
+        flags: options that are handed on to the commands of the jobs.
+    """
+
+    site: Site
+    overrides: Sequence[str] = ()
+    accelerate: str | None = None
+    gpus: int | None = None
+    nodes: int | None = None
+    stages: str | None = None
+    evals: Sequence[str] = ()
+    flags: Sequence[str] = ()
+
+    def plan(self, target: str) -> Plan:
+        """Return the jobs of a recipe or a study, or raise everything that is wrong with it."""
+        for stage in self._stages():
+            if stage not in STAGES:
+                hint = f"stages: {', '.join(STAGES)}"
+                raise RecipeError(f"--stages: no stage {stage!r}", hint)
+        study = study_file(target)
+        if study is None:
+            plan = self._plan_recipe(target)
+        else:
+            plan = self._plan_study(study)
+        plan.warnings.extend(self.site.doubts(plan.jobs))
+        return plan
+
+    def _stages(self) -> Sequence[str]:
+        if self.stages is None:
+            return STAGES
+        return self.stages.split(",")
+
+    def _empty_plan(self, name: str) -> Plan:
+        return Plan(name, runs_root().resolve() / name / self.site.scheduler)
+
+    # ---- A recipe ----
+
+    def _plan_recipe(self, target: str) -> Plan:
+        recipe = load_recipe(target, self.overrides)
+        launch = plan_launch(recipe.launch, self.accelerate, self.gpus, self.nodes)
+        check_launch(recipe, launch)
+        plan = self._empty_plan(recipe.name)
+        run = RunDirectory(recipe.name)
+        stages = self._stages()
+        if "eval" in stages:
+            names = self.evals or [shown_path(project_root() / name) for name in _DEFAULT_EVALS]
+            plan.evals = [load_eval(name) for name in names]
+
+        if "train" in stages:
+            refuse_leaks_of(recipe, plan.evals)
+            plan.recipes["resolved.yaml"] = recipe
+            plan.jobs.append(self._training_job(plan, "train", plan.recipes, launch))
+        elif not run.exists() or run.read_state()["state"] != "finished":
+            raise RecipeError(
+                f"run '{recipe.name}' is not finished, so there is nothing to evaluate",
+                "add the stage: --stages train,eval,report",
+            )
+        trained = tuple(job.label for job in plan.jobs)
+
+        for evaluation in plan.evals:
+            words = [evaluation.document.file, recipe.name]
+            job = Job(
+                label=f"eval-{evaluation.name}",
+                stage="eval",
+                tasks=(self._command(plan, "eval", words, evaluation.name, [evaluation]),),
+                uses_gpus=not launch.config.use_cpu,
+                after=trained,
+            )
+            plan.jobs.append(job)
+
+        has_results = plan.evals or any(run.path.glob("evals/*/result*.json"))
+        if "report" in stages and has_results:
+            words = [recipe.name, "--html", shown_path(run.path / "report.html")]
+            evaluated = tuple(job.label for job in plan.jobs if job.stage == "eval")
+            job = Job(
+                label="report",
+                stage="report",
+                tasks=(self._command(plan, "compare", words, "report"),),
+                uses_gpus=False,
+                after=evaluated or trained,
+            )
+            plan.jobs.append(job)
+        return plan
+
+    # ---- A study ----
+
+    def _plan_study(self, path: Path) -> Plan:
+        """Return the jobs that train what is not trained, and one that evaluates and reports."""
+        file = shown_path(path)
+        study = self._load_study(path)
+        plan = self._empty_plan(study.name)
+        stages = self._stages()
+        if "train" in stages:
+            self._add_trainings(plan, study)
+        if ("eval" in stages or "report" in stages) and missing_of(study):
+            words = ["run", file, *study.words, "--no-train"]
+            job = Job(
+                label="eval",
+                stage="eval",
+                tasks=(self._command(plan, "study", words, "study run", study.evals),),
+                uses_gpus=not all(arm.launch.config.use_cpu for arm in study.arms),
+                # arms that failed must not keep the others from being evaluated
+                after_any=tuple(job.label for job in plan.jobs),
+            )
+            plan.jobs.append(job)
+            plan.evals.extend(study.evals)
+        if not plan.jobs:
+            raise RecipeError(
+                f"study '{study.name}': everything is done",
+                f"look at it: recipes study report {file}",
+            )
+        return plan
+
+    def _load_study(self, path: Path) -> Study:
+        """Return a study that can be launched."""
+        file = shown_path(path)
+        if self.evals:
+            raise RecipeError("--evals is for recipes: a study names its evals itself")
+        words = list(self.overrides)
+        for key in ("accelerate", "gpus", "nodes"):
+            value = getattr(self, key)
+            if value is not None:
+                words.append(f"{key}={value}")
+        study = load_study(path, words)
+        if any(arm.tuning for arm in study.arms):
+            raise RecipeError(
+                f"study '{study.name}' tunes its arms: what they train is known only afterwards",
+                f"run it in one job: recipes study run {file}",
+                file=file,
+            )
+        refuse_unmet(study)
+        return study
+
+    def _add_trainings(self, plan: Plan, study: Study) -> None:
+        """Add the jobs that train what is not trained."""
+        groups = self._groups_of_one_launch(study)
+        for number, trainings in enumerate(groups, 1):
+            # one after another: together they would exceed the limit
+            before: tuple[str, ...] = ()
+            if self.site.trainings_at_once and plan.jobs:
+                before = (plan.jobs[-1].label,)
+            label = f"train-{number}" if len(groups) > 1 else "train"
+            recipes = {f"{training.run}.yaml": training.recipe for training in trainings}
+            plan.recipes.update(recipes)
+            launch = trainings[0].arm.launch
+            plan.jobs.append(self._training_job(plan, label, recipes, launch, before))
+
+    def _groups_of_one_launch(self, study: Study) -> list[list[StudyRun]]:
+        """Return what is not trained, in groups of one size that a job may have as its tasks."""
+        by_launch: dict[object, list[StudyRun]] = {}
+        for training in study_trainings(study):
+            if not is_trained(training):
+                launch = training.arm.launch
+                size = (launch.config.path, launch.machines, launch.per_machine)
+                by_launch.setdefault(size, []).append(training)
+        most = self.site.largest_array
+        groups: list[list[StudyRun]] = []
+        for trainings in by_launch.values():
+            step = most or len(trainings)
+            for start in range(0, len(trainings), step):
+                groups.append(trainings[start : start + step])  # noqa: PERF401 (a nested one)
+        return groups
+
+    # ---- Tasks ----
+
+    def _training_job(
+        self,
+        plan: Plan,
+        label: str,
+        recipes: Mapping[str, Recipe],
+        launch: Launch,
+        before: tuple[str, ...] = (),
+    ) -> Job:
+        """Return the job that trains recipes, by their file's name; refused without its GPUs."""
+        uses_gpus = not launch.config.use_cpu
+        if uses_gpus and not self.site.has_gpus:
+            raise self.site.error(
+                f"this profile requests no GPUs, but {launch.config.path.stem} needs them",
+                "add gres: gpu:{gpus}, or use --accelerate cpu, ddp_cpu or fsdp_cpu",
+            )
+        tasks = []
+        for file, recipe in recipes.items():
+            path = shown_path(plan.folder / file)
+            args = ("-m", "recipes_lib.train", path, *self.flags)
+            tasks.append(Task(self._training_launcher(launch), args, recipe.name))
+        return Job(
+            label=label,
+            stage="train",
+            tasks=tuple(tasks),
+            uses_gpus=uses_gpus,
+            nodes=launch.machines,
+            processes=launch.per_machine,
+            after_any=before,
+            throttle=self.site.trainings_at_once,
+        )
+
+    def _training_launcher(self, launch: Launch) -> tuple[str, ...]:
+        """Return what starts a training on each node: Python, or accelerate for several ranks."""
+        if launch.world_size == 1:
+            return self.site.python
+        return (
+            *self.site.python,
+            *("-m", "accelerate.commands.launch"),
+            *("--config_file", str(launch.config.path.resolve())),
+            *("--num_processes", str(launch.world_size)),
+            *("--num_machines", str(launch.machines)),
+        )
+
+    def _command(
+        self,
+        plan: Plan,
+        verb: str,
+        words: Sequence[str],
+        title: str,
+        evals: Sequence[EvalRecipe] = (),
+    ) -> Task:
+        """Return a `recipes` command, and before it what starts the judge that its evals expect."""
+        launcher = (*self._judge_starter(plan, evals), *self.site.python)
+        is_trusted = _TRUST in self.flags and bool(evals)
+        check_allowed(evals, is_trusted)
+        args = ["-m", "recipes_lib.cli", verb, *words]
+        if is_trusted:
+            args.append(_TRUST)
+        return Task(launcher, tuple(args), title)
+
+    def _judge_starter(self, plan: Plan, evals: Sequence[EvalRecipe]) -> tuple[str, ...]:
+        """Return the words that start the judge of evals on the machine that evaluates them."""
+        judges = [item.judge for item in evals if item.judge and item.judge.served_here]
+        if not judges:
+            return ()
+        if self.site.judge_program is None:
+            missing = "no job starts the judge that is expected at 127.0.0.1"
+            plan.warnings.append(f"warning: {missing}: set vllm in the profile")
+            return ()
+        names = {f"{judge.model} {judge.revision or ''}".strip() for judge in judges}
+        if len(names) > 1:
+            raise RecipeError(
+                f"one job would have to serve two judges: {', '.join(sorted(names))}",
+                "give the evals one judge, or judge in the job: judge.engine",
+            )
+        script = project_root() / "launch" / "with_judge.sh"
+        length = max(judge.max_context_tokens for judge in judges)
+        words = ["bash", str(script), judges[0].model, "--max-model-len", str(length)]
+        if judges[0].revision:
+            words += ["--revision", judges[0].revision]
+        return (*words, "--")

@@ -1,0 +1,185 @@
+"""Slurm as a backend of `jobs`: jobs go in all or none; squeue says what is queued or runs, and the
+exit codes that jobs left, else sacct, how they ended.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
+from recipes_lib.core.files import write_text
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.terminal import count
+from recipes_lib.jobs import records
+from recipes_lib.jobs.jobs import Job, Plan
+from recipes_lib.jobs.records import TaskState
+from recipes_lib.slurm.client import last_words, run_slurm
+from recipes_lib.slurm.profile import SCHEDULER, Profile
+from recipes_lib.slurm.script import directives, job_commands, script_of
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Slurm's queue; what is submitted needs the profile of a site."""
+
+    site: Profile | None = None
+    scheduler: str = SCHEDULER
+
+    @property
+    def profile(self) -> Profile:
+        """The site that jobs are written for."""
+        assert self.site is not None
+        return self.site
+
+    # ---- Submission ----
+
+    def prepare(self, plan: Plan) -> None:
+        """Write the jobs' scripts and their recipes over an earlier submission's; logs stay."""
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        for stale in plan.folder.iterdir():
+            if stale.suffix in (".sbatch", ".exit_code", ".job"):
+                stale.unlink()
+        for job in plan.jobs:
+            script = script_of(job, plan.folder, self.profile)
+            write_text(plan.folder / f"{job.label}.sbatch", script)
+        plan.write_recipes()
+        records.write_jobs(plan, {})
+
+    def preview(self, plan: Plan) -> Iterator[str]:
+        """Yield each job's exact sbatch line, as bash takes it, and what its script holds as
+        comments. A variable keeps the job's id for those that wait for it, a file for
+        `recipes launch status`.
+        """
+        names = {job.label: re.sub(r"\W", "_", job.label) for job in plan.jobs}
+        ids = {label: f"${{{name}}}" for label, name in names.items()}
+        for job in plan.jobs:
+            unit = "GPU" if job.uses_gpus else "process"
+            arms = f"{len(job.tasks)} arms, each " if len(job.tasks) > 1 else ""
+            yield f"# {job.label}: {arms}{count(job.nodes, 'node')} x {count(job.processes, unit)}"
+            words = []
+            for word in _sbatch(job, plan.folder, ids):
+                # quotes would keep bash from reading the variables in it
+                is_dependency = word.startswith("--dependency=")
+                words.append(word if is_dependency else shlex.quote(word))
+            note = shlex.quote(str(plan.folder / f"{job.label}.job"))
+            yield f"{names[job.label]}=$({' '.join(words)} | tee {note})"
+            script = [*directives(job, plan.folder, self.profile), *job_commands(job)]
+            for line in "\n".join(script).split("\n"):
+                yield f"#     {line}"
+
+    def submit(self, plan: Plan) -> dict[str, str]:
+        """Write the submission's folder, submit every job, and return {label: job id}. Where Slurm
+        refuses a job, those before it are cancelled.
+        """
+        self._refuse_what_is_active(plan)
+        self.prepare(plan)
+        ids: dict[str, str] = {}
+        try:
+            for job in plan.jobs:
+                ids[job.label] = self._submit_job(job, plan.folder, ids)
+                records.write_jobs(plan, ids)
+        except BaseException as error:
+            if ids:  # where Slurm does not answer, recipes launch cancel still knows them
+                self.cancel([*ids.values()])
+            records.forget_jobs(plan.folder)
+            if ids and isinstance(error, RecipesError):
+                accepted = f"{', '.join(ids)} had been accepted, and was cancelled"
+                error.hints = (*error.hints, f"nothing is queued: {accepted}")
+            raise
+        return ids
+
+    def _refuse_what_is_active(self, plan: Plan) -> None:
+        active = [task for task in self.states(plan.folder) if task.active]
+        if active:
+            jobs = ", ".join(f"{task.label} is {task.state} (job {task.job})" for task in active)
+            hint = f"wait for it, or: recipes launch cancel {plan.name}"
+            raise RecipeError(f"'{plan.name}' is already launched: {jobs}", hint)
+
+    def _submit_job(self, job: Job, folder: Path, ids: Mapping[str, str]) -> str:
+        """Submit one job and return its id."""
+        done = run_slurm(_sbatch(job, folder, ids))
+        if done.returncode:
+            raise self.profile.error(
+                f"Slurm refuses {job.label}: {last_words(done.stderr)}",
+                f"what it requests: {shown_path(folder / f'{job.label}.sbatch')}",
+            )
+        # --parsable prints ID or ID;cluster
+        return done.stdout.strip().splitlines()[-1].split(";")[0]
+
+    # ---- Afterwards ----
+
+    def states(self, folder: Path) -> list[TaskState]:
+        """Return the state of every task of a submission, in order."""
+        tasks = records.submitted_tasks(folder)
+        if not tasks:
+            return []
+        queued = _queued_tasks()
+        for task in tasks:
+            row = queued.get(task.job)
+            if row is None:
+                records.read_end(folder, task)
+            else:
+                task.active = True
+                task.state = row.state.lower()
+                task.reason = row.nodes if row.reason in ("", "None") else row.reason
+        _ask_accounting([task for task in tasks if task.state == records.UNKNOWN])
+        records.cancel_what_cannot_start(tasks)
+        return tasks
+
+    def cancel(self, job_ids: Sequence[str]) -> None:
+        """End jobs that wait or run."""
+        run_slurm(["scancel", *job_ids])
+
+
+def _sbatch(job: Job, folder: Path, ids: Mapping[str, str]) -> list[str]:
+    """Return the words that submit a job after those whose ids are given."""
+    conditions = []
+    for condition, labels in (("afterok", job.after), ("afterany", job.after_any)):
+        if labels:
+            conditions.append(":".join([condition, *(ids[label] for label in labels)]))
+    words = ["sbatch", "--parsable"]
+    if conditions:
+        # one whose condition cannot come true would stay in the queue for ever
+        words += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
+    return [*words, str(folder / f"{job.label}.sbatch")]
+
+
+@dataclass(frozen=True)
+class _QueueRow:
+    """What squeue says of a task."""
+
+    state: str
+    reason: str
+    nodes: str
+
+
+def _queued_tasks() -> dict[str, _QueueRow]:
+    """Return what is queued or runs, by the id of the task."""
+    listed = run_slurm(["squeue", "--me", "-h", "-a", "-r", "-o", "%i|%T|%r|%N"]).stdout
+    queued: dict[str, _QueueRow] = {}
+    for line in listed.splitlines():
+        cells = line.split("|")
+        if len(cells) == 4:
+            task_id, state, reason, nodes = cells
+            queued[task_id] = _QueueRow(state, reason, nodes)
+    return queued
+
+
+def _ask_accounting(tasks: Sequence[TaskState]) -> None:
+    """Set the states of tasks that left no exit code from the accounting database, where the site
+    has one.
+    """
+    by_id = {task.job: task for task in tasks}
+    if not by_id:
+        return
+    words = ["sacct", "-n", "-P", "-X", "-j", ",".join(by_id), "--format=JobID,State"]
+    with suppress(EnvironmentFault):
+        for line in run_slurm(words).stdout.splitlines():
+            task_id, _, state = line.partition("|")
+            if task_id in by_id and state:
+                by_id[task_id].state = state.split()[0].lower()  # CANCELLED by 1000

@@ -1,0 +1,114 @@
+"""The script of a job. What all scripts share (signals, requeues, exit codes) is launch/job.sh."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes_lib.core.project import cache_root, project_root, runs_root
+from recipes_lib.jobs.jobs import Job, Task
+from recipes_lib.slurm.profile import Profile
+
+# What only a node of several knows; bash puts it in there. On one node the launcher finds a port.
+_MEETING = (
+    ' --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port "$PORT"'
+    " --rdzv_backend static --same_network"
+)
+
+
+def script_of(job: Job, folder: Path, profile: Profile) -> str:
+    """Return the script of a job; it will lie in `folder`, beside its log and its exit code."""
+    shared = project_root() / "launch" / "job.sh"
+    lines = [
+        "#!/bin/bash",
+        f"# {folder.parent.name}: {job.label}, written by `recipes launch`",
+    ]
+    lines += directives(job, folder, profile)
+    lines += [
+        "",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 5",
+        f"FOLDER={shlex.quote(str(folder))} JOB={shlex.quote(job.label)}",
+        f"NODES={job.nodes} PROCESSES={job.processes} MAX_REQUEUES={profile.max_requeues}",
+        f"source {shlex.quote(str(shared))} || exit 5   # signals, requeues, exit codes",
+        "",
+    ]
+    for name, value in _variables(profile).items():
+        lines.append(f"export {name}={_quoted(value)}")
+    lines.append('[ -z "$TMPDIR" ] || mkdir -p "$TMPDIR" || environment_failed')
+    for line in profile.setup:
+        lines.append(f"{line} || environment_failed")
+    lines.append("")
+    lines += job_commands(job)
+    lines.append("finish")
+    return "\n".join(lines) + "\n"
+
+
+def _variables(profile: Profile) -> dict[str, str]:
+    """Return what a script exports; the site's own variables come last, and win."""
+    variables = {
+        "RECIPES_RUNS_ROOT": str(runs_root().resolve()),
+        "RECIPES_CACHE": str(cache_root().resolve()),
+    }
+    if profile.offline:
+        variables["HF_HUB_OFFLINE"] = "1"
+    if profile.vllm:
+        variables["VLLM"] = str(Path(profile.vllm).expanduser())
+    variables.update(profile.variables())
+    return variables
+
+
+def _quoted(value: str) -> str:
+    """Quote for bash; `{job}` becomes the job's id."""
+    parts = [shlex.quote(part) if part else "" for part in value.split("{job}")]
+    return '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"
+
+
+def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
+    """Return the #SBATCH lines. Slurm reads quotes as bash does, but escapes within them too."""
+    log = str(folder / job.label).replace("%", "%%")
+    array: list[str] = []
+    if len(job.tasks) > 1:
+        log += ".%a"
+        limit = f"%{job.throttle}" if job.throttle else ""
+        array.append(f"--array=0-{len(job.tasks) - 1}{limit}")
+    gpus = job.processes if job.uses_gpus else 0
+    words = [
+        f"--job-name={folder.parent.name}.{job.label}",
+        f"--nodes={job.nodes}",
+        # accelerate starts the processes of a node
+        "--ntasks-per-node=1",
+        *profile.flags(job.stage, gpus, job.processes),
+        # to the script alone, which asks the training to save
+        f"--signal=B:USR2@{profile.signal_lead_s}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={log}.log",
+        *array,
+    ]
+    return [f"#SBATCH {shlex.quote(word)}".replace("\\", "\\\\") for word in words]
+
+
+def job_commands(job: Job) -> list[str]:
+    """Return the lines of a script that do the work."""
+    lines = [f"run srun {shlex.join(_words_on_node(job, task))}" for task in job.tasks]
+    if len(lines) == 1:
+        return lines
+    cases = []
+    for number, (line, task) in enumerate(zip(lines, job.tasks, strict=True)):
+        cases.append(f"{number}) {line} ;;   # {task.title}")
+    return ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
+
+
+def _words_on_node(job: Job, task: Task) -> Sequence[str]:
+    """Return what srun starts on each node."""
+    if job.stage != "train":
+        return (*task.launcher, *task.args)
+    # A node ignores USR2 until its training listens, and leaves its exit code in a file: launchers
+    # lose it.
+    meeting = _MEETING if job.nodes > 1 else ""
+    on_node = (
+        'trap "" USR2; export RECIPES_EXIT_CODE_FILE="$REPORT.${SLURM_NODEID:-0}"; '
+        f'exec {shlex.join(task.launcher)}{meeting} "$@"'
+    )
+    return ("bash", "-c", on_node, job.label, *task.args)

@@ -1,0 +1,24 @@
+"""Stands in for the Python of the toy site: trains in no time, and notes what else is run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from tests.study import stand_in
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    if "recipes_lib.train" in words:
+        recipe = words[words.index("recipes_lib.train") + 1]
+        sys.argv = ["train", "", recipe]
+        return stand_in.main()
+    with Path(os.environ["TOY_LOG"]).open("a") as log:
+        log.write(" ".join(words) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
