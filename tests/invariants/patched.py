@@ -18,9 +18,9 @@ def fused_head() -> None:
     """Take the head that a GPU gets, on a CPU, and say in which precision it multiplies."""
     from trl.kernels import ChunkedLogProbFunction
 
-    from recipes_lib.training import trainer
+    from recipes_lib.training import sft
 
-    trainer.score_supervised_positions = lambda model: None
+    sft.score_supervised_positions = lambda model: None
     function: Any = ChunkedLogProbFunction
     original, seen = function.forward, set[str]()
 
@@ -54,16 +54,16 @@ def fail_on_rank_1() -> None:
     import torch
 
     from recipes_lib.core.ranks import rank
-    from recipes_lib.training.trainer import RecipeTrainer
+    from recipes_lib.training.sft import SupervisedTrainer
 
-    original = RecipeTrainer.training_step
+    original = SupervisedTrainer.training_step
 
     def training_step(self: Any, *args: Any) -> Any:
         if rank() == 1 and self.state.global_step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, *args)
 
-    RecipeTrainer.training_step = training_step  # type: ignore[method-assign]
+    SupervisedTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
 def at_step(trainer: Any, step: int) -> bool:
@@ -86,14 +86,14 @@ OURS, TRAINER = "recipes_lib.training", "transformers:Trainer"
 # where a training is killed: the owner of a function, its name, before, during (a file half
 # written) or after its work, and when, by its first argument
 MOMENTS: dict[str, tuple[str, str, str, Callable[[Any, int], bool]]] = {
-    "in a step": (f"{OURS}.trainer:RecipeTrainer", "_get_grad_norm", "before", at_step),
+    "in a step": (f"{OURS}.sft:SupervisedTrainer", "_get_grad_norm", "before", at_step),
     "before the weights": (TRAINER, "_save", "before", at_step),
     "in the weights": (TRAINER, "_save", "torn", at_step),
     "after the weights": (TRAINER, "_save", "after", at_step),
     "in the optimizer": (TRAINER, "_save_optimizer_and_scheduler", "torn", at_step),
     "after the optimizer": (TRAINER, "_save_optimizer_and_scheduler", "after", at_step),
     "in the random state": (TRAINER, "_save_rng_state", "torn", at_step),
-    "before the marker": (f"{OURS}.trainer:RecipeTrainer", "seal", "before", at_step),
+    "before the marker": (f"{OURS}.sft:SupervisedTrainer", "seal", "before", at_step),
     "before the rotation": (f"{OURS}.resume_guard", "rotate", "before", step_is_there),
     "in the rotation": ("shutil", "rmtree", "before", is_checkpoint),
     "in the preparation": (f"{OURS}.attempt:Attempt", "continue_or_start", "before", always),
@@ -132,11 +132,11 @@ def reads() -> None:
 
     from recipes_lib.core.errors import RecipeError
     from recipes_lib.core.ranks import rank
-    from recipes_lib.training import build, trainer
+    from recipes_lib.training import build, sft
 
     read, said = 0, False
     taken, loaded = core_model_loading._materialize_copy, build.load_model
-    trained = trainer.RecipeTrainer.training_step
+    trained = sft.SupervisedTrainer.training_step
 
     def materialize(*args: Any, **options: Any) -> Any:
         nonlocal read
@@ -164,7 +164,7 @@ def reads() -> None:
 
     core_model_loading._materialize_copy = materialize
     build.load_model = load_model
-    trainer.RecipeTrainer.training_step = training_step
+    sft.SupervisedTrainer.training_step = training_step
 
 
 def watched() -> None:
@@ -172,11 +172,11 @@ def watched() -> None:
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
     from recipes_lib.core.ranks import rank
-    from recipes_lib.training.trainer import RecipeTrainer
+    from recipes_lib.training.sft import SupervisedTrainer
 
     exchanges = 0
     reduce: Any = _fsdp_param_group.foreach_reduce
-    train: Any = RecipeTrainer.train
+    train: Any = SupervisedTrainer.train
 
     def foreach_reduce(*args: Any) -> Any:
         nonlocal exchanges
@@ -188,7 +188,7 @@ def watched() -> None:
         print(f"rank {rank()}: {exchanges} exchanges", flush=True)
         return ended
 
-    RecipeTrainer.train = watched_train  # type: ignore[method-assign]
+    SupervisedTrainer.train = watched_train  # type: ignore[method-assign]
     _fsdp_param_group.foreach_reduce = foreach_reduce
 
 

@@ -161,9 +161,9 @@ def test_the_best_model_is_the_same_one_where_a_stop_saved_its_step(tiny_recipe,
 
 def test_a_validation_leaves_the_random_state_as_the_step_left_it(tiny_recipe, monkeypatch) -> None:
     """Each batch of the validation draws random numbers, and dropout goes on after it."""
-    from recipes_lib.training.trainer import RecipeTrainer
+    from recipes_lib.training.sft import SupervisedTrainer
 
-    honest = RecipeTrainer.compute_loss
+    honest = SupervisedTrainer.compute_loss
 
     def drawing(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         if not model.training:
@@ -172,6 +172,6 @@ def test_a_validation_leaves_the_random_state_as_the_step_left_it(tiny_recipe, m
 
     words = [str(tiny_recipe), "lora.lora_dropout=0.3"]
     assert main([*words, "run.name=whole"]) == 0
-    monkeypatch.setattr(RecipeTrainer, "compute_loss", drawing)
+    monkeypatch.setattr(SupervisedTrainer, "compute_loss", drawing)
     assert main([*words, "run.name=drawn"]) == 0
     assert written(tiny_recipe, "whole") == written(tiny_recipe, "drawn")

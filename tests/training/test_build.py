@@ -12,7 +12,7 @@ from recipes_lib.config.launch import one_rank_can_read
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.train import main
-from recipes_lib.training.trainer import RecipeTrainer
+from recipes_lib.training.sft import SupervisedTrainer
 
 
 @pytest.mark.parametrize(("fp16", "expected"), [(False, torch.bfloat16), (True, torch.float32)])
@@ -29,14 +29,14 @@ def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
         config.fp16 = fp16  # a recipe with fp16 is refused without a GPU
         return config
 
-    def look(trainer: RecipeTrainer, **_: Any) -> None:
+    def look(trainer: SupervisedTrainer, **_: Any) -> None:
         found.extend(
             parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad
         )
         raise RecipesError("seen")
 
     monkeypatch.setattr(upstream, "build_sft_config", build_config)
-    monkeypatch.setattr(RecipeTrainer, "train", look)
+    monkeypatch.setattr(SupervisedTrainer, "train", look)
     dtype = "float16" if fp16 else "bfloat16"
     assert main([str(tiny_recipe), NF4, f"model.dtype={dtype}", "train.bf16=false"]) == 1
     assert found and set(found) == {expected}

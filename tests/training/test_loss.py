@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from recipes_lib.train import main
-from recipes_lib.training import trainer
+from recipes_lib.training import sft
 from recipes_lib.training.loss import TOKENS_PER_TILE, score_supervised_positions
 
 
@@ -106,7 +106,7 @@ def test_other_losses_are_trls(tiny_recipe, tiny_model_dir, tmp_path, monkeypatc
         return [json.loads(line)["loss"] for line in lines]
 
     ours = {name: series(name, words) for name, words in losses.items()}
-    monkeypatch.setattr(trainer, "score_supervised_positions", lambda model: None)
+    monkeypatch.setattr(sft, "score_supervised_positions", lambda model: None)
     trls = {name: series(f"trl-{name}", words) for name, words in losses.items()}
     assert ours == {name: pytest.approx(values, rel=1e-5) for name, values in trls.items()}
     assert len({values[0] for values in ours.values()}) == len(losses)

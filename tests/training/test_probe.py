@@ -10,6 +10,7 @@ import torch
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
 from recipes_lib.training import build, metrics, trainer
+from recipes_lib.training.sft import SupervisedTrainer
 
 SHORT = ["train.max_steps=3", "train.eval_strategy='no'", "train.save_strategy='no'"]
 LOGGED = re.compile(r'"(?:loss|grad_norm|tokens)": [^,]*')
@@ -45,7 +46,7 @@ def test_memory_that_does_not_suffice_is_one_line_with_what_to_change(
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer.RecipeTrainer, "training_step", full)
+    monkeypatch.setattr(SupervisedTrainer, "training_step", full)
     assert main([str(tiny_recipe), *SHORT, "run.name=full"]) == ExitCode.ENVIRONMENT
     error = capsys.readouterr().err
     assert "out of GPU memory" in error and "internal error" not in error
@@ -55,9 +56,9 @@ def test_memory_that_does_not_suffice_is_one_line_with_what_to_change(
 def test_the_probe_waits_for_the_gpu_before_it_looks_at_the_clock(tiny_recipe, monkeypatch) -> None:
     """A GPU has only been told what to compute when a step returns."""
     events: list[str] = []
-    step = trainer.RecipeTrainer.training_step
+    step = SupervisedTrainer.training_step
 
-    def training_step(self: trainer.RecipeTrainer, *args: object) -> object:
+    def training_step(self: SupervisedTrainer, *args: object) -> object:
         events.append("step")
         return step(self, *args)
 
@@ -69,7 +70,7 @@ def test_the_probe_waits_for_the_gpu_before_it_looks_at_the_clock(tiny_recipe, m
         with monkeypatch.context() as patch:
             patch.setattr(metrics, "_wait_for_device", lambda device: events.append("wait"))
             patch.setattr(metrics.time, "monotonic", clock)
-            patch.setattr(trainer.RecipeTrainer, "training_step", training_step)
+            patch.setattr(SupervisedTrainer, "training_step", training_step)
             return metrics.probe(*args)
 
     monkeypatch.setattr(trainer, "probe", probe_alone)
@@ -82,13 +83,13 @@ def test_the_probe_of_compiled_blocks_does_not_time_their_compilation(
 ) -> None:
     words = ["train.torch_compile_backend=eager", "run.global_batch_size=4", "train.max_steps=1"]
     passes: list[int] = []
-    step = trainer.RecipeTrainer.training_step
+    step = SupervisedTrainer.training_step
 
-    def training_step(self: trainer.RecipeTrainer, *args: object) -> object:
+    def training_step(self: SupervisedTrainer, *args: object) -> object:
         passes.append(self.state.global_step)
         return step(self, *args)
 
-    monkeypatch.setattr(trainer.RecipeTrainer, "training_step", training_step)
+    monkeypatch.setattr(SupervisedTrainer, "training_step", training_step)
     with monkeypatch.context() as patch:
         patch.setattr(build, "compile_blocks", lambda *_: None)  # compiling takes ten seconds
         assert main([str(tiny_recipe), *SHORT, *words]) == 0

@@ -152,20 +152,20 @@ REQUESTS = {"SIGTERM": 75, "SIGUSR2": 75, "SIGINT": 130, "STOP": 75}
 def test_a_request_during_a_step_ends_in_a_checkpoint_that_resumes_to_the_same_bytes(
     tiny_recipe, monkeypatch
 ) -> None:
-    from recipes_lib.training.trainer import RecipeTrainer
+    from recipes_lib.training.sft import SupervisedTrainer
 
-    words, step = [str(tiny_recipe), "lora.lora_dropout=0.3"], RecipeTrainer.training_step
+    words, step = [str(tiny_recipe), "lora.lora_dropout=0.3"], SupervisedTrainer.training_step
     assert main([*words, "run.name=whole"]) == 0
     for request, code in REQUESTS.items():
         stop = run_of(tiny_recipe, request) / "STOP"
 
-        def interrupted(self: RecipeTrainer, *args: Any, name=request, stop=stop) -> Any:
+        def interrupted(self: SupervisedTrainer, *args: Any, name=request, stop=stop) -> Any:
             if self.state.global_step == 2 and not self.stop.requested:
                 stop.touch() if name == "STOP" else os.kill(os.getpid(), getattr(signal, name))
             return step(self, *args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(RecipeTrainer, "training_step", interrupted)
+            patch.setattr(SupervisedTrainer, "training_step", interrupted)
             assert main([*words, f"run.name={request}"]) == code
         state = run_json(tiny_recipe, request)
         assert (state["state"], state["exit_code"]) == ("stopped", code)
@@ -360,8 +360,8 @@ def test_the_speed_after_a_checkpoint_that_notes_no_time_is_that_of_the_last_att
     before = [line["tokens"] for line in metrics(tiny_recipe) if "tokens" in line][-1]
     assert main([str(tiny_recipe)]) == 0
     summary = run_json(tiny_recipe)["summary"]
-    speed = (summary["tokens"] - before) / summary["seconds"]
-    assert summary["tokens_per_second"] == pytest.approx(speed, rel=0.05)
+    seconds = (summary["tokens"] - before) / summary["tokens_per_second"]
+    assert seconds == pytest.approx(summary["seconds"], abs=0.06)  # which are rounded
 
 
 # ---- What is refused, or goes wrong ----
@@ -370,9 +370,9 @@ def test_the_speed_after_a_checkpoint_that_notes_no_time_is_that_of_the_last_att
 def test_weights_that_are_not_those_that_were_trained_are_rejected_and_kept(
     tiny_recipe, monkeypatch, capsys
 ) -> None:
-    from recipes_lib.training.trainer import RecipeTrainer
+    from recipes_lib.training.sft import SupervisedTrainer
 
-    honest = RecipeTrainer.save_model
+    honest = SupervisedTrainer.save_model
 
     def flip_a_bit(self: Any, folder: str, **options: Any) -> None:
         honest(self, folder, **options)
@@ -381,7 +381,7 @@ def test_weights_that_are_not_those_that_were_trained_are_rejected_and_kept(
         content[-1] ^= 1
         file.write_bytes(content)
 
-    monkeypatch.setattr(RecipeTrainer, "save_model", flip_a_bit)
+    monkeypatch.setattr(SupervisedTrainer, "save_model", flip_a_bit)
     assert main([str(tiny_recipe), "train.max_steps=1"]) == ExitCode.FAILED
     said = capsys.readouterr().err
     assert "not the trained ones" in said and "weights.unchecked" in said
@@ -453,7 +453,8 @@ def test_a_rank_whose_validation_rows_are_all_fillers_adds_nothing(
     from recipes_lib.training import trainer
 
     honest = trainer.validation_batches
-    of_rank_1 = lambda rows, each, *_: honest(rows.select([0]), each, 1, 2)  # noqa: E731
+    rank_1 = {"rank": 1, "world_size": 2}
+    of_rank_1 = lambda rows, **words: honest(rows.select([0]), **(words | rank_1))  # noqa: E731
     monkeypatch.setattr(trainer, "validation_batches", of_rank_1)
     words = ["train.max_steps=1", "train.eval_steps=1", "train.label_smoothing_factor=0.1"]
     assert main([str(tiny_recipe), *words]) == 0

@@ -9,7 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from recipes_lib.training.trainer import WholeBatches, make_loader, row_lengths, validation_batches
+from recipes_lib.training.batches import WholeBatches, make_loader, validation_batches
+from recipes_lib.training.sft import FILLER, row_lengths
 
 ROWS = 54
 LENGTHS = [3 + 7 * row % 41 for row in range(ROWS)]
@@ -76,7 +77,7 @@ def test_validation_rows_are_each_evaluated_once_by_one_rank() -> None:
     ]
     seen: list[int] = []
     for rank in range(2):
-        filled, batches = validation_batches(rows, 4, rank, 2)
+        filled, batches = validation_batches(rows, FILLER, 4, rank, 2)
         assert len(batches) == 2 and all(len(batch) == 4 for batch in batches)
         seen += [row for batch in batches for row in batch]
     assert sorted(seen) == [*range(16)]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import state
+from accelerate.utils import DistributedType
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, save_and_load
 from safetensors import safe_open
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -109,10 +111,10 @@ def _has_all_tensors(folder: Path, model: torch.nn.Module) -> bool:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # it is no dict
                 shapes[name] = tensors.get_slice(name).get_shape()
-    state = model.state_dict(keep_vars=True)
+    by_name = model.state_dict(keep_vars=True)
     # of tied tensors a file has one name, under which all are loaded
-    loaded = {id(tensor) for name, tensor in state.items() if shapes.get(name) == [*tensor.shape]}
-    return all(id(tensor) in loaded for tensor in state.values())
+    loaded = {id(tensor) for name, tensor in by_name.items() if shapes.get(name) == [*tensor.shape]}
+    return all(id(tensor) in loaded for tensor in by_name.values())
 
 
 def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
@@ -125,6 +127,35 @@ def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
         if parameter.is_meta:
             address = functools.partial(int, -number)
             setattr(parameter, "data_ptr", address)  # noqa: B010
+
+
+def let_fsdp_run_on_cpus() -> None:
+    """Let accelerate shard over CPU processes: it turns `distributed_type` into FSDP only for
+    accelerators, so that under gloo an FSDP config silently becomes DDP. Delete when its
+    `AcceleratorState` does so for MULTI_CPU; until then its `_mixed_precision` and `_shared_state`
+    are used here.
+    """
+    original = state.AcceleratorState.__init__
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        first_time = state.AcceleratorState._shared_state == {}
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if not first_time or plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
+            return
+        self.distributed_type = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            plugin.set_mixed_precision(self._mixed_precision)
+        self.fsdp_plugin = plugin
+        # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
+        self.device = torch.device("cpu")
+        shared = {"device": self.device, "distributed_type": DistributedType.FSDP}
+        state.PartialState._shared_state.update(shared)
+
+    state.AcceleratorState.__init__ = initialise
 
 
 def name_experts(config: Any) -> None:

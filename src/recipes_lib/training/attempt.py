@@ -34,7 +34,7 @@ from recipes_lib.training.build import count_quantized
 from recipes_lib.training.finished import damage_of_finished
 from recipes_lib.training.resume_guard import differences, set_aside
 from recipes_lib.training.stopping import EXIT_CODES, StopRequest
-from recipes_lib.training.trainer import RecipeTrainer
+from recipes_lib.training.trainer import ExactTrainer
 from recipes_lib.weights.export import write_card
 from recipes_lib.weights.load import base_fingerprint, model_path
 from recipes_lib.weights.runs import check_saved
@@ -185,13 +185,13 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
             raise fault from error
 
 
-def summarise_training(trainer: RecipeTrainer, data: PreparedData) -> dict[str, object]:
+def summarise_training(trainer: ExactTrainer, data: PreparedData) -> dict[str, object]:
     """Return what run.json and the card say of a training; tokens and times are of the same steps,
     those of earlier attempts up to the checkpoints that were resumed too.
     """
     args = trainer.args
     state = trainer.state
-    tokens = int(trainer._total_train_tokens)
+    tokens = trainer.tokens_trained
     seconds = trainer.seconds_so_far()
     device = "cpu"
     if args.device.type != "cpu":
@@ -217,7 +217,7 @@ def summarise_training(trainer: RecipeTrainer, data: PreparedData) -> dict[str, 
 
 
 def save_and_check(
-    trainer: RecipeTrainer, attempt: Attempt, summary: Mapping[str, Any]
+    trainer: ExactTrainer, attempt: Attempt, summary: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Save the final weights, prove them, and only then give them their name; every rank calls."""
     args, recipe, history = trainer.args, attempt.recipe, trainer.state.log_history

@@ -34,8 +34,8 @@ from recipes_lib.training.attention import (
     why_no_flash,
 )
 from recipes_lib.training.metrics import MetricsCallback
+from recipes_lib.training.sft import SupervisedTrainer
 from recipes_lib.training.stopping import StopRequest
-from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.load import load_model
 
 MOST_GRAPHS = 32  # of one kind of block: gradients, windows, lengths
@@ -75,7 +75,7 @@ def build_trainer(
     run: RunDirectory,
     stop: StopRequest,
     guard: Mapping[str, object],
-) -> RecipeTrainer:
+) -> SupervisedTrainer:
     """Return the trainer, with the adapter (if the recipe has one) already on the model."""
     half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
     if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
@@ -93,7 +93,7 @@ def build_trainer(
         train = train.shuffle(seed=args.seed, keep_in_memory=True, load_from_cache_file=False)
     validation = data.validation if args.eval_strategy != "no" else None
     columns = ["input_ids", "labels"]
-    trainer = RecipeTrainer(
+    trainer = SupervisedTrainer(
         model=model,
         args=args,
         train_dataset=_training_rows(train.select_columns(columns), recipe, args),
@@ -244,7 +244,7 @@ def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     return rows
 
 
-def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
+def start_up_lines(trainer: SupervisedTrainer, launch_line: str) -> list[str]:
     """Return what is really active, the batch arithmetic and what is trained."""
     args, model, dealt, rows = trainer.args, trainer.model, trainer.batches, len(trainer.lengths)
     joined = ", no padding" if trainer.data_collator.padding_free else ""

@@ -4,7 +4,6 @@ FSDP2 on CPU processes.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 from typing import Any
@@ -99,34 +98,11 @@ def check_launch(active: Active) -> str:
 
 
 def shard_on_cpus() -> None:
-    """Let this process shard on CPUs where it was launched with an FSDP config.
-
-    accelerate (1.15) turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an
-    FSDP config silently becomes DDP.
-    """
+    """Let this process shard on CPUs where it was launched with an FSDP config."""
     import torch
-    from accelerate import state
-    from accelerate.utils import DistributedType
 
-    original = state.AcceleratorState.__init__
-    is_done = hasattr(original, "__wrapped__") or torch.accelerator.is_available()
-    if is_done or world_size() == 1 or not _asks_for("ACCELERATE_USE_FSDP"):
-        return
+    from recipes_lib.models import upstream_fixes
 
-    @functools.wraps(original)
-    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
-        first_time = state.AcceleratorState._shared_state == {}
-        original(self, *args, **kwargs)
-        plugin = kwargs.get("fsdp_plugin")
-        if not first_time or plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
-            return
-        self.distributed_type = DistributedType.FSDP
-        if self._mixed_precision != "no":
-            plugin.set_mixed_precision(self._mixed_precision)
-        self.fsdp_plugin = plugin
-        # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
-        self.device = torch.device("cpu")
-        shared = {"device": self.device, "distributed_type": DistributedType.FSDP}
-        state.PartialState._shared_state.update(shared)
-
-    state.AcceleratorState.__init__ = initialise
+    has_gpu = torch.accelerator.is_available()
+    if world_size() > 1 and not has_gpu and _asks_for("ACCELERATE_USE_FSDP"):
+        upstream_fixes.let_fsdp_run_on_cpus()

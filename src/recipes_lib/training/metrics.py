@@ -135,12 +135,12 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     Every rank has to call it when the model is wrapped and a checkpoint's weights and optimizer are
     loaded, but its random state is not. `lengths` are those of all rows, `steps` are to come.
     """
-    args, data = trainer.args, trainer.train_dataset
+    args = trainer.args
     longest = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    rows = [data[row] for row in longest[: args.per_device_train_batch_size]]
+    rows = [trainer.train_dataset[row] for row in longest[: args.per_device_train_batch_size]]
     batch = trainer.data_collator(rows)
-    tokens = batch["input_ids"].numel()
-    supervised = max(int((batch["labels"][:, 1:] != -100).sum()), 1)
+    tokens = max(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
+    num_items = max(trainer.num_items(batch), 1)
     passes = min(2, args.gradient_accumulation_steps)  # a second one meets gradients
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
     each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
@@ -150,7 +150,7 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
         held = _room_for_optimizer(trainer)
         if args.device.type != "cpu" or trainer.is_compiled:
             # the first pass on a GPU, or of compiled blocks, also makes kernels: it is not timed
-            trainer.training_step(model, dict(batch), supervised)
+            trainer.training_step(model, dict(batch), num_items)
             trainer.model.zero_grad(set_to_none=True)
         for number in range(1, passes + 1):
             # The last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see.
@@ -158,7 +158,7 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
             _wait_for_device(args.device)
             began = time.monotonic()
             with contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model):
-                trainer.training_step(model, dict(batch), supervised)
+                trainer.training_step(model, dict(batch), num_items)
             _wait_for_device(args.device)
             seconds = time.monotonic() - began
         del held
@@ -187,16 +187,11 @@ def keep_random_state(device: torch.device) -> contextlib.AbstractContextManager
 @contextlib.contextmanager
 def _nothing_happened(trainer: Any) -> Iterator[None]:
     """Undo what a micro-batch leaves: random numbers, gradients, counts, metrics."""
-    tokens = trainer._total_train_tokens
-    metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
     try:
-        with keep_random_state(trainer.args.device):
+        with keep_random_state(trainer.args.device), trainer.uncounted():
             yield
     finally:
         trainer.model.zero_grad(set_to_none=True)
-        trainer._total_train_tokens = tokens
-        trainer._metrics["train"].clear()
-        trainer._metrics["train"].update(metrics)
 
 
 def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
