@@ -189,7 +189,7 @@ def _short_probes(harness: type[Any]) -> type[Any]:
     from lm_eval.models.utils import normalize_gen_kwargs
 
     class ShortProbes(harness):
-        longest: int | None = None  # prompt and answer of the longest request to generate
+        longest: int | None = None  # tokens of the longest request, with the answer to generate
         _max_length: int | None
 
         def generate_until(self, requests: Sequence[Any], *args: Any, **options: Any) -> Any:
@@ -197,6 +197,15 @@ def _short_probes(harness: type[Any]) -> type[Any]:
                 self.longest = max(map(self._length, requests))
             try:
                 return super().generate_until(requests, *args, **options)
+            finally:
+                self.longest = None
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], *args: Any, **options: Any) -> Any:
+            if self.batch_size == "auto" and requests:
+                # a longer text is read in windows of the whole context
+                self.longest = max(len(self.tok_encode(request.args[0])) for request in requests)
+            try:
+                return super().loglikelihood_rolling(requests, *args, **options)
             finally:
                 self.longest = None
 
