@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from recipes_lib.evals.engines.base import Completion
-from recipes_lib.evals.judge import JudgeRequest
+from recipes_lib.evals.judgments import JudgeRequest
 from recipes_lib.evals.recipe import JudgeSection
 
 

@@ -22,7 +22,7 @@ from recipes_lib.evals.audit import (
     scorecard_lines,
 )
 from recipes_lib.evals.items import Item
-from recipes_lib.evals.judge import ask
+from recipes_lib.evals.judgments import ask
 from recipes_lib.evals.log import Check, Sample, Scorecard, Store
 from recipes_lib.evals.recipe import Thresholds
 from recipes_lib.evals.suites import bounds_of, metric_of

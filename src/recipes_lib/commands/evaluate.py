@@ -54,7 +54,7 @@ def run_judge_audit(
 ) -> int:
     """Ask a judge about labelled pairs, and print its scorecard."""
     from recipes_lib.evals.audit import scorecard_lines
-    from recipes_lib.evals.judge import audit_on_labels
+    from recipes_lib.evals.judged import audit_on_labels
 
     quiet_libraries()
     card, kept = audit_on_labels(judge, labels, limit, probe_pairs)

@@ -24,3 +24,11 @@ class Item:
     def orders(self) -> tuple[str, ...]:
         """The orders it is judged in: the candidate is Response A in AB, Response B in BA."""
         return ("single",) if self.opponent is None else ("AB", "BA")
+
+    def answers(self, order: str) -> tuple[str, ...]:
+        """Return the answers as they stand in the prompt of an order."""
+        if self.opponent is None:
+            return (self.answer,)
+        if order == "BA":
+            return self.opponent, self.answer
+        return self.answer, self.opponent

@@ -189,7 +189,7 @@ def resolve(
         models[word] = _trained(word, finished_run(run, remote_code))
         own = models[word].recipe
         known[own.model.name_or_path] = dataclasses.replace(own, lora=None)
-    runs = [model.recipe for model in models.values()]
+    runs = [model.recipe for model in models.values() if model.trained]
     for word in words:
         if word == BASE:
             models[word] = common_base(runs)

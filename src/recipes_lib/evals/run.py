@@ -6,47 +6,50 @@ then judge after judge gives its verdicts.
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
+from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import RecipeError, RecipesError
-from recipes_lib.core.files import Row, hash_of, utc_now
-from recipes_lib.core.project import shown_path
+from recipes_lib.core.files import Row, hash_of
 from recipes_lib.core.run_directory import run_lock
-from recipes_lib.core.terminal import count, say
 from recipes_lib.evals.answering import answer_all, answers_in_file, reference_answers
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.asking import NotAsked, ServerDown, ServerGone
 from recipes_lib.evals.engines import Engines, answered_by, transformers
 from recipes_lib.evals.engines.base import Target
-from recipes_lib.evals.judge import Judge, JudgedSuite, judge_model, opened
-from recipes_lib.evals.leaks import leaks_of_run
-from recipes_lib.evals.log import (
-    REFERENCE,
-    SAME,
-    EvalLog,
-    answer_faults,
-    log_file,
-    read_eval_log,
-    write_log,
-)
+from recipes_lib.evals.judge import Judge, opened
+from recipes_lib.evals.judged import JudgedSuite, judge_model
+from recipes_lib.evals.log import REFERENCE, EvalLog, log_file, read_eval_log
 from recipes_lib.evals.models import Model, base_of, loaded, resolve
 from recipes_lib.evals.questions import QuestionSet, is_answer_file, load_questions
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, check_allowed, load_eval
-from recipes_lib.evals.suites import Suite
+from recipes_lib.evals.results import say_results, write_result
+from recipes_lib.evals.suites import Suite, suite_class
 from recipes_lib.weights.runs import BASE, check_weights, families
 
+__all__ = ["EvalTask", "evaluate", "evaluate_tasks", "say_results", "split_words", "suite_class"]
+
 _OVERRIDE = re.compile(r"(?:--)?[^\W\d]\w*(?:\.[^\W\d]\w*)+=")
-_MOST = 0.1  # share of the answers that may have a fault without a banner
-Side = Model | Answers  # a model that is asked, or answers that are there
+Side: TypeAlias = Model | Answers  # a model that is asked, or answers that are there
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Who answers, and with whom that is compared."""
+
+    target: Side
+    opponent: Side | None = None
+
+    def have(self, model: Model) -> bool:
+        """Whether a model is one of them."""
+        names = [side.name for side in (self.target, self.opponent) if isinstance(side, Model)]
+        return model.name in names
 
 
 @dataclass(eq=False)
@@ -59,30 +62,19 @@ class EvalTask:
     words: tuple[str, ...]
     against: str | None = None
     suite: Suite = field(init=False)
-    # by word: who answers, and with whom that is compared
-    sides: dict[str, tuple[Side, Side | None]] = field(init=False, default_factory=dict)
+    sides: dict[str, Sides] = field(init=False, default_factory=dict)  # by word, what is left to do
     answers: dict[str, Answers] = field(init=False, default_factory=dict)  # by the model's name
     logs: dict[str, EvalLog] = field(init=False, default_factory=dict)  # by word
 
     def models(self) -> list[Model]:
         """Return every model that is to be asked: targets first, then opponents."""
-        ordered = chain(*zip(*self.sides.values(), strict=True))
-        return [side for side in ordered if isinstance(side, Model)]
+        targets = [sides.target for sides in self.sides.values()]
+        opponents = [sides.opponent for sides in self.sides.values()]
+        return [side for side in (*targets, *opponents) if isinstance(side, Model)]
 
     def words_with(self, model: Model) -> list[str]:
         """Return the words that need a model, as a target or as an opponent."""
-        return [
-            word
-            for word, sides in self.sides.items()
-            if any(isinstance(side, Model) and side.name == model.name for side in sides)
-        ]
-
-
-def suite_class(name: str) -> type[Suite]:
-    """Return the class of a suite; nothing else imports it."""
-    module = importlib.import_module(f"recipes_lib.evals.suites.{name}")
-    suite: type[Suite] = getattr(module, SUITES[name].class_name)
-    return suite
+        return [word for word, sides in self.sides.items() if sides.have(model)]
 
 
 OnError = Callable[[EvalTask, str, Exception], None]  # the model's word, empty for all of the task
@@ -95,17 +87,21 @@ def _raised(task: EvalTask, word: str, error: Exception) -> None:
 @contextmanager
 def _reported(
     on_error: OnError, tasks: Sequence[EvalTask], model: Model | None = None, word: str = ""
-) -> Any:
-    """Leave tasks, or a model or a word in them, out where something fails; the others go on."""
+) -> Iterator[None]:
+    """On an error drop the affected task, model or word, report it, and continue."""
     try:
         yield
     except Exception as error:
         for task in tasks:
+            if model:
+                affected = task.words_with(model)
+            else:
+                affected = [word]
             if not (model or word):
                 task.sides.clear()
-            for each in task.words_with(model) if model else [word]:
-                task.sides.pop(each, None)
-                on_error(task, each, error)
+            for dropped in affected:
+                task.sides.pop(dropped, None)
+                on_error(task, dropped, error)
 
 
 def evaluate(
@@ -122,12 +118,16 @@ def evaluate(
         options: of `evaluate_tasks`.
     """
     names = [recipe.name for recipe in recipes]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"two eval recipes are called '{twice}'", "rename one of them")
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"two eval recipes are called '{name}'", "rename one of them")
     if not any(recipe.opponent(None) for recipe in recipes):
         recipes[0].opponent(against)  # refuses one
     words = tuple(dict.fromkeys(words))
-    tasks = [EvalTask(each, words, against if each.opponent(None) else None) for each in recipes]
+    tasks = []
+    for recipe in recipes:
+        has_opponent = recipe.opponent(None) is not None
+        tasks.append(EvalTask(recipe, words, against if has_opponent else None))
     return evaluate_tasks(tasks, **options)
 
 
@@ -149,77 +149,91 @@ def evaluate_tasks(
             _take_finished(task)
     if any(task.sides for task in tasks):
         quiet_libraries()
-    models = {model.name: model for task in tasks for model in task.models()}
+    models: dict[str, Model] = {}
+    for task in tasks:
+        models |= {model.name: model for model in task.models()}
     down: dict[str, ServerDown] = {}
     for group in families(list(models.values())):
         _ask_group(group, tasks, down, on_error)
-    waiting = [task for task in tasks if task.sides and task.recipe.judge]
-    while waiting:
-        section = waiting[0].recipe.judge
-        assert section is not None
-        same = [task for task in waiting if task.recipe.judge == section]
-        waiting = [task for task in waiting if task not in same]
-        with _reported(on_error, same), opened(section) as judge:
-            for task in same:
-                with _reported(on_error, [task]):
-                    _judge(task, judge, on_error)
+    _judge_all(tasks, on_error)
     return [task.logs[word] for task in tasks for word in task.words if word in task.logs]
+
+
+# ---- before a model is loaded ----
 
 
 def _prepare(task: EvalTask, remote_code: bool) -> None:
     """Resolve the words of a task, load its questions, and find who each is compared with."""
     recipe = task.recipe
     check_allowed([recipe], remote_code)
-    chosen = load_questions(recipe) if SUITES[recipe.suite.name].row else QuestionSet((), 0)
+    chosen = QuestionSet((), 0)
+    if SUITES[recipe.suite.name].row:
+        chosen = load_questions(recipe)
     task.suite = suite_class(recipe.suite.name)(recipe, chosen)
     opponent = recipe.opponent(task.against)
-    named = [*task.words, *([opponent] if opponent not in (None, REFERENCE, BASE) else [])]
-    files = [*filter(is_answer_file, named)] if recipe.is_judged else []
-    known: dict[str, Side] = {word: answers_in_file(Path(word), chosen.questions) for word in files}
-    known |= resolve([word for word in named if word not in known], recipe, remote_code)
+    words = list(task.words)
+    if opponent not in (None, REFERENCE, BASE):
+        words.append(str(opponent))
+    side_of: dict[str, Side] = {}
+    if recipe.is_judged:
+        for word in filter(is_answer_file, words):
+            side_of[word] = answers_in_file(Path(word), chosen.questions)
+    models = [word for word in words if word not in side_of]
+    side_of |= resolve(models, recipe, remote_code)
     if opponent == REFERENCE:
-        known[REFERENCE] = reference_answers(chosen.questions)
-    targets = [side for word in task.words if isinstance(side := known[word], Model)]
+        side_of[REFERENCE] = reference_answers(chosen.questions)
     for word in task.words:
-        side, other = known[word], known.get(opponent or "")
+        target = side_of[word]
         if opponent == BASE:
-            other = base_of(side)
-        task.sides[word] = side, other
-    task.suite.prepare(targets)
+            task.sides[word] = Sides(target, base_of(target))
+        else:
+            task.sides[word] = Sides(target, side_of.get(opponent or ""))
+    targets = [side_of[word] for word in task.words]
+    task.suite.prepare([target for target in targets if isinstance(target, Model)])
 
 
 def _take_finished(task: EvalTask) -> None:
     """Take the results that are there already: no model, tokenizer or judge is loaded for them.
     Those of a judge are taken together or not at all, as its audit is about all of them.
     """
-    recipe, logs = task.recipe, dict[str, EvalLog]()
-    for word, (target, opponent) in task.sides.items():
-        assert target.run is not None
-        file = log_file(target.run.path, recipe.name, opponent.name if opponent else None)
+    recipe = task.recipe
+    stored: dict[str, EvalLog] = {}
+    for word, sides in task.sides.items():
+        assert sides.target.run is not None
+        against = sides.opponent.name if sides.opponent else None
         with suppress(RecipesError):  # not there, or damaged
-            log = read_eval_log(file)
+            log = read_eval_log(log_file(sides.target.run.path, recipe.name, against))
             if not (log.leaks and log.leaks.why):
-                logs[word] = log
-    judge = Judge(recipe.judge).fingerprint if recipe.judge and logs else None
-    logs = {word: log for word, log in logs.items() if log.key == _key(task, word, judge)}
-    if not recipe.is_judged or len(logs) == len(task.sides):
-        task.logs |= logs
-        task.sides = {word: pair for word, pair in task.sides.items() if word not in logs}
+                stored[word] = log
+    judge = None
+    if recipe.judge and stored:
+        judge = Judge(recipe.judge).fingerprint
+    current = {word: log for word, log in stored.items() if log.key == _key(task, word, judge)}
+    if recipe.is_judged and len(current) < len(task.sides):
+        return
+    task.logs |= current
+    for word in current:
+        del task.sides[word]
 
 
 def _key(task: EvalTask, word: str, judge: str | None = None) -> str:
     """The hash of all that decides a result."""
-    target, opponent = task.sides[word]
-    known = [
-        [
-            answered_by(task.recipe.generation, side.served_name, side.weights),
-            side.prompt_hash,
-        ]
-        if isinstance(side, Model)
-        else side and side.digest
-        for side in (target, opponent)
-    ]
-    return hash_of(task.recipe.settings_key(), known, judge, task.suite.reads(target))
+    sides = task.sides[word]
+    identities = [_identity(task.recipe, side) for side in (sides.target, sides.opponent)]
+    reads = task.suite.reads(sides.target)
+    return hash_of(task.recipe.settings_key(), identities, judge, reads)
+
+
+def _identity(recipe: EvalRecipe, side: Side | None) -> object:
+    """Return what decides the answers of a side beside the recipe."""
+    if side is None:
+        return None
+    if isinstance(side, Answers):
+        return side.digest
+    return [answered_by(recipe.generation, side.served_name, side.weights), side.prompt_hash]
+
+
+# ---- answers ----
 
 
 def _ask_group(
@@ -241,7 +255,7 @@ def _ask_group(
             usable.append(model)
     with loaded(usable) as using:
         targets = {model.name: model.target(partial(using, model)) for model in usable}
-        with Engines([*targets.values()]) as engines:
+        with Engines(list(targets.values())) as engines:
             for model in usable:
                 for task in tasks:
                     with _reported(on_error, [task], model):
@@ -257,94 +271,98 @@ def _ask(
     down: dict[str, ServerDown],
 ) -> None:
     """Let a suite ask one model; what no judge decides is done then."""
-    recipe, suite = task.recipe, task.suite
+    recipe = task.recipe
+    suite = task.suite
     if suite.chosen.questions:
-        address = str(recipe.generation.base_url)
-        engine = engines.engine(recipe.generation, target)
-        if recipe.generation.is_served and address in down:
-            engine = NotAsked(engine, down[address])
-        try:
-            answers = answer_all(recipe, model, engine, suite.chosen.questions)
-        except ServerDown as error:
-            down.setdefault(address, error)
-            raise
+        answers = _answers(task, model, target, engines, down)
         task.answers[model.name] = answers
         if recipe.is_judged:
             return
         log = suite.log(answers)
-        notes = (*log.notes, *answers.notes)
-        log = replace(log, subset=suite.chosen.subset, answers=answers.facts, notes=notes)
+        log = replace(
+            log,
+            subset=suite.chosen.subset,
+            answers=answers.facts,
+            notes=(*log.notes, *answers.notes),
+        )
     else:
         model.record()
         facts = replace(model.facts(), **asdict(transformers.facts_of(model.recipe)))
         with run_lock(model.folder(recipe.name), wait=True), target.using() as network:
             log = replace(suite.measure(model, network), answers=facts)
     words = task.words_with(model)
-    file = log_file(model.run.path, recipe.name, None)
-    log = replace(log, target=model.name, key=_key(task, words[0]), file=file)
-    task.logs |= dict.fromkeys(words, _written(recipe, log))
+    log = replace(
+        log,
+        target=model.name,
+        key=_key(task, words[0]),
+        file=log_file(model.run.path, recipe.name, None),
+    )
+    task.logs |= dict.fromkeys(words, write_result(recipe, log))
+
+
+def _answers(
+    task: EvalTask,
+    model: Model,
+    target: Target,
+    engines: Engines,
+    down: dict[str, ServerDown],
+) -> Answers:
+    """Return a model's answers; a server that is down is not asked again."""
+    section = task.recipe.generation
+    engine = engines.engine(section, target)
+    if section.is_served and section.address in down:
+        engine = NotAsked(engine, down[section.address])
+    try:
+        return answer_all(task.recipe, model, engine, task.suite.chosen.questions)
+    except ServerDown as error:
+        down.setdefault(section.address, error)
+        raise
+
+
+# ---- verdicts ----
+
+
+def _judge_all(tasks: Sequence[EvalTask], on_error: OnError) -> None:
+    """Open one judge after another, each for all tasks that want it."""
+    waiting = [task for task in tasks if task.sides and task.recipe.judge]
+    while waiting:
+        section = waiting[0].recipe.judge
+        assert section is not None
+        same = [task for task in waiting if task.recipe.judge == section]
+        waiting = [task for task in waiting if task not in same]
+        with _reported(on_error, same), opened(section) as judge:
+            for task in same:
+                with _reported(on_error, [task]):
+                    _judge(task, judge, on_error)
 
 
 def _judge(task: EvalTask, judge: Judge, on_error: OnError) -> None:
     """Ask one judge for every verdict, and write the results but those that lack one."""
-    suite, probes = task.suite, list[Row]()
+    suite = task.suite
     assert isinstance(suite, JudgedSuite)
-    for word, sides in [*task.sides.items()]:
+    probes: list[Row] = []
+    for word, sides in list(task.sides.items()):
         with _reported(on_error, [task], word=word):
-            answers, opponent = (
-                task.answers[side.name] if isinstance(side, Model) else side for side in sides
-            )
+            answers = _answers_of(task, sides.target)
             assert answers
+            opponent = _answers_of(task, sides.opponent)
             try:
                 log = judge_model(suite, answers, opponent, judge, probes)
             except ServerGone as error:
                 judge.give_up(error)  # for the other words and tasks too
                 raise
             log = replace(log, key=_key(task, word, judge.fingerprint))
-            task.logs[word] = _written(task.recipe, log)
+            task.logs[word] = write_result(task.recipe, log)
 
 
-def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
-    """Complete a log and write it into its run."""
-    leaks = leaks_of_run(recipe, log)
-    banners = [leaks.summary(recipe.name)] if leaks and leaks.is_error else []
-    banners += log.banners
-    for what, (faulty, n) in answer_faults(log).items():
-        if faulty > (max(2, _MOST * n) if what == SAME else _MOST * n):
-            banners.append(f"{faulty} of {n} answers {what}")
-    banners += [log.subset] if log.subset else []
-    place: Any = {"eval": log.eval, "suite": log.suite, "file": log.file}
-    log = replace(
-        log,
-        metrics=tuple(replace(metric, **place) for metric in log.metrics),
-        leaks=leaks,
-        banners=tuple(banners),
-        settings=recipe.settings_key(),
-        written=utc_now(),
-        git=dict(git_state()),
-        libraries=library_versions(),
-        recipe=recipe.to_dict(),
-        command=command_line(),
-    )
-    write_log(log)
-    return log
+def _answers_of(task: EvalTask, side: Side | None) -> Answers | None:
+    """Return the answers of a side, which were there or were asked for."""
+    if isinstance(side, Model):
+        return task.answers[side.name]
+    return side
 
 
-def say_results(logs: Sequence[EvalLog]) -> None:
-    """Print the tables of results, eval after eval, and where they are kept."""
-    for name in dict.fromkeys(log.eval for log in logs):
-        same = [log for log in logs if log.eval == name]
-        suite, judge = suite_class(same[0].suite), same[0].judge
-        what = f"judge {judge.model} ({judge.mode})" if judge else suite.title
-        lines = [f"{name}: {count(same[0].n, 'question')}, {what}", ""]
-        for log in same:
-            lines += [f"! {log.target}: {text}" for text in log.banners]
-            lines += [f"  {log.target}: {text}" for text in log.notes]
-        lines += ["", *suite.table(same)]
-        lines += [f"$ {log.lm_eval_command}" for log in same if log.lm_eval_command]
-        say(*lines, "")
-    for log in logs:
-        say(f"kept in {shown_path(log.file)}")
+# ---- words of a command line ----
 
 
 def split_words(
@@ -355,11 +373,11 @@ def split_words(
     YAML files are eval recipes; `section.key=value` words override a value in each of them; what is
     left are models.
     """
-    own = [word for word in words if _OVERRIDE.match(word)]
-    rest = [word for word in words if word not in own]
+    values = [word for word in words if _OVERRIDE.match(word)]
+    rest = [word for word in words if word not in values]
     files = [word for word in rest if Path(word).suffix in (".yaml", ".yml")]
     models = [word for word in rest if word not in files]
-    recipes = [load_eval(file, [*own, *overrides]) for file in dict.fromkeys(files)]
+    recipes = [load_eval(file, [*values, *overrides]) for file in dict.fromkeys(files)]
     if not (recipes and models):
         what = "no model given" if recipes else "no eval recipe given"
         raise RecipeError(what, "for example: recipes eval evals/quickstart/alpaca_eval.yaml RUN")

@@ -4,12 +4,14 @@ is one file in this folder and one line in `evals.recipe.SUITES`.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from recipes_lib.evals.log import Check, EvalLog, Metric, Sample
+from recipes_lib.evals.recipe import SUITES
 
 if TYPE_CHECKING:
     from recipes_lib.evals.answers import Answers
@@ -61,6 +63,13 @@ class Suite:
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         raise NotImplementedError
+
+
+def suite_class(name: str) -> type[Suite]:
+    """Return the class of a suite; nothing else imports it."""
+    module = importlib.import_module(f"recipes_lib.evals.suites.{name}")
+    suite: type[Suite] = getattr(module, SUITES[name].class_name)
+    return suite
 
 
 def numbers_of(
