@@ -298,6 +298,15 @@ def test_a_batch_that_fits_is_sought_for_requests_as_long_as_these(
     assert {length for _, length in tried} == {wanted} and wanted < context
     assert tried[-1][0] == 4
     assert harness.max_length == context
+    tried.clear()
+    texts = [
+        Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+        for text in ("one", "one two three")
+    ]
+    monkeypatch.setattr(harness, "_loglikelihood_tokens", lambda requests, **_: [(0.0, True)] * 2)
+    assert harness.loglikelihood_rolling(texts) == [0.0, 0.0]
+    assert {length for _, length in tried} == {wanted - 3} and tried[-1][0] == 4
+    assert harness.max_length == context
 
 
 def command_words(line: str) -> tuple[str, list[str]]:
@@ -329,12 +338,3 @@ def test_recipes_eval_equals_lm_eval_to_the_last_digit(small_task, make_run, tmp
         (theirs,) = (json.loads(path.read_text()) for path in output.rglob("results_*.json"))
         assert ours["results"] == theirs["results"] and ours["n-samples"] == theirs["n-samples"]
     assert main(["compare", *map(str, outputs)]) == 0
-    tried.clear()
-    texts = [
-        Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
-        for text in ("one", "one two three")
-    ]
-    monkeypatch.setattr(harness, "_loglikelihood_tokens", lambda requests, **_: [(0.0, True)] * 2)
-    assert harness.loglikelihood_rolling(texts) == [0.0, 0.0]
-    assert {length for _, length in tried} == {wanted - 3} and tried[-1][0] == 4
-    assert harness.max_length == context
