@@ -85,6 +85,7 @@ def test_what_is_not_what_the_command_line_of_accelerate_asks_for_is_refused(
     two = Active(2, "DDP", "cpu")
     cases = [
         (["--cpu", "--num_processes", "2"], ALONE, "2 processes were requested.*started 1"),
+        (["--cpu", "--num-processes", "2"], ALONE, "2 processes were requested.*started 1"),
         (["--config_file", str(ddp), "--num_processes=4"], two, "4 processes .* started 2"),
         (["--config_file", str(multi_cpu)], ALONE, "MULTI_CPU"),
         (["--config_file", str(ddp)], two, None),

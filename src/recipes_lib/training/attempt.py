@@ -177,7 +177,7 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
                 # a lost connection: give the kernel a moment to end the rank that was killed
                 time.sleep(_ENDING_S)
                 fault = killed_rank()
-            code = int(fault.exit_code if fault else ExitCode.FAILED)
+            code = int(fault.exit_code) if fault else int(ExitCode.FAILED)
             if rank() == 0 or not getattr(error, "on_every_rank", False):
                 attempt.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))
             if fault is None or fault is error:
@@ -193,9 +193,7 @@ def summarise_training(trainer: ExactTrainer, data: PreparedData) -> dict[str, o
     state = trainer.state
     tokens = trainer.tokens_trained
     seconds = trainer.seconds_so_far()
-    device = "cpu"
-    if args.device.type != "cpu":
-        device = torch.cuda.get_device_name()
+    device = "cpu" if args.device.type == "cpu" else torch.cuda.get_device_name()
     summary: dict[str, object] = {
         "steps": state.global_step,
         "training_rows": len(data.train),

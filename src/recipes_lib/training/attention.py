@@ -230,19 +230,24 @@ def varlen_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Causal attention within each example of a row, whose bounds are `cu_seq_lens_q`."""
-    bounds, longest = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])
-    kind, window = query.device.type, kwargs.get("sliding_window")
+    bounds = kwargs["cu_seq_lens_q"]
+    longest = int(kwargs["max_length_q"])
+    window = kwargs.get("sliding_window")
+    tokens_before = -1 if window is None else window - 1  # -1 are all
     # torch casts what its own attention gets under autocast, and not what this kernel gets
-    half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    rows = [part.squeeze(0).transpose(0, 1).to(half).contiguous() for part in (query, key, value)]
-    out = varlen_attn(
+    device = query.device.type
+    under_autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if under_autocast else value.dtype
+    # (1, heads, tokens, size) -> (tokens, heads, size)
+    rows = [part.squeeze(0).transpose(0, 1).to(dtype).contiguous() for part in (query, key, value)]
+    output = varlen_attn(
         *rows,
         *(bounds, bounds, longest, longest),
         scale=kwargs.get("scaling"),
-        window_size=(-1 if window is None else window - 1, 0),  # tokens before and after
+        window_size=(tokens_before, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
-    return out[None], None
+    return output[None], None
 
 
 def use_varlen(model: Any) -> None:

@@ -113,12 +113,9 @@ def make_loader(
 ) -> DataLoader:
     """Return a loader that draws nothing from the random state that dropout uses."""
     num_workers = args.dataloader_num_workers
-    if num_workers:
-        prefetch_factor = args.dataloader_prefetch_factor
-        persistent_workers = args.dataloader_persistent_workers
-    else:  # torch refuses both without workers
-        prefetch_factor = None
-        persistent_workers = False
+    # torch refuses the next two without workers
+    prefetch_factor = args.dataloader_prefetch_factor if num_workers else None
+    persistent_workers = bool(num_workers and args.dataloader_persistent_workers)
     return DataLoader(
         rows,
         batch_sampler=batches,

@@ -77,10 +77,11 @@ def build_trainer(
     guard: Mapping[str, object],
 ) -> SupervisedTrainer:
     """Return the trainer, with the adapter (if the recipe has one) already on the model."""
-    half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+    half = _autocast_dtype(args)
     if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
-        own, wanted = (str(dtype).removeprefix("torch.") for dtype in (model.dtype, half))
-        what = f"the checkpoint is {own} and autocast {wanted}: torch refuses to mix the two"
+        found = str(model.dtype).removeprefix("torch.")
+        wanted = str(half).removeprefix("torch.")
+        what = f"the checkpoint is {found} and autocast {wanted}: torch refuses to mix the two"
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
     joins_rows = choose_attention(recipe, args, model)
     families.prepare_for_training(model)
@@ -123,11 +124,19 @@ def build_trainer(
     if lora is not None:
         upstream_fixes.save_new_rows(trainer.model)
     upstream_fixes.tell_empty_parameters_apart(trainer.model)
-    trained = ((name, p) for name, p in trainer.model.named_parameters() if p.requires_grad)
-    trainer.precision = {name: parameter.dtype for name, parameter in trained}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            trainer.precision[name] = parameter.dtype
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _autocast_dtype(args: SFTConfig) -> torch.dtype | None:
+    """Return the type of mixed precision; None without."""
+    if args.fp16:
+        return torch.float16
+    return torch.bfloat16 if args.bf16 else None
 
 
 def compile_blocks(model: Any, recipe: Recipe) -> None:
@@ -208,11 +217,7 @@ def _use_kernel_of_gpu(
 
 def _why_no_flash(attention: str, args: SFTConfig, model: PreTrainedModel) -> str | None:
     """Why a kernel cannot compute the model on rank 0's GPU, for all ranks; or None."""
-    dtype = model.dtype
-    if args.bf16:
-        dtype = torch.bfloat16
-    elif args.fp16:
-        dtype = torch.float16
+    dtype = _autocast_dtype(args) or model.dtype
     return on_main_rank(lambda: why_no_flash(attention, model, dtype, args.device))
 
 

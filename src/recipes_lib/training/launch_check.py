@@ -4,7 +4,6 @@ FSDP2 on CPU processes.
 
 from __future__ import annotations
 
-import itertools
 import os
 from typing import Any
 
@@ -33,12 +32,12 @@ def what_runs(state: Any = None) -> Active:
     """Return what has met: one process, DDP, or FSDP (the launcher says so until then)."""
     from accelerate import PartialState
 
-    known = state or PartialState()
-    kind = str(getattr(known.distributed_type, "value", known.distributed_type))
-    if state is None and known.num_processes > 1 and _asks_for("ACCELERATE_USE_FSDP"):
+    running = state or PartialState()
+    kind = str(getattr(running.distributed_type, "value", running.distributed_type))
+    if state is None and running.num_processes > 1 and _asks_for("ACCELERATE_USE_FSDP"):
         kind = "FSDP1" if os.getenv("FSDP_VERSION") == "1" else "FSDP"
-    words = {"MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "NO": "one process"}
-    return Active(known.num_processes, words.get(kind, kind), str(known.device))
+    names = {"MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "NO": "one process"}
+    return Active(running.num_processes, names.get(kind, kind), str(running.device))
 
 
 def check_request(recipe: Recipe, num_gpus: int) -> None:
@@ -62,8 +61,9 @@ def check_request(recipe: Recipe, num_gpus: int) -> None:
         key = "train.dataloader_num_workers"
         what = f"{key}: {workers} processes would load rows here; {most_workers} is the most"
         raise recipe.error(key, what, "set 0 to 4: the rows are prepared, and collating is fast")
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if conflict := precision_conflict(recipe.train, asked, "the launcher"):
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    conflict = precision_conflict(recipe.train, precision, "the launcher")
+    if conflict:
         raise recipe.error("train.bf16", *conflict)
 
 
@@ -75,21 +75,36 @@ def _asked_of_accelerate_launch() -> int:
         return 1
     if not any(word.endswith("launch") for word in command):
         return 1
-    flags = dict(itertools.pairwise(part for word in command for part in word.split("=", 1)))
-    if "--num_processes" in flags or "--config_file" not in flags:
-        return int(flags.get("--num_processes", 1))
-    return load_accelerate_config(flags["--config_file"]).num_processes
+    num_processes = _flag_value(command, "--num_processes")
+    config = _flag_value(command, "--config_file")
+    if num_processes is None and config is not None:
+        return load_accelerate_config(config).num_processes
+    return int(num_processes or 1)
+
+
+def _flag_value(command: list[str], flag: str) -> str | None:
+    """Return the value of a flag, written as `--flag value` or `--flag=value`, with a hyphen for
+    each underscore or without; None where it is not there.
+    """
+    words = [part for word in command for part in word.split("=", 1)]
+    names = [word.replace("-", "_") for word in words]
+    name = flag.replace("-", "_")
+    if name not in names[:-1]:
+        return None
+    return words[names.index(name) + 1]
 
 
 def check_launch(active: Active) -> str:
     """Return the start-up line that states what is active, once it agrees with what was asked."""
-    running, kind, asked = active.world_size, active.distributed_type, _asked_of_accelerate_launch()
+    running = active.world_size
+    kind = active.distributed_type
+    requested = _asked_of_accelerate_launch()
     if world_size() != running:
         what = f"the launcher started {world_size()} processes, but each of them would train alone"
         hint = "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml"
         raise RecipeError(what, hint)
-    if asked > running:
-        what = f"{asked} processes were requested, but accelerate launch started {running}"
+    if requested > running:
+        what = f"{requested} processes were requested, but accelerate launch started {running}"
         raise RecipeError(what, DDP_ON_CPU)
     if _asks_for("ACCELERATE_USE_FSDP") and kind != "FSDP" and running > 1:
         what = f"FSDP was requested, but {kind} is active"

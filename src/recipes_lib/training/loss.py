@@ -21,18 +21,23 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, with_gradient: bool) -> Any:
         """Return the three, and keep the gradients of the first; logits exist tile by tile."""
-        half = torch.is_autocast_enabled("cpu")
-        weight_used = weight.to(torch.get_autocast_dtype("cpu") if half else weight.dtype)
-        dtype = weight_used.dtype
-        for_hidden, for_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
+        under_autocast = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if under_autocast else weight.dtype
+        weight_used = weight.to(dtype)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        for_hidden = with_gradient and needs_hidden
+        for_weight = with_gradient and needs_weight
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
-        log_probs, entropy = torch.empty(len(hidden)), torch.empty(len(hidden))
+        log_probs = torch.empty(len(hidden))
+        entropy = torch.empty(len(hidden))
         is_top1 = torch.zeros(len(hidden), dtype=torch.bool)
         for start in range(0, len(hidden), TOKENS_PER_TILE):
             tile = slice(start, start + TOKENS_PER_TILE)
-            inputs, target = hidden[tile].to(dtype), targets[tile, None]
+            inputs = hidden[tile].to(dtype)
+            target = targets[tile, None]
             logits = inputs @ weight_used.t()
+            # less the largest one, so that no exponential overflows
             shifted = logits.float().sub_(logits.amax(-1, keepdim=True).float())
             at_target = shifted.gather(1, target)[:, 0]
             largest = at_target >= 0  # half precision has ties, of which argmax names the first
@@ -40,25 +45,30 @@ class TokenLogProbs(torch.autograd.Function):
             exponentials = shifted.exp()
             total = exponentials.sum(-1)
             log_probs[tile] = at_target - total.log()
+            # H = -sum p log p = log(total) - sum p * shifted
             entropy[tile] = total.log() - torch.linalg.vecdot(exponentials, shifted) / total
             if for_hidden or for_weight:
-                gradient = exponentials.div_(-total[:, None])  # of the log-probability
+                # of the log-probability with respect to the logits: one at the target, less p
+                gradient = exponentials.div_(-total[:, None])
                 gradient = gradient.scatter_add_(1, target, torch.ones(target.shape)).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[tile] = gradient @ weight_used
             if grad_weight is not None:
                 grad_weight += gradient.t() @ inputs
-        ctx.gradients = grad_hidden, grad_weight
+        ctx.grad_hidden = grad_hidden
+        ctx.grad_weight = grad_weight
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
 
     @staticmethod
-    def backward(ctx: Any, each: Any, *_: Any) -> Any:
+    def backward(ctx: Any, grad_log_probs: Any, *_: Any) -> Any:
         """Scale the gradients; the weight's by one number, as `nll` weighs all tokens of a step."""
-        hidden, weight = ctx.gradients
-        hidden = None if hidden is None else hidden * each[:, None]
-        weight = None if weight is None else weight * each[:1].sum()  # no tokens: 0
-        return hidden, weight, None, None
+        hidden = ctx.grad_hidden
+        weight = ctx.grad_weight
+        scale = grad_log_probs[:1].sum()  # 0 without tokens
+        grad_hidden = None if hidden is None else hidden * grad_log_probs[:, None]
+        grad_weight = None if weight is None else weight * scale
+        return grad_hidden, grad_weight, None, None
 
 
 def score_supervised_positions(model: Any) -> None:
@@ -71,10 +81,15 @@ def score_supervised_positions(model: Any) -> None:
             return original(*args, **kwargs)
         labels = kwargs.pop("labels")[:, 1:]
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
-        mask, weight = labels != -100, self.get_output_embeddings().weight
-        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        tokens, grad = hidden[:, :-1][mask], torch.is_grad_enabled()
-        log_p, entropy, top1 = TokenLogProbs.apply(tokens, whole, labels[mask], grad)
-        return FusedCausalLMOutput(label_mask=mask, log_probs=log_p, entropy=entropy, is_top1=top1)
+        mask = labels != -100
+        weight = self.get_output_embeddings().weight
+        if isinstance(weight, DTensor):  # a shard of FSDP2
+            weight = weight.full_tensor()
+        log_probs, entropy, is_top1 = TokenLogProbs.apply(
+            hidden[:, :-1][mask], weight, labels[mask], torch.is_grad_enabled()
+        )
+        return FusedCausalLMOutput(
+            label_mask=mask, log_probs=log_probs, entropy=entropy, is_top1=is_top1
+        )
 
     model.forward = types.MethodType(forward, model)

@@ -143,25 +143,26 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     num_items = max(trainer.num_items(batch), 1)
     passes = min(2, args.gradient_accumulation_steps)  # a second one meets gradients
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-    each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    options = trainer.accelerator.gradient_state.plugin_kwargs
+    sync_each_batch = options.get("sync_each_batch", False)
     seconds = 0.0
     _start_of_peak()
     with _nothing_happened(trainer):
-        held = _room_for_optimizer(trainer)
+        moments = _room_for_optimizer(trainer)
         if args.device.type != "cpu" or trainer.is_compiled:
             # the first pass on a GPU, or of compiled blocks, also makes kernels: it is not timed
             trainer.training_step(model, dict(batch), num_items)
             trainer.model.zero_grad(set_to_none=True)
         for number in range(1, passes + 1):
             # The last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see.
-            exchanges = each or number == passes
+            exchanges = sync_each_batch or number == passes
             _wait_for_device(args.device)
             began = time.monotonic()
             with contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model):
                 trainer.training_step(model, dict(batch), num_items)
             _wait_for_device(args.device)
             seconds = time.monotonic() - began
-        del held
+        del moments
     rows_to_train = steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
     total = shown_duration(seconds / tokens * rows_to_train * sum(lengths) / len(lengths))
     return (
@@ -199,10 +200,14 @@ def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if trainer.optimizer.state or "adam" not in name or "paged" in name:
         return []
-    each = 2 if "8bit" in name else 8  # bytes
-    trained = [part for group in trainer.optimizer.param_groups for part in group["params"]]
-    own = [part.to_local() if isinstance(part, DTensor) else part for part in trained]
-    return [torch.ones(part.numel() * each, dtype=torch.uint8, device=part.device) for part in own]
+    bytes_each = 2 if "8bit" in name else 8
+    moments = []
+    for group in trainer.optimizer.param_groups:
+        for part in group["params"]:
+            shard = part.to_local() if isinstance(part, DTensor) else part
+            size = shard.numel() * bytes_each
+            moments.append(torch.ones(size, dtype=torch.uint8, device=shard.device))
+    return moments
 
 
 def _start_of_peak() -> None:

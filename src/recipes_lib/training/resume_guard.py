@@ -37,12 +37,17 @@ TRAINING_PROTOCOL = 3  # an epoch is evaluated and saved at the end of its last 
 
 def mark_complete(checkpoint: Path, **facts: Any) -> None:
     """Flush every file of a checkpoint to the disk, then write its marker with these facts."""
-    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER]
-    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(paths)}
-    names = [name for name in files if files[name] <= HASHED_UP_TO]
-    hashes = {name: file_hash(checkpoint / name) for name in names}
+    sizes: dict[str, int] = {}
+    hashes: dict[str, str] = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if not path.is_file() or path.name == MARKER:
+            continue
+        name = str(path.relative_to(checkpoint))
+        sizes[name] = path.stat().st_size
+        if sizes[name] <= HASHED_UP_TO:
+            hashes[name] = file_hash(path)
     sync_tree(checkpoint)
-    write_json(checkpoint / MARKER, {**facts, "files": files, "sha256": hashes})
+    write_json(checkpoint / MARKER, {**facts, "files": sizes, "sha256": hashes})
     sync(checkpoint.parent)
 
 
@@ -54,24 +59,30 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 def what_is_wrong(checkpoint: Path, hashes: bool = False) -> str | None:
     """Return why a checkpoint cannot be used, by sizes or hashes too; None for a whole one."""
     marker = read_marker(checkpoint)
-    sizes, recorded = marker.get("files"), marker.get("sha256")
+    sizes = marker.get("files")
+    recorded = marker.get("sha256")
     if not (isinstance(sizes, dict) and isinstance(recorded, dict)):
         return f"no complete {MARKER}: the save was interrupted"
     for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file() or file.stat().st_size != size:
             return f"{name} is missing or does not have its {size:,} bytes"
-    wrong = (name for name, known in recorded.items() if file_hash(checkpoint / name) != known)
-    if hashes and (changed := list(wrong)):
+    if not hashes:
+        return None
+    changed = [name for name in recorded if file_hash(checkpoint / name) != recorded[name]]
+    if changed:
         return f"{', '.join(changed)} changed after the checkpoint was written (sha256 differs)"
     return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, oldest step first."""
-    folders = (path for path in folder.glob("checkpoint-*") if path.is_dir())
-    steps = {path: path.name.removeprefix("checkpoint-") for path in folders}
-    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
+    by_step = {}
+    for path in folder.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if path.is_dir() and step.isdecimal():
+            by_step[int(step)] = path
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def find_newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -89,18 +100,24 @@ def find_newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 def rotate(folder: Path, keep: int | None, best: str | None) -> None:
     """Delete the oldest complete checkpoints beyond `keep`, never the newest or the best one."""
+    if keep is None:
+        return
     complete = [path for path in list_checkpoints(folder) if what_is_wrong(path) is None]
-    for checkpoint in complete[: -max(keep, 1)] if keep is not None else ():
+    for checkpoint in complete[: -max(keep, 1)]:
         if best is None or checkpoint.resolve() != Path(best).resolve():
+            # first, so that a crash in the next line leaves no checkpoint that looks whole
             (checkpoint / MARKER).unlink()
             shutil.rmtree(checkpoint)
 
 
 def set_aside(folder: Path, ending: str) -> Path:
     """Rename a folder to its name with `ending` (and a number); return the new path."""
-    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    names = (folder.with_name(f"{folder.name}{ending}{number}") for number in numbers)
-    return folder.rename(next(path for path in names if not path.exists()))
+    aside = folder.with_name(f"{folder.name}{ending}")
+    for number in itertools.count(2):
+        if not aside.exists():
+            break
+        aside = folder.with_name(f"{folder.name}{ending}-{number}")
+    return folder.rename(aside)
 
 
 # ---- values ----
@@ -114,9 +131,10 @@ def guarded_values(
     versions: Mapping[str, str | None],
 ) -> dict[str, object]:
     """Return every value that a resumed run must share with its beginning, by dotted key."""
-    launch = {"world_size": world_size, "distribution": distribution}
-    around = {"launch": launch, "version": {**versions, "training": TRAINING_PROTOCOL}}
-    return {**_recipe_values(recipe), "data_fingerprint": data_fingerprint, **flatten(around)}
+    launch = {"launch.world_size": world_size, "launch.distribution": distribution}
+    values = _recipe_values(recipe) | {"data_fingerprint": data_fingerprint} | launch
+    values |= flatten({"version": {**versions, "training": TRAINING_PROTOCOL}})
+    return values
 
 
 def recipe_differences(
@@ -124,21 +142,25 @@ def recipe_differences(
 ) -> dict[str, tuple[object, object]]:
     """Return what the recipe itself would change of a run's guarded values; reads no data."""
     sections = ("model", "quantization", "lora", "data", "train", "run")
-    own = {key: value for key, value in before.items() if key.partition(".")[0] in sections}
-    return differences(own, _recipe_values(recipe))
+    of_recipe = {key: before[key] for key in before if key.partition(".")[0] in sections}
+    return differences(of_recipe, _recipe_values(recipe))
 
 
 def _recipe_values(recipe: Recipe) -> dict[str, object]:
-    sections, train = recipe.to_dict(), recipe.train
+    sections = recipe.to_dict()
     # The date is the run's own, and part of `prompt_format_hash`.
     sections["data"].pop("template_date", None)
-    chooses = train.get("load_best_model_at_end")
-    chooses = chooses or train.get("lr_scheduler_type") in CHOOSING_SCHEDULES
-    sections["train"] = {
-        key: value
-        for key, value in train.items()
-        if not FREE_KEYS.match(key) and (chooses or not FREE_WITHOUT_CHOICE.match(key))
-    }
+    schedule = recipe.train.get("lr_scheduler_type")
+    keeps_best = recipe.train.get("load_best_model_at_end")
+    validation_chooses = keeps_best or schedule in CHOOSING_SCHEDULES
+    guarded = {}
+    for key, value in recipe.train.items():
+        is_free = FREE_KEYS.match(key)
+        if not validation_chooses:
+            is_free = is_free or FREE_WITHOUT_CHOICE.match(key)
+        if not is_free:
+            guarded[key] = value
+    sections["train"] = guarded
     sections["run"] = {"global_batch_size": recipe.run.global_batch_size}
     del sections["launch"]
     return flatten(sections)
@@ -164,7 +186,7 @@ def differences(
 
 def refuse_changes(name: str, changed: Mapping[str, tuple[object, object]]) -> None:
     """Refuse to resume a run with other settings than it was begun with, in a table of them."""
-    width = max(map(len, changed))
+    width = max(len(key) for key in changed)
     table = [f"{key:<{width}}  {old} -> {new}" for key, (old, new) in changed.items()]
     raise RecipeError(
         f"run '{name}' was started with other settings, so resuming would mix two recipes",

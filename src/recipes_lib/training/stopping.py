@@ -46,7 +46,8 @@ class StopRequest:
 
     def __init__(self, stop_file: Path | None = None) -> None:
         self.stop_file = stop_file  # known from the attempt on, when the ranks have met
-        self.requested = self.agreed = NOTHING
+        self.requested = NOTHING
+        self.agreed = NOTHING
         self.steps_began = False
         self.process = os.getpid()
         self.record: Callable[[int, str], None] = lambda code, error: None
@@ -90,7 +91,9 @@ class StopRequest:
             written = self.stop_file.read_bytes().strip() if self.stop_file else None
         except OSError:  # there is none, or the file server is away for a moment
             return NOTHING
-        return NOTHING if written is None else INTERRUPT if written == b"INT" else PREEMPT
+        if written is None:
+            return NOTHING
+        return INTERRUPT if written == b"INT" else PREEMPT
 
 
 def _before_first_step(request: int) -> RecipesError:

@@ -109,14 +109,10 @@ class ExactTrainer(Trainer):
 
     def _whole_batches(self) -> WholeBatches:
         args = self.args
-        seed = args.seed
-        if args.data_seed is not None:
-            seed = args.data_seed
+        seed = args.seed if args.data_seed is None else args.data_seed
         if args.train_sampling_strategy == "sequential":
             seed = None
-        lengths = None
-        if args.train_sampling_strategy == "group_by_length":
-            lengths = self.lengths
+        is_grouped = args.train_sampling_strategy == "group_by_length"
         return WholeBatches(
             rows=len(self.lengths),
             per_device=args.per_device_train_batch_size,
@@ -124,7 +120,7 @@ class ExactTrainer(Trainer):
             seed=seed,
             rank=args.process_index,
             world_size=args.world_size,
-            lengths=lengths,
+            lengths=self.lengths if is_grouped else None,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -158,10 +154,8 @@ class ExactTrainer(Trainer):
         if self.row_ids:
             rows = self.batches.rows_of_step((step - 1) % self.batches.steps)
             examples = f"examples {', '.join(self.row_ids[row] for row in rows[:12])}"
-        last_good = "none yet"
         saved = resume_guard.list_checkpoints(Path(self.args.output_dir))
-        if saved:
-            last_good = saved[-1].name
+        last_good = saved[-1].name if saved else "none yet"
         raise NumericsError(
             f"{what} at step {step}, learning rate {self._get_learning_rate():.3g}, {examples}",
             "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples with:"
@@ -188,9 +182,7 @@ class ExactTrainer(Trainer):
                     means = self.validation_means(self._prepare_inputs(batch))
                 num_items += in_batch
                 for name, mean in means.items():
-                    added = 0.0
-                    if in_batch:  # else a mean is 0 / 0
-                        added = mean * in_batch
+                    added = mean * in_batch if in_batch else 0.0  # else a mean is 0 / 0
                     sums[name] = sums.get(name, 0.0) + added
         totals = torch.tensor([*sums.values(), num_items], dtype=torch.float64)
         if dist.is_initialized():
