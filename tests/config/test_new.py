@@ -148,6 +148,9 @@ def test_words_of_the_user_are_written_and_fitted_around(capsys):
     assert new("y", *options, "data.columns={instruction: q, response: a}") == 0
     assert new("z", *options, "train.learning_rat=1") == 2
     assert "did you mean train.learning_rate?" in capsys.readouterr().err
+    mapping = "data.columns={instruction: q, response: a}"
+    assert new("z", *options, mapping, "run.global_batch_size=9") == 2  # of 8 at a time
+    assert not Path("z.yaml").exists()
 
 
 def test_bad_rows_are_named_and_the_recipe_is_there_to_leave_them_out(capsys):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.config import upstream
-from recipes_lib.config.launch import Active
-from recipes_lib.config.preflight import check_model_files, check_upstream, running_launch
+from recipes_lib.config import preflight, upstream
+from recipes_lib.config.launch import Active, plan_launch
+from recipes_lib.config.preflight import check_model_files, planned_launch, running_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
 
@@ -25,6 +25,12 @@ quantization:
   load_in_4bit: true
   bnb_4bit_compute_dtype: bfloat16
 """
+
+
+def check_upstream(recipe, launch=None, **options):
+    """Check a recipe under a launch; without, under that of its own section."""
+    checked = launch or planned_launch(plan_launch(recipe.launch))
+    return preflight.check_upstream(recipe, launch=checked, **options)
 
 
 @pytest.fixture(autouse=True)

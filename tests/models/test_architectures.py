@@ -147,14 +147,15 @@ REFUSED = (
 
 def complaints(family: str, *words: str, recipe: Path, tokenizer: Path, folder: Path) -> list[str]:
     """What `recipes check` says of a recipe for a family's model, whose weights are not there."""
-    from recipes_lib.config.preflight import check_names, default_launch
+    from recipes_lib.config.launch import plan_launch
+    from recipes_lib.config.preflight import check_names, planned_launch
     from recipes_lib.config.recipe import load_recipe
 
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     family_config(family).save_pretrained(folder)
     words = ("lora.target_modules=all-linear", *words, f"model.name_or_path={folder}")
     loaded = load_recipe(recipe, list(words))
-    errors = check_names(loaded, folder, default_launch(loaded))
+    errors = check_names(loaded, folder, planned_launch(plan_launch(loaded.launch)))
     return [error.what for error in errors]
 
 

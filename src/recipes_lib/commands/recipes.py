@@ -43,7 +43,7 @@ from recipes_lib.config.new import (
     schema_line,
 )
 from recipes_lib.config.parsing import judge
-from recipes_lib.config.preflight import check_model_files, check_upstream
+from recipes_lib.config.preflight import check_model_files, check_upstream, planned_launch
 from recipes_lib.config.recipe import (
     Recipe,
     RecipeFile,
@@ -122,12 +122,12 @@ def _new_with_rows(
         read_rows = read_data(recipe.data, bad)
         if not read_rows.rows:
             raise bad.error(read_rows.num_read)
+        num_characters = max(len(json.dumps(row.fields)) for row in read_rows.rows)
+        user_rows = UserRows(len(read_rows.rows), num_characters)
+        fitted = fit_to_rows(load_recipe(target), user_rows, chosen_keys(overrides))
     except RecipesError:
         target.unlink()
         raise
-    num_characters = max(len(json.dumps(row.fields)) for row in read_rows.rows)
-    user_rows = UserRows(len(read_rows.rows), num_characters)
-    fitted = fit_to_rows(load_recipe(target), user_rows, chosen_keys(overrides))
     text = new_text(rows=rows, fitted=fitted)
     write_text(target, text)
     file = shown_path(target)
@@ -401,7 +401,8 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
         if full:
             for arm in study.arms:
                 for variant in (arm, *arm.candidates):
-                    yield from check_upstream(variant.recipe, notes=notes)
+                    launch = planned_launch(variant.launch)
+                    yield from check_upstream(variant.recipe, launch=launch, notes=notes)
     elif kind == "accelerate":
         yield from judge(AccelerateConfig, document, accelerate_rules)[1]
     elif kind == "profile":
@@ -445,7 +446,8 @@ def _recipe_faults(
     folder = Path(recipe.model.name_or_path)
     errors: list[RecipeError] = []
     if not wrong and full:
-        errors += check_upstream(recipe, notes=notes)
+        launch = planned_launch(plan_launch(recipe.launch))
+        errors += check_upstream(recipe, launch=launch, notes=notes)
     elif not wrong and folder.is_dir():
         errors += check_model_files(recipe, folder)
     yield from errors

@@ -19,8 +19,6 @@ _HELD_OUT = 0.1
 _FEWEST_STEPS = 50
 _SMALLEST_BATCH = 8
 _MOST_EPOCHS = 3
-# A curve of the loss needs about so many points.
-_FEWEST_POINTS = 20
 # Characters of a token, at least, in most languages that are written with spaces.
 _CHARACTERS_PER_TOKEN = 4
 
@@ -131,11 +129,10 @@ def _fit_batch(recipe: Recipe, batch: int, world_size: int, fitted: Fitted) -> N
 
 
 def _fit_steps(recipe: Recipe, steps: int, chosen: Set[str], fitted: Fitted) -> None:
-    """Fit what is counted in steps: the lines of the log and the warmup."""
+    """Fit what is counted in steps."""
     logging_steps = recipe.train.get("logging_steps", 1)
-    most = max(steps // _FEWEST_POINTS, 1)
-    if logging_steps > most and "train.logging_steps" not in chosen:
-        fitted.set("train", "logging_steps", most, logging_steps)
+    if logging_steps > steps / 5 and "train.logging_steps" not in chosen:
+        fitted.set("train", "logging_steps", 1, logging_steps)
     warmup = recipe.train.get("warmup_steps", 0)
     is_long = warmup >= 1 and warmup > steps / 10  # below 1 it is a share of the steps
     if is_long and "train.warmup_steps" not in chosen:

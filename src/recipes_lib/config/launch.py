@@ -247,7 +247,11 @@ def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int
         return accumulation
     batch = f"{per_device} per device x {world_size} processes = {micro_batch}"
     what = f"run.global_batch_size {global_batch_size} is not a multiple of {batch}"
-    raise RecipeError(what, f"set it to {(accumulation + 1) * micro_batch}")
+    hint = f"set it to {(accumulation + 1) * micro_batch}"
+    if global_batch_size % world_size == 0:  # another batch is another experiment, this is not
+        smaller = math.gcd(global_batch_size // world_size, per_device)
+        hint = f"keep the batch with train.per_device_train_batch_size: {smaller}, or {hint}"
+    raise RecipeError(what, hint)
 
 
 def planned_steps(rows: int, batch: int, epochs: float, max_steps: int = -1) -> tuple[int, int]:

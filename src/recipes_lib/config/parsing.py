@@ -151,7 +151,7 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
     what = what.partition(" or instance of ")[0]
     if what.count("'") > 2 * _MAX_NAMES:
         what = f"not one of the choices (recipes explain {name})"
-    if what == "Input should be a valid dictionary":
+    if details[0]["type"] == "model_type":  # a plain mapping has no keys of ours
         return [f"{name} is a section, not a value", f"its keys: recipes explain {name}"]
     return [f"{name}: {what}, got {value_text(value, 60)}"]
 

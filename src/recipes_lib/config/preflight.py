@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config import upstream
-from recipes_lib.config.launch import Active, plan_launch
+from recipes_lib.config.launch import Active, Launch
 from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
@@ -38,9 +38,8 @@ class CheckedLaunch:
     source: str  # who tells it
 
 
-def default_launch(recipe: Recipe) -> CheckedLaunch:
-    """Return the launch that a recipe's own section describes."""
-    launch = plan_launch(recipe.launch)
+def planned_launch(launch: Launch) -> CheckedLaunch:
+    """Return what the checks of a recipe ask about a launch before it starts."""
     return CheckedLaunch(
         world_size=launch.world_size,
         on_cpu=launch.config.use_cpu,
@@ -64,21 +63,20 @@ def running_launch(active: Active) -> CheckedLaunch:
 def check_upstream(
     recipe: Recipe,
     *,
-    launch: CheckedLaunch | None = None,
+    launch: CheckedLaunch,
     remote_code: bool | None = None,
     notes: list[RecipeError] | None = None,
 ) -> list[RecipeError]:
     """Return what upstream and the model's files have against a recipe and its launch.
 
     Args:
-        launch: the launch that it is about; None for the recipe's default.
+        launch: the launch that it is about.
         remote_code: whether the command line allowed the model's own code; None to load no model.
         notes: is given what could not be checked.
     """
     # it warns about optional kernels as soon as PEFT imports it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     errors, checkable = list[Any](), recipe
-    launch = launch or default_launch(recipe)
     folder = local_folder(recipe)
     if not (launch.on_cpu or upstream.has_accelerator()):  # it is meant for a GPU
         train = {key: recipe.train[key] for key in recipe.train.keys() - _OF_GPUS}

@@ -57,6 +57,7 @@ def _editable(schema: Values) -> Values:
 
 def upstream_sections() -> Values:
     """Return key -> type as Python writes it, text and default, of the two upstream sections."""
+    import torch
     from peft import LoraConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
     from trl import SFTConfig
@@ -64,6 +65,8 @@ def upstream_sections() -> Values:
     train = _fields(SFTConfig)
     trackers = f"Literal{['none', *sorted(INTEGRATION_TO_CALLBACK)]}"
     train["report_to"]["type"] = f"{trackers} | list[{trackers}]"
+    backends = torch.compiler.list_backends(exclude_tags=())
+    train["torch_compile_backend"]["type"] = f"Literal{backends} | None"
     return {"train": train, "lora": _fields(LoraConfig)}
 
 

@@ -91,10 +91,11 @@ _NARROWER: dict[str, dict[str, object]] = {
         "per_device_train_batch_size": _AtLeast1,
         "per_device_eval_batch_size": _AtLeast1,
         "gradient_accumulation_steps": _AtLeast1,
-        "dataloader_num_workers": Annotated[int, Field(ge=0)],
+        "dataloader_num_workers": Annotated[int, Field(ge=0, le=64)],
+        "learning_rate": Annotated[float, Field(gt=0, le=100)],  # at 1e38 a step leaves float32
         "neftune_noise_alpha": _NotNegative | None,
         **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
-        **dict.fromkeys(("num_train_epochs", "save_steps", "learning_rate"), _Positive),
+        **dict.fromkeys(("num_train_epochs", "save_steps"), _Positive),
         # a negative one turns gradients round, or lets weights grow
         **dict.fromkeys(("max_grad_norm", "weight_decay", "adam_epsilon"), _NotNegative),
         **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)]),
