@@ -155,6 +155,18 @@ def test_weights_take_a_share_of_a_source_or_repeat_its_training_rows_alone(prep
     assert prepare([source[1], {**source[0], "weight": 0.001}]).audit.rows["used"] == 20 + 1
 
 
+def test_a_part_of_a_weight_is_rounded_to_the_nearest_number_of_rows(prepare, write_jsonl, tasks):
+    source = [{"source": str(write_jsonl(tasks(5))), "weight": 1.75}]
+    assert len(prepare(source, split=NO_SPLIT).train) == 9  # 5 and round(3.75)
+
+
+def test_max_examples_takes_rows_of_the_training_and_the_validation_side_alike(
+    prepare, write_jsonl, tasks
+):
+    rows = prepare(write_jsonl(tasks(100)), split={"validation": 0.5}, max_examples=20).audit.rows
+    assert min(rows["train"], rows["validation"]) > 4
+
+
 def test_all_bad_rows_are_named_at_once_or_left_out_when_asked(prepare, write_jsonl):
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
     keys = {"prompt_format": "chat", "chat_template": refusing + MARKED}
@@ -350,3 +362,18 @@ def test_the_training_version_of_a_template_is_found_by_the_one_that_a_run_saved
     assert "strftime_now" not in of_run.chat_template
     found = training_template(asked, of_base)
     assert found is not None and training_template(asked, of_run) == found
+
+
+def test_a_conversation_is_tokenised_once(prepare, write_jsonl, tiny_tokenizer, monkeypatch):
+    texts = []
+    tokenise = type(tiny_tokenizer)._encode_plus
+
+    def counted(self, text, *args, **keys):
+        texts.append(text)
+        return tokenise(self, text, *args, **keys)
+
+    monkeypatch.setattr(type(tiny_tokenizer), "_encode_plus", counted)
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, TURNS[1]]} for i in range(30)]
+    keys = {"prompt_format": "chat", "chat_template": MARKED, "split": NO_SPLIT}
+    assert len(prepare(write_jsonl(rows), **keys).train) == 30
+    assert len(texts) == len(rows) + 1  # and what every prompt ends with, once

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 from conversation_samples import FOLDER, MARKED, TURNS, encode_row, learned, tokenizer_with
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recipes_lib.config.recipe import DataSection
+from recipes_lib.data.encoding import prompt_ids
 from recipes_lib.data.errors import BadRow
-from recipes_lib.data.prompts import chat_template, training_template
+from recipes_lib.data.prompts import chat_template, render_chat, training_template
 
 SECOND = ["Second.</s>"]
 BOTH = ["First\n  answer.</s>", *SECOND]
@@ -26,6 +29,8 @@ REWRITING = (
     " or message['role'] == 'user' else '(cut)' }}{{ eos_token }}\n{% endfor %}{% if"
     " add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+# The prompt ends in a space, which the first word of an answer takes into its token.
+SPACED = MARKED.replace("<|assistant|>\n", "<|assistant|> ")
 # As SmolLM3's own template does it: the newline behind the end token stands in the markers.
 NEWLINE_IN_MARKERS = (
     "{% for message in messages %}{{ '<|' + message.role + '|>\n' }}{% if message.role =="
@@ -128,3 +133,21 @@ def test_a_thought_that_the_prompt_begins_is_learned_without_its_beginning(tiny_
     assert learned(item, tokenizer) == ["Hmm.\n</think>\n\nFirst.<｜end▁of▁sentence｜>"]
     assert not item.other_prompt and not item.changed
     assert encode_chat(TURNS[:2], tokenizer, template=training).other_prompt
+
+
+CHARACTERS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(CHARACTERS, CHARACTERS, st.sampled_from([NEWLINE_IN_MARKERS, REWRITING, MARKED, SPACED]))
+def test_a_prompt_s_tokens_are_told_from_the_row_s_as_if_it_were_tokenised_alone(
+    tiny_tokenizer, question, answer, template
+):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer + "."}]
+    tokenizer = tokenizer_with(template, tiny_tokenizer)
+    prompt, _ = render_chat(turns[:1], tokenizer, template, prompt=True)
+    text, _ = render_chat(turns, tokenizer, template)
+    asked = prompt_ids(CHAT, tokenizer, prompt)
+    begins = prompt_ids(CHAT, tokenizer, text)[: len(asked)] == asked
+    item = encode_chat(turns, tokenizer, template=template)
+    assert item.other_prompt == (not begins or not text.startswith(prompt))

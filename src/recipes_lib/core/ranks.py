@@ -106,16 +106,6 @@ def meet() -> None:
             _wait(lambda: store.add(key, 0) == 2 * everybody, unless_failed=False)
 
 
-def spans_machines() -> bool:
-    """Return whether the ranks run on several machines, as far as the launcher says."""
-    return world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def leads_machine() -> bool:
-    """Return whether this is the first rank of its machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def agree_on_largest(value: int) -> int:
     """Return the largest `value` of all ranks, on every rank."""
     if world_size() == 1:

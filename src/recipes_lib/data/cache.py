@@ -74,15 +74,8 @@ def find_damage(folder: Path) -> list[str]:
     hashes = seal.get("files")
     if not isinstance(hashes, dict) or seal.get("sha256") != hash_of(hashes):
         return [SEAL]
-    return [name for name, sha256 in hashes.items() if _hash_or_none(folder / name) != sha256]
-
-
-def _hash_or_none(file: Path) -> str | None:
-    """Return the SHA-256 of a file, or None where it is missing or the disk cannot read it."""
-    try:
-        return file_hash(file)
-    except OSError:
-        return None
+    missing = [name for name in hashes if not (folder / name).is_file()]
+    return missing or [name for name in hashes if file_hash(folder / name) != hashes[name]]
 
 
 def _make(folder: Path, make: Callable[[Path], None]) -> None:

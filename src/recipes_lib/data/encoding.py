@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, takewhile
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,7 @@ class Supervision:
     keep_end: bool  # cut the start of rows that are too long instead of their end
     eos_token: str | None
     ends: frozenset[int]  # tokens that may end an answer: EOS, in `chat` all special ones
+    tails: dict[str, list[int]] = field(default_factory=dict, repr=False)  # ends of prompts, as ids
 
     @classmethod
     def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
@@ -192,7 +194,8 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
         else:
             turns = {}
             for index in learned:
-                prompt, until = prompts[index], render(chat[: index + 1])[0]
+                is_whole = index + 1 == len(chat)
+                prompt, until = prompts[index], text if is_whole else render(chat[: index + 1])[0]
                 if not text.startswith(until) or not until.startswith(prompt):
                     raise BadRow(*_REWRITTEN)
                 turns[index] = [(len(prompt), len(until))]
@@ -213,9 +216,11 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
         hint = "choose one for plain text, or one that supports tools, such as trl:qwen2_5"
         raise BadRow(what, f"{hint} (data.chat_template)")
     encoded = _labelled(ids, spans, settings)
-    asked = prompt_ids(section, tokenizer, prompts[answers[-1]])
     follows = all(text.startswith(prompts[index]) for index in learned)
-    encoded.other_prompt = ids[: len(asked)] != asked or not follows
+    asked = prompts[answers[-1]]
+    comparable = offsets if text.startswith(asked) else []
+    begins = _begins_with(asked, ids, comparable, settings, tokenizer)
+    encoded.other_prompt = not (begins and follows)
     words = [message.get(key, "") for message in messages for key in ("content", THOUGHTS[0])]
     calls = [call for message in messages for call in message.get("tool_calls", ())]
     words += [call["function"]["name"] for call in calls]
@@ -223,13 +228,31 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
     return encoded
 
 
+def _begins_with(
+    prompt: str, ids: list[int], offsets: Sequence[Span], settings: Supervision, tokenizer: Any
+) -> bool:
+    """Return whether a row begins with the tokens of its prompt alone. A tokenizer cuts at special
+    tokens first: only what stands behind the prompt's last one can differ, in most rows a role.
+    """
+    inside = bisect_right(offsets, len(prompt), key=itemgetter(1))
+    for first in range(inside - 1, max(inside - 9, -1), -1):
+        name = prompt[slice(*offsets[first])]
+        if ids[first] in settings.ends and name == tokenizer.convert_ids_to_tokens(ids[first]):
+            tail = prompt[offsets[first][0] :]
+            if tail not in settings.tails:
+                settings.tails[tail] = prompt_ids(settings.section, tokenizer, tail)
+            return ids[first:][: len(settings.tails[tail])] == settings.tails[tail]
+    asked = prompt_ids(settings.section, tokenizer, prompt)
+    return ids[: len(asked)] == asked
+
+
 def _token_spans(
     text: str, parts: Sequence[Span], ids: Sequence[int], offsets: Sequence[Span], special: Any
 ) -> list[Span]:
     """Return the tokens of each part up to its end-of-turn token, without white space behind it."""
-    ends, spans = [end for _, end in offsets], []
+    spans = []
     for part in parts:
-        first, last = (bisect_right(ends, place) for place in part)
+        first, last = (bisect_right(offsets, place, key=itemgetter(1)) for place in part)
         kept = last
         while kept > first and not text[slice(*offsets[kept - 1])].strip():
             kept -= 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import file_hash, hash_of, read_object, write_json
-from recipes_lib.core.ranks import leads_machine, meet, on_main_rank, rank, spans_machines
+from recipes_lib.core.ranks import meet, on_main_rank, rank, world_size
 from recipes_lib.data.audit import DataAudit, audit_rows, judge, system_message_note
 from recipes_lib.data.cache import folder_of, keep_rows
 from recipes_lib.data.encoding import Encoded, Supervision, encode
@@ -63,8 +64,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     try:
         settings = Supervision.of(recipe.data, recipe.train, tokenizer)
         key = on_main_rank(lambda: _keep(recipe, settings, tokenizer))
-        if spans_machines():  # each may have a disk of its own
-            if rank() != 0 and leads_machine():
+        if world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):  # several machines
+            if rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":
                 _keep(recipe, settings, tokenizer, expected=key)
             meet()
     except DataError as error:

@@ -63,21 +63,15 @@ def load_rows(source: SourcePart, bad: BadRows | None = None) -> list[DataRow]:
 def source_files(source: SourcePart) -> list[Path]:
     """Return the files of a local source, or raise an error that names the nearest."""
     if "://" in source.source:
-        raise _url_error(source.source)
+        of_hub = re.search(r"(?:huggingface\.co|hf\.co)/datasets/([^/?#]+/[^/?#]+)", source.source)
+        hint = "download the file, and set data.source to its path"
+        what = f"{source.source} is an address, not a file, folder or Hub id"
+        raise SettingError("data.source", what, f"set data.source: {of_hub[1]}" if of_hub else hint)
     path = Path(source.source).expanduser()
     if path.exists():
         return [path] if path.is_file() else data_files(path, source.source_split or "train")
     hints = [*near_file(path), f"looked in {shown_path(path.parent.resolve())}"]
     raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
-
-
-def _url_error(url: str) -> SettingError:
-    """Return the error about an address where a file, a folder or a Hub data set is expected."""
-    hint = "download the file, and set data.source to its path"
-    of_hub = re.search(r"(?:huggingface\.co|hf\.co)/datasets/([^/?#]+/[^/?#]+)", url)
-    if of_hub:
-        hint = f"set data.source: {of_hub[1]}"
-    return SettingError("data.source", f"{url} is an address, not a file, folder or Hub id", hint)
 
 
 def source_hashes(section: DataSection) -> dict[str, str]:
