@@ -6,12 +6,7 @@ import dataclasses
 import json
 
 from recipes_lib.config import schema
-from recipes_lib.config.recipe import RecipeFile
-from recipes_lib.config.upstream import (
-    TRAIN_DEFAULTS,
-    LoraSection,
-    TrainSection,
-)
+from recipes_lib.config.recipe import TRAIN_DEFAULTS, LoraSection, RecipeFile, TrainSection
 from recipes_lib.core.project import project_root
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from recipes_lib import cli, train
 from recipes_lib.config.documents import read
-from recipes_lib.config.launch import accumulation_steps, load_accelerate_config
-from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.launch import load_accelerate_config
+from recipes_lib.config.recipe import accumulation_steps, load_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.study.config import load_study
 from recipes_lib.study.trainings import study_trainings

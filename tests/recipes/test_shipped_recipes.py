@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from recipes_lib.cli import main
-from recipes_lib.config.launch import accumulation_steps, load_accelerate_config
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.launch import load_accelerate_config
+from recipes_lib.config.recipe import Recipe, accumulation_steps, load_recipe
 from recipes_lib.core.project import project_root
 from recipes_lib.training.resume_guard import flatten
 

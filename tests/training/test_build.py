@@ -8,8 +8,7 @@ import pytest
 import torch
 from tests.conftest import NF4
 
-from recipes_lib.config.launch import one_rank_can_read
-from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.recipe import load_recipe, one_rank_can_read
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.train import main
 from recipes_lib.training.sft import SupervisedTrainer

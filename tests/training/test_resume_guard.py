@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes_lib.config.recipe import load_recipe
-from recipes_lib.config.upstream import TrainSection
+from recipes_lib.config.recipe import TrainSection, load_recipe
 from recipes_lib.training import resume_guard as checkpoints
 from recipes_lib.training.resume_guard import FREE_KEYS, guarded_values
 

@@ -45,14 +45,17 @@ from recipes_lib.config.new import (
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.preflight import check_model_files, check_upstream, planned_launch
 from recipes_lib.config.recipe import (
+    CLASSES,
+    TRAIN_DEFAULTS,
+    LoraSection,
     Recipe,
     RecipeFile,
+    TrainSection,
     check_recipe,
     keys_of,
     load_recipe,
     recipe_of,
 )
-from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS, LoraSection, TrainSection
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import (
     DataError,

@@ -8,8 +8,8 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 
 from recipes_lib.config.documents import Values, value_text
-from recipes_lib.config.launch import accumulation_steps, plan_launch, planned_steps
-from recipes_lib.config.recipe import MAX_LENGTH, Recipe
+from recipes_lib.config.launch import plan_launch, planned_steps
+from recipes_lib.config.recipe import MAX_LENGTH, Recipe, accumulation_steps
 
 # Fewer rows than these tell nothing about a loss; a tenth is what is held out by default.
 _FEWEST_HELD_OUT = 20

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -18,9 +18,6 @@ from recipes_lib.config.documents import Document, Values, did_you_mean, read
 from recipes_lib.config.parsing import IsPath, Section, parse
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
-
-if TYPE_CHECKING:
-    from recipes_lib.config.recipe import Recipe
 
 DEFAULT_PORT = 29500
 READS_ONCE_KEY = "fsdp_cpu_ram_efficient_loading"
@@ -169,15 +166,6 @@ class Active:
     device: str
 
 
-def one_rank_can_read(recipe: Recipe) -> bool:
-    """Whether rank 0 can read the base for all under FSDP2: its weights are not quantized, and no
-    new row and no adapter is computed from them.
-    """
-    lora = recipe.lora or {}
-    own = recipe.quantization or recipe.changes_base
-    return not (own or lora.get("use_dora") or lora.get("trainable_token_indices"))
-
-
 def plan_launch(
     section: LaunchSection,
     accelerate: str | None = None,
@@ -213,30 +201,6 @@ def place_machine(launch: Launch, rank: int | None, host: str | None, port: int 
         what = f"this starts one of {launch.machines} machines, on one shared runs folder"
         raise RecipeError(what, f"run it on each with its N (0 to {launch.machines - 1}): {flags}")
     return replace(launch, rank=rank, address=host, port=port)
-
-
-def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Return the gradient accumulation steps, derived from `run.global_batch_size` if it is set."""
-    if recipe.run.global_batch_size is None:
-        return int(recipe.train.get("gradient_accumulation_steps", 1))
-    per_device = recipe.train.get("per_device_train_batch_size", 8)
-    try:
-        return solve_batch(recipe.run.global_batch_size, per_device, world_size)
-    except RecipeError as error:
-        raise recipe.error("run.global_batch_size", error.what, *error.hints) from None
-
-
-def check_launch(recipe: Recipe, launch: Launch) -> None:
-    """Refuse a launch that cannot have the recipe's global batch, or would change its precision."""
-    accumulation_steps(recipe, launch.world_size)
-    config = launch.config
-    if conflict := precision_conflict(recipe.train, config.mixed_precision, config.path.name):
-        raise RecipeError(*conflict)
-
-
-def sync_each_batch(recipe: Recipe) -> bool:
-    """Return whether FSDP2 shares out gradients at each backward; else a GPU keeps all of them."""
-    return recipe.lora is None or bool(recipe.lora.get("modules_to_save"))
 
 
 def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int:

@@ -20,8 +20,7 @@ from recipes_lib.config.documents import (
     value_text,
     wrong_kind,
 )
-from recipes_lib.config.recipe import QuantizationSection
-from recipes_lib.config.upstream import RENAMES, LoraSection, TrainSection
+from recipes_lib.config.recipe import RENAMES, LoraSection, QuantizationSection, TrainSection
 from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import is_secret_name
 

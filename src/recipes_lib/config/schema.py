@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.documents import Values
-from recipes_lib.config.recipe import RecipeFile
-from recipes_lib.config.upstream import UPSTREAM_FILE
+from recipes_lib.config.recipe import UPSTREAM_FILE, RecipeFile
 from recipes_lib.core.project import project_root
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.slurm.profile import Profile

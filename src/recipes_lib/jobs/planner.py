@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes_lib.config.launch import Launch, check_launch, plan_launch
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.launch import Launch, plan_launch
+from recipes_lib.config.recipe import Recipe, check_launch, load_recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory

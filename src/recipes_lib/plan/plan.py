@@ -20,15 +20,17 @@ from transformers import AutoConfig
 from trl.data_utils import pack_dataset
 
 from recipes_lib.config.documents import read
-from recipes_lib.config.launch import (
-    Launch,
+from recipes_lib.config.launch import Launch, plan_launch, planned_steps
+from recipes_lib.config.preflight import local_folder
+from recipes_lib.config.recipe import (
+    MAX_LENGTH,
+    RECIPE_FILE,
+    DataSection,
+    Recipe,
     accumulation_steps,
-    plan_launch,
-    planned_steps,
+    load_recipe,
     sync_each_batch,
 )
-from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.recipe import MAX_LENGTH, RECIPE_FILE, DataSection, Recipe, load_recipe
 from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.errors import DataError, RecipesError, one_line
 from recipes_lib.core.files import object_or_none, read_rows

@@ -16,9 +16,9 @@ from pydantic import BeforeValidator, Field
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
 from recipes_lib.config.documents import COMMAND_LINE, Document, KeyPath, did_you_mean, read
-from recipes_lib.config.launch import AccelerateConfigName, Launch, check_launch, plan_launch
+from recipes_lib.config.launch import AccelerateConfigName, Launch, plan_launch
 from recipes_lib.config.parsing import Section, parse
-from recipes_lib.config.recipe import Recipe, RecipeFile, keys_of, load_recipe
+from recipes_lib.config.recipe import Recipe, RecipeFile, check_launch, keys_of, load_recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.evals.lm_eval_files import metrics_of_task

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, pack_dataset
 
 from recipes_lib.config import launch
-from recipes_lib.config.recipe import VARLEN, Recipe
+from recipes_lib.config.recipe import VARLEN, Recipe, one_rank_can_read, sync_each_batch
 from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config, build_quantization_config
 from recipes_lib.core.ranks import meet, on_main_rank, say_once
 from recipes_lib.core.run_directory import RunDirectory
@@ -50,7 +50,7 @@ def read_model(
     then their models are on torch's meta device. Where that cannot be, each rank reads.
     """
     asked = os.environ.get(launch.READS_ONCE_VARIABLE, "false").lower() in ("1", "true", "yes")
-    reads_once = asked and active.distributed_type == "FSDP" and launch.one_rank_can_read(recipe)
+    reads_once = asked and active.distributed_type == "FSDP" and one_rank_can_read(recipe)
     os.environ[launch.READS_ONCE_VARIABLE] = str(reads_once)  # accelerate and transformers ask it
     empty = reads_once and os.environ["LOCAL_RANK"] != "0"
     quantization = build_quantization_config(recipe)
@@ -111,7 +111,7 @@ def build_trainer(
         trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
     if trainer.is_fsdp_enabled:
         gradients = trainer.accelerator.gradient_state
-        gradients.plugin_kwargs["sync_each_batch"] = launch.sync_each_batch(recipe)
+        gradients.plugin_kwargs["sync_each_batch"] = sync_each_batch(recipe)
     if args.fp16:
         # Loss scaling cannot undo the scale of gradients of fewer bits than float32, and TRL makes
         # the adapters of a quantized base bfloat16.
