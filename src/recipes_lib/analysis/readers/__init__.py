@@ -14,28 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
 
 from recipes_lib.analysis.readers import alpaca_eval, lm_eval, ours
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
 
-
-class Reader(Protocol):
-    """What each module of this package is."""
-
-    @property
-    def FORM(self) -> str:
-        """What to give it, in a phrase."""
-
-    def matches(self, path: Path) -> bool:
-        """Whether a file or folder is in its format."""
-
-    def read(self, path: Path) -> list[Run]:
-        """Return the runs of a file or folder that matches."""
-
-
-READERS: tuple[Reader, ...] = (ours, lm_eval, alpaca_eval)
+READERS: tuple[ModuleType, ...] = (ours, lm_eval, alpaca_eval)
 
 
 def read_results(path: Path) -> list[Run] | None:
@@ -46,7 +31,8 @@ def read_results(path: Path) -> list[Run] | None:
     """
     for reader in READERS:
         if reader.matches(path):
-            return reader.read(path)
+            runs: list[Run] = reader.read(path)
+            return runs
     if path.is_file():
         raise DataError("holds no results that can be read", known_forms(), file=path)
     return None

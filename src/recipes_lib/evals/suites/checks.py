@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.log import FORM_ONLY, EvalLog, Sample
+from recipes_lib.evals.log import FORM_ONLY, UNRESOLVED, EvalLog, Sample
 from recipes_lib.evals.rules import see_form_alone
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
@@ -43,20 +43,28 @@ class Checks(Suite):
 
 
 def _sample_of(question: Question, answers: Answers) -> Sample:
-    """The sample of one answer, which passes if it fails none of its checks."""
-    text = answers.texts[question.id, 1]
-    failed = [rule.check for rule in question.checks if not rule.passes(text)]
-    verdict = "passes"
-    if failed:
-        verdict = f"fails {', '.join(failed)}"
+    """The sample of one answer, which passes if it fails none of its checks. A question that will
+    never be answered neither passes nor fails.
+    """
+    key = (question.id, 1)
+    text = answers.text(key)
+    value = None
+    outcome = UNRESOLVED
+    if text is None:
+        verdict = f"no answer: {answers.unanswered[key]}"
+    else:
+        failed = [rule.check for rule in question.checks if not rule.passes(text)]
+        verdict = f"fails {', '.join(failed)}" if failed else "passes"
+        value = float(not failed)
+        outcome = "graded"
     return Sample(
         id=question.id,
         category=question.category,
-        value=float(not failed),
-        outcome="graded",
+        value=value,
+        outcome=outcome,
         verdicts=(verdict,),
         by_rule=True,
-        cut=(question.id, 1) in answers.cut,
+        cut=key in answers.cut,
         input=question.turns[0],
         answer=text,
     )
