@@ -11,7 +11,7 @@ from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.findings import Finding, Severity
 from recipes_lib.analysis.printed_commands import evaluate_again
 from recipes_lib.analysis.runs import Arms, run_place
-from recipes_lib.evals.log import CUT, FORM_ONLY, EvalLog, answer_faults, items_file
+from recipes_lib.evals.log import CUT, FORM_ONLY, EvalLog, items_file
 
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
 DEGENERATE_ANSWERS = "degenerate-answers"  # stands in the sentences that it touches
@@ -24,7 +24,7 @@ def check_answers(arms: Arms, design: Design | None) -> Iterator[Finding]:
     worst: dict[tuple[str, str, str], float] = {}  # share of bad answers in a training of an arm
     findings: dict[tuple[str, str, str], Finding] = {}
     for arm, log in arms.logs:
-        for fault, (times, n) in answer_faults(log).items():
+        for fault, (times, n) in log.faults.items():
             key = (arm, log.eval, fault)
             if times > 2 and times / n > max(SOME_DEGENERATE, worst.get(key, 0.0)):
                 worst[key] = times / n

@@ -31,7 +31,7 @@ from recipes_lib.analysis.printed_commands import commands, portable_command
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import printable
-from recipes_lib.evals.log import ORDERS, Sample, answer_faults
+from recipes_lib.evals.log import ORDERS, Sample
 from recipes_lib.evals.suites import numbers_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -162,7 +162,7 @@ def answer_counts(arms: Arms) -> list[tuple[str, str, dict[str, tuple[int, int]]
     for arm in arms:
         for log in {log.file.parent: log for log in reversed(arm.logs)}.values():
             counts = by_arm[arm.name, log.eval]
-            for what, (times, n) in answer_faults(log).items():
+            for what, (times, n) in log.faults.items():
                 before = counts.get(what, (0, 0))
                 counts[what] = before[0] + times, before[1] + n
     return [(arm, name, counts) for (arm, name), counts in by_arm.items() if counts]

@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -26,6 +27,7 @@ _CONTROL = re.compile(
 )
 
 
+@cache
 def is_secret_name(name: str) -> bool:
     """Return whether a key, variable, option or HTTP header of this name holds a secret."""
     is_header = name.lower() in ("authorization", "x-api-key")

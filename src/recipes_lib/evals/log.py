@@ -20,7 +20,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -226,6 +226,11 @@ class EvalLog:
     libraries: dict[str, Any] = field(default_factory=dict, repr=False)
     source: str = ""  # the program that wrote the files, where it was not this one
     file: Path = Path()  # result.json
+
+    @cached_property
+    def faults(self) -> dict[str, tuple[int, int]]:
+        """The faults in the answers (`answer_faults`), which several readers ask for."""
+        return answer_faults(self)
 
     @property
     def metric_names(self) -> tuple[str, ...]:
