@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from recipes_lib.analysis.claims import conclude
-from recipes_lib.analysis.readers import complete, read_results
+from recipes_lib.analysis.readers import read_results
+from recipes_lib.analysis.readers.alpaca_eval import complete
 from recipes_lib.analysis.runs import Run, arms_of
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.core.files import write_json
@@ -258,6 +259,23 @@ def test_annotations_that_are_gone_count_both_ways_and_a_judge_has_a_name(tmp_pa
     write_json(first, rows)
     with pytest.raises(DataError, match="names no annotator"):
         read_results(first)
+
+
+def test_a_command_without_samples_is_named_beside_one_that_has_them(tmp_path: Path) -> None:
+    folder = lm_eval(tmp_path / "a", [1.0] * 10)
+    lm_eval(folder, [1.0] * 10, LATER, task="hellaswag")
+    (folder / f"some__model/samples_hellaswag{LATER}.jsonl").unlink()
+    run = read_one(folder)
+    assert [metric.task for metric in run.metrics] == ["arc_easy"]
+    (line,) = run.unread
+    assert line.startswith(f"results{LATER}.json: no samples beside it")
+
+
+def test_two_judgments_of_one_model_in_a_folder_are_not_compared_with_each_other(tmp_path) -> None:
+    for judge in ("a", "b"):
+        annotations(tmp_path / f"{judge}.annotations.json", "mine", [2.0] * 9)
+    with pytest.raises(DataError, match=r"a\.annotations\.json, b\.annotations\.json"):
+        read_results(tmp_path)
 
 
 def test_a_format_is_a_module_with_three_names(tmp_path: Path, monkeypatch) -> None:

@@ -9,7 +9,6 @@ SHORT_NAMES = {
     "lr": "train.learning_rate",
     "epochs": "train.num_train_epochs",
     "batch_size": "train.per_device_train_batch_size",
-    "max_steps": "train.max_steps",
     "model_name_or_path": "model.name_or_path",
     "base_model": "model.name_or_path",
     "dataset": "data.source",

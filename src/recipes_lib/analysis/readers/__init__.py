@@ -12,7 +12,6 @@ A new format is a module and its name in `READERS`; the first that matches reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -31,8 +30,7 @@ def read_results(path: Path) -> list[Run] | None:
     """
     for reader in READERS:
         if reader.matches(path):
-            runs: list[Run] = reader.read(path)
-            return runs
+            return list(reader.read(path))
     if path.is_file():
         raise DataError("holds no results that can be read", known_forms(), file=path)
     return None
@@ -41,8 +39,3 @@ def read_results(path: Path) -> list[Run] | None:
 def known_forms() -> str:
     """Return what can be compared, a phrase for each format."""
     return "; ".join(reader.FORM for reader in READERS)
-
-
-def complete(runs: Sequence[Run]) -> list[Run]:
-    """Return runs in which what only some of them were asked is without a verdict in the others."""
-    return alpaca_eval.complete(runs)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
@@ -28,7 +27,6 @@ from recipes_lib.evals.suites import metric_of
 FORM = "alpaca_eval: its annotations.json"
 SOURCE = "alpaca_eval"
 _KEYS = {"instruction", "preference", "output_2"}
-# 1 is the first output and 2 the second; value: of the second output, which is the model's
 _OUTCOMES = {None: UNRESOLVED, 1.0: "win", 0.5: "tie", 0.0: "loss"}
 
 
@@ -89,10 +87,15 @@ def read(path: Path) -> list[Run]:
     """Return the runs of annotations, one a file.
 
     Raises:
-        DataError: a damaged annotation, two models or judges in one file, or none named.
+        DataError: a damaged annotation, two models or judges in one file, or none named; or several
+            files of one model in a folder.
     """
     files = _annotation_files(path) if path.is_dir() else [path]
-    return [_read_file(file) for file in files]
+    runs = [_read_file(file) for file in files]
+    if len({run.name for run in runs}) < len(runs):
+        what = f"holds several annotations of one model: {', '.join(file.name for file in files)}"
+        raise DataError(what, "name one of these files", file=path)
+    return runs
 
 
 def _annotation_files(folder: Path) -> list[Path]:
@@ -109,8 +112,7 @@ def _read_file(path: Path) -> Run:
     samples = [row.sample() for row in rows]
     if len({sample.id for sample in samples}) < len(samples):
         raise DataError("holds an instruction twice", "keep one annotation of each", file=path)
-    opponents = {row.generator_1 or REFERENCE for row in rows}
-    opponent = " and ".join(sorted(opponents))
+    opponent = " and ".join(sorted({row.generator_1 or REFERENCE for row in rows}))
     log = EvalLog(
         suite=SOURCE,
         eval=SOURCE,
@@ -196,5 +198,5 @@ def _completed(run: Run, asked: Mapping[str | None, Mapping[str, Sample]]) -> Ru
     samples = [*metric.samples, *without_verdict]
     whole = _win_rate(samples, str(log.against), log.file)
     line = f"{log.file.name}: has no annotation of {len(missing)} instructions of another file"
-    changed: dict[str, Any] = {"n": len(samples), "metrics": (whole,)}
-    return replace(run, evals=(replace(log, **changed),), unread=(*run.unread, line))
+    completed = replace(log, n=len(samples), metrics=(whole,))
+    return replace(run, evals=(completed,), unread=(*run.unread, line))

@@ -34,6 +34,7 @@ _DATE = re.compile(r"_\d{4}-\d\d-\d\dT[\d.-]+$")
 _KEYS = {"results", "configs"}
 # Arguments that say which weights answer. They are what is compared, so no difference of asking.
 _OF_THE_WEIGHTS = ("pretrained", "peft", "path", "model", "tokenizer", "delta", "revision")
+_NO_SAMPLES = "no samples beside it, so nothing can be paired"
 _NOT_RECORDED = "not recorded"
 
 
@@ -95,6 +96,12 @@ class Results:
             rows[task] = list(read_rows(file))
         return rows
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether there are rows to pair, each with the number of its document."""
+        rows = [row for of_task in self.samples.values() for row in of_task]
+        return bool(rows) and all("doc_id" in row for row in rows)
+
 
 def matches(path: Path) -> bool:
     """Whether a file holds results of lm-eval, or a folder has such files in it or one below."""
@@ -114,11 +121,10 @@ def read(path: Path) -> list[Run]:
         results = _read_results(file)
         by_model[results.identity].append(results)
     home = path if path.is_dir() else path.parent
-    is_only_model = len(by_model) == 1
     names = Counter(commands[0].model for commands in by_model.values())
     runs = []
     for commands in by_model.values():
-        folder = home if is_only_model else commands[0].file.parent
+        folder = home if len(by_model) == 1 else commands[0].file.parent
         name = commands[0].model
         if names[name] > 1:
             name = "-".join([name, *commands[0].weights_arguments])
@@ -154,6 +160,9 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
     logs: list[EvalLog] = []
     unread: list[str] = []
     for results in newest_first:
+        if not results.has_samples:
+            unread.append(f"{results.file.name}: {_NO_SAMPLES}")
+            continue
         new_tasks = [task for task in results.tasks if task not in read_tasks]
         older = [task for task in results.tasks if task in read_tasks]
         if older:
@@ -161,6 +170,8 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
         if new_tasks:
             logs.append(_log(results, new_tasks))
         read_tasks.update(new_tasks)
+    if not logs:
+        raise DataError(f"it has {_NO_SAMPLES}", _AGAIN, file=newest_first[0].file)
     return Run(
         name=arm_name(name, folder),
         folder=folder,
@@ -173,10 +184,6 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
 
 def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
     """Return what one command says about some of its tasks."""
-    rows = [row for of_task in results.samples.values() for row in of_task]
-    if not rows or not all("doc_id" in row for row in rows):
-        what = "it has no samples beside it, so nothing can be paired"
-        raise DataError(what, _AGAIN, file=results.file)
     metrics = [metric for metric in _metrics(results) if metric.task in tasks]
     limit = results.config.get("limit")
     settings: dict[str, Any] = {"gen_kwargs": str(results.config.get("gen_kwargs") or "none")}
