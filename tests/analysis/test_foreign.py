@@ -199,6 +199,10 @@ def test_folders_of_one_basename_are_two_arms(tmp_path: Path) -> None:
     assert conclusion.claims[0].verdict != "no verdict"  # and not "are one run"
     with pytest.raises(RecipeError, match="compared with itself"):
         compared(before, before)
+    lm_eval(tmp_path / "after/org__A", [1.0] * 100, LATER, model_folder="", model_name="A")
+    files = sorted(after.glob("results*.json"))  # two commands of one model
+    arms = {score.arm for score in compared(*files).table.scores}
+    assert arms == {f"A-{file.name}" for file in files}
 
 
 def test_a_task_that_only_one_model_has_says_nothing_about_the_others(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def test_a_finished_run_is_answered_without_torch_and_without_a_launch(tiny_reci
 
     said, _ = ask("train.max_steps=1")
     assert said.count("run 'tiny' is already finished, nothing to do") == 2
+    assert said.count("next: recipes chat tiny") == 2
     assert said.endswith("[0, 0] []\n") and "$" not in said
     said, error = ask("train.max_steps=2")
     assert "finished with other settings: train.max_steps" in error

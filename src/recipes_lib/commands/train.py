@@ -59,7 +59,7 @@ def run_train(
         line = finished_line(RunDirectory(loaded.name), loaded)
         if line is not None:
             say(line)
-            return ExitCode.DONE
+            return next_step("chat", loaded.name)
     say(f"$ {shlex.join(command)}")
     if dry_run:
         return next_step(*again)

@@ -120,11 +120,10 @@ def read(path: Path) -> list[Run]:
     for file in _results_files(path) if path.is_dir() else [path]:
         results = _read_results(file)
         by_model[results.identity].append(results)
-    home = path if path.is_dir() else path.parent
     names = Counter(commands[0].model for commands in by_model.values())
     runs = []
     for commands in by_model.values():
-        folder = home if len(by_model) == 1 else commands[0].file.parent
+        folder = path if len(by_model) == 1 else commands[0].file.parent
         name = commands[0].model
         if names[name] > 1:
             name = "-".join([name, *commands[0].weights_arguments])
