@@ -13,7 +13,6 @@ from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.study import run as studies
 from recipes_lib.study.config import Study, load_study
-from recipes_lib.study.needs import Host, missing_needs
 from recipes_lib.study.trainings import study_folder, study_trainings, with_choices
 
 # section.key=value words override a value in every arm's recipe; key=value words the study's own
@@ -24,9 +23,8 @@ def run_study_plan(study: _StudyWord, overrides: Sequence[str]) -> int:
     """Show what is left to do and what it takes; change nothing."""
     loaded = with_choices(load_study(study, overrides))
     studies.refuse_unmet(loaded)
-    if studies.is_untrained(loaded):
-        for need in missing_needs([arm.recipe for arm in loaded.arms], loaded.evals, Host()):
-            print_error(f"warning: {need}")
+    for need in studies.missing_needs_of(loaded):
+        print_error(f"warning: {need}")
     say(*studies.plan_lines(loaded))
     return _next("run", loaded)
 
@@ -101,4 +99,4 @@ def run_study_report(
 
 def _next(action: str, study: Study) -> int:
     """Name the next command, with the words of this one."""
-    return next_step("study", action, study.document.file, *study.words)
+    return next_step("study", action, study.document.file, *study.overrides)

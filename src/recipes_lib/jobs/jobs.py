@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
@@ -13,7 +13,8 @@ from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.jobs.records import TaskState
 from recipes_lib.study.needs import Host
 
-STAGES = ("train", "eval", "report")
+Stage = Literal["train", "eval", "report"]
+STAGES = get_args(Stage)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Job:
     """
 
     label: str
-    stage: str
+    stage: Stage
     tasks: tuple[Task, ...]
     uses_gpus: bool = True
     nodes: int = 1

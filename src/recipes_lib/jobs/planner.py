@@ -50,35 +50,30 @@ class Planner:
 
     def plan(self, target: str) -> Plan:
         """Return the jobs of a recipe or a study, or raise everything that is wrong with it."""
-        for stage in self._stages():
+        stages = STAGES if self.stages is None else tuple(self.stages.split(","))
+        for stage in stages:
             if stage not in STAGES:
                 hint = f"stages: {', '.join(STAGES)}"
                 raise RecipeError(f"--stages: no stage {stage!r}", hint)
         study = study_file(target)
         if study is None:
-            plan = self._plan_recipe(target)
+            plan = self._plan_recipe(target, stages)
         else:
-            plan = self._plan_study(study)
+            plan = self._plan_study(study, stages)
         plan.warnings.extend(self.site.doubts(plan.jobs))
         return plan
-
-    def _stages(self) -> Sequence[str]:
-        if self.stages is None:
-            return STAGES
-        return self.stages.split(",")
 
     def _empty_plan(self, name: str) -> Plan:
         return Plan(name, runs_root().resolve() / name / self.site.scheduler)
 
     # ---- A recipe ----
 
-    def _plan_recipe(self, target: str) -> Plan:
+    def _plan_recipe(self, target: str, stages: Sequence[str]) -> Plan:
         recipe = load_recipe(target, self.overrides)
         launch = plan_launch(recipe.launch, self.accelerate, self.gpus, self.nodes)
         check_launch(recipe, launch)
         plan = self._empty_plan(recipe.name)
         run = RunDirectory(recipe.name)
-        stages = self._stages()
         if "eval" in stages:
             names = self.evals or [shown_path(project_root() / name) for name in _DEFAULT_EVALS]
             plan.evals = [load_eval(name) for name in names]
@@ -121,16 +116,29 @@ class Planner:
 
     # ---- A study ----
 
-    def _plan_study(self, path: Path) -> Plan:
+    def _plan_study(self, path: Path, stages: Sequence[str]) -> Plan:
         """Return the jobs that train what is not trained, and one that evaluates and reports."""
         file = shown_path(path)
-        study = self._load_study(path)
+        if self.evals:
+            raise RecipeError("--evals is for recipes: a study names its evals itself")
+        overrides = list(self.overrides)
+        for key in ("accelerate", "gpus", "nodes"):
+            value = getattr(self, key)
+            if value is not None:
+                overrides.append(f"{key}={value}")
+        study = load_study(path, overrides)
+        if any(arm.tuning for arm in study.arms):
+            raise RecipeError(
+                f"study '{study.name}' tunes its arms: what they train is known only afterwards",
+                f"run it in one job: recipes study run {file}",
+                file=file,
+            )
+        refuse_unmet(study)
         plan = self._empty_plan(study.name)
-        stages = self._stages()
         if "train" in stages:
             self._add_trainings(plan, study)
         if ("eval" in stages or "report" in stages) and missing_of(study):
-            words = ["run", file, *study.words, "--no-train"]
+            words = ["run", file, *study.overrides, "--no-train"]
             job = Job(
                 label="eval",
                 stage="eval",
@@ -148,55 +156,29 @@ class Planner:
             )
         return plan
 
-    def _load_study(self, path: Path) -> Study:
-        """Return a study that can be launched."""
-        file = shown_path(path)
-        if self.evals:
-            raise RecipeError("--evals is for recipes: a study names its evals itself")
-        words = list(self.overrides)
-        for key in ("accelerate", "gpus", "nodes"):
-            value = getattr(self, key)
-            if value is not None:
-                words.append(f"{key}={value}")
-        study = load_study(path, words)
-        if any(arm.tuning for arm in study.arms):
-            raise RecipeError(
-                f"study '{study.name}' tunes its arms: what they train is known only afterwards",
-                f"run it in one job: recipes study run {file}",
-                file=file,
-            )
-        refuse_unmet(study)
-        return study
-
     def _add_trainings(self, plan: Plan, study: Study) -> None:
-        """Add the jobs that train what is not trained."""
-        groups = self._groups_of_one_launch(study)
-        for number, trainings in enumerate(groups, 1):
-            # one after another: together they would exceed the limit
-            before: tuple[str, ...] = ()
-            if self.site.trainings_at_once and plan.jobs:
-                before = (plan.jobs[-1].label,)
-            label = f"train-{number}" if len(groups) > 1 else "train"
-            recipes = {f"{training.run}.yaml": training.recipe for training in trainings}
-            plan.recipes.update(recipes)
-            launch = trainings[0].arm.launch
-            plan.jobs.append(self._training_job(plan, label, recipes, launch, before))
-
-    def _groups_of_one_launch(self, study: Study) -> list[list[StudyRun]]:
-        """Return what is not trained, in groups of one size that a job may have as its tasks."""
+        """Add the jobs that train what is not trained: a job's tasks share one launch."""
         by_launch: dict[object, list[StudyRun]] = {}
         for training in study_trainings(study):
             if not is_trained(training):
                 launch = training.arm.launch
                 size = (launch.config.path, launch.machines, launch.per_machine)
                 by_launch.setdefault(size, []).append(training)
-        most = self.site.largest_array
         groups: list[list[StudyRun]] = []
         for trainings in by_launch.values():
-            step = most or len(trainings)
-            for start in range(0, len(trainings), step):
-                groups.append(trainings[start : start + step])  # noqa: PERF401 (a nested one)
-        return groups
+            step = self.site.largest_array or len(trainings)
+            starts = range(0, len(trainings), step)
+            groups += [trainings[start : start + step] for start in starts]
+        for number, group in enumerate(groups, 1):
+            # one after another: together they would exceed the limit
+            before: tuple[str, ...] = ()
+            if self.site.trainings_at_once and plan.jobs:
+                before = (plan.jobs[-1].label,)
+            label = f"train-{number}" if len(groups) > 1 else "train"
+            recipes = {f"{training.run}.yaml": training.recipe for training in group}
+            plan.recipes.update(recipes)
+            launch = group[0].arm.launch
+            plan.jobs.append(self._training_job(plan, label, recipes, launch, before))
 
     # ---- Tasks ----
 
@@ -215,11 +197,17 @@ class Planner:
                 f"this profile requests no GPUs, but {launch.config.path.stem} needs them",
                 "add gres: gpu:{gpus}, or use --accelerate cpu, ddp_cpu or fsdp_cpu",
             )
+        launcher = list(self.site.python)
+        if launch.world_size > 1:
+            launcher += ["-m", "accelerate.commands.launch"]
+            launcher += ["--config_file", str(launch.config.path.resolve())]
+            launcher += ["--num_processes", str(launch.world_size)]
+            launcher += ["--num_machines", str(launch.machines)]
         tasks = []
         for file, recipe in recipes.items():
             path = shown_path(plan.folder / file)
             args = ("-m", "recipes_lib.train", path, *self.flags)
-            tasks.append(Task(self._training_launcher(launch), args, recipe.name))
+            tasks.append(Task(tuple(launcher), args, recipe.name))
         return Job(
             label=label,
             stage="train",
@@ -229,18 +217,6 @@ class Planner:
             processes=launch.per_machine,
             after_any=before,
             throttle=self.site.trainings_at_once,
-        )
-
-    def _training_launcher(self, launch: Launch) -> tuple[str, ...]:
-        """Return what starts a training on each node: Python, or accelerate for several ranks."""
-        if launch.world_size == 1:
-            return self.site.python
-        return (
-            *self.site.python,
-            *("-m", "accelerate.commands.launch"),
-            *("--config_file", str(launch.config.path.resolve())),
-            *("--num_processes", str(launch.world_size)),
-            *("--num_machines", str(launch.machines)),
         )
 
     def _command(

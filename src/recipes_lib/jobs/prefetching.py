@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recipes_lib.config.documents import read
 from recipes_lib.config.preflight import TOKENIZER_FILES, local_folder, weight_faults
-from recipes_lib.config.recipe import ModelSection, SourcePart, load_recipe
+from recipes_lib.config.recipe import ModelSection, Recipe, SourcePart, load_recipe
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
@@ -41,39 +41,48 @@ def prefetch_needs(
     """Return what a recipe, a study or an eval recipe needs, each once. Tasks of lm-eval are built
     to find their data; `remote_code` allows theirs.
     """
-    if file := study_file(word):
-        study = load_study(file, overrides)
-        recipes, evals = [arm.recipe for arm in study.arms], list(study.evals)
-    elif (path := recipe_path(word)).is_file() and read(path).kind == "eval":
-        recipes, evals = [], [load_eval(path, overrides)]
+    path = recipe_path(word)
+    study = study_file(word)
+    recipes: list[Recipe] = []
+    evals: list[EvalRecipe] = []
+    if study is not None:
+        loaded = load_study(study, overrides)
+        recipes += [arm.recipe for arm in loaded.arms]
+        evals += loaded.evals
+    elif path.is_file() and read(path).kind == "eval":
+        evals.append(load_eval(path, overrides))
     else:
-        recipes, evals = [load_recipe(word, overrides)], []
+        recipes.append(load_recipe(word, overrides))
     needs = [_model("model", recipe.model) for recipe in recipes]
-    needs += [_rows(source) for recipe in recipes for source in listed_sources(recipe.data)]
-    needs += [need for recipe in evals for need in _of_eval(recipe, remote_code)]
+    for recipe in recipes:
+        needs += map(_rows, listed_sources(recipe.data))
+    for evaluation in evals:
+        needs += _of_eval(evaluation, remote_code)
     return list(dict.fromkeys(needs))
 
 
 def _model(kind: str, section: ModelSection) -> Need:
-    name = section.name_or_path + (f" at {section.revision}" if section.revision else "")
+    name = section.name_or_path
+    if section.revision:
+        name += f" at {section.revision}"
     return Need(kind, name, lambda fetch: (fetch_model if fetch else check_model)(section))
 
 
 def _rows(source: SourcePart) -> Need:
-    shown = shown_path(Path(source.source))
-    return Need("data", shown, lambda fetch: f"{len(load_rows(source)):,} rows")
+    name = shown_path(Path(source.source))
+    return Need("data", name, lambda fetch: f"{len(load_rows(source)):,} rows")
 
 
 def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
-    data, judge = recipe.data, recipe.judge
+    data = recipe.data
+    judge = recipe.judge
 
-    def refuse_absent(package: str, is_here: bool) -> None:  # to look for its files would fetch it
-        if not is_here:
-            raise EnvironmentFault("not on this machine")
-
+    # without `fetch` a package that is absent is refused: to look for its files would fetch it
     def prompts(fetch: bool) -> str:
-        refuse_absent(PROMETHEUS_PACKAGE, fetch or prometheus_is_here())
-        return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
+        if not fetch and not prometheus_is_here():
+            raise EnvironmentFault("not on this machine")
+        texts = [published_template(kind) for kind in ("relative", "absolute")]
+        return f"{len(texts)} prompts"
 
     def tasks(fetch: bool) -> str:
         # numpy and scipy, which `recipes launch --help` does without
@@ -82,8 +91,9 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
         return f"{load_tasks(recipe, remote_code):,} items"
 
     def questions(fetch: bool) -> str:
-        if MT_BENCH_PACKAGE in (data.questions, data.references):
-            refuse_absent(MT_BENCH_PACKAGE, fetch or mt_bench_is_here())
+        uses_package = MT_BENCH_PACKAGE in (data.questions, data.references)
+        if uses_package and not fetch and not mt_bench_is_here():
+            raise EnvironmentFault("not on this machine")
         return f"{len(load_questions(recipe).questions)} questions"
 
     yield from (_model("judge", section) for section in judge_weights([recipe]))
@@ -108,7 +118,8 @@ def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
 
 def fetch_model(section: ModelSection) -> str:
     """Fetch a model's files into the cache, and return what they are."""
-    name, folder = section.name_or_path, local_folder(bare_recipe(section))
+    name = section.name_or_path
+    folder = local_folder(bare_recipe(section))
     if name == MODEL:
         materialise()
     elif folder is None or not Path(name).is_dir():
@@ -125,7 +136,8 @@ def fetch_model(section: ModelSection) -> str:
 
 def check_model(section: ModelSection) -> str:
     """Return what a model's files on this machine are; raise where they are missing or cut."""
-    name, folder = section.name_or_path, local_folder(bare_recipe(section))
+    name = section.name_or_path
+    folder = local_folder(bare_recipe(section))
     if folder is None or object_or_none(folder / "config.json") is None:
         raise EnvironmentFault("not on this machine")
     faults = list(weight_faults(folder))

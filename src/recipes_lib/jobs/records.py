@@ -55,11 +55,6 @@ class TaskState:
     after: tuple[str, ...] = ()
 
     @property
-    def is_of_several(self) -> bool:
-        """Whether its job has several tasks."""
-        return "_" in self.job
-
-    @property
     def job_id(self) -> str:
         """The id of its whole job."""
         return self.job.partition("_")[0]
@@ -67,7 +62,7 @@ class TaskState:
     @property
     def job_label(self) -> str:
         """The label of its whole job."""
-        return self.label.rpartition(".")[0] if self.is_of_several else self.label
+        return self.label.rpartition(".")[0] if "_" in self.job else self.label
 
 
 # ---- Writing ----
@@ -85,11 +80,6 @@ def write_jobs(plan: Plan, ids: Mapping[str, str]) -> None:
         }
         rows.append(row)
     write_json(plan.folder / JOBS_FILE, {"jobs": rows})
-
-
-def forget_jobs(folder: Path) -> None:
-    """Remove the note of a launch of which nothing is queued."""
-    (folder / JOBS_FILE).unlink()
 
 
 # ---- Reading ----
@@ -133,16 +123,10 @@ def read_end(folder: Path, task: TaskState) -> None:
     else:
         task.state = FAILED
     if task.label.startswith("train"):
-        task.error = _error_of(folder.parents[1], task)
-
-
-def _error_of(root: Path, task: TaskState) -> str:
-    """Return what run.json says of a training that ended with this exit code; else nothing."""
-    state = object_or_none(root / task.what / "run.json") or {}
-    # an attempt that was refused before it had the run leaves the record of the one before
-    if state.get("exit_code") != task.exit_code:
-        return ""
-    return str(state.get("error") or "")
+        state = object_or_none(folder.parents[1] / task.what / "run.json") or {}
+        # an attempt that was refused before it had the run leaves the record of the one before
+        if state.get("exit_code") == task.exit_code:
+            task.error = str(state.get("error") or "")
 
 
 def cancel_what_cannot_start(tasks: Sequence[TaskState]) -> None:
@@ -163,13 +147,9 @@ def launched(scheduler: str, names: Sequence[str]) -> dict[str, Path]:
     for file in sorted(runs_root().resolve().glob(f"*/{scheduler}/{JOBS_FILE}")):
         if submitted_tasks(file.parent):
             folders[file.parts[-3]] = file.parent
-    if not names:
-        return folders
-    wanted: dict[str, Path] = {}
-    for word in names:
-        name = Path(word).name
+    wanted = [Path(name).name for name in names] or list(folders)
+    for name in wanted:
         if name not in folders:
             hint = f"launched: {', '.join(folders) or 'nothing yet'}"
             raise RecipeError(f"nothing was launched as '{name}' in {runs_root()}", hint)
-        wanted[name] = folders[name]
-    return wanted
+    return {name: folders[name] for name in wanted}

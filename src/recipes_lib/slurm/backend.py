@@ -76,40 +76,32 @@ class Slurm:
         """Write the submission's folder, submit every job, and return {label: job id}. Where Slurm
         refuses a job, those before it are cancelled.
         """
-        self._refuse_what_is_active(plan)
-        self.prepare(plan)
-        ids: dict[str, str] = {}
-        try:
-            for job in plan.jobs:
-                ids[job.label] = self._submit_job(job, plan.folder, ids)
-                records.write_jobs(plan, ids)
-        except BaseException as error:
-            if ids:  # where Slurm does not answer, recipes launch cancel still knows them
-                self.cancel([*ids.values()])
-            records.forget_jobs(plan.folder)
-            if ids and isinstance(error, RecipesError):
-                accepted = f"{', '.join(ids)} had been accepted, and was cancelled"
-                error.hints = (*error.hints, f"nothing is queued: {accepted}")
-            raise
-        return ids
-
-    def _refuse_what_is_active(self, plan: Plan) -> None:
         active = [task for task in self.states(plan.folder) if task.active]
         if active:
             jobs = ", ".join(f"{task.label} is {task.state} (job {task.job})" for task in active)
             hint = f"wait for it, or: recipes launch cancel {plan.name}"
             raise RecipeError(f"'{plan.name}' is already launched: {jobs}", hint)
-
-    def _submit_job(self, job: Job, folder: Path, ids: Mapping[str, str]) -> str:
-        """Submit one job and return its id."""
-        done = run_slurm(_sbatch(job, folder, ids))
-        if done.returncode:
-            raise self.profile.error(
-                f"Slurm refuses {job.label}: {last_words(done.stderr)}",
-                f"what it requests: {shown_path(folder / f'{job.label}.sbatch')}",
-            )
-        # --parsable prints ID or ID;cluster
-        return done.stdout.strip().splitlines()[-1].split(";")[0]
+        self.prepare(plan)
+        ids: dict[str, str] = {}
+        try:
+            for job in plan.jobs:
+                done = run_slurm(_sbatch(job, plan.folder, ids))
+                if done.returncode:
+                    script = shown_path(plan.folder / f"{job.label}.sbatch")
+                    what = f"Slurm refuses {job.label}: {last_words(done.stderr)}"
+                    raise self.profile.error(what, f"what it requests: {script}")
+                # --parsable prints ID or ID;cluster
+                ids[job.label] = done.stdout.strip().splitlines()[-1].split(";")[0]
+                records.write_jobs(plan, ids)
+        except BaseException as error:
+            if ids:  # where Slurm does not answer, recipes launch cancel still knows them
+                self.cancel([*ids.values()])
+            (plan.folder / records.JOBS_FILE).unlink()  # nothing is queued
+            if ids and isinstance(error, RecipesError):
+                accepted = f"{', '.join(ids)} had been accepted, and was cancelled"
+                error.hints = (*error.hints, f"nothing is queued: {accepted}")
+            raise
+        return ids
 
     # ---- Afterwards ----
 
@@ -118,16 +110,28 @@ class Slurm:
         tasks = records.submitted_tasks(folder)
         if not tasks:
             return []
-        queued = _queued_tasks()
-        for task in tasks:
-            row = queued.get(task.job)
-            if row is None:
-                records.read_end(folder, task)
-            else:
+        by_id = {task.job: task for task in tasks}
+        listed = run_slurm(["squeue", "--me", "-h", "-a", "-r", "-o", "%i|%T|%r|%N"]).stdout
+        for line in listed.splitlines():
+            cells = line.split("|")
+            if len(cells) == 4 and cells[0] in by_id:
+                task_id, state, reason, nodes = cells
+                task = by_id[task_id]
                 task.active = True
-                task.state = row.state.lower()
-                task.reason = row.nodes if row.reason in ("", "None") else row.reason
-        _ask_accounting([task for task in tasks if task.state == records.UNKNOWN])
+                task.state = state.lower()
+                task.reason = nodes if reason in ("", "None") else reason
+        for task in tasks:
+            if not task.active:
+                records.read_end(folder, task)
+        # the accounting database, where the site has one, knows those that left no exit code
+        lost = [task.job for task in tasks if task.state == records.UNKNOWN]
+        if lost:
+            command = ["sacct", "-n", "-P", "-X", "-j", ",".join(lost), "--format=JobID,State"]
+            with suppress(EnvironmentFault):
+                for line in run_slurm(command).stdout.splitlines():
+                    task_id, _, state = line.partition("|")
+                    if task_id in lost and state:
+                        by_id[task_id].state = state.split()[0].lower()  # CANCELLED by 1000
         records.cancel_what_cannot_start(tasks)
         return tasks
 
@@ -147,39 +151,3 @@ def _sbatch(job: Job, folder: Path, ids: Mapping[str, str]) -> list[str]:
         # one whose condition cannot come true would stay in the queue for ever
         words += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
     return [*words, str(folder / f"{job.label}.sbatch")]
-
-
-@dataclass(frozen=True)
-class _QueueRow:
-    """What squeue says of a task."""
-
-    state: str
-    reason: str
-    nodes: str
-
-
-def _queued_tasks() -> dict[str, _QueueRow]:
-    """Return what is queued or runs, by the id of the task."""
-    listed = run_slurm(["squeue", "--me", "-h", "-a", "-r", "-o", "%i|%T|%r|%N"]).stdout
-    queued: dict[str, _QueueRow] = {}
-    for line in listed.splitlines():
-        cells = line.split("|")
-        if len(cells) == 4:
-            task_id, state, reason, nodes = cells
-            queued[task_id] = _QueueRow(state, reason, nodes)
-    return queued
-
-
-def _ask_accounting(tasks: Sequence[TaskState]) -> None:
-    """Set the states of tasks that left no exit code from the accounting database, where the site
-    has one.
-    """
-    by_id = {task.job: task for task in tasks}
-    if not by_id:
-        return
-    words = ["sacct", "-n", "-P", "-X", "-j", ",".join(by_id), "--format=JobID,State"]
-    with suppress(EnvironmentFault):
-        for line in run_slurm(words).stdout.splitlines():
-            task_id, _, state = line.partition("|")
-            if task_id in by_id and state:
-                by_id[task_id].state = state.split()[0].lower()  # CANCELLED by 1000

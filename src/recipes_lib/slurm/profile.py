@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ from recipes_lib.config.documents import Document, KeyPath, did_you_mean, dotted
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
-from recipes_lib.jobs.jobs import Job
+from recipes_lib.jobs.jobs import Job, Stage
 from recipes_lib.slurm.client import largest_array
 from recipes_lib.study.needs import Host
 
@@ -48,7 +48,7 @@ class Profile(Section):
     `{gpus}` and `{processes}` are their numbers on a node; true is a flag without a value, null
     omits it. GPU flags are left out of jobs that need no GPU; a profile without GPU flags means a
     site without GPUs."""
-    stages: dict[Literal["train", "eval", "report"], Flags] = {}
+    stages: dict[Stage, Flags] = {}
     """Flags for one stage (train, eval, report), which replace those of `sbatch`."""
     setup: list[str] = []
     """Lines of bash that every job runs first (module load cuda); each must succeed."""
@@ -136,28 +136,25 @@ class Profile(Section):
                     hint = f"if that is for GPU jobs, set stages.{job.stage}.partition"
                     yield f"warning: {what}: {hint}"
         for stage in dict.fromkeys(job.stage for job in jobs):
-            yield from self._inherited_flags(stage)
-
-    def _inherited_flags(self, stage: str) -> Iterator[str]:
-        """Yield a warning for each flag of another partition that a stage inherits."""
-        flags = self._flags_of(stage)
-        if flags.get("partition", self.sbatch.get("partition")) == self.sbatch.get("partition"):
-            return
-        for name in _OF_A_PARTITION:
-            if self.sbatch.get(name) and name not in flags:
-                value = f"sbatch.{name} ({self.sbatch[name]})"
-                what = f"stage {stage} has its own partition, but {value}"
-                yield f"warning: {what}: if that is not meant, set stages.{stage}.{name}: null"
+            flags = self.stages.get(stage, {})
+            shared = self.sbatch.get("partition")
+            if flags.get("partition", shared) == shared:
+                continue
+            for name in _OF_A_PARTITION:
+                if self.sbatch.get(name) and name not in flags:
+                    inherited = f"sbatch.{name} ({self.sbatch[name]})"
+                    what = f"stage {stage} has its own partition, but {inherited}"
+                    yield f"warning: {what}: if that is not meant, set stages.{stage}.{name}: null"
 
     # ---- What its scripts hold ----
 
-    def flags(self, stage: str, gpus: int, processes: int) -> list[str]:
+    def flags(self, stage: Stage, gpus: int, processes: int) -> list[str]:
         """Return the flags of sbatch for a job of a stage, with so many of each on a node."""
         words = []
         for name, value in self._all_flags(stage).items():
             if value is None or value is False:
                 continue
-            if not gpus and _is_about_gpus(name, value):
+            if not gpus and ("gpu" in name or "{gpus}" in str(value)):
                 continue
             if value is True:
                 words.append(f"--{name}")
@@ -166,13 +163,8 @@ class Profile(Section):
             words.append(f"--{name}={text}")
         return words
 
-    def _all_flags(self, stage: str) -> Flags:
-        return {**self.sbatch, **self._flags_of(stage)}
-
-    def _flags_of(self, stage: str) -> Flags:
-        """Return the flags that replace those of `sbatch` in a stage."""
-        by_stage = {str(name): flags for name, flags in self.stages.items()}
-        return by_stage.get(stage, {})
+    def _all_flags(self, stage: Stage) -> Flags:
+        return self.sbatch | self.stages.get(stage, {})
 
     def variables(self) -> dict[str, str]:
         """Return the variables of a job; `{job}` stays. One that names a variable which is not set
@@ -200,10 +192,6 @@ class Profile(Section):
         """The file with the place of each value."""
         assert self._document is not None
         return self._document
-
-
-def _is_about_gpus(name: str, value: object) -> bool:
-    return "gpu" in name or "{gpus}" in str(value)
 
 
 def known_profiles() -> dict[str, Path]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 
 from recipes_lib.core.project import cache_root, project_root, runs_root
-from recipes_lib.jobs.jobs import Job, Task
+from recipes_lib.jobs.jobs import Job
 from recipes_lib.slurm.profile import Profile
 
 # What only a node of several knows; bash puts it in there. On one node the launcher finds a port.
@@ -33,19 +32,6 @@ def script_of(job: Job, folder: Path, profile: Profile) -> str:
         f"source {shlex.quote(str(shared))} || exit 5   # signals, requeues, exit codes",
         "",
     ]
-    for name, value in _variables(profile).items():
-        lines.append(f"export {name}={_quoted(value)}")
-    lines.append('[ -z "$TMPDIR" ] || mkdir -p "$TMPDIR" || environment_failed')
-    for line in profile.setup:
-        lines.append(f"{line} || environment_failed")
-    lines.append("")
-    lines += job_commands(job)
-    lines.append("finish")
-    return "\n".join(lines) + "\n"
-
-
-def _variables(profile: Profile) -> dict[str, str]:
-    """Return what a script exports; the site's own variables come last, and win."""
     variables = {
         "RECIPES_RUNS_ROOT": str(runs_root().resolve()),
         "RECIPES_CACHE": str(cache_root().resolve()),
@@ -54,14 +40,19 @@ def _variables(profile: Profile) -> dict[str, str]:
         variables["HF_HUB_OFFLINE"] = "1"
     if profile.vllm:
         variables["VLLM"] = str(Path(profile.vllm).expanduser())
-    variables.update(profile.variables())
-    return variables
-
-
-def _quoted(value: str) -> str:
-    """Quote for bash; `{job}` becomes the job's id."""
-    parts = [shlex.quote(part) if part else "" for part in value.split("{job}")]
-    return '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"
+    # the site's own come last, and win
+    for name, value in (variables | profile.variables()).items():
+        # `{job}` becomes the job's id
+        parts = [shlex.quote(part) if part else "" for part in value.split("{job}")]
+        quoted = '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"
+        lines.append(f"export {name}={quoted}")
+    lines.append('[ -z "$TMPDIR" ] || mkdir -p "$TMPDIR" || environment_failed')
+    for line in profile.setup:
+        lines.append(f"{line} || environment_failed")
+    lines.append("")
+    lines += job_commands(job)
+    lines.append("finish")
+    return "\n".join(lines) + "\n"
 
 
 def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
@@ -91,24 +82,24 @@ def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
 
 def job_commands(job: Job) -> list[str]:
     """Return the lines of a script that do the work."""
-    lines = [f"run srun {shlex.join(_words_on_node(job, task))}" for task in job.tasks]
+    lines = []
+    for task in job.tasks:
+        on_node = shlex.join(task.launcher)
+        words = [*task.launcher, *task.args]
+        if job.stage == "train":
+            # A node ignores USR2 until its training listens, and leaves its exit code in a file:
+            # launchers lose it.
+            if job.nodes > 1:
+                on_node += _MEETING
+            script = (
+                'trap "" USR2; export RECIPES_EXIT_CODE_FILE="$REPORT.${SLURM_NODEID:-0}"; '
+                f'exec {on_node} "$@"'
+            )
+            words = ["bash", "-c", script, job.label, *task.args]
+        lines.append(f"run srun {shlex.join(words)}")
     if len(lines) == 1:
         return lines
     cases = []
     for number, (line, task) in enumerate(zip(lines, job.tasks, strict=True)):
         cases.append(f"{number}) {line} ;;   # {task.title}")
     return ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
-
-
-def _words_on_node(job: Job, task: Task) -> Sequence[str]:
-    """Return what srun starts on each node."""
-    if job.stage != "train":
-        return (*task.launcher, *task.args)
-    # A node ignores USR2 until its training listens, and leaves its exit code in a file: launchers
-    # lose it.
-    meeting = _MEETING if job.nodes > 1 else ""
-    on_node = (
-        'trap "" USR2; export RECIPES_EXIT_CODE_FILE="$REPORT.${SLURM_NODEID:-0}"; '
-        f'exec {shlex.join(task.launcher)}{meeting} "$@"'
-    )
-    return ("bash", "-c", on_node, job.label, *task.args)

@@ -26,7 +26,9 @@ from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
 
 BASE_ARM = "base"
+# Keys of a recipe that the study sets for each of its trainings.
 _SET_BY_STUDY = {"train.seed", "run.name"}
+# Keys that follow from a launch, which a factor may name beside a recipe's own.
 _SET_BY_LAUNCH = ("launch.distributed_type", "launch.mixed_precision", "launch.world_size")
 # Keys that decide which tokens a validation loss is a mean over, and how.
 _OF_THE_LOSS = re.compile(r"train\.(max_length|truncation_mode|\w+_only_loss|packing|(bf|fp)16)$")
@@ -111,11 +113,12 @@ class Arm:
 
     def resolved(self) -> dict[str, Any]:
         """Return every resolved value by dotted key, without the run's name and notes."""
-        values, launch = flatten(self.recipe.to_dict()), self.launch
+        values = flatten(self.recipe.to_dict())
         if self.tuning:
             values[f"tune.{self.tuning.key}"] = list(self.tuning.values)
-        return {
-            **{key: value for key, value in values.items() if key not in OF_RUN},
+        values = {key: value for key, value in values.items() if key not in OF_RUN}
+        launch = self.launch
+        return values | {
             "train.seed": self.seeds[0] if len(self.seeds) == 1 else list(self.seeds),
             "launch.accelerate": launch.config.path.stem,
             "launch.gpus": launch.per_machine,
@@ -128,7 +131,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """A study that passed its check; `words` are those of the command line."""
+    """A study that passed its check."""
 
     name: str  # the stem of its file, and its folder under runs/
     document: Document
@@ -136,7 +139,7 @@ class Study:
     arms: tuple[Arm, ...]
     evals: tuple[EvalRecipe, ...]
     aims: Aims
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]  # as typed on the command line
 
     @property
     def baseline(self) -> str:
@@ -147,6 +150,7 @@ class Study:
     @property
     def design(self) -> Design:
         """What it declares, as far as conclusions depend on it."""
+        command = ["recipes", "study", "run", self.document.file, *self.overrides]
         return Design(
             name=self.name,
             question=self.file.question,
@@ -154,7 +158,7 @@ class Study:
             values={arm.name: arm.resolved() for arm in self.arms},
             tuned={arm.name: arm.tuning for arm in self.arms if arm.tuning},
             reference=self.file.reference,
-            command=shlex.join(["recipes", "study", "run", self.document.file, *self.words]),
+            command=shlex.join(command),
             evals=tuple(shown_path(recipe.document.path) for recipe in self.evals),
         )
 
@@ -171,167 +175,206 @@ def study_file(word: str) -> Path | None:
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Load and check a study, its recipes and its evals; all that is wrong is reported at once.
-    `overrides` are `section.key=value` words for every recipe, and `key=value` for own keys.
+    """Load and check a study, its recipes and its evals; all errors are reported at once.
+
+    Args:
+        path: a file, or the short name of a study.
+        overrides: `section.key=value` for every recipe, and `key=value` for the study's keys.
     """
-    words = [word for word in overrides if "." in _key_of(word)]
-    document = read(study_file(str(path)) or path, [w for w in overrides if w not in words])
-    file = parse(StudyFile, document)
-    reader = _Reader(document, file, words)
+    of_recipes = [word for word in overrides if "." in _key_of(word)]
+    of_study = [word for word in overrides if word not in of_recipes]
+    document = read(study_file(str(path)) or path, of_study)
+    reader = _Reader(document, parse(StudyFile, document), of_recipes)
     reader.check_names()
-    arms = [reader.arm(name, section) for name, section in file.arms.items()]
+    arms = reader.arms()
     evals = reader.evals()
-    models = {(arm.recipe.model.name_or_path, arm.recipe.model.revision) for arm in arms if arm}
-    if file.include_base and len(models) > 1:
-        what = "include_base: the arms have different base models"
-        reader.wrong(("include_base",), what, "set include_base: false, or split the study")
     aims = reader.aims(evals)
     if reader.errors:
         raise RecipeErrors({str(error): error for error in reader.errors}.values())
-    known, name = tuple(filter(None, arms)), document.path.stem
-    return Study(name, document, file, known, tuple(evals), aims, tuple(overrides))
+    return Study(
+        name=document.path.stem,
+        document=document,
+        file=reader.keys,
+        arms=tuple(arms),
+        evals=tuple(evals),
+        aims=aims,
+        overrides=tuple(overrides),
+    )
 
 
-def _key_of(word: str) -> str:
-    return word.removeprefix("--").partition("=")[0]
+def _key_of(override: str) -> str:
+    return override.removeprefix("--").partition("=")[0]
 
 
 class _Reader:
     """Reads what a study names, collecting errors instead of stopping."""
 
-    def __init__(self, document: Document, keys: StudyFile, words: Sequence[str]) -> None:
-        self.document, self.keys, self.words = document, keys, words
+    def __init__(self, document: Document, keys: StudyFile, overrides: Sequence[str]) -> None:
+        self.document = document
+        self.keys = keys
+        self.overrides = overrides
         self.errors: list[RecipeError] = []
 
-    def wrong(self, place: KeyPath, what: str, *hints: str) -> None:
+    def add_error(self, key: KeyPath, what: str, *hints: str) -> None:
         """Add an error at a key of the study."""
-        self.errors.append(self.document.error(place, what, *hints))
+        self.errors.append(self.document.error(key, what, *hints))
 
     @contextmanager
-    def reported(self, place: KeyPath, label: str = "") -> Iterator[None]:
-        """Collect errors; one without a line of its own is reported at a key of the study."""
+    def collecting(self, key: KeyPath, label: str = "") -> Iterator[None]:
+        """Collect errors; one without a line is reported at a key of the study."""
         try:
             yield
         except RecipeError as error:
             for part in error.errors:
-                typed, shared = (
-                    any(_key_of(word) in part.what for word in words)
-                    for words in (self.words, self.keys.overrides)
-                )
-                if part.file == COMMAND_LINE and typed:
-                    self.errors.append(part)
-                elif part.file == COMMAND_LINE:  # the study's own override
-                    self.wrong(("overrides",) if shared else place, part.what, *part.hints)
-                elif part.line is None:
-                    of = f"{part.file}: " * bool(part.file)
-                    self.wrong(place, f"{label}{of}{part.what}", *part.hints)
+                what = f"{label}{part.what}"
+                if part.file == COMMAND_LINE:
+                    if any(_key_of(word) in part.what for word in self.overrides):
+                        self.errors.append(part)
+                        continue
+                    # an override that the study's file gives to all arms, or to one
+                    is_shared = any(_key_of(word) in part.what for word in self.keys.overrides)
+                    self.add_error(("overrides",) if is_shared else key, part.what, *part.hints)
+                elif part.line is not None:
+                    located = RecipeError(what, *part.hints, file=part.file, line=part.line)
+                    self.errors.append(located)
                 else:
-                    words = (f"{label}{part.what}", *part.hints)
-                    self.errors.append(RecipeError(*words, file=part.file, line=part.line))
+                    if part.file:
+                        what = f"{label}{part.file}: {part.what}"
+                    self.add_error(key, what, *part.hints)
 
     def check_names(self) -> None:
         """Check the arms and keys that other parts of the study name."""
-        keys = self.keys
-        arms = [*keys.arms, *([BASE_ARM] if keys.include_base else [])]
-        if BASE_ARM in keys.arms:
-            self.wrong(("arms", BASE_ARM), "'base' means the base model: rename the arm")
-        named: list[tuple[KeyPath, str]] = [(("reference", name), name) for name in keys.reference]
-        for place, name in (*named, (("baseline",), keys.baseline or arms[0])):
-            if name not in arms:
-                what, near = f"{place[0]}: there is no arm '{name}'", did_you_mean(name, arms)
-                self.wrong(place, what, *near, f"arms: {', '.join(arms)}")
-        known = keys_of(RecipeFile).keys() | {*_SET_BY_LAUNCH}
-        for factor, own in keys.factors.items():
-            for key in [key for key in own if key not in known]:
-                what = f"factor '{factor}': there is no key '{key}'"
-                self.wrong(("factors", factor), what, *did_you_mean(key, known))
+        arms = list(self.keys.arms)
+        if BASE_ARM in arms:
+            self.add_error(("arms", BASE_ARM), "'base' means the base model: rename the arm")
+        if self.keys.include_base:
+            arms.append(BASE_ARM)
+        mentions: dict[KeyPath, str] = {("reference", arm): arm for arm in self.keys.reference}
+        mentions["baseline",] = self.keys.baseline or arms[0]
+        for key, arm in mentions.items():
+            if arm not in arms:
+                what = f"{key[0]}: there is no arm '{arm}'"
+                self.add_error(key, what, *did_you_mean(arm, arms), f"arms: {', '.join(arms)}")
+        known_keys = keys_of(RecipeFile).keys() | {*_SET_BY_LAUNCH}
+        for factor, may_change in self.keys.factors.items():
+            for key_name in may_change:
+                if key_name not in known_keys:
+                    what = f"factor '{factor}': there is no key '{key_name}'"
+                    hints = did_you_mean(key_name, known_keys)
+                    self.add_error(("factors", factor), what, *hints)
 
     def evals(self) -> list[EvalRecipe]:
         """Return the evals; two of one name would write the same files."""
-        evals: list[EvalRecipe] = []
+        evals: dict[str, EvalRecipe] = {}
         for number, name in enumerate(self.keys.evals):
-            with self.reported(("evals", number)):
+            with self.collecting(("evals", number)):
                 recipe = load_eval(self.document.absolute(("evals", number), name))
-                if recipe.name in [other.name for other in evals]:
+                if recipe.name in evals:
                     raise RecipeError(f"evals: '{recipe.name}' is listed twice")
-                evals.append(recipe)
-        return evals
+                evals[recipe.name] = recipe
+        return list(evals.values())
 
-    def arm(self, name: str, section: ArmSection) -> Arm | None:
-        """Return an arm; None where its recipe or launch cannot be had."""
-        keys, place, arm = self.keys, ("arms", name), None
-        words = [*keys.overrides, *section.overrides, *self.words]
+    def arms(self) -> list[Arm]:
+        """Return the arms whose recipes and launches are valid."""
+        arms: list[Arm] = []
+        for name, section in self.keys.arms.items():
+            with self.collecting(("arms", name), f"arm '{name}': "):
+                arms.append(self.arm(name, section))
+        models = {(arm.recipe.model.name_or_path, arm.recipe.model.revision) for arm in arms}
+        if self.keys.include_base and len(models) > 1:
+            what = "include_base: the arms have different base models"
+            hint = "set include_base: false, or split the study"
+            self.add_error(("include_base",), what, hint)
+        return arms
 
-        def value(key: str) -> Any:  # the command line wins over the arm, the arm over the study
-            own, shared = getattr(section, key), getattr(keys, key)
-            typed = self.document.origin((key,)).file == COMMAND_LINE
-            return shared if own is None or (typed and shared is not None) else own
+    def arm(self, name: str, section: ArmSection) -> Arm:
+        """Return an arm, with the candidates of its grid."""
 
-        with self.reported(place, f"arm '{name}': "):
-            for key in _SET_BY_STUDY & set(map(_key_of, words)):
+        def value(key: str) -> Any:
+            """Return the command line's value, else the arm's, else the study's."""
+            of_study = getattr(self.keys, key)
+            of_arm = getattr(section, key)
+            is_typed = self.document.origin((key,)).file == COMMAND_LINE
+            if of_arm is None or (is_typed and of_study is not None):
+                return of_study
+            return of_arm
+
+        # the last of one key wins
+        overrides = [*self.keys.overrides, *section.overrides, *self.overrides]
+        for key in map(_key_of, overrides):
+            if key in _SET_BY_STUDY:
                 what = f"{key} cannot be overridden in a study; for seeds write seeds: [1, 2]"
                 raise RecipeError(what, file=COMMAND_LINE)
-            recipe = load_recipe(self.document.absolute(place, section.recipe), words)
-            launch = plan_launch(recipe.launch, *map(value, ("accelerate", "gpus", "nodes")))
-            check_launch(recipe, launch)
-            seeds = value("seeds") or [recipe.train.get("seed", 42)]
-            arm = Arm(name, recipe, launch, tuple(dict.fromkeys(seeds)))
-        grid = keys.tune if section.tune is None else section.tune
-        return self.tuned(arm, grid, words) if arm and grid else arm
+        recipe = load_recipe(self.document.absolute(("arms", name), section.recipe), overrides)
+        launch = plan_launch(recipe.launch, value("accelerate"), value("gpus"), value("nodes"))
+        check_launch(recipe, launch)
+        seeds = value("seeds") or [recipe.train.get("seed", 42)]
+        arm = Arm(name, recipe, launch, seeds=tuple(dict.fromkeys(seeds)))
+        grid = self.keys.tune if section.tune is None else section.tune
+        return self.tuned(arm, grid, overrides) if grid else arm
 
-    def tuned(self, arm: Arm, grid: Mapping[str, list[Any]], words: Sequence[str]) -> Arm:
+    def tuned(self, arm: Arm, grid: Mapping[str, list[Any]], overrides: Sequence[str]) -> Arm:
         """Return an arm with a candidate for each value of its grid."""
         ((key, values),) = grid.items()
-        seed, own = arm.recipe.train.get("seed", 42) + _TUNING_SEED, ("arms", arm.name, "tune")
-        place: KeyPath = own if own in self.document.origins else ("tune",)
+        seed = arm.recipe.train.get("seed", 42) + _TUNING_SEED
+        key_path: KeyPath = ("arms", arm.name, "tune")
+        if key_path not in self.document.origins:
+            key_path = ("tune",)
         tunable = key.startswith(("train.", "lora.")) or key == "run.global_batch_size"
         if not tunable or key in _SET_BY_STUDY or _OF_THE_LOSS.match(key):
             what = "cannot be tuned: it is not in train or lora, or decides what the loss measures"
-            self.wrong(place, f"tune: {key} {what}")
-        if factor := Design("", "", self.keys.factors).factor_of(key):
-            self.wrong(place, f"tune: {key} is what the factor '{factor}' varies")
+            self.add_error(key_path, f"tune: {key} {what}")
+        factor = Design("", "", factors=self.keys.factors).factor_of(key)
+        if factor is not None:
+            self.add_error(key_path, f"tune: {key} is what the factor '{factor}' varies")
         if arm.recipe.train.get("eval_strategy", "no") == "no" or seed in arm.seeds:
             what = f"a validation loss must choose (train.eval_strategy); seed {seed} is its own"
-            self.wrong(place, f"tune: {what}")
+            self.add_error(key_path, f"tune: {what}")
         candidates = []
         for value in values:
-            with self.reported(place, f"arm '{arm.name}': "):
-                recipe = load_recipe(arm.recipe.path, [*words, f"{key}={json.dumps(value)}"])
+            with self.collecting(key_path, f"arm '{arm.name}': "):
+                override = f"{key}={json.dumps(value)}"
+                recipe = load_recipe(arm.recipe.path, [*overrides, override])
                 check_launch(recipe, arm.launch)
                 label = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-.")
-                candidates.append(Arm(f"{arm.name}--tune-{label}", recipe, arm.launch, (seed,)))
+                name = f"{arm.name}--tune-{label}"
+                candidates.append(Arm(name, recipe, arm.launch, seeds=(seed,)))
         tuning = TunedArm(key, tuple(values), seed=seed)
         return replace(arm, tuning=tuning, candidates=tuple(candidates))
 
     def aims(self, evals: Sequence[EvalRecipe]) -> Aims:
-        """Return what is asked of the table."""
-        keys, metrics = self.keys, [name for recipe in evals for name in known_metrics(recipe)]
-        hint, margins = f"metrics: {', '.join(metrics)}", dict[str, Margin]()
-
-        def named(word: str) -> list[str]:
-            return [name for recipe in evals if (name := full_name(recipe, word))]
-
-        primary = named(keys.primary) if keys.primary else metrics[:1]
-        if keys.primary and len(primary) != 1:
-            why = "several evals measure" if primary else "no eval of this study measures"
-            self.wrong(("primary",), f"primary: {why} '{keys.primary}'", hint)
-        elif keys.primary:
-            self.refuse_absent_metric("primary", ("primary",), keys.primary, evals)
-        for word, value in keys.margins.items():
-            faults = ["must be a number above 0, or one like '2 points'"]
-            if margin := Margin.read(value):
+        """Return the primary metric and the margins."""
+        metrics = [metric for recipe in evals for metric in known_metrics(recipe)]
+        hint = f"metrics: {', '.join(metrics)}"
+        meant = metrics[:1]
+        if self.keys.primary:
+            meant = _metrics_named(self.keys.primary, evals)
+            if len(meant) == 1:
+                self.refuse_absent_metric(("primary",), self.keys.primary, evals)
+            else:
+                why = "several evals measure" if meant else "no eval of this study measures"
+                self.add_error(("primary",), f"primary: {why} '{self.keys.primary}'", hint)
+        margins: dict[str, Margin] = {}
+        for word, value in self.keys.margins.items():
+            margin = Margin.read(value)
+            measured = _metrics_named(word, evals)
+            if margin is None:
+                fault = "must be a number above 0, or one like '2 points'"
+            elif not measured:
+                fault = "no eval of this study measures it"
+            else:
                 margins[word] = margin
-                faults = [*map(margin.fits, named(word))] or ["no eval of this study measures it"]
-            for why in [*filter(None, faults)][:1]:
-                self.wrong(("margins", word), f"margins: {word}: {why}", hint)
-            self.refuse_absent_metric(f"margins: {word}", ("margins", word), word, evals)
-        return Aims(next(iter(primary), None), margins)
+                fault = next(filter(None, map(margin.fits, measured)), "")
+            if fault:
+                self.add_error(("margins", word), f"margins: {word}: {fault}", hint)
+            self.refuse_absent_metric(("margins", word), word, evals)
+        return Aims(meant[0] if meant else None, margins)
 
     def refuse_absent_metric(
-        self, key: str, place: KeyPath, word: str, evals: Sequence[EvalRecipe]
+        self, key: tuple[str, ...], word: str, evals: Sequence[EvalRecipe]
     ) -> None:
         """Refuse the name of a metric that no result will have, as far as the tasks' files tell."""
-        reported: dict[str, None] = {}
+        reported: list[str] = []
         for recipe in evals:
             for task in recipe.suite.tasks or ():
                 if task not in metric_parts(word):
@@ -341,10 +384,10 @@ class _Reader:
                     return  # only a run can tell
                 if any(_means(word, recipe.name, task, metric) for metric in metrics):
                     return
-                reported |= dict.fromkeys(f"{task}/{metric}" for metric in metrics)
+                reported += [f"{task}/{metric}" for metric in metrics]
         if reported:
-            hint = f"metrics: {'; '.join(reported)}"
-            self.wrong(place, f"{key}: lm-eval reports no such metric: '{word}'", hint)
+            what = f"{': '.join(key)}: lm-eval reports no such metric: '{word}'"
+            self.add_error(key, what, f"metrics: {'; '.join(dict.fromkeys(reported))}")
 
 
 def _means(word: str, recipe: str, task: str, metric: str) -> bool:
@@ -363,12 +406,18 @@ def known_metrics(recipe: EvalRecipe) -> list[str]:
 
 
 def full_name(recipe: EvalRecipe, word: str) -> str | None:
-    """Return what a word means in an eval; None where it measures no such thing.
-    lm_eval's tasks are known and their metrics are not; a group's tasks begin as the group does.
-    """
-    if name := next((name for name in known_metrics(recipe) if is_named(word, name)), None):
-        return name
-    tasks = [task.rstrip("*_") for task in recipe.suite.tasks or ()]  # none but of lm_eval
-    if any(f"{part}_".startswith(f"{task}_") for part in metric_parts(word) for task in tasks):
-        return word if is_named(recipe.name, word) else f"{recipe.name}/{word}"
+    """Return the metric that a word means in an eval; None where it measures no such thing."""
+    for metric in known_metrics(recipe):
+        if is_named(word, metric):
+            return metric
+    # of lm_eval the tasks are known and their metrics are not; a group's tasks begin as it does
+    tasks = [task.rstrip("*_") for task in recipe.suite.tasks or ()]
+    for part in metric_parts(word):
+        if any(f"{part}_".startswith(f"{task}_") for task in tasks):
+            return word if is_named(recipe.name, word) else f"{recipe.name}/{word}"
     return None
+
+
+def _metrics_named(word: str, evals: Sequence[EvalRecipe]) -> list[str]:
+    names = [full_name(recipe, word) for recipe in evals]
+    return [name for name in names if name]

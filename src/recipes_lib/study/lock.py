@@ -19,16 +19,11 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.evals.recipe import hash_in
 from recipes_lib.study.config import Arm, Study
-from recipes_lib.study.trainings import (
-    REPLACED,
-    StudyRun,
-    is_trained,
-    study_folder,
-    study_trainings,
-)
+from recipes_lib.study.trainings import REPLACED, is_trained, study_folder, study_trainings
 from recipes_lib.training.resume_guard import differences, flatten
 
 LOCK = "design.json"
+RESULTS = "evals/*/result*.json"  # in a run's folder
 COPIES = "design_locks"  # in run.json: the name of a study -> the hash of its lock
 # Where a job runs makes no other arm; seeds are listed.
 _FREE = {"train.seed", "launch.accelerate", "launch.gpus", "launch.nodes"}
@@ -51,25 +46,26 @@ def lock_design(study: Study) -> None:
     if lock is None:
         return
     for training in study_trainings(study):
-        if training.run not in evaluated and is_trained(training):
-            _copy_hash(study, training, lock["hash"])
-
-
-def _copy_hash(study: Study, training: StudyRun, lock_hash: str) -> None:
-    state = training.state
-    copies = {**state.get(COPIES, {}), study.name: lock_hash}
-    if copies != state.get(COPIES):
-        RunDirectory(training.run).write_state(state["state"], **{COPIES: copies})
+        if training.run in evaluated or not is_trained(training):
+            continue
+        state = training.state
+        copies = state.get(COPIES, {}) | {study.name: lock["hash"]}
+        if copies != state.get(COPIES):
+            RunDirectory(training.run).write_state(state["state"], **{COPIES: copies})
 
 
 def design_values(study: Study) -> dict[str, Any]:
     """Return what must not change once a result was seen."""
     rivals = [recipe.opponent(None) for recipe in study.evals]
+    hashes: dict[str, dict[str, str]] = {}
+    for arm in study.arms:
+        with suppress(RecipesError):  # rows that are not on this machine
+            hashes[arm.name] = source_hashes(arm.recipe.data)
     return {
         "question": study.file.question,
         "factors": study.file.factors,
         "arms": {arm.name: _hash_of_arm(study, arm) for arm in study.arms},
-        "data": {arm.name: hashes for arm in study.arms if (hashes := _hashes_of_rows(arm))},
+        "data": {arm: of_rows for arm, of_rows in hashes.items() if of_rows},
         "evals": {recipe.name: recipe.settings_key(code=None) for recipe in study.evals},
         "opponents": [f"{rival} {study.baseline}" for rival in rivals if rival],
         "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
@@ -83,17 +79,12 @@ def _hash_of_arm(study: Study, arm: Arm) -> str:
     """Return a hash of what an arm declares; the value that tuning chose is no part of that."""
     values = arm.resolved()
     written = flatten(arm.recipe.document.values)
-    free = {*_FREE, arm.tuning.key} if arm.tuning else _FREE
+    free = _FREE | {arm.tuning.key} if arm.tuning else _FREE
     # later versions add empty ones
-    keys = [key for key in values.keys() - free if values[key] or key in written]
-    return hash_in(study.document.path.parent, {key: values[key] for key in keys})
-
-
-def _hashes_of_rows(arm: Arm) -> dict[str, str]:
-    """Return the hashes of an arm's local rows; none where they are not on this machine."""
-    with suppress(RecipesError):
-        return source_hashes(arm.recipe.data)
-    return {}
+    declared = {
+        key: value for key, value in values.items() if key not in free and (value or key in written)
+    }
+    return hash_in(study.document.path.parent, declared)
 
 
 # ---- Reading it ----
@@ -140,22 +131,22 @@ def changes(study: Study) -> tuple[str, ...]:
 
 def _early_results(study: Study, evaluated: list[Path], lock: Row) -> Iterator[str]:
     """Yield each run that was evaluated under another lock than this, or before it."""
-    for folder in (*evaluated, *_replaced_folders(study)):
-        name = folder.name.rpartition("--")[0] if folder not in evaluated else folder.name
-        copies = (object_or_none(folder / "run.json") or {}).get(COPIES) or {}
+    for folder in evaluated + _replaced_folders(study):
+        name = folder.name
+        if folder not in evaluated:
+            name = name.rpartition("--")[0]  # without the time at which it was moved away
+        state = object_or_none(folder / "run.json") or {}
+        copies = state.get(COPIES) or {}
         copy = copies.get(study.name)
         if copy is not None and copy != lock.get("hash"):
             yield f"{name} was evaluated under another {LOCK}"
         elif copy is None and copies:
             yield f"{name} was evaluated in the study {next(iter(copies))}"
-        elif copy is None and folder in evaluated and _first_result(folder) < lock["written"]:
-            yield f"{name} was evaluated before the design was locked"
-
-
-def _first_result(folder: Path) -> str:
-    """Return when the first result of a run was written, as our files note a time."""
-    logs = [object_or_none(file) or {} for file in folder.glob("evals/*/result*.json")]
-    return min(str(log.get("written")) for log in logs)
+        elif copy is None and folder in evaluated:
+            logs = [object_or_none(file) or {} for file in folder.glob(RESULTS)]
+            # times are written so that their texts have the order of the times
+            if min(str(log.get("written")) for log in logs) < lock["written"]:
+                yield f"{name} was evaluated before the design was locked"
 
 
 # ---- The runs that were looked at ----
@@ -164,15 +155,19 @@ def _first_result(folder: Path) -> str:
 def evaluated_folders(study: Study) -> list[Path]:
     """Return the folders of the study's runs, dropped ones too, that have a result of any eval."""
     folders = [runs_root() / name for name in sorted(run_names(study))]
-    return [folder for folder in folders if any(folder.glob("evals/*/result*.json"))]
+    return [folder for folder in folders if any(folder.glob(RESULTS))]
 
 
 def _replaced_folders(study: Study) -> list[Path]:
     """Return the folders of evaluated runs that were trained again since."""
-    replaced = runs_root() / REPLACED
-    folders = [folder for name in run_names(study) for folder in replaced.glob(f"{name}--*")]
-    evaluated = [folder for folder in folders if any(folder.glob("evals/*/result*.json"))]
-    return sorted(folder for folder in evaluated if folder.name.rpartition("--")[2].isdigit())
+    folders: list[Path] = []
+    for name in run_names(study):
+        for folder in (runs_root() / REPLACED).glob(f"{name}--*"):
+            # any other ending belongs to a run of a longer name
+            is_of_run = folder.name.rpartition("--")[2].isdigit()
+            if is_of_run and any(folder.glob(RESULTS)):
+                folders.append(folder)
+    return sorted(folders)
 
 
 def run_names(study: Study) -> set[str]:

@@ -21,7 +21,7 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.upstream import check_packages
 from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
 from recipes_lib.core.terminal import bare_address, mask_secrets
-from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, ServerSection
+from recipes_lib.evals.recipe import EvalRecipe, ServerSection
 
 # Long enough for a hosted server on a slow network: only one that is gone takes so long.
 TIMEOUT_S = 10.0
@@ -58,18 +58,28 @@ def missing_needs(
     errors: list[RecipesError] = []
     for recipe in recipes:
         errors.extend(_missing_trackers(recipe, host))
-    servers: set[tuple[str, str | None]] = set()
     for evaluation in evals:
         missing_keys = list(_missing_keys(evaluation, host))
         errors.extend(missing_keys)
         judge = evaluation.judge
-        if judge is None or missing_keys or not _is_there_already(judge, host):
+        if judge is None or not judge.is_served or missing_keys:
             continue
-        server = (judge.address, judge.api_key_variable)
-        if server not in servers:
-            servers.add(server)
-            errors.extend(_silent_judge(evaluation, judge, host))
+        # one that a job starts is not there yet, and 127.0.0.1 of another machine cannot be asked
+        if judge.served_here and (host.starts_judges or not host.is_here):
+            continue
+        variable = judge.api_key_variable or ""
+        reason = _ask(judge.address, host.environment.get(variable))
+        if reason is None or (variable in host.set_there and "401" in reason):
+            continue  # it answers, or wants a key that is not known here
+        what = f"judge: {bare_address(judge.address)} does not answer: {mask_secrets(reason)}"
+        hint = "start its server (docs/evaluation.md), or correct judge.base_url and the key"
+        errors.append(_fault(evaluation, "judge.base_url", what, hint))
     return list({error.args[0]: error for error in errors}.values())
+
+
+def _fault(evaluation: EvalRecipe, key: str, what: str, hint: str) -> EnvironmentFault:
+    origin = evaluation.document.origin(key)
+    return EnvironmentFault(what, hint, file=origin.file, line=origin.line)
 
 
 # ---- Trackers ----
@@ -127,59 +137,15 @@ def _missing_keys(evaluation: EvalRecipe, host: Host) -> Iterator[EnvironmentFau
         "judge": evaluation.judge,
     }
     for name, section in sections.items():
-        if section is None or not section.is_served or section.api_key_variable is None:
+        variable = section.api_key_variable if section and section.is_served else None
+        if variable is None or variable in host.set_there:
             continue
-        variable = section.api_key_variable
-        if variable in host.set_there or _is_key(host.environment.get(variable, "")):
-            continue
-        origin = evaluation.document.origin(f"{name}.api_key_variable")
-        yield EnvironmentFault(
-            f"{name}: the environment variable {variable} is not set, or holds no key",
-            f"export {variable}=...; for a server without keys: {name}.api_key_variable: null",
-            file=origin.file,
-            line=origin.line,
-        )
-
-
-def _is_key(text: str) -> bool:
-    """Whether a text can be sent as a key."""
-    key = text.strip()
-    return bool(key) and key.isascii() and key.isprintable()
-
-
-def _is_there_already(judge: JudgeSection, host: Host) -> bool:
-    """Whether a judge is behind a server that must answer before anything is trained."""
-    if not judge.is_served:
-        return False
-    if judge.served_here:
-        # one that a job starts is not there yet, and 127.0.0.1 of another machine cannot be asked
-        return host.is_here and not host.starts_judges
-    return True
-
-
-def _silent_judge(
-    evaluation: EvalRecipe, judge: JudgeSection, host: Host
-) -> Iterator[EnvironmentFault]:
-    """Yield an error if one request to a judge's server is not answered."""
-    variable = judge.api_key_variable or ""
-    reason = _ask(_models_url(judge.address), host.environment.get(variable))
-    if reason is None:
-        return
-    if variable in host.set_there and "401" in reason:  # the key is not known here
-        return
-    origin = evaluation.document.origin("judge.base_url")
-    yield EnvironmentFault(
-        f"judge: {bare_address(judge.address)} does not answer: {mask_secrets(reason)}",
-        "start its server (docs/evaluation.md), or correct judge.base_url and the key",
-        file=origin.file,
-        line=origin.line,
-    )
-
-
-def _models_url(address: str) -> str:
-    """Return where a server lists its models; a query of the address stays behind the path."""
-    parts = urlsplit(address)
-    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/models", fragment=""))
+        key = host.environment.get(variable, "").strip()
+        if not key or not key.isascii() or not key.isprintable():  # no header can hold it
+            what = f"{name}: the environment variable {variable} is not set, or holds no key"
+            remedy = f"export {variable}=...; for a server without keys"
+            hint = f"{remedy}: {name}.api_key_variable: null"
+            yield _fault(evaluation, f"{name}.api_key_variable", what, hint)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -190,13 +156,16 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 @cache  # many files name one server
-def _ask(url: str, key: str | None) -> str | None:
-    """Send one request; return why a server cannot be used, or None if it answers.
+def _ask(address: str, key: str | None) -> str | None:
+    """Ask a server for its models; return why it cannot be used, or None if it answers.
 
     Any answer will do, "no such page" too, but one that refuses the key and one of a proxy whose
     server is away.
     """
-    request = urllib.request.Request(url)
+    parts = urlsplit(address)
+    # a query of the address stays behind the path
+    listing = parts._replace(path=f"{parts.path.rstrip('/')}/models", fragment="")
+    request = urllib.request.Request(urlunsplit(listing))
     if key:
         request.add_header("Authorization", f"Bearer {key.strip()}")
     try:

@@ -6,18 +6,22 @@ changed after results were seen has no verdicts (`lock.py`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from recipes_lib.analysis.aims import Design, is_named
 from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.findings import Finding
 from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.analysis.report import write_report
-from recipes_lib.analysis.runs import ArmRuns, Arms, Run
+from recipes_lib.analysis.runs import ArmRuns, Arms
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import write_json
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.evals.log import EvalLog
 from recipes_lib.study import run as runs
 from recipes_lib.study.config import BASE_ARM, Study
 from recipes_lib.study.lock import changes, lock_design, run_names
@@ -52,29 +56,31 @@ def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
 
 def measured_arms(study: Study) -> Arms:
     """Return the study's runs as it has them now, without results of other evals and settings."""
+    folders: dict[str, list[Path]] = {}
     base = runs.base_run(study)
-    is_there = study.file.include_base and base != BASE_ARM
-    folders = {BASE_ARM: [runs_root() / base]} if is_there else {}
+    if study.file.include_base and base != BASE_ARM:
+        folders[BASE_ARM] = [runs_root() / base]
     for training in filter(is_trained, study_trainings(study)):
         folders.setdefault(training.arm.name, []).append(RunDirectory(training.run).path)
-    files = {each.file.resolve() for each in runs.evaluations(study) if runs.is_evaluated(each)}
-
-    def own(run: Run) -> Run:
-        logs = tuple(log for log in run.evals if log.file.resolve() in files)
-        return replace(run, evals=logs, unfinished=())
-
-    loaded = load_arms(folders)
-    return Arms({arm.name: ArmRuns(arm.name, tuple(map(own, arm.runs))) for arm in loaded})
+    results = [result for result in runs.evaluations(study) if runs.is_evaluated(result)]
+    files = {result.file.resolve() for result in results}
+    return _with_logs(load_arms(folders), lambda log: log.file.resolve() in files, unfinished=())
 
 
 def without_duels(arms: Arms) -> Arms:
     """Return arms without the results that compare two of them, such as win rates head to head."""
+    return _with_logs(arms, lambda log: arms.opponent(log.against) not in arms.by_name)
 
-    def alone(run: Run) -> Run:
-        logs = [log for log in run.evals if arms.opponent(log.against) not in arms.by_name]
-        return replace(run, evals=tuple(logs))
 
-    return Arms({arm.name: ArmRuns(arm.name, tuple(map(alone, arm.runs))) for arm in arms})
+def _with_logs(arms: Arms, keeps: Callable[[EvalLog], bool], **changes: Any) -> Arms:
+    """Return arms with the results that `keeps` says, and other changes of every run."""
+    kept: dict[str, ArmRuns] = {}
+    for arm in arms:
+        of_arm = [
+            replace(run, evals=tuple(filter(keeps, run.evals)), **changes) for run in arm.runs
+        ]
+        kept[arm.name] = ArmRuns(arm.name, tuple(of_arm))
+    return Arms(kept)
 
 
 def gate(study: Study) -> tuple[ExitCode, list[str]]:
@@ -83,20 +89,31 @@ def gate(study: Study) -> tuple[ExitCode, list[str]]:
     """
     _, design, report = conclude_study(study)
     if design.missing:
-        lines = [f"missing: {what}" for what in design.missing]
+        lines = [f"missing: {name}" for name in design.missing]
         return ExitCode.EVALUATION_INCOMPLETE, [*lines, f"next: {design.command}"]
     baseline = study.baseline
     failed: list[str] = []
     missing: list[str] = []
-    for arm in (arm.name for arm in study.arms if arm.name != baseline):
-        claims = [c for c in report.claims if {arm, baseline} == {*c.row.arms} and not c.row.aside]
+    for arm in study.arms:
+        if arm.name == baseline:
+            continue
+        pair = {arm.name, baseline}
+        claims = [c for c in report.claims if pair == {*c.row.arms} and not c.row.aside]
         if not any(claim.row.is_tested for claim in claims):
-            missing.append(f"no comparison of {arm} with {baseline} can be tested: see the report")
+            what = f"no comparison of {arm.name} with {baseline} can be tested"
+            missing.append(f"{what}: see the report")
         failed += [claim.sentence for claim in claims if claim.worse_than(baseline)]
         for word in study.aims.margins:
-            held = [c for c in claims if c.row.margin is not None and is_named(word, c.row.metric)]
-            unsure = [c for c in held if not (c.worse_than(baseline) or c.not_worse_than(baseline))]
-            failed += [f"not shown: {claim.sentence}" for claim in unsure]
-            failed += [f"not shown: no comparison of {arm} on {word}"] * (not held)
-    lines = [*missing, *failed] or [f"passed: no arm is shown to be worse than {baseline}"]
-    return ExitCode.EVALUATION_INCOMPLETE if missing else ExitCode(bool(failed)), lines
+            on_word = [
+                c for c in claims if c.row.margin is not None and is_named(word, c.row.metric)
+            ]
+            if not on_word:
+                failed.append(f"not shown: no comparison of {arm.name} on {word}")
+            for claim in on_word:
+                if not claim.worse_than(baseline) and not claim.not_worse_than(baseline):
+                    failed.append(f"not shown: {claim.sentence}")
+    if missing:
+        return ExitCode.EVALUATION_INCOMPLETE, missing + failed
+    if failed:
+        return ExitCode.FAILED, failed
+    return ExitCode.DONE, [f"passed: no arm is shown to be worse than {baseline}"]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import combinations, product
+from itertools import combinations
 from pathlib import Path
 from queue import Queue
 
@@ -28,6 +28,7 @@ from recipes_lib.analysis.runs import ArmRuns
 from recipes_lib.analysis.text import question_text, sentence_list
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.core.files import Row
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, describe_holder, is_held, run_lock
 from recipes_lib.core.terminal import count, say
@@ -46,6 +47,7 @@ from recipes_lib.study.needs import Host, missing_needs
 from recipes_lib.study.trainings import (
     REPLACED,
     StudyRun,
+    all_trainings,
     is_trained,
     study_folder,
     study_trainings,
@@ -79,7 +81,8 @@ class Evaluation:
     @property
     def title(self) -> str:
         """What it is, for people."""
-        return f"{self.recipe.name} of {self.run}" + f" against {self.against}" * bool(self.against)
+        title = f"{self.recipe.name} of {self.run}"
+        return f"{title} against {self.against}" if self.against else title
 
 
 def base_recipe(study: Study) -> Recipe:
@@ -98,25 +101,28 @@ def base_run(study: Study) -> str:
 def evaluations(study: Study) -> list[Evaluation]:
     """Return every result asked for; in AlpacaEval each arm meets the baseline too, by seed."""
     base = base_run(study)
-    runs: dict[str, dict[int, str]] = {BASE_ARM: {-1: base}} if study.file.include_base else {}
+    runs: dict[str, dict[int, str]] = {}  # of each arm, by seed
+    if study.file.include_base:
+        runs[BASE_ARM] = {-1: base}
     for training in study_trainings(study):
         runs.setdefault(training.arm.name, {})[training.seed] = training.run
     results: dict[tuple[str, str, str], Evaluation] = {}
     for recipe in study.evals:
-        opponent = recipe.opponent(None)
-        named = {None: "", REFERENCE: "", BASE_ARM: base}.get(opponent, opponent or "")
-        needed = [(recipe, run, named) for arm in runs.values() for run in arm.values()]
+        opponent = recipe.opponent(None) or REFERENCE
+        against = {REFERENCE: "", BASE_ARM: base}.get(opponent, opponent)
+        pairs = [(run, against) for by_seed in runs.values() for run in by_seed.values()]
         if recipe.suite.name == "alpaca_eval":
             baseline = runs[study.baseline]
-            needed += [
-                (recipe, run, other)
-                for arm in runs.values()
-                for (seed, other), (own, run) in product(baseline.items(), arm.items())
-                if seed == own or not baseline.keys() & arm.keys()
-            ]
-        for each, run, other in needed:
-            if run != other:
-                results.setdefault((each.name, run, other), Evaluation(each, run, other))
+            for by_seed in runs.values():
+                for seed, rival in baseline.items():
+                    if seed in by_seed:
+                        pairs.append((by_seed[seed], rival))
+                    elif not baseline.keys() & by_seed.keys():
+                        # no seed in common, as with the base: every run meets every other
+                        pairs += [(run, rival) for run in by_seed.values()]
+        for run, rival in pairs:
+            if run != rival:
+                results.setdefault((recipe.name, run, rival), Evaluation(recipe, run, rival))
     return list(results.values())
 
 
@@ -124,9 +130,10 @@ def is_evaluated(result: Evaluation) -> bool:
     """Whether the result is there, of the weights, questions and judge that the study has now."""
     recipe = result.recipe
     with suppress(RecipesError, OSError):  # a model that is not here
-        sides = [known_by(run, recipe) if run else None for run in (result.run, result.against)]
+        model = known_by(result.run, recipe)
+        opponent = known_by(result.against, recipe) if result.against else None
         judge = Judge(recipe.judge, fetch=False).fingerprint if recipe.judge else None
-        return is_current(result.file, recipe.settings_key(), *sides, judge)
+        return is_current(result.file, recipe.settings_key(), model, opponent, judge)
     return False
 
 
@@ -135,8 +142,7 @@ def is_evaluated(result: Evaluation) -> bool:
 
 def progress_of(study: Study) -> dict[str, str]:
     """Return the state of each training and result: done, missing, or what its run.json says."""
-    trainings = (*study_tunings(study), *study_trainings(study))
-    states = {f"training {training.run}": _state_of(training) for training in trainings}
+    states = {f"training {training.run}": _state_of(training) for training in all_trainings(study)}
     for result in evaluations(study):
         trained = states.get(f"training {result.run}", "done") == "done"
         states[result.title] = "done" if trained and is_evaluated(result) else "missing"
@@ -156,53 +162,57 @@ def missing_of(study: Study) -> list[str]:
 
 
 def _state_of(training: StudyRun) -> str:
-    state, folder = training.state, RunDirectory(training.run).path
     if is_trained(training):
         return "done"
+    folder = RunDirectory(training.run).path
     if is_held(folder):
         return f"running{describe_holder(folder)}"
-    why = [*what_changed(training), *str(state.get("error") or "").splitlines()]
-    return ": ".join([state.get("state", "missing"), *why[:1]])
+    reasons = what_changed(training) + _error_lines(training.state)
+    return ": ".join([training.state.get("state", "missing"), *reasons[:1]])
 
 
-def _why_untrained(training: StudyRun) -> tuple[int, str]:
-    """Return the exit code and the reason of a training that is not done and is not tried now."""
-    state = training.state
-    if state.get("state") == "failed" and state.get("error") and not what_changed(training):
-        code = state.get("exit_code") or ExitCode.FAILED
-        return int(code), state["error"].splitlines()[0]
-    return int(ExitCode.FAILED), "is not trained as the study says"
+def _error_lines(state: Row) -> list[str]:
+    return str(state.get("error") or "").splitlines()
 
 
 def plan_lines(study: Study) -> Iterator[str]:
     """Yield what a study takes, in at most 15 lines."""
-    trainings = (*study_tunings(study), *study_trainings(study))
-    left = [training.run for training in trainings if not is_trained(training)]
-    results = evaluations(study)
-    asked = {(result.recipe.name, result.run): result.recipe for result in results}.values()
-    # pairs in both orders, and grades; the judge's probes come on top
-    judged = [result.recipe for result in results if result.recipe.suite.name == "alpaca_eval"] * 2
-    judged += [recipe for recipe in asked if recipe.suite.name == "mt_bench"]
-    yield question_text(study.file.question)
-    yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
-    yield f"answers: {sum(map(answer_count, asked)):,}"
-    yield f"judge requests: {sum(map(answer_count, judged)):,}"
-    pairs, design = combinations([ArmRuns(arm.name, ()) for arm in study.arms], 2), study.design
-    differing = [each for pair in pairs for each in arm_differences(*pair, design)]
-    if undeclared := dict.fromkeys(each.what for each in differing if each.level == "confound"):
-        yield f"differences that no factor declares: {sentence_list([*undeclared], 4)}"
-    yield from _power_line(study)
-
-
-def _power_line(study: Study) -> Iterator[str]:
-    """Yield the difference on the primary metric that 80% of such studies find, where known."""
     from recipes_lib.stats import planned_effect  # scipy
 
-    primary, seeds = str(study.aims.primary), min(len(arm.seeds) for arm in study.arms)
-    questions = next((question_count(each) for each in study.evals if full_name(each, primary)), 0)
+    trainings = all_trainings(study)
+    left = [training.run for training in trainings if not is_trained(training)]
+    yield question_text(study.file.question)
+    yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
+    answers: dict[tuple[str, str], int] = {}
+    judgments = 0  # the judge's probes come on top
+    for result in evaluations(study):
+        suite = result.recipe.suite.name
+        is_new = (result.recipe.name, result.run) not in answers
+        number = answer_count(result.recipe)
+        answers[result.recipe.name, result.run] = number
+        if suite == "alpaca_eval":
+            judgments += 2 * number  # each pair in both orders
+        elif suite == "mt_bench" and is_new:
+            judgments += number
+    yield f"answers: {sum(answers.values()):,}"
+    yield f"judge requests: {judgments:,}"
+    undeclared: dict[str, None] = {}
+    for pair in combinations([ArmRuns(arm.name, ()) for arm in study.arms], 2):
+        for difference in arm_differences(*pair, study.design):
+            if difference.level == "confound":
+                undeclared[difference.what] = None
+    if undeclared:
+        yield f"differences that no factor declares: {sentence_list([*undeclared], 4)}"
+
+    # the difference on the primary metric that 80% of such studies find, where it is known
+    primary = str(study.aims.primary)
+    seeds = min(len(arm.seeds) for arm in study.arms)
+    measuring = [recipe for recipe in study.evals if full_name(recipe, primary)]
+    questions = question_count(measuring[0]) if measuring else 0
     pairs = math.comb(len(study.arms) + study.file.include_base, 2)
     # the primary metric's comparisons have four fifths of the level
-    if pairs and (least := planned_effect(primary, questions, seeds, pairs / 0.8)):
+    least = planned_effect(primary, questions, seeds, pairs / 0.8) if pairs else None
+    if least:
         effect = f"{100 * least:.1f} points" if least < 1 else "no difference, however large,"
         sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
         yield f"80% of such studies would find {effect} of {primary} ({sizes})"
@@ -216,17 +226,16 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
     raise_all([*unmet(study, study.arms if is_untrained(study) else (), fetch)])
 
 
-def refuse_missing_needs(study: Study) -> None:
-    """Refuse a study whose first training would begin without what it and its judges need."""
-    if is_untrained(study):
-        recipes = [arm.recipe for arm in study.arms]
-        raise_all(missing_needs(recipes, study.evals, Host()))
-
-
 def is_untrained(study: Study) -> bool:
     """Whether there is anything left to train."""
-    trainings = (*study_tunings(study), *study_trainings(study))
-    return not all(is_trained(training) for training in trainings)
+    return not all(map(is_trained, all_trainings(study)))
+
+
+def missing_needs_of(study: Study) -> list[RecipesError]:
+    """Return what the trainings that are left, and the judges after them, need and do not have."""
+    if not is_untrained(study):
+        return []
+    return missing_needs([arm.recipe for arm in study.arms], study.evals, Host())
 
 
 def raise_all(errors: Sequence[RecipesError]) -> None:
@@ -239,17 +248,19 @@ def raise_all(errors: Sequence[RecipesError]) -> None:
 
 def unmet(study: Study, arms: Sequence[Arm], fetch: bool = False) -> Iterator[RecipesError]:
     """Yield errors: rows unreadable, with an eval's questions, or not held out."""
-    known = {BASE_ARM, REFERENCE, *(training.run for training in study_trainings(study))}
+    runs = {BASE_ARM, REFERENCE, *(training.run for training in study_trainings(study))}
     for number, recipe in enumerate(study.evals):
         check_questions(recipe)
         rival = recipe.opponent(None) or BASE_ARM
-        if rival not in known and not (runs_root() / rival / "run.json").is_file():
+        if rival not in runs and not (runs_root() / rival / "run.json").is_file():
             yield recipe.document.error("metrics.against", f"there is no run '{rival}'")
         split = str(recipe.data.questions)
-        if without := [arm.name for arm in arms if not getattr(arm.recipe.data.split, split, True)]:
+        without = [arm.name for arm in arms if not getattr(arm.recipe.data.split, split, True)]
+        if without:
             what = f"no {split} rows are held out in {', '.join(without)}: set data.split.{split}"
             yield study.document.error(("evals", number), f"{recipe.name}: {what}")
-    for trained in {str(arm.recipe.data): arm.recipe for arm in arms}.values():
+    by_data = {str(arm.recipe.data): arm.recipe for arm in arms}
+    for trained in by_data.values():
         yield from check_rows(trained)
         for name, leaks in search_recipe(trained, study.evals, fetch).items():
             if leaks.is_error:
@@ -305,18 +316,19 @@ class StudyRunner:
             stop_file.unlink(missing_ok=True)  # it asked a process that is over
             refuse_unmet(self.study, fetch=True)
             if self.train:
-                refuse_missing_needs(self.study)
+                raise_all(missing_needs_of(self.study))
             try:
                 with handling(self._on_signal), _heeding(stop_file):
                     self._steps()
             except KeyboardInterrupt:
                 say("stopped; the same command continues")
-                return [*self._stopped, ExitCode.INTERRUPTED][0]
+                return self._stopped[0] if self._stopped else ExitCode.INTERRUPTED
         for name, (code, why) in self.failed.items():
             say(f"failed: {name} (exit code {code}): {why}")
         codes = {code for code, _ in self.failed.values()}
-        only_judgments = codes == {ExitCode.EVALUATION_INCOMPLETE}
-        return ExitCode.EVALUATION_INCOMPLETE if only_judgments else ExitCode(bool(codes))
+        if codes == {ExitCode.EVALUATION_INCOMPLETE}:
+            return ExitCode.EVALUATION_INCOMPLETE
+        return ExitCode.FAILED if codes else ExitCode.DONE
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Hand a signal on to the trainings, which save; where none runs, all ends here."""
@@ -338,7 +350,8 @@ class StudyRunner:
         trainings = study_trainings(self.study)
         ready = [training for training in trainings if training.arm.name not in self.failed]
         self._train(ready)
-        if trained := {training.run for training in ready if is_trained(training)}:
+        trained = {training.run for training in ready if is_trained(training)}
+        if trained:
             self._evaluate(trained)
             try:
                 self.report(self.study)
@@ -356,19 +369,28 @@ class StudyRunner:
         waiting = [training for training in trainings if not is_trained(training)]
         if not self.train:
             for training in waiting:
-                self.failed[training.run] = _why_untrained(training)
+                code = int(ExitCode.FAILED)
+                why = "is not trained as the study says"
+                state = training.state
+                reasons = _error_lines(state)
+                if state.get("state") == "failed" and reasons and not what_changed(training):
+                    code = int(state.get("exit_code") or code)
+                    why = reasons[0]
+                self.failed[training.run] = code, why
             return
         devices = devices_here() if self.jobs > 1 else []
-        share, shares = len(devices) // self.jobs, Queue[list[str]]()
+        share = len(devices) // self.jobs
         if devices and not share:
             raise RecipeError(f"--jobs {self.jobs}: only {count(len(devices), 'GPU')} here")
+        shares = Queue[list[str]]()
         for job in range(self.jobs):
             shares.put(devices[job * share : (job + 1) * share])
         self._training = True
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                for ended in as_completed(pool.submit(self._train_one, t, shares) for t in waiting):
-                    ended.result()
+                futures = [pool.submit(self._train_one, each, shares) for each in waiting]
+                for future in as_completed(futures):
+                    future.result()
             except BaseException:  # say of a full disk: nobody would look after the others
                 self._on_signal(signal.SIGTERM, None)
                 raise
@@ -378,31 +400,40 @@ class StudyRunner:
 
     def _train_one(self, training: StudyRun, shares: Queue[list[str]]) -> None:
         """Train on a share of the GPUs; a run that another process trains is waited for."""
-        name, folder = training.run, RunDirectory(training.run).path
+        name = training.run
+        folder = RunDirectory(name).path
         if is_held(folder):
             say(f"{name} is being trained{describe_holder(folder)}: waiting for it")
         while is_held(folder) and not self._stopped:
             time.sleep(_POLL_S)
         if self._stopped or is_trained(training):
             return
-        if changed := ", ".join(what_changed(training)[:3]):
-            place = runs_root() / REPLACED / f"{name}--{time.time_ns()}"
-            place.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(place)
-            say(f"{name} had different settings ({changed}): moved to {shown_path(place)}")
+        changed = ", ".join(what_changed(training)[:3])
+        if changed:
+            aside = runs_root() / REPLACED / f"{name}--{time.time_ns()}"
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(aside)
+            say(f"{name} had different settings ({changed}): moved to {shown_path(aside)}")
         recipe = study_folder(self.study) / "recipes" / f"{name}.yaml"
         training.recipe.write(recipe)
-        words, log = ["train", shown_path(recipe), *self.flags], recipe.with_suffix(".log")
-        note = f"   # output: {shown_path(log)}" * (self.jobs > 1)
-        say(f"\n$ {shlex.join(['recipes', *words])}{note}")
-        output = log.open("ab") if self.jobs > 1 else None
+        arguments = ["train", shown_path(recipe), *self.flags]
+        command = shlex.join(["recipes", *arguments])
+        output = None
+        if self.jobs > 1:
+            log = recipe.with_suffix(".log")
+            command += f"   # output: {shown_path(log)}"
+            output = log.open("ab")
+        say(f"\n$ {command}")
         last_update = training.state.get("updated")
         devices = shares.get()
+        environment = dict(os.environ)
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         process = subprocess.Popen(
-            [*RECIPES, *words],
+            [*RECIPES, *arguments],
             stdout=output,
             stderr=output,
-            env=os.environ | ({"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}),
+            env=environment,
             start_new_session=True,  # so that a terminal's Ctrl-C does not reach it twice
         )
         self._running.append(process)
@@ -419,13 +450,14 @@ class StudyRunner:
             why = f"the training ended with exit code {code}"
             state = training.state
             # an attempt that was refused leaves run.json as the one before wrote it
-            if state.get("error") and state.get("updated") != last_update:
-                why = state["error"].splitlines()[0]
+            if state.get("updated") != last_update:
+                why = next(iter(_error_lines(state)), why)
             self.failed[name] = max(code, int(ExitCode.FAILED)), why
 
     def _evaluate(self, trained: set[str]) -> None:
         """Evaluate what is trained and has no result; each base and judge is loaded once."""
-        study, needed = self.study, evaluations(self.study)
+        study = self.study
+        needed = evaluations(study)
         if any(BASE_ARM in (result.run, result.against) for result in needed):
             try:
                 common_base([base_recipe(study)]).record()
@@ -442,13 +474,13 @@ class StudyRunner:
         lock_design(study)
         from recipes_lib.evals.run import EvalTask, evaluate_tasks  # torch
 
-        tasks = {
-            EvalTask(group[0].recipe, tuple(result.run for result in group), against or None): group
-            for (_, against), group in groups.items()
-        }
+        tasks: dict[EvalTask, list[Evaluation]] = {}
+        for (_, against), group in groups.items():
+            runs = tuple(result.run for result in group)
+            tasks[EvalTask(group[0].recipe, runs, against or None)] = group
 
         def on_error(task: EvalTask, run: str, error: Exception) -> None:
             results = [result for result in tasks[task] if run in ("", result.run)]
-            self._fail([each.title for each in results if not is_evaluated(each)], error)
+            self._fail([result.title for result in results if not is_evaluated(result)], error)
 
         evaluate_tasks([*tasks], remote_code="--trust-remote-code" in self.flags, on_error=on_error)

@@ -36,8 +36,10 @@ class StudyRun:
     @property
     def run(self) -> str:
         """The name of its run; an added seed changes no other's, and so trains nothing again."""
-        own = self.seed == self.arm.recipe.train.get("seed", 42)
-        return f"{self.study}--{self.arm.name}" + ("" if own else f"--seed{self.seed}")
+        name = f"{self.study}--{self.arm.name}"
+        if self.seed == self.arm.recipe.train.get("seed", 42):
+            return name
+        return f"{name}--seed{self.seed}"
 
     @property
     def state(self) -> Row:
@@ -48,11 +50,15 @@ class StudyRun:
     @cached_property
     def recipe(self) -> Recipe:
         """What it is trained with: the arm's recipe with name, seed and launch."""
-        recipe, launch = self.arm.recipe, self.arm.launch
+        recipe = self.arm.recipe
+        launch = self.arm.launch
         path = launch.config.path
         is_shipped = path.parent == project_root() / "accelerate_configs"
-        name = path.stem if is_shipped else str(path.resolve())
-        section = LaunchSection(accelerate=name, gpus=launch.per_machine, nodes=launch.machines)
+        section = LaunchSection(
+            accelerate=path.stem if is_shipped else str(path.resolve()),
+            gpus=launch.per_machine,
+            nodes=launch.machines,
+        )
         run = recipe.run.model_copy(update={"name": self.run})
         train = {**recipe.train, "seed": self.seed}
         return replace(recipe, name=self.run, run=run, train=train, launch=section)
@@ -70,23 +76,30 @@ def study_trainings(study: Study) -> list[StudyRun]:
 
 def study_tunings(study: Study) -> list[StudyRun]:
     """Return the trainings of the grids that arms choose their values from."""
-    tried = [value for arm in study.arms for value in arm.candidates]
-    return [StudyRun(study.name, value, value.seeds[0]) for value in tried]
+    candidates = [candidate for arm in study.arms for candidate in arm.candidates]
+    return [StudyRun(study.name, arm, arm.seeds[0]) for arm in candidates]
+
+
+def all_trainings(study: Study) -> list[StudyRun]:
+    """Return the trainings of the grids, then those of the arms."""
+    return study_tunings(study) + study_trainings(study)
 
 
 def with_choices(study: Study) -> Study:
     """Return the study with each tuned arm at the value of its lowest loss, the first if equal."""
-    arms = list(study.arms)
-    for place, arm in enumerate(arms):
+    arms: list[Arm] = []
+    for arm in study.arms:
         tried = study_tunings(replace(study, arms=(arm,)))
         if arm.tuning and all(map(is_trained, tried)):
             losses = [validation_loss(RunDirectory(training.run)) for training in tried]
             tuning = replace(arm.tuning, losses=tuple(losses))
-            if finite := [loss for loss in losses if loss is not None]:
+            finite = [loss for loss in losses if loss is not None]
+            if finite:
                 best = losses.index(min(finite))
                 tuning = replace(tuning, chosen=tuning.values[best])
                 arm = replace(arm, recipe=arm.candidates[best].recipe)
-            arms[place] = replace(arm, tuning=tuning)
+            arm = replace(arm, tuning=tuning)
+        arms.append(arm)
     return replace(study, arms=tuple(arms))
 
 
@@ -101,25 +114,32 @@ def validation_loss(run: RunDirectory) -> float | None:
 def is_trained(training: StudyRun) -> bool:
     """Whether a run is finished, or diverged as a value of a grid, as the study has it now."""
     state = training.state
-    diverged = (state.get("state"), state.get("exit_code")) == ("failed", ExitCode.NUMERICS)
-    ended = state.get("state") == "finished" or (diverged and "--tune-" in training.run)
+    ended = state.get("state") == "finished"
+    if "--tune-" in training.run and state.get("state") == "failed":
+        ended = state.get("exit_code") == ExitCode.NUMERICS
     return ended and not what_changed(training)
 
 
 def what_changed(training: StudyRun) -> list[str]:
     """Return what of a run is not as the study has it now, a phrase for each."""
-    state, launch, phrases = training.state, training.arm.launch, list[str]()
-    if guard := state.get("guard"):
+    state = training.state
+    phrases: list[str] = []
+    guard = state.get("guard")
+    if guard:
         changed = recipe_differences(training.recipe, guard)
         names = {re.sub("/[^']*/", "", str(at)) for at in changed.get("data.source", ())}
         if len(names) == 1:  # only the folders differ: what the files hold is compared below
             del changed["data.source"]
         phrases += [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
-        world, kind = guard["launch.world_size"], str(guard["launch.distribution"])
-        if world != launch.world_size or ("FSDP" in kind) != ("FSDP" in launch.distributed_type):
+        launch = training.arm.launch
+        world_size = guard["launch.world_size"]
+        kind = str(guard["launch.distribution"])
+        same_kind = ("FSDP" in kind) == ("FSDP" in launch.distributed_type)
+        if world_size != launch.world_size or not same_kind:
             now = f"{launch.distributed_type} x {launch.world_size}"
-            phrases.append(f"launch {kind} x {world} -> {now}")
-    if before := state.get("data_files"):
+            phrases.append(f"launch {kind} x {world_size} -> {now}")
+    before = state.get("data_files")
+    if before:
         with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
             after = source_hashes(training.recipe.data)
             phrases += [f"{name} changed" for name in differences(before, after)]
