@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.weights.runs import changed_files, check_saved, recorded_hashes, same_bytes
+from recipes_lib.weights.proof import check_saved, same_bytes
+from recipes_lib.weights.runs import changed_files, recorded_hashes
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {},

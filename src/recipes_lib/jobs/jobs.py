@@ -19,62 +19,38 @@ STAGES = get_args(Stage)
 
 @dataclass(frozen=True)
 class Task:
-    """One command.
+    """One command."""
 
-    Attributes:
-        launcher: the words that start it: Python, a container, accelerate.
-        args: what is started, with its arguments.
-        title: its name for people; of a training, the name of its run.
-    """
-
-    launcher: tuple[str, ...]
-    args: tuple[str, ...]
-    title: str = ""
+    launcher: tuple[str, ...]  # the words that start it: Python, a container, accelerate
+    args: tuple[str, ...]  # what is started, with its arguments
+    title: str = ""  # its name for people; of a training, the name of its run
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted at once: one task, or several alike that need not wait for each other.
+    """What is submitted at once: one task, or several alike that need not wait for each other."""
 
-    Attributes:
-        label: its name, unique in the plan; its files are called after it.
-        stage: one of `STAGES`, which a site may have its own flags for.
-        uses_gpus: whether each process has a GPU.
-        processes: on each node.
-        after: labels of jobs that must have succeeded before.
-        after_any: labels of jobs that must have ended before.
-        throttle: how many tasks may run at the same time; None for all.
-    """
-
-    label: str
-    stage: Stage
+    label: str  # its name, unique in the plan; its files are called after it
+    stage: Stage  # a site may have its own flags for it
     tasks: tuple[Task, ...]
-    uses_gpus: bool = True
+    uses_gpus: bool = True  # one for each process
     nodes: int = 1
-    processes: int = 1
-    after: tuple[str, ...] = ()
-    after_any: tuple[str, ...] = ()
-    throttle: int | None = None
+    processes: int = 1  # on each node
+    after: tuple[str, ...] = ()  # labels of jobs that must have succeeded before
+    after_any: tuple[str, ...] = ()  # labels of jobs that must have ended before
+    throttle: int | None = None  # how many tasks may run at the same time; None for all
 
 
 @dataclass
 class Plan:
-    """What the submission of a recipe or a study needs.
+    """What the submission of a recipe or a study needs."""
 
-    Attributes:
-        name: of the run or the study.
-        folder: where scripts, logs and exit codes will lie.
-        recipes: those of the trainings, by the name of their file in `folder`.
-        evals: those that the jobs run.
-        warnings: lines for the user, who may go on.
-    """
-
-    name: str
-    folder: Path
+    name: str  # of the run or the study
+    folder: Path  # where scripts, logs and exit codes will lie
     jobs: list[Job] = field(default_factory=list)
-    recipes: dict[str, Recipe] = field(default_factory=dict)
-    evals: list[EvalRecipe] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    recipes: dict[str, Recipe] = field(default_factory=dict)  # by the file's name in `folder`
+    evals: list[EvalRecipe] = field(default_factory=list)  # that the jobs run
+    warnings: list[str] = field(default_factory=list)  # for the user, who may go on
 
     def write_recipes(self) -> None:
         """Write the recipes that the trainings read; later edits do not reach them."""

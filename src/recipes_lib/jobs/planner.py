@@ -31,22 +31,16 @@ _TRUST = "--trust-remote-code"
 
 @dataclass(kw_only=True)
 class Planner:
-    """Makes the jobs of a recipe or a study from what `recipes launch` was told.
-
-    Attributes:
-        stages: words of `--stages`, separated by commas; None for all.
-        evals: files of eval recipes; none for the three of evals/.
-        flags: options that are handed on to the commands of the jobs.
-    """
+    """Makes the jobs of a recipe or a study from what `recipes launch` was told."""
 
     site: Site
     overrides: Sequence[str] = ()
     accelerate: str | None = None
     gpus: int | None = None
     nodes: int | None = None
-    stages: str | None = None
-    evals: Sequence[str] = ()
-    flags: Sequence[str] = ()
+    stages: str | None = None  # words of `--stages`, separated by commas; None for all
+    evals: Sequence[str] = ()  # files of eval recipes; none for the three of evals/
+    flags: Sequence[str] = ()  # options that are handed on to the commands of the jobs
 
     def plan(self, target: str) -> Plan:
         """Return the jobs of a recipe or a study, or raise everything that is wrong with it."""
@@ -228,32 +222,28 @@ class Planner:
         evals: Sequence[EvalRecipe] = (),
     ) -> Task:
         """Return a `recipes` command, and before it what starts the judge that its evals expect."""
-        launcher = (*self._judge_starter(plan, evals), *self.site.python)
+        launcher: list[str] = []
+        judges = [item.judge for item in evals if item.judge and item.judge.served_here]
+        names = {f"{judge.model} {judge.revision or ''}".strip() for judge in judges}
+        if judges and self.site.judge_program is None:
+            missing = "no job starts the judge that is expected at 127.0.0.1"
+            plan.warnings.append(f"warning: {missing}: set vllm in the profile")
+        elif len(names) > 1:
+            raise RecipeError(
+                f"one job would have to serve two judges: {', '.join(sorted(names))}",
+                "give the evals one judge, or judge in the job: judge.engine",
+            )
+        elif judges:
+            script = project_root() / "launch" / "with_judge.sh"
+            length = max(judge.max_context_tokens for judge in judges)
+            launcher += ["bash", str(script), judges[0].model, "--max-model-len", str(length)]
+            if judges[0].revision:
+                launcher += ["--revision", judges[0].revision]
+            launcher.append("--")
+        launcher += self.site.python
         is_trusted = _TRUST in self.flags and bool(evals)
         check_allowed(evals, is_trusted)
         args = ["-m", "recipes_lib.cli", verb, *words]
         if is_trusted:
             args.append(_TRUST)
-        return Task(launcher, tuple(args), title)
-
-    def _judge_starter(self, plan: Plan, evals: Sequence[EvalRecipe]) -> tuple[str, ...]:
-        """Return the words that start the judge of evals on the machine that evaluates them."""
-        judges = [item.judge for item in evals if item.judge and item.judge.served_here]
-        if not judges:
-            return ()
-        if self.site.judge_program is None:
-            missing = "no job starts the judge that is expected at 127.0.0.1"
-            plan.warnings.append(f"warning: {missing}: set vllm in the profile")
-            return ()
-        names = {f"{judge.model} {judge.revision or ''}".strip() for judge in judges}
-        if len(names) > 1:
-            raise RecipeError(
-                f"one job would have to serve two judges: {', '.join(sorted(names))}",
-                "give the evals one judge, or judge in the job: judge.engine",
-            )
-        script = project_root() / "launch" / "with_judge.sh"
-        length = max(judge.max_context_tokens for judge in judges)
-        words = ["bash", str(script), judges[0].model, "--max-model-len", str(length)]
-        if judges[0].revision:
-            words += ["--revision", judges[0].revision]
-        return (*words, "--")
+        return Task(tuple(launcher), tuple(args), title)

@@ -4,7 +4,7 @@ again without a network. Weights are checked by their headers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,9 +38,7 @@ class Need:
 def prefetch_needs(
     word: str, overrides: Sequence[str] = (), remote_code: bool = False
 ) -> list[Need]:
-    """Return what a recipe, a study or an eval recipe needs, each once. Tasks of lm-eval are built
-    to find their data; `remote_code` allows theirs.
-    """
+    """Return what a recipe, a study or an eval needs; `remote_code` is for the tasks of lm-eval."""
     path = recipe_path(word)
     study = study_file(word)
     recipes: list[Recipe] = []
@@ -96,24 +94,16 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
             raise EnvironmentFault("not on this machine")
         return f"{len(load_questions(recipe).questions)} questions"
 
-    yield from (_model("judge", section) for section in judge_weights([recipe]))
+    # weights that a job loads, itself or by a server beside it; a name without a slash is one that
+    # a server goes by
+    if judge and (not judge.is_served or (judge.served_here and "/" in judge.model)):
+        yield _model("judge", ModelSection(name_or_path=judge.model, revision=judge.revision))
     if judge and PROMETHEUS_PACKAGE in (judge.relative_prompt, judge.absolute_prompt):
         yield Need("prompts", PROMETHEUS_PACKAGE, prompts)
     if recipe.suite.name == "lm_eval":
         yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks)
     elif recipe.suite.name != "heldout_loss":  # rows of the runs' own data, or a file
         yield Need("questions", str(data.questions), questions)
-
-
-def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
-    """Return the judges of evals whose weights a job loads, by itself or by a server beside it."""
-    judges = [recipe.judge for recipe in evals if recipe.judge]
-    return [
-        ModelSection(name_or_path=judge.model, revision=judge.revision)
-        for judge in judges
-        # a name without a slash is one that a server goes by
-        if not judge.is_served or (judge.served_here and "/" in judge.model)
-    ]
 
 
 def fetch_model(section: ModelSection) -> str:

@@ -31,28 +31,17 @@ UNKNOWN = "unknown"
 
 @dataclass
 class TaskState:
-    """One task of a launch.
+    """One task of a launch."""
 
-    Attributes:
-        label: that of its job; of several tasks, with the task's number behind a dot.
-        job: the id of its job; of several tasks, with the task's number behind a line: 12_0.
-        what: its title.
-        state: the scheduler's word, or how it ended.
-        reason: why it waits, where it runs, or its exit code.
-        active: whether it is queued or runs.
-        error: what a failed training says of itself in run.json.
-        after: labels of the jobs that must have succeeded before.
-    """
-
-    label: str
-    job: str
-    what: str
-    state: str = UNKNOWN
-    reason: str = ""
-    active: bool = False
+    label: str  # that of its job; of several tasks, with the task's number behind a dot
+    job: str  # the id of its job; of several tasks, with the task's number behind a line: 12_0
+    what: str  # its title
+    state: str = UNKNOWN  # the scheduler's word, or how it ended
+    reason: str = ""  # why it waits, where it runs, or its exit code
+    active: bool = False  # whether it is queued or runs
     exit_code: int | None = None
-    error: str = ""
-    after: tuple[str, ...] = ()
+    error: str = ""  # what a failed training says of itself in run.json
+    after: tuple[str, ...] = ()  # labels of the jobs that must have succeeded before
 
     @property
     def job_id(self) -> str:

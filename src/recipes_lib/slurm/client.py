@@ -38,14 +38,3 @@ def last_words(text: str) -> str:
     if not lines:
         return "no reason given"
     return lines[-1].rpartition("error: ")[2]
-
-
-def largest_array() -> int | None:
-    """Return how many tasks Slurm takes in one array; None where it cannot be asked."""
-    try:
-        configuration = run_slurm(["scontrol", "show", "config"]).stdout
-    except EnvironmentFault:
-        return None
-    # the largest index is one less, and the first index is 0
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", configuration, re.M)
-    return int(found[1]) if found else None

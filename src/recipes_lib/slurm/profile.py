@@ -13,10 +13,10 @@ from pydantic import Field
 
 from recipes_lib.config.documents import Document, KeyPath, did_you_mean, dotted, read
 from recipes_lib.config.parsing import Section, parse
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.project import project_root
 from recipes_lib.jobs.jobs import Job, Stage
-from recipes_lib.slurm.client import largest_array
+from recipes_lib.slurm.client import run_slurm
 from recipes_lib.study.needs import Host
 
 # Wherever the package lies: the shipped profiles are found by name.
@@ -102,7 +102,13 @@ class Profile(Section):
     @property
     def largest_array(self) -> int | None:
         """How many tasks a job may have; None where Slurm cannot be asked."""
-        return largest_array()
+        try:
+            configuration = run_slurm(["scontrol", "show", "config"]).stdout
+        except EnvironmentFault:
+            return None
+        # the largest index is one less, and the first index is 0
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", configuration, re.M)
+        return int(found[1]) if found else None
 
     @property
     def host(self) -> Host:

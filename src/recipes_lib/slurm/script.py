@@ -19,10 +19,7 @@ _MEETING = (
 def script_of(job: Job, folder: Path, profile: Profile) -> str:
     """Return the script of a job; it will lie in `folder`, beside its log and its exit code."""
     shared = project_root() / "launch" / "job.sh"
-    lines = [
-        "#!/bin/bash",
-        f"# {folder.parent.name}: {job.label}, written by `recipes launch`",
-    ]
+    lines = ["#!/bin/bash", f"# {folder.parent.name}: {job.label}, written by `recipes launch`"]
     lines += directives(job, folder, profile)
     lines += [
         "",

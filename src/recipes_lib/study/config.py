@@ -176,10 +176,7 @@ def study_file(word: str) -> Path | None:
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Load and check a study, its recipes and its evals; all errors are reported at once.
-
-    Args:
-        path: a file, or the short name of a study.
-        overrides: `section.key=value` for every recipe, and `key=value` for the study's keys.
+    `overrides` are `section.key=value` for every recipe, and `key=value` for the study's keys.
     """
     of_recipes = [word for word in overrides if "." in _key_of(word)]
     of_study = [word for word in overrides if word not in of_recipes]

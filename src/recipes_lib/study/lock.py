@@ -34,9 +34,7 @@ _FREE = {"train.seed", "launch.accelerate", "launch.gpus", "launch.nodes"}
 
 def lock_design(study: Study) -> None:
     """Write the lock while nothing is evaluated, and copy its hash into every run without a result.
-
-    A design that is changed before any result exists is locked anew. Beside results nothing is
-    ever written: a lock that is gone by then stays gone.
+    Beside results nothing is ever written: a lock that is gone by then stays gone.
     """
     evaluated = {folder.name for folder in evaluated_folders(study)}
     if not evaluated and changed_values(study, read_lock(study)):

@@ -30,20 +30,13 @@ _WANDB_SERVER = "https://api.wandb.ai"
 
 @dataclass(frozen=True)
 class Host:
-    """Where the work will run, as far as that decides what can be looked at from here.
-
-    Attributes:
-        environment: the variables that it will see.
-        set_there: variables that get their values only there.
-        is_here: whether it is this machine.
-        own_python: whether it runs with this Python, whose packages can be looked for.
-        starts_judges: whether a judge that is expected on its machine is started there.
-    """
+    """Where the work will run, as far as that decides what can be looked at from here."""
 
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
-    set_there: frozenset[str] = frozenset()
-    is_here: bool = True
-    own_python: bool = True
+    set_there: frozenset[str] = frozenset()  # variables that get their values only there
+    is_here: bool = True  # whether it is this machine
+    own_python: bool = True  # whether it runs with this Python, whose packages can be looked for
+    # whether a judge that is expected on its machine is started there
     starts_judges: bool = field(default_factory=lambda: "RECIPES_JUDGE_WANTED" in os.environ)
 
     def has(self, *names: str) -> bool:
@@ -157,10 +150,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @cache  # many files name one server
 def _ask(address: str, key: str | None) -> str | None:
-    """Ask a server for its models; return why it cannot be used, or None if it answers.
-
-    Any answer will do, "no such page" too, but one that refuses the key and one of a proxy whose
-    server is away.
+    """Ask a server for its models; return why it cannot be used, or None if it answers. Any answer
+    will do, "no such page" too, but one that refuses the key, or of a proxy whose server is away.
     """
     parts = urlsplit(address)
     # a query of the address stays behind the path

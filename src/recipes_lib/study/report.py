@@ -1,7 +1,5 @@
-"""The end of a study: comparison, report, and the gate for CI.
-
-Until everything that a study declares is there, its arms are not compared. A study whose design
-changed after results were seen has no verdicts (`lock.py`).
+"""The end of a study: comparison, report, and the gate for CI. Until everything that a study
+declares is there, its arms are not compared.
 """
 
 from __future__ import annotations

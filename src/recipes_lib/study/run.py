@@ -1,8 +1,5 @@
-"""`recipes study plan`, `status` and `run`: what a study consists of, what is done, and doing the
-rest. Imports no torch before it evaluates.
-
-A training is done when its run is finished with the settings and data that the study has now; an
-evaluation when its result is of what would be evaluated now.
+"""`recipes study plan`, `status` and `run`: what of a study is done, and doing the rest. Imports no
+torch before it evaluates.
 """
 
 from __future__ import annotations
@@ -274,8 +271,7 @@ def unmet(study: Study, arms: Sequence[Arm], fetch: bool = False) -> Iterator[Re
 def _heeding(stop_file: Path) -> Iterator[None]:
     """Make a SIGTERM of this process of a file that asks it to stop, until the block ends."""
     ended = threading.Event()
-    main_thread = threading.main_thread().ident
-    assert main_thread is not None
+    main_thread = threading.get_ident()
 
     def watch() -> None:
         while not ended.wait(_POLL_S):

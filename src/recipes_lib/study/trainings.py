@@ -1,6 +1,5 @@
-"""The trainings of a study: what they are called, and whether they are as the study has them now.
-
-A training is done when its run is finished with the settings and data that the study has now.
+"""The trainings of a study: what they are called, and which are done: finished with the settings
+and data that the study has now.
 """
 
 from __future__ import annotations

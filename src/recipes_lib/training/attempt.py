@@ -37,7 +37,7 @@ from recipes_lib.training.stopping import EXIT_CODES, StopRequest
 from recipes_lib.training.trainer import ExactTrainer
 from recipes_lib.weights.export import write_card
 from recipes_lib.weights.load import base_fingerprint, model_path
-from recipes_lib.weights.runs import check_saved
+from recipes_lib.weights.proof import check_saved
 
 
 @dataclass

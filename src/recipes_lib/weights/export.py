@@ -26,22 +26,16 @@ from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.data.sources import listed_sources
 from recipes_lib.models.families import needs_of, short_name
 from recipes_lib.models.packaged import SOURCE
-from recipes_lib.weights.load import (
-    ADAPTER_WEIGHTS,
-    attach,
-    free_memory,
-    load_base,
-    load_saved,
-)
+from recipes_lib.weights.load import ADAPTER_WEIGHTS, attach, free_memory, load_base, load_saved
 from recipes_lib.weights.runs import (
     ADAPTER_CONFIG,
     RECORD,
-    RECORDED,
     TrainedRun,
     check_base_of,
     check_weights,
     merge_record,
     recorded_hashes,
+    recorded_names,
 )
 
 if TYPE_CHECKING:
@@ -96,9 +90,11 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, An
 
     recipe = trained.recipe
     tokenizer = AutoTokenizer.from_pretrained(trained.weights)
-    asked: list[list[Message]] = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    texts = [generation_prompt(trained.prompt_section, tokenizer, turns) for turns in asked]
-    prompts = [tokenizer(text).input_ids for text in texts]
+    prompts = []
+    for question in QUESTIONS:
+        turns: list[Message] = [{"role": "user", "content": question}]
+        text = generation_prompt(trained.prompt_section, tokenizer, turns)
+        prompts.append(tokenizer(text).input_ids)
 
     # base + adapter -> merged model -> files. What the model needs goes with the call that made it:
     # one name left here would keep all of it beside the model that is read next.
@@ -151,7 +147,8 @@ def _fold(
         say(f"the {recipe.base_format} base is dequantised first; what it lost stays lost")
         plain = plain.dequantize(dtype=precision)
     model: Any = attach(plain.to(precision), {"default": trained.weights})
-    if layer := _shared_layer(model):
+    layer = _shared_layer(model)
+    if layer is not None:
         what = f"the adapter cannot be merged: {layer} shares its weight with another layer"
         raise RecipeError(what, "use the adapter on its base: export, chat and eval take it")
     for key, parameter in model.eval().named_parameters():
@@ -176,12 +173,13 @@ def _shared_layer(model: Any) -> str | None:
     """Return a layer with an adapter whose weight another layer uses too (tied embeddings, Zamba2):
     what is folded into it would be in all places.
     """
-    named = [*model.named_parameters(remove_duplicate=False)]
-    times = Counter(id(weight) for _, weight in named)
+    named = list(model.named_parameters(remove_duplicate=False))
+    num_uses = Counter(id(weight) for _, weight in named)
     for name, weight in named:
-        is_shared = times[id(weight)] > 1
-        if is_shared and ".base_layer." in name and "token_adapter" not in short_name(name):
-            return short_name(name)
+        layer = short_name(name)
+        is_adapted = ".base_layer." in name and "token_adapter" not in layer
+        if is_adapted and num_uses[id(weight)] > 1:
+            return layer
     return None
 
 
@@ -189,9 +187,11 @@ def logits_on(model: Any, prompts: list[list[int]]) -> torch.Tensor:
     """Return the logits of all prompts' tokens, shape (tokens, vocabulary)."""
     import torch
 
+    rows = []
     with torch.no_grad():
-        ids = [torch.tensor([prompt], device=model.device) for prompt in prompts]
-        rows = [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in ids]
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=model.device)
+            rows.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
     return torch.cat(rows)
 
 
@@ -200,7 +200,9 @@ def logits_on(model: Any, prompts: list[list[int]]) -> torch.Tensor:
 
 def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     """Write the run's weights, or `merged/`, into a new folder; return the files, by name."""
-    name, target = trained.run.name, to.expanduser().resolve()
+    name = trained.run.name
+    recipe = trained.recipe
+    target = to.expanduser().resolve()
     record = merge_record(trained) if merged else None
     if merged and not record:
         what = f"run '{name}' has no complete merged/ of its current adapter"
@@ -212,18 +214,21 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
         check_base_of(trained)
     check_weights(trained.run, trained.full)
 
-    source, recipe = trained.merged if merged else trained.weights, trained.recipe
-    base, summary = public_name(recipe), trained.run.read_state().get("summary") or {}
-    taken = {file for pattern in RECORDED for file in source.glob(pattern)} - {source / RECORD}
+    source = trained.merged if merged else trained.weights
+    base = public_name(recipe)
+    summary = trained.run.read_state().get("summary") or {}
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         scratch.mkdir()
-        for file in taken:
-            shutil.copyfile(file, scratch / file.name)
-        for file in filter(Path.is_file, map(scratch.joinpath, _WITH_PATHS)):
+        for file_name in recorded_names(source):
+            file = scratch / file_name
+            if file_name != RECORD:
+                shutil.copyfile(source / file_name, file)
+            if file_name not in _WITH_PATHS:
+                continue
             values = read_object(file)
-            if file.name == ADAPTER_CONFIG:
+            if file_name == ADAPTER_CONFIG:
                 values["base_model_name_or_path"] = base
                 values["revision"] = recipe.model.revision if is_hub_id(base) else None
             text = json.dumps(values, indent=2, ensure_ascii=False)
@@ -244,7 +249,8 @@ def write_card(
     import jinja2
     from huggingface_hub import ModelCardData
 
-    base, lora = public_name(recipe), recipe.lora
+    base = public_name(recipe)
+    lora = recipe.lora
     stated = base_file(recipe, "README.md")
     licence = stated.get("license_name") or stated.get("license")
     names = [source.source for source in listed_sources(recipe.data)]
@@ -262,12 +268,13 @@ def write_card(
     if lora is not None:
         kind = "QLoRA" if recipe.quantization else "LoRA"
         method = f"{kind} (r {lora.get('r')}, alpha {lora.get('lora_alpha')})"
-        method += f" on the {recipe.base_format} base" if recipe.base_format else ""
-    numbers = {
-        name.replace("_", " "): f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-        for name, value in summary.items()
-        if isinstance(value, int | float)
-    }
+        if recipe.base_format:
+            method += f" on the {recipe.base_format} base"
+    numbers = {}
+    for name, value in summary.items():
+        if isinstance(value, int | float):
+            text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+            numbers[name.replace("_", " ")] = text
     blocks = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
     template = Path(__file__).with_name("card.md.jinja").read_text("utf-8")
     card = blocks.from_string(template).render(
@@ -316,7 +323,8 @@ def push(folder: Path, repo: str, public: bool) -> str:
     """Upload an exported folder to OWNER/NAME, made if it does not exist; return its address."""
     from huggingface_hub import HfApi
 
-    api, message = HfApi(), "Weights exported from a checked run"
+    api = HfApi()
+    message = "Weights exported from a checked run"
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)

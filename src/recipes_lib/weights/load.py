@@ -95,7 +95,6 @@ def load_model(
     """Load the base model in the recipe's precision and attention kernel.
 
     Args:
-        recipe: says which model, and how.
         tokenizer: decides how many rows the embeddings need.
         quantization_config: bitsandbytes', for a base in 4 or 8 bits.
         empty: leave the weights out (meta device), but those of a checkpoint that is quantized.
@@ -104,9 +103,11 @@ def load_model(
     import torch
     import transformers
 
-    section, path = recipe.model, model_path(recipe.model)
+    section = recipe.model
+    path = model_path(section)
     attention = section.attn_implementation
-    if not (folder := local_folder(recipe)) or not any(folder.glob(_WEIGHTS)):
+    folder = local_folder(recipe)
+    if folder is None or not any(folder.glob(_WEIGHTS)):
         say_once(f"fetching {path} from the Hub ...")
     # else transformers 5.24 takes a bot's conversion of pickles, from another revision
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -123,9 +124,10 @@ def load_model(
                 device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
             if device is not None and device != "cpu":
                 options["device_map"] = {"": device}
-            if plain := not_quantized(config):
+            plain = not_quantized(config)
+            if plain:
                 plain += quantization_config.llm_int8_skip_modules or ()
-                quantization_config.llm_int8_skip_modules = sorted({*plain})
+                quantization_config.llm_int8_skip_modules = sorted(set(plain))
         elif isinstance(packed, dict) and packed.get("quant_method") == DEQUANTIZED:
             # without a GPU, or with its kernels, transformers would decide otherwise
             options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
@@ -152,13 +154,8 @@ def load_model(
 def load_base(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, merged_in: str | None = None
 ) -> PreTrainedModel:
-    """Load the base as its recipe says, on the GPU where one has room.
-
-    Args:
-        recipe: says which base, and in how many bits.
-        tokenizer: decides how many rows the embeddings need.
-        merged_in: the type, not quantized, that the caller converts the base into, and that needs
-            the room; "auto" is the base's own.
+    """Load the base as its recipe says, on the GPU where one has room. `merged_in` is the type, not
+    quantized, that the caller converts it into, and that needs the room; "auto" is the base's own.
     """
     import torch
 
@@ -191,8 +188,11 @@ def load_saved(
     """Load a whole model (a full fine-tuning, or a merged one) from its folder alone; on the CPU
     where the GPU has no room, if so asked, else that is an error.
     """
-    values = {"name_or_path": str(folder), "revision": None, "resize_embeddings": False}
-    section = recipe.model.model_copy(update=values | ({"dtype": dtype} if dtype else {}))
+    changes: dict[str, Any] = {"name_or_path": str(folder), "revision": None}
+    changes["resize_embeddings"] = False
+    if dtype is not None:
+        changes["dtype"] = dtype
+    section = recipe.model.model_copy(update=changes)
     model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
     if on_cpu_if_full:
         return model.to(device_with_room(model))
@@ -200,22 +200,18 @@ def load_saved(
 
 
 def device_to_answer(model: PreTrainedModel) -> torch.device:
-    """Return this process's GPU, or the CPU of a machine without one.
-
-    Raises:
-        EnvironmentFault: the GPU has no room for the model now; on the CPU beside it a model of
-            billions of parameters would answer for days.
-    """
+    """Return this process's GPU, or the CPU of a machine without one; refuse a GPU without room."""
     import torch
 
     device = device_with_room(model)
+    # a model of billions of parameters would answer for days on the CPU beside it
     if device.type == "cpu" and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         needed = _ROOM * model.get_memory_footprint()
-        gib = [f"{size / 2**30:.1f} GiB" for size in (needed, free, total)]
-        what = f"the model needs {gib[0]} of GPU memory; {gib[1]} of {gib[2]} is free"
+        gib = 2**30
+        room = f"{free / gib:.1f} GiB of {total / gib:.1f} GiB is free"
         raise EnvironmentFault(
-            what,
+            f"the model needs {needed / gib:.1f} GiB of GPU memory; {room}",
             "end what else uses the GPU (nvidia-smi), a judge's server among it; or choose another"
             " with CUDA_VISIBLE_DEVICES=1, or the CPU with CUDA_VISIBLE_DEVICES=",
         )
@@ -271,7 +267,8 @@ def attach(
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             what = f"{folder} does not load on its base: {one_line(error)}"
             raise RecipeError(what, hint) from error
-        if names := sorted({*loaded.missing_keys, *loaded.unexpected_keys}):
+        names = sorted({*loaded.missing_keys, *loaded.unexpected_keys})
+        if names:
             what = f"{folder} does not fit its base: {len(names)} weights differ ({names[0]}, ...)"
             raise RecipeError(what, hint)
         if len(dtypes) == 1:
@@ -289,10 +286,11 @@ def explain_load_failure(section: ModelSection, error: Exception) -> Environment
     """Return in one line why a model cannot be loaded, and what to do."""
     from huggingface_hub import errors
 
-    name, causes = section.name_or_path, set[type[BaseException]]()
+    name = section.name_or_path
+    causes: set[type] = set()
     cause: BaseException | None = error
     while cause is not None:
-        causes |= {*type(cause).__mro__}
+        causes.update(type(cause).__mro__)
         cause = cause.__cause__ or cause.__context__
     what = f"cannot load '{name}': {one_line(error)}"
     hint = "check the name and model.revision (private: hf auth login); a folder needs safetensors"
