@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Mapping
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 # what several verbs take
 RecipeWord = Annotated[str, "path or name of a recipe"]
@@ -28,52 +28,37 @@ def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> No
     for name, parameter in parameters(function).items():
         if name in GIVEN:
             continue
-        annotated, text, *least = get_args(hints[name])
+        kind, text, *least = get_args(hints[name])
+        if get_origin(kind) in (Union, UnionType):  # `T | None`
+            kind = next(part for part in get_args(kind) if part is not NoneType)
         is_flag = parameter.kind is parameter.KEYWORD_ONLY
-        optional = parameter.default is not parameter.empty
-        options = _options_of(name, _without_none(annotated), is_flag, optional)
-        options["help"] = text
-        options["default"] = parameter.default if optional else None
-        if options.get("metavar") == "N":
-            options["type"] = at_least(least[0] if least else 1)
+        is_required = parameter.default is parameter.empty
+        options: dict[str, Any] = {"help": text}
+        options["default"] = None if is_required else parameter.default
+        metavar = name.rstrip("_").upper()
+        if is_flag:  # --max-new-tokens TOKENS
+            metavar = metavar.rpartition("_")[2]
+        if kind is bool:
+            options["action"] = "store_true"
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        elif kind is int:
+            options |= {"metavar": "N", "type": at_least(least[0] if least else 1)}
+        elif get_origin(kind) is list:
+            options |= {"metavar": metavar.removesuffix("S"), "nargs": "+"}
+            if is_flag:
+                options["action"] = "extend"  # the flag may be given again
+            elif not is_required:
+                options["nargs"] = "*"
+        else:
+            options |= {"metavar": metavar, "type": kind}
         if is_flag:
             flag = f"--{name.rstrip('_').replace('_', '-')}"
-            parser.add_argument(flag, dest=name, required=not optional, **options)
-            continue
-        if optional and "nargs" not in options:
-            options["nargs"] = "?"
-        parser.add_argument(name, **options)
-
-
-def _without_none(annotated: Any) -> Any:
-    """Return `T` of `T | None`; lists and literals as they are."""
-    if get_origin(annotated) in (list, Literal):
-        return annotated
-    parts = [part for part in get_args(annotated) if part is not NoneType]
-    return parts[0] if parts else annotated
-
-
-def _options_of(name: str, kind: Any, is_flag: bool, optional: bool) -> dict[str, Any]:
-    """Return what argparse is told of a parameter of this type, but its help and default."""
-    if kind is bool:
-        return {"action": "store_true"}
-    if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
-    if kind is int:
-        return {"metavar": "N"}
-    metavar = name.rstrip("_").upper()
-    if is_flag:  # --max-new-tokens TOKENS
-        metavar = metavar.rpartition("_")[2]
-    if get_origin(kind) is list:
-        options: dict[str, Any] = {"metavar": metavar.removesuffix("S"), "nargs": "+"}
-        if is_flag:
-            options["action"] = "extend"  # the flag may be given again
-        elif optional:
-            options["nargs"] = "*"
-        return options
-    if kind is str:
-        return {"metavar": metavar}
-    return {"metavar": metavar, "type": kind}
+            parser.add_argument(flag, dest=name, required=is_required, **options)
+        else:
+            if not is_required:
+                options.setdefault("nargs", "?")
+            parser.add_argument(name, **options)
 
 
 def parameters(function: Callable[..., int]) -> Mapping[str, inspect.Parameter]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
-from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.run_directory import open_run
@@ -42,8 +41,10 @@ def run_chat(
     for family in loaded:
         for name in family.names:
             title = name
-            if name == BASE and len(loaded) > 1:
-                title = _base_title(family.recipe)
+            if name == BASE and len(loaded) > 1:  # several: by its name, and how it is asked
+                title = f"{BASE} {family.recipe.model.name_or_path}"
+                if family.recipe.base_format:
+                    title += f" in {family.recipe.base_format}"
             conversations.append(Conversation(family=family, name=name, title=title))
             if system:
                 conversations[-1].messages.append({"role": "system", "content": system})
@@ -66,37 +67,25 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
 
     def ask(self, question: str, sampling: Sampling) -> str:
-        """Return the answer to a question; both stay in the conversation."""
+        """Return the answer to a question, asked in the run's prompt format (the base: as the first
+        run); both stay in the conversation.
+        """
+        from recipes_lib.data.encoding import prompt_ids
+
         self.messages.append({"role": "user", "content": question})
-        text = answer(self.family, self.name, self.messages, sampling)
-        self.messages.append({"role": "assistant", "content": text})
-        return text
-
-
-def _base_title(recipe: Recipe) -> str:
-    """Return the title of a base where there are several: its name, and how it is asked."""
-    title = f"{BASE} {recipe.model.name_or_path}"
-    if recipe.base_format:
-        title += f" in {recipe.base_format}"
-    return title
-
-
-def answer(family: Family, name: str, messages: Sequence[Message], sampling: Sampling) -> str:
-    """Return the next answer, asked in the run's prompt format (the base: as the first run)."""
-    from recipes_lib.data.encoding import prompt_ids
-
-    section, tokenizer = family.prompting(name)
-    prompt = generation_prompt(section, tokenizer, messages=messages)
-    request = Request(
-        key=name,
-        ids=tuple(prompt_ids(section, tokenizer, prompt)),
-        seed=random.getrandbits(31),
-    )
-    engine = TransformersEngine(partial(family.answering, name), tokenizer)
-    (done,) = engine.complete([request], sampling)
-    if done.finish_reason == TOO_LONG:
-        raise RecipeError("the conversation is longer than the model can read: start a new one")
-    return done.text
+        section, tokenizer = self.family.prompting(self.name)
+        prompt = generation_prompt(section, tokenizer, messages=self.messages)
+        request = Request(
+            key=self.name,
+            ids=tuple(prompt_ids(section, tokenizer, prompt)),
+            seed=random.getrandbits(31),
+        )
+        engine = TransformersEngine(partial(self.family.answering, self.name), tokenizer)
+        (done,) = engine.complete([request], sampling)
+        if done.finish_reason == TOO_LONG:
+            raise RecipeError("the conversation is longer than the model can read: start a new one")
+        self.messages.append({"role": "assistant", "content": done.text})
+        return done.text
 
 
 def _typed_questions() -> Iterator[str]:

@@ -42,8 +42,7 @@ def run_launch(
     json: Annotated[bool, "status: print one JSON object"] = False,
 ) -> int:
     """Submit a recipe or a study, print what would be submitted, or look after it."""
-    first = words[0]
-    rest = words[1:]
+    first, *rest = words
     if first in ("status", "cancel") and not Path(first).exists():
         if overrides:
             raise RecipeError(f"recipes launch {first}: unknown argument '{overrides[0]}'")
@@ -163,7 +162,7 @@ def run_prefetch(
 ) -> int:
     """Fetch, or check offline, as a job on a compute node does."""
     files = [word for word in words if "=" not in word]
-    values = [*(word for word in words if "=" in word), *overrides]
+    values = [word for word in words if "=" in word] + list(overrides)
     if not files:
         hint = "recipes prefetch RECIPE evals/alpaca_eval.yaml --profile P"
         raise RecipeError("recipes prefetch: name what to fetch", hint)
@@ -173,7 +172,13 @@ def run_prefetch(
         # the Hub's libraries read them once, when they are imported
         for name in ("HUB_OFFLINE", "DATASETS_OFFLINE", "DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ[f"HF_{name}"] = "1"
-    needs = _needs_of(files, values, trust_remote_code)
+    evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
+    needs: dict[Need, None] = {}  # each once, in order
+    for file in files:
+        # the values are those of the recipes, if there are any
+        is_beside_recipes = file in evals and len(evals) < len(files)
+        overrides_of_file = [] if is_beside_recipes else values
+        needs |= dict.fromkeys(prefetch_needs(file, overrides_of_file, trust_remote_code))
     missing = 0
     for need in needs:
         try:
@@ -189,16 +194,3 @@ def run_prefetch(
     if check:
         return ExitCode.DONE
     return next_step("prefetch", *files, *values, "--check")
-
-
-def _needs_of(files: Sequence[str], values: Sequence[str], remote_code: bool) -> list[Need]:
-    """Return what files need, each once. Values are those of the recipes among them."""
-    evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
-    needs: dict[Need, None] = {}
-    for file in files:
-        is_for_recipes = len(evals) < len(files)
-        overrides: Sequence[str] = values
-        if file in evals and is_for_recipes:
-            overrides = ()
-        needs.update(dict.fromkeys(prefetch_needs(file, overrides, remote_code)))
-    return list(needs)

@@ -41,8 +41,7 @@ def run_data(
     _say_audit(data.audit, data.splits["method"])
     if evals:
         _refuse_leaks(loaded, evals)
-    num_shown = min(show, len(data.train))
-    for row in data.train.select(range(num_shown)):
+    for row in data.train.select(range(min(show, len(data.train)))):
         _show_row(row, tokenizer)
     say()
     return next_step("train", recipe, *words)
@@ -50,17 +49,14 @@ def run_data(
 
 def _refuse_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
     """Say for each eval how many of its questions the training rows hold; raise where too many."""
-    leaks_of = search_recipe(recipe, evals, fetch=True)
-    for name, leaks in leaks_of.items():
+    errors = []
+    for name, leaks in search_recipe(recipe, evals, fetch=True).items():
         if leaks.found:
             say(str(leak_error(name, leaks, recipe)))
         else:
             say(leaks.summary(name))
-    errors = [
-        leak_error(name, leaks, recipe, limit=NUM_KEPT)
-        for name, leaks in leaks_of.items()
-        if leaks.is_error
-    ]
+        if leaks.is_error:
+            errors.append(leak_error(name, leaks, recipe, limit=NUM_KEPT))
     if errors:
         raise RecipeErrors(errors)
 
@@ -74,10 +70,10 @@ def _say_audit(audit: DataAudit, split_method: str) -> None:
     sides = f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test"
     say(f"{sides} (split: {split_method})")
     say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}", *audit.notes)
-    columns = ("total", "median", "max")
+    columns = ["total", "median", "max"]
     table = [["tokens", *columns]]
     for title, numbers in audit.tokens.items():
-        table.append([title, *(f"{numbers[column]:,}" for column in columns)])
+        table.append([title] + [f"{numbers[column]:,}" for column in columns])
     say("", *aligned(table))
     for note in audit.warnings:
         say(f"note: {note}")

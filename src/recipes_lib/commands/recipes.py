@@ -25,7 +25,7 @@ from recipes_lib.config.documents import (
     value_text,
     wrong_kind,
 )
-from recipes_lib.config.fitting import UserRows, fit_to_rows
+from recipes_lib.config.fitting import fit_to_rows
 from recipes_lib.config.launch import (
     DEFAULT_PORT,
     AccelerateConfig,
@@ -34,28 +34,18 @@ from recipes_lib.config.launch import (
     plan_launch,
 )
 from recipes_lib.config.migrate import migrate
-from recipes_lib.config.new import (
-    Method,
-    NewData,
-    chosen_keys,
-    copy_of,
-    new_recipe,
-    schema_line,
-)
+from recipes_lib.config.new import Method, chosen_keys, copy_of, new_recipe, schema_line
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.preflight import check_model_files, check_upstream, planned_launch
 from recipes_lib.config.recipe import (
-    CLASSES,
-    TRAIN_DEFAULTS,
-    LoraSection,
     Recipe,
     RecipeFile,
-    TrainSection,
     check_recipe,
     keys_of,
     load_recipe,
     recipe_of,
 )
+from recipes_lib.config.upstream_sections import CLASSES, TRAIN_DEFAULTS, LoraSection, TrainSection
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import (
     DataError,
@@ -76,6 +66,9 @@ from recipes_lib.training.resume_guard import differences, flatten
 if TYPE_CHECKING:
     from recipes_lib.evals.recipe import EvalRecipe
 
+# Kind of a file that `new` copies whole -> the folder where it is looked for by its name.
+_COPIED_TO = {"profile": "launch/profiles", "accelerate": "accelerate_configs"}
+
 # ---- new ----
 
 
@@ -92,11 +85,15 @@ def run_new(
     """Write the recipe and print it; nothing is left where no row can be read."""
     check_run_name(name)
     kind = read(from_).kind
+    folder = "recipes" if Path("recipes").is_dir() else ""
+    target = output or Path(_COPIED_TO.get(kind, folder), f"{name}.yaml")
+    file = shown_path(target)
+    if target.exists():
+        raise RecipeError("exists already", "write elsewhere: --output OTHER.yaml", file=file)
     if kind in _COPIED_TO:
-        return _copy(name, from_, output or Path(_COPIED_TO[kind], f"{name}.yaml"))
-    folder = Path("recipes") if Path("recipes").is_dir() else Path()
-    target = output or folder / f"{name}.yaml"
-    file = _unused(target)
+        write_text(target, copy_of(recipe_path(from_), target))
+        say(f"wrote {file}; {from_} with its comments")
+        return next_step("check", file)
     origin = load_recipe(from_, overrides)
     new_text = functools.partial(
         new_recipe, name, target, origin, model=model, method=method, words=overrides
@@ -116,50 +113,30 @@ def _new_with_rows(
     columns: dict[str, str] = {}
     for document in read_words(overrides):
         columns |= document.values.get("data", {}).get("columns") or {}
-    rows = NewData(data, formats_of(data, columns))
-    write_text(target, new_text(rows=rows))
+    new_text = functools.partial(new_text, data=data, formats=formats_of(data, columns))
+    write_text(target, new_text())
     bad = BadRows()
     try:
         # the origin's batch may be larger than all of the rows
         recipe = load_recipe(target, ["run.global_batch_size=null"])
-        read_rows = read_data(recipe.data, bad)
-        if not read_rows.rows:
-            raise bad.error(read_rows.num_read)
-        num_characters = max(len(json.dumps(row.fields)) for row in read_rows.rows)
-        user_rows = UserRows(len(read_rows.rows), num_characters)
-        fitted = fit_to_rows(load_recipe(target), user_rows, chosen_keys(overrides))
+        reading = read_data(recipe.data, bad)
+        if not reading.rows:
+            raise bad.error(reading.num_read)
+        longest = max(len(json.dumps(row.fields)) for row in reading.rows)
+        chosen = chosen_keys(overrides)
+        fitted = fit_to_rows(load_recipe(target), len(reading.rows), longest, chosen)
     except RecipesError:
         target.unlink()
         raise
-    text = new_text(rows=rows, fitted=fitted)
+    text = new_text(fitted=fitted)
     write_text(target, text)
     file = shown_path(target)
     say(f"wrote {file}:\n{text.rstrip()}", *fitted.lines)
     if bad and recipe.data.on_bad_row == "error":
-        raise bad.error(read_rows.num_read)
+        raise bad.error(reading.num_read)
     for error in check_rows(load_recipe(target)):
         raise error
     return next_step("check", file)
-
-
-# Kind of a file that is copied whole -> the folder where it is looked for by its name.
-_COPIED_TO = {"profile": "launch/profiles", "accelerate": "accelerate_configs"}
-
-
-def _copy(name: str, origin: str, target: Path) -> int:
-    """Write a copy of a profile or an accelerate config."""
-    file = _unused(target)
-    write_text(target, copy_of(recipe_path(origin), target))
-    say(f"wrote {file}; {origin} with its comments")
-    return next_step("check", file)
-
-
-def _unused(target: Path) -> str:
-    """Return how a user would type a file that does not exist yet."""
-    file = shown_path(target)
-    if target.exists():
-        raise RecipeError("exists already", "write elsewhere: --output OTHER.yaml", file=file)
-    return file
 
 
 # ---- migrate ----
@@ -261,22 +238,18 @@ def run_explain(
     """Print what is known about a key, a section's keys, or the sections."""
     keys = _known_keys()
     name = _full_name(key, keys) if key else ""
-    inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
-    if not inner:
-        _say_key(name, keys[name])
-        return ExitCode.DONE
-    if name:
-        say(f"{name}: {keys[name].get('description', '')}")
-    rows = []
-    for key, schema in inner.items():
-        text = textwrap.shorten(schema.get("description") or "", 80, placeholder=" ...")
-        rows.append([f"  {key.rpartition('.')[2]}", text])
-    say(*aligned(rows))
-    return next_step("explain", next(iter(inner)) if name else "train")
-
-
-def _say_key(name: str, schema: JsonSchemaValue) -> None:
-    """Print a key's type, its default with who set it, and its documentation."""
+    inner = [key for key in keys if key.rpartition(".")[0] == name]
+    if inner:
+        if name:
+            say(f"{name}: {keys[name].get('description', '')}")
+        rows = []
+        for inner_key in inner:
+            text = keys[inner_key].get("description") or ""
+            shortened = textwrap.shorten(text, 80, placeholder=" ...")
+            rows.append([f"  {inner_key.rpartition('.')[2]}", shortened])
+        say(*aligned(rows))
+        return next_step("explain", inner[0] if name else "train")
+    schema = keys[name]
     section, _, word = name.partition(".")
     source = ""
     if section == "train" and word in TRAIN_DEFAULTS:
@@ -288,6 +261,7 @@ def _say_key(name: str, schema: JsonSchemaValue) -> None:
         say(f"  default {value_text(schema.get('default'))}{source}")
     text = schema.get("description") or "no documentation upstream"
     say(f"  {' '.join(text.split())}")
+    return ExitCode.DONE
 
 
 def _known_keys() -> dict[str, JsonSchemaValue]:

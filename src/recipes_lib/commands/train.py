@@ -101,7 +101,9 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
                 elif _steps_began(run) in (None, earlier_steps_began):
                     killed = f"{word} before the first step"
                 else:
-                    _ask_for_checkpoint(run, number)
+                    say(STOPPING)
+                    with suppress(OSError):  # on a full disk only a second signal helps
+                        run.stop_file.write_text("INT" if number == signal.SIGINT else "")
             if killed:
                 shutil.rmtree(folder)  # a rank that finds it gone does not begin
                 os.killpg(launcher.pid, signal.SIGKILL)
@@ -126,17 +128,12 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
         return code
 
 
-def _ask_for_checkpoint(run: RunDirectory, number: int) -> None:
-    """Write the STOP file, which every rank looks for after a step."""
-    say(STOPPING)
-    with suppress(OSError):  # on a full disk only a second signal helps
-        run.stop_file.write_text("INT" if number == signal.SIGINT else "")
-
-
 def _steps_began(run: RunDirectory) -> str | None:
     """Return when the newest attempt's first step began; None if none has."""
     state = object_or_none(run.state_file) or {}
-    return state.get("steps_began") if state.get("state") == "running" else None
+    if state.get("state") != "running":
+        return None
+    return state.get("steps_began")
 
 
 def _record_end(run: RunDirectory, killed: str, ended: str, code: int) -> None:

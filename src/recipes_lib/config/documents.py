@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.config.typed_words import hints_of_word
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.project import project_root, recipe_path, shown_path
 from recipes_lib.core.terminal import holds_secret, is_secret_name
@@ -24,6 +23,8 @@ KeyPath = tuple[str | int, ...]
 Values = dict[str, Any]  # of a YAML mapping
 COMMAND_LINE = "command line"
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
+# Sections whose keys go to a server as they are, and into every record of what was asked.
+_SECTIONS_OF_SERVERS = ("judge", "generation")
 
 # YAML 1.2: `no`, `010` and `1:30` are text, `2e-5` is a number.
 _TAG = "tag:yaml.org,2002:"
@@ -38,17 +39,19 @@ for _name, _pattern in {
 }.items():
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), [None])
 
-# Kind of a file -> top-level keys; the first kind with one of the file's is it.
+# What configs of other programs have, and those of other kinds of training.
+_FOREIGN_KEYS = (
+    "base_model", "finetuning_type", "stage", "checkpointer", "peft", "beta", "reward_funcs",
+    "num_generations", "max_completion_length", "max_prompt_length",
+)  # fmt: skip
+# Kind of a file -> its top-level keys. A file is of the first kind that has one of its keys.
 KINDS: dict[str, tuple[str, ...]] = {
     "eval": ("suite", "generation"),
     "study": ("question", "factors", "arms", "seeds", "tune"),
     "profile": ("sbatch", "stages", "setup", "srun", "max_requeues"),
     "judge": ("judge", "thresholds"),
     "lm_eval_task": ("task", "output_type", "doc_to_text"),
-    "foreign": (
-        *("base_model", "finetuning_type", "stage", "checkpointer", "peft", "beta", "reward_funcs"),
-        *("num_generations", "max_completion_length", "max_prompt_length"),
-    ),
+    "foreign": _FOREIGN_KEYS,
     "recipe": SECTIONS,
     "accelerate": ("compute_environment", "distributed_type"),
     "flat": ("model_name_or_path", "dataset_name", "output_dir"),
@@ -62,6 +65,15 @@ _HINTS = {
     "accelerate": "it says how a recipe is launched: recipes train RECIPE --accelerate FILE",
 }
 _ROWS = "to train on rows: recipes new NAME --from RECIPE --data FILE"
+# Short names that other programs give to keys of a recipe.
+SHORT_NAMES = {
+    "lr": "train.learning_rate",
+    "epochs": "train.num_train_epochs",
+    "batch_size": "train.per_device_train_batch_size",
+    "model_name_or_path": "model.name_or_path",
+    "base_model": "model.name_or_path",
+    "dataset": "data.source",
+}
 
 
 class MissingRows(RecipeError):
@@ -104,10 +116,14 @@ class Document:
     @property
     def kind(self) -> str:
         """The file's kind by its top-level keys, empty for none."""
-        if not isinstance(self.values, dict) or not self.values:
-            what = "is not a mapping of keys" if self.values else "is empty"
-            raise RecipeError(what, _ROWS, file=self.file)
-        return next((kind for kind, keys in KINDS.items() if self.values.keys() & {*keys}), "")
+        if not self.values:
+            raise RecipeError("is empty", _ROWS, file=self.file)
+        if not isinstance(self.values, dict):
+            raise RecipeError("is not a mapping of keys", _ROWS, file=self.file)
+        for kind, keys in KINDS.items():
+            if not self.values.keys().isdisjoint(keys):
+                return kind
+        return ""
 
     def origin(self, key: str | KeyPath | int) -> Origin:
         """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest around; or
@@ -116,9 +132,13 @@ class Document:
         if isinstance(key, int):
             return Origin(self.file, None if self.file == COMMAND_LINE else key)
         path = tuple(key.split(".")) if isinstance(key, str) else key
-        around = [path[:length] for length in range(len(path), 0, -1)]
-        around += [known for known in self.origins if known[: len(path)] == path]
-        return next((self.origins[key] for key in around if key in self.origins), Origin(self.file))
+        for length in range(len(path), 0, -1):
+            if path[:length] in self.origins:
+                return self.origins[path[:length]]
+        for inner_path, origin in self.origins.items():
+            if inner_path[: len(path)] == path:
+                return origin
+        return Origin(self.file)
 
     def error(self, key: str | KeyPath | int, what: str, *hints: str) -> RecipeError:
         """Return an error at the place of a key or on a line."""
@@ -130,15 +150,16 @@ class Document:
         wrote the key, then in the working directory and the project; where there is none, the
         first, or with `keep_missing` the name itself.
         """
-        beside = Path(self.origin(key).file).parent  # that of the command line is `.`
-        places = [folder / Path(name).expanduser() for folder in (beside, Path(), project_root())]
         if keep_missing and len(name) > 255:  # a whole template: no file has such a name
             return name
-        place = next((place for place in places if place.exists()), places[0])
-        if keep_missing and not place.exists():
+        beside = Path(self.origin(key).file).parent  # that of the command line is `.`
+        candidates = [root / Path(name).expanduser() for root in (beside, Path(), project_root())]
+        existing = [path for path in candidates if path.exists()]
+        if keep_missing and not existing:
             return name
+        path = existing[0] if existing else candidates[0]
         # links among the folders are followed, for the sake of `..`; the file keeps its name
-        return str(place.parent.resolve() / place.name)
+        return str(path.parent.resolve() / path.name)
 
 
 def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
@@ -150,8 +171,9 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     path = recipe_path(path)
     files = _with_parents(path, ())
     document = Document(path, text=files[-1].text)
-    once = {part.path.resolve(): part for part in files}
-    for part in [*once.values(), *read_words(overrides)]:
+    # two parents may extend the same file
+    files_once = {part.path.resolve(): part for part in files}
+    for part in [*files_once.values(), *read_words(overrides)]:
         if isinstance(part.values, dict) and isinstance(document.values, dict):
             _merge(document, document.values, part.values, ())
         else:
@@ -163,10 +185,13 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 
 def _with_parents(path: Path, below: tuple[Path, ...]) -> list[Document]:
     """Return the files that `path` extends, then itself."""
-    part, circle = _read_file(path), (*below, path.resolve())
+    part = _read_file(path)
+    circle = (*below, path.resolve())
     names = part.values.pop("extends", []) if isinstance(part.values, dict) else []
+    if not isinstance(names, list):
+        names = [names]
     parts: list[Document] = []
-    for name in map(str, names if isinstance(names, list) else [names]):
+    for name in map(str, names):
         beside = path.parent / name
         parent = beside if beside.is_file() else recipe_path(name)
         if ".." in Path(name).parts:
@@ -182,40 +207,59 @@ def _with_parents(path: Path, below: tuple[Path, ...]) -> list[Document]:
 
 
 def _merge(document: Document, into: Values, new: Values, at: KeyPath) -> None:
+    """Merge values into those of a document at a key path."""
     for key, value in new.items():
         path = (*at, key)
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(document, into[key], value, path)
             continue
         into[key] = value
-        for known in [known for known in document.origins if known[: len(path)] == path]:
-            del document.origins[known]
+        # what stood inside the replaced value stands nowhere now
+        for inner in [inner for inner in document.origins if inner[: len(path)] == path]:
+            del document.origins[inner]
 
 
 def read_words(words: Iterable[str]) -> list[Document]:
     """Return a document for each `section.key=value`, with its one value in nested mappings."""
-    return [_override(word) for word in words]
+    documents: list[Document] = []
+    for word in words:
+        name, separator, text = word.removeprefix("--").partition("=")
+        keys = name.split(".")
+        document = Document(Path(COMMAND_LINE), text=text)
+        if not separator or not all(keys):
+            raise document.error(1, f"'{word}' is not section.key=value", _hint_of_word(word))
+        document.origins[tuple(keys)] = document.origin(1)
+        _compose(document, tuple(keys))
+        for key in reversed(keys):
+            document.values = {key: document.values}
+        documents.append(document)
+    return documents
 
 
-def _override(word: str) -> Document:
-    """Return the document that holds the one value of `section.key=value`."""
-    name, separator, text = word.removeprefix("--").partition("=")
-    keys = name.split(".")
-    document = Document(Path(COMMAND_LINE), text=text)
-    if not separator or not all(keys):
-        what = f"'{word}' is not section.key=value"
-        raise document.error(1, what, *hints_of_word(word))
-    document.origins[tuple(keys)] = document.origin(1)
-    _compose(document, tuple(keys))
-    for key in reversed(keys):
-        document.values = {key: document.values}
-    return document
+def _hint_of_word(word: str) -> str:
+    """Return what to type instead of a word that is no `section.key=value`."""
+    name = word.lstrip("-").replace("-", "_")
+    example = "for example train.learning_rate=1e-4"
+    if name.startswith("resume"):
+        return "the same command resumes a run that was stopped"
+    if word.startswith("-"):
+        key = SHORT_NAMES.get(name, f"train.{name}")
+        return f"keys of a recipe have no dashes and no spaces: {key}=VALUE"
+    if word in ("=", ":"):
+        return f"write it without spaces, {example}"
+    if ":" in word:
+        return f"write it with =: {word.replace(':', '=', 1)}"
+    if recipe_path(word).is_file():
+        return "one recipe at a time; several are a study: recipes study --help"
+    return f"write key and value in one word, {example}"
 
 
 def _read_file(path: Path) -> Document:
     document = Document(path)
+    if not path.exists():
+        raise no_such_file(path)
     if not path.is_file():  # a pipe or a device may never end
-        raise RecipeError("is not a file", file=path) if path.exists() else no_such_file(path)
+        raise RecipeError("is not a file", file=path)
     if path.suffix in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
         raise RecipeError("is a file of rows, not YAML", _ROWS, file=document.file)
     try:
@@ -238,24 +282,16 @@ def _compose(document: Document, at: KeyPath) -> None:
         node = yaml.compose(document.text, Loader=_Loader)
     except yaml.YAMLError as error:
         context = getattr(error, "context", None) or ""
-        # an open quote or bracket is wrong where it begins
-        is_open = "flow" in context or "scanning" in context
-        mark = getattr(error, "context_mark" if is_open else "problem_mark", None)
+        mark = getattr(error, "problem_mark", None)
+        if "flow" in context or "scanning" in context:
+            # an open quote or bracket is wrong where it begins
+            mark = getattr(error, "context_mark", None)
         what = f"YAML: {context} {getattr(error, 'problem', error)}"
         hints = ["indent with spaces; YAML allows no tabs"] if "\t" in document.text else []
-        raise document.error(mark.line + 1 if mark else 1, " ".join(what.split()), *hints) from None
+        line = mark.line + 1 if mark else 1
+        raise document.error(line, " ".join(what.split()), *hints) from None
     if node is not None:
         document.values = _build(document, node, at)
-
-
-# Sections whose keys go to a server as they are, and into every record of what was asked.
-_OF_SERVERS = ("judge", "generation")
-
-
-def _is_secret(key: str | int, node: yaml.Node) -> bool:
-    """Whether a key of this name holds a secret."""
-    has_text = isinstance(node, yaml.ScalarNode) and node.value not in ("", "null", "~")
-    return has_text and isinstance(key, str) and is_secret_name(key)
 
 
 def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
@@ -264,7 +300,8 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     document.origins.setdefault(at, document.origin(line))
     if len(document.origins) > 100_000 or len(at) > 100:  # an alias may hold itself
         raise document.error(line, "too many values, or nested too deeply")
-    if at and at[0] in _OF_SERVERS and _is_secret(at[-1], node):
+    has_text = isinstance(node, yaml.ScalarNode) and node.value not in ("", "null", "~")
+    if has_text and at and at[0] in _SECTIONS_OF_SERVERS and is_secret_name(str(at[-1])):
         what = f"{dotted(at)} is a secret; a recipe must not hold one"
         hint = f"export a variable, and name it in {at[0]}.api_key_variable"
         document.problems.append(document.error(line, what, hint))
@@ -275,13 +312,14 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     if isinstance(node, yaml.MappingNode):
         values: Values = {}
         for key_node, value_node in node.value:
-            is_text = isinstance(key_node, yaml.ScalarNode)
-            key, line = key_node.value if is_text else "?", key_node.start_mark.line + 1
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
+            path = (*at, key)
+            line = key_node.start_mark.line + 1
             if key in values:
-                what = f"duplicate key '{dotted((*at, key))}', also at {document.origins[*at, key]}"
+                what = f"duplicate key '{dotted(path)}', also at {document.origins[path]}"
                 document.problems.append(document.error(line, what))
-            document.origins[*at, key] = document.origin(line)
-            values[key] = _build(document, value_node, (*at, key))
+            document.origins[path] = document.origin(line)
+            values[key] = _build(document, value_node, path)
         return values
     return yaml.constructor.SafeConstructor().construct_object(node)
 
@@ -301,12 +339,14 @@ def value_text(value: Any, longest: int = 10**9) -> str:
     options: Values = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
     # no other white space is stripped: a value may begin or end with it
     text = str(yaml.safe_dump(value, width=10**9, **options)).strip("\n").removesuffix("\n...")
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+    if len(text) > longest:
+        return f"{text[: longest - 3]}..."
+    return text
 
 
 def did_you_mean(word: str, names: Iterable[str], show: Callable[[str], object] = str) -> list[str]:
     """Return the hint `did you mean X?` as a list, of none if no name is near; `show` makes X."""
-    near = difflib.get_close_matches(word, [*names], 1, cutoff=0.65)
+    near = difflib.get_close_matches(word, list(names), 1, cutoff=0.65)
     return [f"did you mean {show(name)}?" for name in near]
 
 
@@ -318,12 +358,14 @@ def near_file(path: Path) -> list[str]:
 
 def no_such_file(path: Path) -> RecipeError:
     """Return the error for a file that does not exist, with one of a similar name."""
-    hints = (*near_file(path), "all recipes: recipes ls")
+    hints = [*near_file(path), "all recipes: recipes ls"]
     return RecipeError("no such file or recipe", *hints, file=shown_path(path))
 
 
 def wrong_kind(document: Document, expected: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
-    kind, keys = document.kind, value_text([*document.values], 200)
+    kind = document.kind
+    keys = value_text(list(document.values), 200)
     what = f"expected a YAML of kind {expected}, found {kind or 'unknown'}: its keys are {keys}"
-    return RecipeError(what, *filter(None, [_HINTS.get(kind)]), file=document.file)
+    hints = [_HINTS[kind]] if kind in _HINTS else []
+    return RecipeError(what, *hints, file=document.file)

@@ -27,14 +27,17 @@ TRAIN_FLAGS = {
     "resume_anyway": "resume although settings that affect the result have changed",
     "trust_remote_code": "run code that ships with the model, if the recipe allows it too",
 }
-# accelerate reads over unknown keys; the last five, of FSDP1, are written by `accelerate config`
+WRAP_KEY = "fsdp_transformer_layer_cls_to_wrap"
+# accelerate reads over unknown keys
 _FSDP_KEYS = {
-    *("fsdp_version", "fsdp_state_dict_type", "fsdp_auto_wrap_policy", "fsdp_min_num_params"),
-    *("fsdp_transformer_layer_cls_to_wrap", "fsdp_reshard_after_forward", "fsdp_offload_params"),
-    *("fsdp_activation_checkpointing", READS_ONCE_KEY, "fsdp_backward_prefetch"),
-    *("fsdp_forward_prefetch", "fsdp_use_orig_params", "fsdp_sync_module_states"),
-    "fsdp_sharding_strategy",
-}
+    "fsdp_version", "fsdp_state_dict_type", "fsdp_auto_wrap_policy", "fsdp_min_num_params",
+    "fsdp_reshard_after_forward", "fsdp_offload_params", "fsdp_activation_checkpointing",
+    WRAP_KEY, READS_ONCE_KEY,
+    # of FSDP1, which `accelerate config` writes for FSDP2, too
+    "fsdp_backward_prefetch", "fsdp_forward_prefetch", "fsdp_use_orig_params",
+    "fsdp_sync_module_states", "fsdp_sharding_strategy",
+}  # fmt: skip
+_FIXED_FOR_FSDP = {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}
 
 
 AccelerateConfigName = Annotated[str, IsPath(unless=lambda name: not Path(name).suffix)]
@@ -71,12 +74,14 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
     """Return the accelerate config of a path, or of a name in an accelerate_configs/ folder."""
     path = Path(name_or_path)
     if not path.suffix:
-        folders = [root / "accelerate_configs" for root in (project_root(), Path.cwd())]
-        known = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
-        if path.name not in known:
+        files: dict[str, Path] = {}
+        for root in (project_root(), Path.cwd()):
+            for file in (root / "accelerate_configs").glob("*.yaml"):
+                files[file.stem] = file
+        if path.name not in files:
             what = f"launch.accelerate '{path}' is not a file in accelerate_configs/"
-            raise RecipeError(what, *did_you_mean(path.name, known), f"known: {', '.join(known)}")
-        path = known[path.name]
+            raise RecipeError(what, *did_you_mean(path.name, files), f"known: {', '.join(files)}")
+        path = files[path.name]
     config = parse(AccelerateConfig, read(path), accelerate_rules)
     return config.model_copy(update={"path": path})
 
@@ -93,21 +98,22 @@ def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[R
     for key in config.fsdp_config.keys() - _FSDP_KEYS:
         near = did_you_mean(key, _FSDP_KEYS, "fsdp_config.{}".format)
         yield document.error(f"fsdp_config.{key}", f"unknown key 'fsdp_config.{key}'", *near)
-    fixed = {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}
-    for key, value in fixed.items() if config.distributed_type == "FSDP" else ():
-        if config.fsdp_config.get(key) != value:
+    for key, value in _FIXED_FOR_FSDP.items():
+        if config.distributed_type == "FSDP" and config.fsdp_config.get(key) != value:
             why = "FSDP1 is deprecated, and a sharded final save writes no adapter"
             yield document.error(f"fsdp_config.{key}", f"fsdp_config.{key} must be {value}: {why}")
 
 
-def precision_conflict(train: Values, asked: str, asked_by: str) -> list[str]:
+def precision_conflict(train: Values, requested: str, source: str) -> list[str]:
     """Return what is wrong and what to do if a launch requests another mixed precision than the
     recipe's `train` section: it would silently win.
     """
-    half = "fp16" if train.get("fp16") else "no" if train.get("bf16") is False else "bf16"
-    if asked.lower() in ("no", half):
+    half = "no" if train.get("bf16") is False else "bf16"
+    if train.get("fp16"):
+        half = "fp16"
+    if requested.lower() in ("no", half):
         return []
-    what = f"{asked_by} asks for mixed_precision {asked}, but the recipe for {half} (train.bf16)"
+    what = f"{source} asks for mixed_precision {requested}, but the recipe for {half} (train.bf16)"
     return [what, "let the recipe decide: mixed_precision: 'no', and no flag or variable for it"]
 
 
@@ -139,7 +145,8 @@ class Launch:
             words += ["--num_processes", str(self.world_size)]
         if self.machines != self.config.num_machines:
             words += ["--num_machines", str(self.machines)]
-            words += ["--same_network"] if self.machines > 1 else []
+            if self.machines > 1:
+                words.append("--same_network")
         if self.machines > 1:
             words += ["--machine_rank", str(self.rank), "--main_process_ip", str(self.address)]
         if self.port:
@@ -148,13 +155,13 @@ class Launch:
 
     def command(self, script: Sequence[str]) -> list[str]:
         """Return the plain command; `python -m` for one process, which can be stopped cleanly."""
-        if self.world_size == 1:
-            # what accelerate launch would set: the training refuses another than the recipe's
-            asked = f"ACCELERATE_MIXED_PRECISION={self.config.mixed_precision}"
-            words = ["env", asked, f"ACCELERATE_USE_CPU={str(self.config.use_cpu).lower()}"]
-            return [*words, sys.executable, *script]
-        accelerate = str(Path(sys.executable).with_name("accelerate"))
-        return [accelerate, "launch", *self.launcher_words(), *script]
+        if self.world_size > 1:
+            accelerate = str(Path(sys.executable).with_name("accelerate"))
+            return [accelerate, "launch", *self.launcher_words(), *script]
+        # what accelerate launch would set: the training refuses another than the recipe's
+        precision = f"ACCELERATE_MIXED_PRECISION={self.config.mixed_precision}"
+        on_cpu = f"ACCELERATE_USE_CPU={str(self.config.use_cpu).lower()}"
+        return ["env", precision, on_cpu, sys.executable, *script]
 
 
 @dataclass(frozen=True)
@@ -178,11 +185,12 @@ def plan_launch(
     config = load_accelerate_config(accelerate or section.accelerate)
     if accelerate is None:
         gpus = gpus or section.gpus
-        nodes = nodes or (section.nodes if section.nodes > 1 else None)
-    single = config.distributed_type == "NO"
-    per_machine = 1 if single else max(config.num_processes // config.num_machines, 1)
+        if nodes is None and section.nodes > 1:
+            nodes = section.nodes
+    is_single = config.distributed_type == "NO"
+    per_machine = 1 if is_single else max(config.num_processes // config.num_machines, 1)
     launch = Launch(config, gpus or per_machine, nodes or config.num_machines)
-    if single and launch.world_size > 1:
+    if is_single and launch.world_size > 1:
         what = f"{config.path.stem} starts one process, but {launch.world_size} were requested"
         hint = "for several: --accelerate ddp or fsdp; on CPUs ddp_cpu or fsdp_cpu"
         raise RecipeError(what, hint)
@@ -191,9 +199,9 @@ def plan_launch(
 
 def place_machine(launch: Launch, rank: int | None, host: str | None, port: int | None) -> Launch:
     """Return the launch with this machine's place in it."""
-    if launch.machines == 1 and (rank is not None or host):
-        raise RecipeError("--machine-rank and --main-process-ip also need --nodes")
     if launch.machines == 1:
+        if rank is not None or host:
+            raise RecipeError("--machine-rank and --main-process-ip also need --nodes")
         return replace(launch, port=port)
     port = port or launch.config.main_process_port or DEFAULT_PORT
     if rank is None or host is None or not 0 <= rank < launch.machines:
@@ -212,7 +220,8 @@ def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int
     batch = f"{per_device} per device x {world_size} processes = {micro_batch}"
     what = f"run.global_batch_size {global_batch_size} is not a multiple of {batch}"
     hint = f"set it to {(accumulation + 1) * micro_batch}"
-    if global_batch_size % world_size == 0:  # another batch is another experiment, this is not
+    if global_batch_size % world_size == 0:
+        # another batch is another experiment, fewer examples at a time are not
         smaller = math.gcd(global_batch_size // world_size, per_device)
         hint = f"keep the batch with train.per_device_train_batch_size: {smaller}, or {hint}"
     raise RecipeError(what, hint)

@@ -6,6 +6,7 @@ the end.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from recipes_lib.config.documents import (
     value_text,
     wrong_kind,
 )
-from recipes_lib.config.recipe import RENAMES, LoraSection, QuantizationSection, TrainSection
+from recipes_lib.config.recipe import QuantizationSection
+from recipes_lib.config.upstream_sections import RENAMES, LoraSection, TrainSection
 from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import is_secret_name
 
@@ -62,11 +64,10 @@ _BUILDERS = ("json", "csv", "parquet")
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 # Keys by which TRL renders conversations, and which do nothing for other rows.
 _OF_CONVERSATIONS = ("chat_template", "system_prompt", "assistant_only_loss")
-_ROWS_ARE_ELSEWHERE = (
-    "The rows are not on this machine: set prompt_format to what TRL would find in them.",
-    "  messages: chat, and train.completion_only_loss: false (TRL learns every token of them)",
-    "  prompt and completion: chat (lists of messages) or raw (texts); text: raw",
-)
+_ROWS_ARE_ELSEWHERE = """\
+# The rows are not on this machine: set prompt_format to what TRL would find in them.
+#   messages: chat, and train.completion_only_loss: false (TRL learns every token of them)
+#   prompt and completion: chat (lists of messages) or raw (texts); text: raw"""
 
 # Returns the first row of a source's split on this machine; None where the rows are elsewhere.
 FirstRow = Callable[[str, str], Mapping[str, Any] | None]
@@ -81,15 +82,6 @@ class Migrated:
 
 
 @dataclass(frozen=True)
-class _Addition:
-    """A value that TRL fills in where the class behind a section fills in something else."""
-
-    key: str  # of the recipe
-    value: object
-    why: str
-
-
-@dataclass(frozen=True)
 class _Rows:
     """How TRL would read the rows. It asks the first one, and so does this."""
 
@@ -101,33 +93,27 @@ class _Rows:
 
 @dataclass
 class _Recipe:
-    """The recipe as far as it is made."""
+    """The recipe as far as it is made; keys are dotted."""
 
-    texts: dict[str, list[str]] = field(default_factory=dict)  # dotted key -> its lines
-    values: Values = field(default_factory=dict)  # dotted key -> its value
+    texts: dict[str, str] = field(default_factory=dict)  # of a key with its comments
+    values: Values = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)  # lines of comments
     changes: list[str] = field(default_factory=list)
 
-    def add(self, addition: _Addition) -> None:
+    def add(self, key: str, value: object, why: str) -> None:
         """Add what TRL would fill in, unless the file says it."""
-        if addition.key not in self.texts:
-            name = addition.key.partition(".")[2]
-            text = value_text(addition.value)
-            self.texts[addition.key] = [f"# {addition.why}", f"{name}: {text}"]
-            self.changes.append(f"added {addition.key}: {text}; {addition.why}")
+        if key not in self.texts:
+            text = value_text(value)
+            self.texts[key] = f"# {why}\n{key.partition('.')[2]}: {text}"
+            self.changes.append(f"added {key}: {text}; {why}")
 
     def lines(self) -> list[str]:
-        """Return the sections' lines, then what was left out."""
+        """Return the text of each section, then what was left out."""
         lines: list[str] = []
         for section in SECTIONS:
-            inner: list[str] = []
-            for key, texts in self.texts.items():
-                if key.startswith(f"{section}."):
-                    inner += texts
-            if inner:
-                lines += ["", f"{section}:"]
-            for line in inner:
-                lines.append(f"  {line}" if line else "")
+            texts = [text for key, text in self.texts.items() if key.startswith(f"{section}.")]
+            if texts:
+                lines += ["", f"{section}:", textwrap.indent("\n".join(texts), "  ")]
         if self.left_out:
             lines += ["", "# Left out by `recipes migrate`:", *self.left_out]
         return lines
@@ -146,26 +132,23 @@ def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> Migrate
     first_line = min(flat.origin((key,)).line or 0 for key in flat.values)
     comments = [line for line in flat.text.split("\n")[: first_line - 1] if line.startswith("#")]
     for key, value in flat.values.items():
-        lines = _lines_of(flat, key)
+        lines, comments_below = _lines_of(flat, key)
         home = home_of(key)
         why = _why_left_out(key, home, flat.values, rows)
         if not why and home in recipe.texts:
             why = "another key of this file already sets it"
         if why:
-            copied = [f"{key}: (not copied)"] if is_secret_name(key) else lines.own
+            copied = [f"{key}: (not copied)"] if is_secret_name(key) else lines
             recipe.left_out += [*comments, f"# {why}:", *(f"#   {line}" for line in copied)]
             recipe.changes.append(f"{flat.origin((key,))}: {key} left out; {why}")
         else:
             new_value = _new_value(flat, key, value, target)
+            new_lines = _new_lines(key, value, home, new_value, lines)
             recipe.values[home] = new_value
-            recipe.texts[home] = [*comments, *_new_lines(key, value, home, new_value, lines.own)]
+            recipe.texts[home] = "\n".join(comments + new_lines)
             recipe.changes.append(f"{flat.origin((key,))}: {key} -> {home}")
-        comments = lines.comments_below
-    for addition in _additions(flat.values, recipe.values, rows):
-        recipe.add(addition)
-    if rows.prompt_format is None:
-        recipe.texts["data.prompt_format"] = [f"# {line}" for line in _ROWS_ARE_ELSEWHERE]
-        recipe.changes.append(f"not written: data.prompt_format; {rows.why}")
+        comments = comments_below
+    _add_defaults(recipe, flat.values, rows)
     text = "\n".join([head, *recipe.lines(), *comments]).lstrip("\n")
     return Migrated(f"{text}\n", recipe.changes)
 
@@ -185,15 +168,8 @@ def home_of(key: str) -> str:
     return ""
 
 
-@dataclass(frozen=True)
-class _KeyLines:
-    """The lines of a key in the flat file, and the comments between it and the next one."""
-
-    own: list[str]
-    comments_below: list[str]
-
-
-def _lines_of(flat: Document, key: str) -> _KeyLines:
+def _lines_of(flat: Document, key: str) -> tuple[list[str], list[str]]:
+    """Return a key's lines in the flat file, and the comments between it and the next key."""
     lines = flat.text.split("\n")
     start = flat.origin((key,)).line or 0
     starts = [flat.origin((name,)).line or 0 for name in flat.values]
@@ -203,7 +179,7 @@ def _lines_of(flat: Document, key: str) -> _KeyLines:
     size = len(between)
     while size > 1 and between[size - 1][:1] in ("", "#"):
         size -= 1
-    return _KeyLines(between[:size], [line for line in between[size:] if line])
+    return between[:size], [line for line in between[size:] if line]
 
 
 def _new_lines(key: str, value: Any, home: str, new_value: Any, lines: list[str]) -> list[str]:
@@ -211,9 +187,7 @@ def _new_lines(key: str, value: Any, home: str, new_value: Any, lines: list[str]
     name = home.partition(".")[2]
     if new_value == value and lines[0].startswith(key):
         return [f"{name}{lines[0].removeprefix(key)}", *lines[1:]]
-    comments: list[str] = []
-    for line in lines:
-        comments += re.findall(r"\s(#.*)", line)
+    comments = re.findall(r"\s(#.*)", "\n".join(lines))
     return [*comments, f"{name}: {value_text(new_value)}"]
 
 
@@ -344,28 +318,25 @@ def _rows_like(row: Mapping[str, Any], flat: Values) -> _Rows:
     return _Rows(None, f"TRL knows no rows with the columns {', '.join(row)}")
 
 
-def _additions(flat: Values, values: Values, rows: _Rows) -> list[_Addition]:
-    """Return what TRL fills in where the class behind a section fills in something else."""
-    added: list[_Addition] = []
+def _add_defaults(recipe: _Recipe, flat: Values, rows: _Rows) -> None:
+    """Add what TRL fills in where the class behind a section fills in something else."""
     if flat.get("use_peft"):
-        why = "TRL's default; PEFT's differs"
         for key, value in LORA_DEFAULTS.items():
-            added.append(_Addition(f"lora.{key}", value, why))
+            recipe.add(f"lora.{key}", value, "TRL's default; PEFT's differs")
     if flat.get("load_in_4bit"):
-        added.append(_Addition("quantization.bnb_4bit_quant_type", "nf4", "TRL's default"))
-        dtype = values.get("model.dtype")
+        recipe.add("quantization.bnb_4bit_quant_type", "nf4", "TRL's default")
+        dtype = recipe.values.get("model.dtype")
         if dtype in ("bfloat16", "float16", "float32"):
             why = "TRL computes in the model's dtype"
-            added.append(_Addition("quantization.bnb_4bit_compute_dtype", dtype, why))
+            recipe.add("quantization.bnb_4bit_compute_dtype", dtype, why)
     if rows.prompt_format is not None:
-        added.append(
-            _Addition("data.prompt_format", rows.prompt_format, f"the rows are {rows.why}")
-        )
+        recipe.add("data.prompt_format", rows.prompt_format, f"the rows are {rows.why}")
     if rows.has_loss_on_all:
         why = "TRL learns every token of messages; true learns only the answers"
-        added.append(_Addition("train.completion_only_loss", False, why))
-    evaluates = values.get("train.eval_strategy") not in ("no", None)
-    split = {"validation": 0.1} if evaluates else {"method": "none"}
-    why = "rows are held out only if the config evaluates"
-    added.append(_Addition("data.split", split, why))
-    return added
+        recipe.add("train.completion_only_loss", False, why)
+    evaluates = recipe.values.get("train.eval_strategy") not in ("no", None)
+    split: Values = {"validation": 0.1} if evaluates else {"method": "none"}
+    recipe.add("data.split", split, "rows are held out only if the config evaluates")
+    if rows.prompt_format is None:
+        recipe.texts["data.prompt_format"] = _ROWS_ARE_ELSEWHERE
+        recipe.changes.append(f"not written: data.prompt_format; {rows.why}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -31,21 +30,14 @@ _OF_CHAT = ("chat_template", "chat_template_kwargs", "template_date", "system_pr
 _SCHEMA_MARK = "# yaml-language-server: $schema="
 
 
-@dataclass(frozen=True)
-class NewData:
-    """The user's own rows: a file or folder, and the prompt formats that can read it."""
-
-    file: Path
-    formats: tuple[str, ...]
-
-
 def new_recipe(
     name: str,
     target: Path,
     origin: Recipe,
     *,
     model: str | None = None,
-    rows: NewData | None = None,
+    data: Path | None = None,
+    formats: Sequence[str] = (),
     method: Method | None = None,
     words: Sequence[str] = (),
     fitted: Fitted | None = None,
@@ -53,26 +45,32 @@ def new_recipe(
     """Return the text of a recipe called `name` that extends `origin` and will lie at `target`.
 
     Args:
-        rows: the user's own. Steps become shares of the training.
+        data: the user's own rows, a file or folder. Steps become shares of the training.
+        formats: the prompt formats that can read these rows.
         words: `section.key=value`, as the user typed them; `origin` was read with them.
         fitted: what the number of rows changes.
     """
     values: Values = {"model": {}, "quantization": {}, "lora": {}, "data": {}, "train": {}}
     if model is not None:
         _set_model(values, target, origin, model)
-    if rows is not None:
-        _set_rows(values, target, origin, rows, chosen_keys(words))
+    if data is not None:
+        values["data"]["source"] = relative_path(target, data)
+        _set_rows(values, origin, formats, chosen_keys(words))
     if method is not None:
         _set_method(values, origin, method)
     values["run"] = {"name": name, "tags": []}
     if fitted is not None:
-        values["data"] |= fitted.data
-        values["train"] |= fitted.train
-        values["run"] |= fitted.run
-    _set_words(values, target, origin, words)
+        _write(values, fitted.values, {}, target)
+    for document in read_words(words):
+        _write(values, document.values, origin.document.values, target)
     written = {key: value for key, value in values.items() if value is None or value}
     text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
-    lines = [schema_line(target), f"extends: {_name_of(origin, target)}", text]
+    path = origin.path.resolve()
+    parent = relative_path(target, path)
+    shipped = project_root().resolve() / "recipes"
+    if path.is_relative_to(shipped):  # its short name holds wherever the package lies
+        parent = path.relative_to(shipped).with_suffix("").as_posix()
+    lines = [schema_line(target), f"extends: {parent}", text]
     return "\n".join(line for line in lines if line)
 
 
@@ -88,26 +86,23 @@ def _set_model(values: Values, target: Path, origin: Recipe, model: str) -> None
         values["lora"]["target_modules"] = "all-linear"
 
 
-def _set_rows(
-    values: Values, target: Path, origin: Recipe, rows: NewData, chosen: set[str]
-) -> None:
+def _set_rows(values: Values, origin: Recipe, formats: Sequence[str], chosen: set[str]) -> None:
     """Other rows: what the origin says about its own source goes with it."""
     data = values["data"]
-    data["source"] = relative_path(target, rows.file)
     for key in _OF_THE_SOURCE:
         _reset(data, origin, key)
     if origin.data.filters != FiltersSection():
         data["filters"] = FiltersSection().model_dump()
     prompt_format: str = origin.data.prompt_format
-    if prompt_format not in rows.formats and "data.prompt_format" not in chosen:
-        prompt_format = rows.formats[0]
+    if prompt_format not in formats and "data.prompt_format" not in chosen:
+        prompt_format = formats[0]
         data["prompt_format"] = prompt_format
     if prompt_format != "chat":
         for key in _OF_CHAT:
             _reset(data, origin, key)
         if origin.train.get("assistant_only_loss"):
             values["train"]["assistant_only_loss"] = False
-    if rows.formats == ("raw",) and origin.train.get("completion_only_loss"):
+    if list(formats) == ["raw"] and origin.train.get("completion_only_loss"):
         values["train"]["completion_only_loss"] = None
     values["train"] |= {"max_steps": -1, "eval_steps": 0.2, "save_steps": 0.2}
 
@@ -144,19 +139,15 @@ def chosen_keys(words: Sequence[str]) -> set[str]:
     return keys
 
 
-def _set_words(values: Values, target: Path, origin: Recipe, words: Sequence[str]) -> None:
-    """Write what the user chose, with paths as they are seen from the recipe."""
-    for document in read_words(words):
-        _write(values, document.values, origin.document.values, target)
-
-
 def _write(into: Values, chosen: Values, resolved: Values, target: Path) -> None:
-    """Merge nested values into others, which they replace. `resolved` has absolute paths."""
+    """Merge chosen values into others, which they replace. Paths, which are absolute in `resolved`,
+    are written as they are seen from the recipe.
+    """
     for key, value in chosen.items():
         found = resolved.get(key)
         if isinstance(value, dict):
-            inner = into.get(key)
-            into[key] = inner if isinstance(inner, dict) else {}
+            if not isinstance(into.get(key), dict):
+                into[key] = {}
             _write(into[key], value, found if isinstance(found, dict) else {}, target)
         elif isinstance(found, str) and found != value and Path(found).exists():
             into[key] = relative_path(target, Path(found))
@@ -183,14 +174,3 @@ def copy_of(file: Path, target: Path) -> str:
         if target.resolve().is_relative_to(project_root().resolve()):
             lines.insert(0, f"{_SCHEMA_MARK}{relative_path(target, schema)}")
     return "\n".join(lines)
-
-
-def _name_of(origin: Recipe, target: Path) -> str:
-    """Return how a recipe at `target` names its origin: a shipped one by its short name, which
-    holds wherever the package lies.
-    """
-    shipped = project_root().resolve() / "recipes"
-    path = origin.path.resolve()
-    if path.is_relative_to(shipped):
-        return path.relative_to(shipped).with_suffix("").as_posix()
-    return relative_path(target, path)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recipes_lib.config.documents import (
+    SHORT_NAMES,
     Document,
     KeyPath,
     did_you_mean,
@@ -17,7 +18,6 @@ from recipes_lib.config.documents import (
     value_text,
     wrong_kind,
 )
-from recipes_lib.config.typed_words import SHORT_NAMES
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 
 _MAX_NAMES = 20  # that a message lists
@@ -74,22 +74,23 @@ def judge(
     """Return what `parse` does, and everything that is wrong: rules judge what the model takes."""
     document.values = _absolute(model, document, document.values, ())
     value, refused = _validated(model, document.values)
-    errors = [*document.problems]
+    errors = list(document.problems)
     for path, details in refused.items():
         errors.append(document.error(path, *_sentence(model, path, details)))
     if refused:
         value, _ = _validated(model, _without(document.values, refused))
     if value is not None:
-        errors += [error for rule in rules for error in rule(value, document)]
+        for rule in rules:
+            errors += rule(value, document)
     return value, errors
 
 
 def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
     """Return a value of the type `kind`, in which paths are made absolute in place."""
     arguments = typing.get_args(kind)
-    mark = next((part for part in arguments if isinstance(part, IsPath)), None)
-    if mark and value and isinstance(value, str):
-        return document.absolute(at, value, keep_missing=mark.unless(value))
+    marks = [part for part in arguments if isinstance(part, IsPath)]
+    if marks and value and isinstance(value, str):
+        return document.absolute(at, value, keep_missing=marks[0].unless(value))
     if isinstance(value, list) and typing.get_origin(kind) is list:
         for index, item in enumerate(value):
             value[index] = _absolute(arguments[0], document, item, (*at, index))
@@ -109,22 +110,26 @@ def _validated(model: type[M], values: Any) -> tuple[M | None, dict[KeyPath, lis
     """Return the values as a model, or None and what it refuses, by key; of a union, what is wrong
     in a part of it.
     """
-    refused: dict[KeyPath, list[Any]] = {}
     try:
-        return model.model_validate(values), refused
+        return model.model_validate(values), {}
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
-            path: list[str | int] = []
-            inner = values
-            for step in detail["loc"]:  # pydantic puts the alternatives of a union between the keys
-                is_key = isinstance(inner, dict) and step in inner
-                if is_key or (isinstance(inner, list) and isinstance(step, int)):
-                    inner = inner[step]
-                    path.append(step)
-            path += detail["loc"][-1:] if detail["type"] == "missing" else ()
-            refused.setdefault(tuple(path), []).append(detail)
-    parts = {path[:length] for path in refused for length in range(1, len(path))}
-    return None, {path: details for path, details in refused.items() if path not in parts}
+        details = error.errors(include_url=False)
+    refused: dict[KeyPath, list[Any]] = {}
+    around: set[KeyPath] = set()  # the paths of what lies around a refused value
+    for detail in details:
+        path: KeyPath = ()
+        inner = values
+        for step in detail["loc"]:  # pydantic puts the alternatives of a union between the keys
+            is_key = isinstance(inner, dict) and step in inner
+            if is_key or (isinstance(inner, list) and isinstance(step, int)):
+                around.add(path)
+                path = (*path, step)
+                inner = inner[step]
+        if detail["type"] == "missing":
+            around.add(path)
+            path = (*path, detail["loc"][-1])
+        refused.setdefault(path, []).append(detail)
+    return None, {path: found for path, found in refused.items() if path not in around - {()}}
 
 
 def _without(values: Any, paths: Iterable[KeyPath]) -> Any:
@@ -141,40 +146,51 @@ def _without(values: Any, paths: Iterable[KeyPath]) -> Any:
 
 def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list[str]:
     """Return what is wrong with a key, then hints."""
-    name, value, kind = dotted(path), details[0]["input"], details[0]["type"]
+    name = dotted(path)
+    kind = details[0]["type"]
     if kind == "missing":
         return [f"{name} is missing"]
     if any(detail["type"] == "extra_forbidden" for detail in details):
         return _unknown(model, path)
+    if kind == "model_type":  # a plain mapping has no keys of ours
+        return [f"{name} is a section, not a value", f"its keys: recipes explain {name}"]
     what = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
     what = what.replace("or Input should be", "or").replace("Value error, ", "")
     what = what.partition(" or instance of ")[0]
     if what.count("'") > 2 * _MAX_NAMES:
         what = f"not one of the choices (recipes explain {name})"
-    if details[0]["type"] == "model_type":  # a plain mapping has no keys of ours
-        return [f"{name} is a section, not a value", f"its keys: recipes explain {name}"]
-    return [f"{name}: {what}, got {value_text(value, 60)}"]
+    return [f"{name}: {what}, got {value_text(details[0]['input'], 60)}"]
 
 
 def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
     """Return that a key does not exist, and what to write instead."""
-    models: list[type[BaseModel]] = [model]
-    for step in path[:-1]:  # an item of a list is of the models around it
-        fields = [known.model_fields[step] for known in models if step in known.model_fields]
-        models = [inner for known in fields for inner in _models_in(known.annotation)] or models
-    key, name, section = str(path[-1]).replace("-", "_"), dotted(path), dotted(path[:-1])
-    gone = {old: remedy for known in models for old, remedy in getattr(known, "gone", {}).items()}
-    if key in gone:
-        return [f"'{name}' cannot be set here", gone[key]]
+    sections: list[type[BaseModel]] = [model]  # that the value may be; several of a union
+    for step in path[:-1]:
+        inner: list[type[BaseModel]] = []
+        for section in sections:
+            if step in section.model_fields:
+                inner += _models_in(section.model_fields[str(step)].annotation)
+        sections = inner or sections  # an item of a list is of the models around it
+    name = dotted(path)
+    key = str(path[-1]).replace("-", "_")
+    keys: list[str] = []
+    for section in sections:
+        gone = getattr(section, "gone", {})
+        if key in gone:
+            return [f"'{name}' cannot be set here", gone[key]]
+        keys += section.model_fields
+    what = f"unknown key '{name}'"
     for home, field in model.model_fields.items():
-        if any(key in known.model_fields for known in _models_in(field.annotation)):
-            return [f"unknown key '{name}'", f"it belongs to {home}: write {home}.{key}"]
+        if any(key in section.model_fields for section in _models_in(field.annotation)):
+            return [what, f"it belongs to {home}: write {home}.{key}"]
     if len(path) == 1 and key in SHORT_NAMES:
-        return [f"unknown key '{name}'", f"write {SHORT_NAMES[key]}"]
-    keys = [name for known in models for name in known.model_fields]
-    listed = ", ".join(keys) if len(keys) < _MAX_NAMES else f"recipes explain {section}"
+        return [what, f"write {SHORT_NAMES[key]}"]
     near = did_you_mean(key, keys, lambda key: dotted((*path[:-1], key)))
-    return [f"unknown key '{name}'", *(near or [f"keys: {listed}"])]
+    if near:
+        return [what, *near]
+    if len(keys) < _MAX_NAMES:
+        return [what, f"keys: {', '.join(keys)}"]
+    return [what, f"keys: recipes explain {dotted(path[:-1])}"]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

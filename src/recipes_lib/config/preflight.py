@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config import upstream
-from recipes_lib.config.launch import Active, Launch
+from recipes_lib.config.launch import WRAP_KEY, Active, Launch
 from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
@@ -21,9 +21,8 @@ from recipes_lib.models import families
 from recipes_lib.models.packaged import MODEL, packaged_folder
 
 KEY = "model.name_or_path"
-_WRAP_KEY = "fsdp_transformer_layer_cls_to_wrap"
 DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
-_OF_GPUS = {"fp16", "tf32"}
+_TYPES_OF_SHARDS = ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -44,7 +43,7 @@ def planned_launch(launch: Launch) -> CheckedLaunch:
         world_size=launch.world_size,
         on_cpu=launch.config.use_cpu,
         is_sharded=launch.config.distributed_type == "FSDP",
-        wrapped_classes=str(launch.config.fsdp_config.get(_WRAP_KEY) or ""),
+        wrapped_classes=str(launch.config.fsdp_config.get(WRAP_KEY) or ""),
         source=launch.config.path.name,
     )
 
@@ -76,10 +75,11 @@ def check_upstream(
     """
     # it warns about optional kernels as soon as PEFT imports it
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    errors, checkable = list[Any](), recipe
+    errors: list[Any] = []
     folder = local_folder(recipe)
+    checkable = recipe
     if not (launch.on_cpu or upstream.has_accelerator()):  # it is meant for a GPU
-        train = {key: recipe.train[key] for key in recipe.train.keys() - _OF_GPUS}
+        train = {key: recipe.train[key] for key in recipe.train.keys() - {"fp16", "tf32"}}
         checkable = replace(recipe, train=train)
     for build in (
         lambda: upstream.build_sft_config(checkable, "unused", launch.world_size),
@@ -93,15 +93,19 @@ def check_upstream(
             errors += getattr(error, "errors", [error])
     if launch.is_sharded:
         errors += _changed_by_shards(recipe)
-    wrong = list(check_model_files(recipe, folder, remote_code=remote_code)) if folder else []
-    absent = folder is None or not any((folder / name).is_file() for name in TOKENIZER_FILES)
-    absent &= not Path(recipe.model.name_or_path).is_dir()
-    if errors or wrong or folder is None or absent or recipe.model.trust_remote_code:
-        if notes is not None and not errors + wrong:
-            why = "model not on this machine" if absent else "the model brings its own code"
+    if folder is not None:
+        errors += check_model_files(recipe, folder, remote_code=remote_code)
+    if errors:
+        return errors
+    # of a Hub model, the cache may hold the config alone
+    has_tokenizer = folder and any((folder / name).is_file() for name in TOKENIZER_FILES)
+    is_absent = not (has_tokenizer or Path(recipe.model.name_or_path).is_dir())
+    if folder is None or is_absent or recipe.model.trust_remote_code:
+        if notes is not None:
+            why = "model not on this machine" if is_absent else "the model brings its own code"
             what = f"note: not checked against {recipe.model.name_or_path}: {why}"
             notes.append(recipe.error(KEY, what))
-        return [*errors, *wrong]
+        return []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         errors = list(check_names(recipe, folder, launch, notes))
@@ -114,18 +118,24 @@ def check_upstream(
 
 def _joins_rows(recipe: Recipe) -> str | None:
     """Return the key by which a recipe puts several whole examples into a row; None without."""
-    if recipe.train.get("packing"):
-        is_wrapped = recipe.train.get("packing_strategy") == "wrapped"
-        return None if is_wrapped else "train.packing"
-    return "train.padding_free" if recipe.train.get("padding_free") else None
+    train = recipe.train
+    if train.get("packing") and train.get("packing_strategy") != "wrapped":
+        return "train.packing"
+    if train.get("padding_free") and not train.get("packing"):
+        return "train.padding_free"
+    return None
 
 
 def _changed_by_shards(recipe: Recipe) -> Iterator[RecipeError]:
     """FSDP2 shards tensors of one type, and gathers packed 4-bit values too in the compute type."""
-    section, types = recipe.quantization, ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
-    is_packed = section and section.get("load_in_4bit") and not recipe.train.get("fp16")
-    if section and not (is_packed and {section.get(key) for key in types} == {"bfloat16"}):
-        what = f"FSDP keeps 4-bit weights intact only if {' and '.join(types)} are bfloat16"
+    section = recipe.quantization
+    if not section:
+        return
+    is_packed = section.get("load_in_4bit") and not recipe.train.get("fp16")
+    types = {section.get(key) for key in _TYPES_OF_SHARDS}
+    if not is_packed or types != {"bfloat16"}:
+        keys = " and ".join(_TYPES_OF_SHARDS)
+        what = f"FSDP keeps 4-bit weights intact only if {keys} are bfloat16"
         yield recipe.error("quantization", what, "set both and train.bf16, or launch with ddp")
 
 
@@ -134,14 +144,17 @@ def local_folder(recipe: Recipe) -> Path | None:
     name = recipe.model.name_or_path
     if name == MODEL:
         return packaged_folder()
-    if wrong := no_model_at(name):
+    wrong = no_model_at(name)
+    if wrong:
         raise recipe.error(KEY, *wrong)
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
-    return Path(config).parent if isinstance(config, str) else None
+    if not isinstance(config, str):  # not there, or known to be absent on the Hub
+        return None
+    return Path(config).parent
 
 
 def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
@@ -169,12 +182,14 @@ def check_model_files(
     if packed and not (method == DEQUANTIZED and recipe.quantization is None):
         hint = "use the original model, or for mxfp4 remove the quantization section"
         yield recipe.error(KEY, f"the model is already quantized ({method})", hint)
-    if "auto_map" in config and not (recipe.model.trust_remote_code and remote_code is not False):
+    may_run_code = recipe.model.trust_remote_code and remote_code is not False
+    if "auto_map" in config and not may_run_code:
         hint = "read it; then set model.trust_remote_code: true and pass --trust-remote-code"
         yield recipe.error(KEY, "the model needs Python code that ships with it", hint)
     # of the Hub's files, which it checks, some may still be to come
-    for fault in weight_faults(folder) if Path(recipe.model.name_or_path).is_dir() else ():
-        yield recipe.error(KEY, fault, "download the model again, with its *.safetensors")
+    if Path(recipe.model.name_or_path).is_dir():
+        for fault in weight_faults(folder):
+            yield recipe.error(KEY, fault, "download the model again, with its *.safetensors")
 
 
 def weight_faults(folder: Path) -> Iterator[str]:
@@ -182,8 +197,9 @@ def weight_faults(folder: Path) -> Iterator[str]:
     from safetensors import SafetensorError, safe_open
 
     index = object_or_none(folder / "model.safetensors.index.json") or {}
-    named = {*dict(index.get("weight_map") or {}).values()} or {"model.safetensors"}
-    for shard in sorted(folder / str(name) for name in named):
+    weight_map = dict(index.get("weight_map") or {})  # weight -> its file
+    names = set(weight_map.values()) or {"model.safetensors"}
+    for shard in sorted(folder / str(name) for name in names):
         try:
             with safe_open(shard, framework="np"):
                 pass
@@ -220,12 +236,13 @@ def check_names(
     classes = {type(module).__name__ for module in model.modules()}
     wrapped_classes = {name.strip() for name in launch.wrapped_classes.split(",")}
     for layer in wrapped_classes - {""} - classes:
-        what = f"{_WRAP_KEY} '{layer}' of {launch.source} is not in the model"
+        what = f"{WRAP_KEY} '{layer}' of {launch.source} is not in the model"
         hint = f"its layer classes: {', '.join(sorted(model._no_split_modules or classes))}"
         yield recipe.error("launch.accelerate", what, hint)
     rows = model.get_input_embeddings().weight.shape[0]  # now: an adapter may wrap them
     try:
-        yield from _adapter(recipe, model) if recipe.lora is not None else ()
+        if recipe.lora is not None:
+            yield from _adapter(recipe, model)
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:  # of PEFT
         if "meta" not in str(error):  # else it is about tensors without values
             yield upstream.refused(recipe, "lora", error)
@@ -251,27 +268,33 @@ def _adapter(recipe: Recipe, model: Any) -> list[RecipeError]:
     from peft import get_peft_model
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    known = upstream.build_lora_config(recipe)
-    config, needs = upstream.build_lora_config(recipe), families.needs_of(model.config.model_type)
-    assert config and known
-    modules, faults = dict(families.language_modules(model)), list[tuple[str, ...]]()
-    kinds = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
-    hint = f"its layers: {', '.join(sorted({name.rpartition('.')[2] for name in kinds}))}"
-    # former layers of experts, which are parameters now, PEFT finds by itself
-    convert_peft_config_for_transformers(known, model, None)
-    for key in ("target_modules", "modules_to_save"):
-        names = getattr(known, key)
-        for name in names if isinstance(names, set | list) else ():
-            if not any(f".{module}".endswith(f".{name}") for module in modules):
-                what = f"lora.{key}: the model has no module '{name}'"
-                faults.append((f"lora.{key}", what, hint))
+    # PEFT finds former layers of experts, which are parameters now, by itself: names are looked for
+    # in a converted config, and the adapter is made of one as it was written
+    converted = upstream.build_lora_config(recipe)
+    config = upstream.build_lora_config(recipe)
+    assert config and converted
+    convert_peft_config_for_transformers(converted, model, None)
+    needs = families.needs_of(model.config.model_type)
+    modules = dict(families.language_modules(model))
+    linear = [path for path, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    layers = {path.rpartition(".")[2] for path in linear}
+    hint = f"its layers: {', '.join(sorted(layers))}"
+    errors: list[RecipeError] = []
+    for key in ("lora.target_modules", "lora.modules_to_save"):
+        names = getattr(converted, key.removeprefix("lora."))
+        if not isinstance(names, set | list):  # a pattern, or nothing
+            continue
+        for name in names:
+            if not any(f".{path}".endswith(f".{name}") for path in modules):
+                errors.append(recipe.error(key, f"{key}: the model has no module '{name}'", hint))
             elif name in needs.left_out:
-                what = f"lora.{key}: '{name}' takes no adapter: {needs.because}"
-                faults.append((f"lora.{key}", what, "use all-linear"))
-    if not faults:
-        with torch.device("meta"):
-            get_peft_model(model, families.settle_targets(config, model))
-        if hasattr(model.get_output_embeddings(), "lora_A"):
-            what = "the loss bypasses an adapter on the output layer"
-            faults.append(("lora.target_modules", what, "leave it (lm_head) out"))
-    return [recipe.error(*fault) for fault in faults]
+                what = f"{key}: '{name}' takes no adapter: {needs.because}"
+                errors.append(recipe.error(key, what, "use all-linear"))
+    if errors:
+        return errors
+    with torch.device("meta"):
+        get_peft_model(model, families.settle_targets(config, model))
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        what = "the loss bypasses an adapter on the output layer"
+        return [recipe.error("lora.target_modules", what, "leave it (lm_head) out")]
+    return []

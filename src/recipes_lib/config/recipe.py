@@ -8,16 +8,15 @@ is what jobs, resumed runs and evaluations read.
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BeforeValidator, Field
 from pydantic.json_schema import JsonSchemaValue as Schema
 
 from recipes_lib.config.documents import Document, Origin, Values, dotted, read
@@ -29,6 +28,7 @@ from recipes_lib.config.launch import (
     solve_batch,
 )
 from recipes_lib.config.parsing import IsPath, Section, judge, parse
+from recipes_lib.config.upstream_sections import TRAIN_DEFAULTS, LoraSection, TrainSection
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name
@@ -176,134 +176,6 @@ class DataSection(Section):
     """Use at most this many rows, the first ones in hash order."""
 
 
-# The sections `train` and `lora` are TRL's and PEFT's own classes, as `make schema` wrote them.
-UPSTREAM_FILE = Path(__file__).with_name("upstream.json")
-CLASSES = {"train": "trl.SFTConfig", "lora": "peft.LoraConfig"}
-# Project defaults for `train` that differ from TRL's; none changes the declared mathematics.
-TRAIN_DEFAULTS = {
-    # recomputing activations costs speed (about 20% by TRL's figure)
-    "activation_checkpointing": False,
-    # upstream replaces a NaN loss by an earlier mean, so that a broken run looks fine
-    "logging_nan_inf_filter": False,
-    # a LoRA step uses every trainable parameter; searching for unused ones costs time
-    "ddp_find_unused_parameters": False,
-}
-# Old key of `train` -> the key since TRL 1 and transformers 5.
-RENAMES = {
-    "max_seq_length": "max_length",
-    "warmup_ratio": "warmup_steps",
-    "evaluation_strategy": "eval_strategy",
-    "gradient_checkpointing": "activation_checkpointing",
-    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-}
-_RENAMED = "renamed to train.{} in TRL 1 / transformers 5; for a whole old file: recipes migrate"
-_OWN_LOADER = "this project's own data loader decides it"
-_OWN_EVALUATION = "validation is this project's own: the loss of every token, in train.bf16 or fp16"
-# Keys that upstream would take, and that the trainer of this project never asks for.
-_WITHOUT_EFFECT = {
-    "dataloader_drop_last": _OWN_LOADER,
-    "dataloader_multiprocessing_context": _OWN_LOADER,
-    "dataloader_in_order": _OWN_LOADER,
-    "length_column_name": "lengths are those of the prepared rows",
-    "eval_packing": _OWN_EVALUATION,
-    "bf16_full_eval": _OWN_EVALUATION,
-    "fp16_full_eval": _OWN_EVALUATION,
-    "eval_accumulation_steps": _OWN_EVALUATION,
-    "eval_do_concat_batches": _OWN_EVALUATION,
-    "eval_use_gather_object": _OWN_EVALUATION,
-    "batch_eval_metrics": _OWN_EVALUATION,
-    "include_for_metrics": _OWN_EVALUATION,
-    "prediction_loss_only": _OWN_EVALUATION,
-}
-# What no recipe sets, by the beginning of its name, and why.
-_NOT_OURS = {
-    "train": (
-        "(output_dir|run_name|resume_|local_rank|save_only|do_|ignore_data|auto_find|fsdp|deepspeed"
-        "|parallelism|accelerator_|model_init|trust_|chat_template|dataset_(text|kwargs)|enable_jit"
-        "|push_to_hub|hub_)",
-        "the sections model, data, run and launch (accelerate: fsdp) or recipes export decide it",
-    ),
-    "lora": (
-        r"(base_model|peft_|auto_mapping|revision|inference_|use_bdlora|megatron_|\w+_config$)",
-        "PEFT sets it itself, or it belongs to a LoRA variant with its own config",
-    ),
-}
-
-_AtLeast1 = Annotated[int, Field(ge=1)]
-_Positive = Annotated[float, Field(gt=0)]
-_NotNegative = Annotated[float, Field(ge=0)]
-_Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
-_STARTS = "^(gaussian|orthogonal|olora|pissa)$"
-# Types that are narrower than upstream's annotation: what it accepts and cannot work with.
-_NARROWER: dict[str, dict[str, object]] = {
-    "train": {
-        "per_device_train_batch_size": _AtLeast1,
-        "per_device_eval_batch_size": _AtLeast1,
-        "gradient_accumulation_steps": _AtLeast1,
-        "dataloader_num_workers": Annotated[int, Field(ge=0, le=64)],
-        "learning_rate": Annotated[float, Field(gt=0, le=100)],  # at 1e38 a step leaves float32
-        "neftune_noise_alpha": _NotNegative | None,
-        **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
-        **dict.fromkeys(("num_train_epochs", "save_steps"), _Positive),
-        # a negative one turns gradients round, or lets weights grow
-        **dict.fromkeys(("max_grad_norm", "weight_decay", "adam_epsilon"), _NotNegative),
-        **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)]),
-        # "best" leaves a killed run without a checkpoint to go on from
-        "save_strategy": Literal["no", "steps", "epoch"],
-        "seed": _Seed,
-        "data_seed": _Seed | None,
-        # a validation measures the loss alone
-        "metric_for_best_model": Literal["loss", "eval_loss"] | None,
-        # batch_rebalance deals out the rows of a step by the number of processes
-        "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
-        # true hides the step on which the loss stopped being a number
-        "logging_nan_inf_filter": Literal[False],
-    },
-    "lora": {
-        "task_type": Literal["CAUSAL_LM"],
-        **dict.fromkeys(("r", "lora_alpha"), _AtLeast1),
-        # eva, corda, loftq and others need a config and rows of their own; pissa_niter changes the
-        # base by random numbers, by others at each loading
-        "init_lora_weights": bool | Annotated[str, Field(pattern=_STARTS)],
-    },
-}
-
-
-class _Described(Section):
-    model_config = ConfigDict(use_attribute_docstrings=False)  # looking for texts takes 15 ms
-
-
-def _section(name: str, fields: dict[str, Values]) -> type[Section]:
-    """Return the model of a section; its types are text, which pydantic reads."""
-    ours, renames = (TRAIN_DEFAULTS, RENAMES) if name == "train" else ({}, {})
-    pattern, why = _NOT_OURS[name]
-    gone = {key: why for key in fields if re.match(pattern, key)}
-    if name == "train":
-        gone |= _WITHOUT_EFFECT
-    gone |= {old: _RENAMED.format(new) for old, new in renames.items()}
-    keys = {
-        key: (
-            _NARROWER[name].get(key, field["type"]),
-            Field(ours.get(key, field.get("default")), description=field["description"]),
-        )
-        for key, field in fields.items()
-        if key not in gone
-    }
-    title = f"{name.capitalize()}Section"
-    model = create_model(title, __base__=_Described, __module__=__name__, **keys)  # type: ignore[call-overload]
-    model.__doc__ = f"`{CLASSES[name]}`, key by key."
-    model.gone = gone
-    return model
-
-
-if TYPE_CHECKING:
-    TrainSection = Section
-    LoraSection = Section
-else:
-    _FIELDS = json.loads(UPSTREAM_FILE.read_text("utf-8"))
-    TrainSection, LoraSection = (_section(name, _FIELDS[name]) for name in CLASSES)
-
-
 class RunSection(Section):
     """The run: its name and its batch in examples."""
 
@@ -355,7 +227,10 @@ class Recipe:
     def base_format(self) -> str | None:
         """What the base is quantized to: 4-bit or 8-bit; None where it is in `model.dtype`."""
         section = self.quantization or {}
-        return next((f"{bits}-bit" for bits in (8, 4) if section.get(f"load_in_{bits}bit")), None)
+        for bits in (8, 4):
+            if section.get(f"load_in_{bits}bit"):
+                return f"{bits}-bit"
+        return None
 
     @property
     def changes_base(self) -> bool:
@@ -382,7 +257,7 @@ class Recipe:
         }
 
     def write(self, path: Path) -> None:
-        """Write the resolved recipe: one that is the same anywhere."""
+        """Write the resolved recipe; it means the same in any working directory."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
     def reading(self, file: str) -> Recipe:
@@ -394,9 +269,12 @@ class Recipe:
 
     def origin_of(self, key: str) -> Origin:
         """Return where the value of a dotted key was written, or that it is a default."""
-        places = {dotted(path): place for path, place in self.document.origins.items()}
-        ours = key.removeprefix("train.") in TRAIN_DEFAULTS
-        return places.get(key, Origin("project default" if ours else "default"))
+        for path, origin in self.document.origins.items():
+            if dotted(path) == key:
+                return origin
+        if key.removeprefix("train.") in TRAIN_DEFAULTS:
+            return Origin("project default")
+        return Origin("default")
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         """Return an error placed where `key` or else its section was written."""
@@ -415,7 +293,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeError]]:
-    """Return what `recipes check` says; of a base, which has not every key, of those it has."""
+    """Return the errors that `recipes check` prints; a base may omit required keys."""
     if not document.is_base:
         return judge(RecipeFile, document, recipe_rules, machine_rules)
     file, errors = judge(RecipeFile, document)
@@ -424,14 +302,26 @@ def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeErro
 
 def recipe_of(file: RecipeFile, document: Document) -> Recipe:
     """Return the recipe of a document that was parsed."""
-    values, origin, path = document.values, document.origin("run.name"), document.path.resolve()
-    default = f"{path.parent.name}--{document.path.stem}"
-    name = default if file.run.name is None else file.run.name
+    name = file.run.name
+    if name is None:
+        name = f"{document.path.resolve().parent.name}--{document.path.stem}"
+    origin = document.origin("run.name")
     check_run_name(name, origin.file, origin.line)
-    written = values.get("train")  # `recipes check` asks of bad ones, too
-    train = TRAIN_DEFAULTS | (written if isinstance(written, dict) else {})
-    parts = (file.model, file.data, file.run, file.launch, train)
-    return Recipe(document, name, *parts, values.get("lora"), values.get("quantization"))
+    train = dict(TRAIN_DEFAULTS)
+    written = document.values.get("train")
+    if isinstance(written, dict):  # `recipes check` asks of bad recipes, too
+        train |= written
+    return Recipe(
+        document=document,
+        name=name,
+        model=file.model,
+        data=file.data,
+        run=file.run,
+        launch=file.launch,
+        train=train,
+        lora=document.values.get("lora"),
+        quantization=document.values.get("quantization"),
+    )
 
 
 @lru_cache
@@ -442,9 +332,12 @@ def keys_of(model: type[Section], prefix: str = "") -> dict[str, Schema]:
 
     def visit(schema: Schema, prefix: str) -> None:
         for key, part in schema.get("properties", {}).items():
-            names = [kind["$ref"] for kind in (part, *part.get("anyOf", [])) if "$ref" in kind]
-            inner = root["$defs"][names[0].rpartition("/")[2]] if len(names) == 1 else {}
-            keys[f"{prefix}{key}"] = {**inner, **part}
+            choices = [part, *part.get("anyOf", [])]
+            references = [choice["$ref"] for choice in choices if "$ref" in choice]
+            inner: Schema = {}
+            if len(references) == 1:
+                inner = root["$defs"][references[0].rpartition("/")[2]]
+            keys[f"{prefix}{key}"] = inner | part
             visit(inner, f"{prefix}{key}.")
 
     visit(root, prefix)
@@ -461,28 +354,32 @@ _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
     """Yield what a recipe cannot mean; values of a wrong type were left out."""
-    train, quantization = recipe.train.model_dump(exclude_unset=True), recipe.quantization
-    key, varlen = "model.attn_implementation", recipe.model.attn_implementation == VARLEN
-    wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
-    if varlen and (wrapped or train.get("padding_free") is False):
+    train = recipe.train.model_dump(exclude_unset=True)
+    is_wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
+    is_padded = train.get("padding_free") is False
+    if recipe.model.attn_implementation == VARLEN and (is_wrapped or is_padded):
+        key = "model.attn_implementation"
         what = f"{key}: with wrapped or padded rows, varlen would silently become sdpa"
         yield document.error(key, what, "remove one of them")
-    key, mode = "train.torch_compile_mode", train.get("torch_compile_mode")
+    mode = train.get("torch_compile_mode")
     if mode in _CUDA_GRAPHS:
+        key = "train.torch_compile_mode"
         what = f"{key}: {mode} uses CUDA graphs, in which a block's results overwrite another's"
         yield document.error(key, what, "leave it out, or set max-autotune-no-cudagraphs")
-    key = "train.gradient_accumulation_steps"
     if recipe.run.global_batch_size and "gradient_accumulation_steps" in train:
+        key = "train.gradient_accumulation_steps"
         yield document.error(key, f"{key}: run.global_batch_size decides it", "remove one of them")
     if train.get("packing") and train.get("max_length", MAX_LENGTH) is None:
         what = "train.packing fills rows of train.max_length tokens, which is null"
         yield document.error("train.max_length", what, "set it, or leave it out")
+    quantization = recipe.quantization
     if quantization and (quantization.load_in_4bit == quantization.load_in_8bit or not recipe.lora):
         what = "quantization needs exactly one of load_in_4bit and load_in_8bit, and an adapter"
         yield document.error("quantization", what, "set one, and lora; or remove the section")
-    key, split = "train.eval_strategy", recipe.data.split
-    held_out = split.validation if split.method != "none" else 0
-    if train.get("eval_strategy", "no") != "no" and not held_out:
+    split = recipe.data.split
+    holds_out = split.method != "none" and split.validation > 0
+    if train.get("eval_strategy", "no") != "no" and not holds_out:
+        key = "train.eval_strategy"
         what = f"{key} is {train['eval_strategy']}, but data.split holds out no validation rows"
         hint = "set data.split.validation, or train.eval_strategy: no"
         yield document.error(key, what, hint)
@@ -490,16 +387,21 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
 
 def machine_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
     """Yield what is wrong on this machine with the recipe's model and default launch."""
-    if wrong := no_model_at(recipe.model.name_or_path):
+    wrong = no_model_at(recipe.model.name_or_path)
+    if wrong:
         yield document.error("model.name_or_path", *wrong)
-    key, whole, train = "launch.accelerate", recipe.run.global_batch_size, recipe.train.model_dump()
+    train = recipe.train.model_dump()
+    batch = recipe.run.global_batch_size
+    key = "launch.accelerate"
     try:
         launch = plan_launch(recipe.launch)
-        asked, file = launch.config.mixed_precision, launch.config.path.name
-        if conflict := precision_conflict(train, asked, file):
+        config = launch.config
+        conflict = precision_conflict(train, config.mixed_precision, config.path.name)
+        if conflict:
             yield document.error(key, *conflict)
-        key, per_device = "run.global_batch_size", train["per_device_train_batch_size"]
-        solve_batch(whole or per_device * launch.world_size, per_device, launch.world_size)
+        key = "run.global_batch_size"
+        if batch is not None:
+            solve_batch(batch, train["per_device_train_batch_size"], launch.world_size)
     except RecipeError as error:
         for fault in error.errors:
             yield document.error(key, fault.what, *fault.hints)
@@ -518,9 +420,10 @@ def one_rank_can_read(recipe: Recipe) -> bool:
     """Whether rank 0 can read the base for all under FSDP2: its weights are not quantized, and no
     new row and no adapter is computed from them.
     """
+    if recipe.quantization or recipe.changes_base:
+        return False
     lora = recipe.lora or {}
-    own = recipe.quantization or recipe.changes_base
-    return not (own or lora.get("use_dora") or lora.get("trainable_token_indices"))
+    return not (lora.get("use_dora") or lora.get("trainable_token_indices"))
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
@@ -538,7 +441,8 @@ def check_launch(recipe: Recipe, launch: Launch) -> None:
     """Refuse a launch that cannot have the recipe's global batch, or would change its precision."""
     accumulation_steps(recipe, launch.world_size)
     config = launch.config
-    if conflict := precision_conflict(recipe.train, config.mixed_precision, config.path.name):
+    conflict = precision_conflict(recipe.train, config.mixed_precision, config.path.name)
+    if conflict:
         raise RecipeError(*conflict)
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.documents import Values
-from recipes_lib.config.recipe import UPSTREAM_FILE, RecipeFile
+from recipes_lib.config.recipe import RecipeFile
+from recipes_lib.config.upstream_sections import UPSTREAM_FILE
 from recipes_lib.core.project import project_root
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.slurm.profile import Profile
@@ -32,26 +33,22 @@ def main() -> int:
 
 def generated_files() -> dict[Path, str]:
     """Return the path and text of each file."""
-    contents = {
-        "recipe": _editable(RecipeFile.model_json_schema()),
-        "eval": _editable(EvalRecipe.model_json_schema()),
-        "study": StudyFile.model_json_schema(),
-        "profile": Profile.model_json_schema(),
-    }
-    folder = project_root() / "schema"
-    files = {folder / f"{name}.schema.json": content for name, content in contents.items()}
-    files[UPSTREAM_FILE] = upstream_sections()
-    texts = {path: json.dumps(files[path], indent=1, ensure_ascii=False) for path in files}
+    contents: dict[Path, Values] = {UPSTREAM_FILE: upstream_sections()}
+    for model in (RecipeFile, EvalRecipe, StudyFile, Profile):
+        schema = model.model_json_schema()
+        if model in (RecipeFile, EvalRecipe):
+            _let_extend(schema)
+        contents[project_root() / "schema" / f"{model.kind}.schema.json"] = schema
+    texts = {path: json.dumps(contents[path], indent=1, ensure_ascii=False) for path in contents}
     return {path: f"{text}\n" for path, text in texts.items()}
 
 
-def _editable(schema: Values) -> Values:
-    """Return the schema of a file that may extend another, which then has the required keys."""
+def _let_extend(schema: Values) -> None:
+    """Let a file extend another one, which then has the required keys."""
     for part in (schema, *schema["$defs"].values()):
         part.pop("required", None)
     one_or_more = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     schema["properties"]["extends"] = one_or_more
-    return schema
 
 
 def upstream_sections() -> Values:
@@ -73,21 +70,26 @@ def _fields(cls: Any) -> Values:
     hints = typing.get_type_hints(cls)
     fields: Values = {}
     for field in dataclasses.fields(cls):
-        choices, text = field.metadata.get("choices"), field.metadata.get("help", "")
-        text = text.replace("%%", "%")  # argparse's percent sign
-        kind = f"Literal{[*choices]}" if choices else _type_text(hints[field.name])
+        choices = field.metadata.get("choices")
+        kind = f"Literal{list(choices)}" if choices else _type_text(hints[field.name])
+        text = field.metadata.get("help", "").replace("%%", "%")  # argparse's percent sign
         fields[field.name] = {"type": kind, "description": " ".join(text.split())}
         default = field.default
-        default = default.value if isinstance(default, enum.Enum) else default
+        if isinstance(default, enum.Enum):
+            default = default.value
         if default is None or isinstance(default, bool | int | float | str | list):
             fields[field.name]["default"] = default
     return fields
 
 
 def _type_text(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
-        return f"Literal{list(arguments) or [member.value for member in hint]}"
+    """Return a type as Python writes it."""
+    origin = typing.get_origin(hint)
+    arguments = typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"Literal{list(arguments)}"
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return f"Literal{[member.value for member in hint]}"
     if origin in (typing.Union, types.UnionType):
         kinds = {_type_text(member) for member in arguments}
         if any(kind.startswith(("Literal", "Values")) for kind in kinds):

@@ -26,7 +26,7 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     from trl import SFTConfig
 
     # the Trainer would compile the model as a whole; `training.compiled` does it block by block
-    values = {key: recipe.train[key] for key in recipe.train if key not in COMPILE_KEYS}
+    values = {key: value for key, value in recipe.train.items() if key not in COMPILE_KEYS}
     values["use_cpu"] = values.get("use_cpu", False) or not has_accelerator()
     if values["use_cpu"] and values.get("fp16"):
         what = "train.fp16 does nothing on a CPU: it would silently train in float32"
@@ -57,10 +57,19 @@ def _check_optimizer(recipe: Recipe, config: SFTConfig) -> None:
     from transformers import Trainer, get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
-    schedule = config.lr_scheduler_type, optimizer, 1, 10**6, config.lr_scheduler_kwargs
     if not config.optim_target_modules and "lomo" not in config.optim:  # these ask for the model
         _built(recipe, "train.optim", lambda: Trainer.get_optimizer_cls_and_kwargs(config))
-    _built(recipe, "train.lr_scheduler_kwargs", lambda: get_scheduler(*schedule))
+    _built(
+        recipe,
+        "train.lr_scheduler_kwargs",
+        lambda: get_scheduler(
+            config.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=1,
+            num_training_steps=10**6,
+            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+        ),
+    )
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig | None:
@@ -93,8 +102,11 @@ def _built(recipe: Recipe, key: str, build: Callable[[], _Built]) -> _Built:
 
 def check_packages(recipe: Recipe) -> None:
     """Refuse a package that is not installed and that upstream misses once the model is loaded."""
-    named = recipe.train.get("report_to") or []
-    trackers = {*([named] if isinstance(named, str) else named)} - {"none", "azure_ml", "flyte"}
+    trackers = recipe.train.get("report_to") or []
+    if isinstance(trackers, str):
+        trackers = [trackers]
+    # the packages of azure_ml and flyte have other names
+    trackers = set(trackers) - {"none", "azure_ml", "flyte"}
     packages = dict.fromkeys(trackers, "train.report_to")
     if recipe.train.get("use_liger_kernel"):
         packages["liger_kernel"] = "train.use_liger_kernel"
@@ -118,5 +130,5 @@ def refused(recipe: Recipe, key: str, error: Exception) -> RecipeError:
     values = getattr(recipe, key, None) or {}
     words = message.replace(" ", "_").lower()  # Target modules {'x'} not found
     named = [name for name in values if re.search(rf"(?<![^\W_]){name}(?![^\W_])", words)]
-    place = f"{key}.{max(named, key=len)}" if named else key
-    return recipe.error(place, f"{key}: {message}")
+    dotted_key = f"{key}.{max(named, key=len)}" if named else key
+    return recipe.error(dotted_key, f"{key}: {message}")

@@ -13,9 +13,9 @@ from recipes_lib.core.project import project_root
 from recipes_lib.core.terminal import count, mask_secrets
 
 PACKAGES = (
-    *("torch", "transformers", "trl", "peft", "accelerate"),
-    *("bitsandbytes", "datasets", "tokenizers", "safetensors"),
-)
+    "torch", "transformers", "trl", "peft", "accelerate",
+    "bitsandbytes", "datasets", "tokenizers", "safetensors",
+)  # fmt: skip
 # What only some evaluations need; recorded where it is installed.
 EVALUATION_PACKAGES = ("lm_eval", "vllm")
 
@@ -34,7 +34,8 @@ def library_versions() -> dict[str, str | None]:
     """Return the version of each library that can change a result; None if one is absent."""
     versions = {package: installed_version(package) for package in PACKAGES}
     for package in EVALUATION_PACKAGES:
-        if version := installed_version(package):
+        version = installed_version(package)
+        if version:
             versions[package] = version
     return versions
 
@@ -62,10 +63,10 @@ def describe_devices() -> list[str]:
     """Return one line per accelerator, or the processor if there is none. Imports torch."""
     import torch
 
-    if torch.cuda.is_available():
-        cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-        return [f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards]
-    return [f"CPU, {os.cpu_count()} cores, {count(torch.get_num_threads(), 'thread')}"]
+    if not torch.cuda.is_available():
+        return [f"CPU, {os.cpu_count()} cores, {count(torch.get_num_threads(), 'thread')}"]
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards]
 
 
 def quiet_libraries() -> None:

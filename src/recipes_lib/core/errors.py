@@ -47,17 +47,18 @@ class RecipesError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         # An error goes to the other ranks as it is. Pickle's own way would call `__init__` with
         # `args`, which a subclass with other parameters does not take.
-        return _error_with, (type(self), self.args, vars(self))
+        return _error_of, (type(self), self.args, vars(self))
 
     def __str__(self) -> str:
-        place = f"{self.file}:{self.line}" if self.line is not None else self.file
-        first = self.what if self.file is None else f"{place}: {self.what}"
+        first = self.what
+        if self.line is not None:
+            first = f"{self.file}:{self.line}: {first}"
+        elif self.file is not None:
+            first = f"{self.file}: {first}"
         return mask_secrets("\n  ".join([first.strip(), *self.hints]))
 
 
-def _error_with(
-    kind: type[RecipesError], args: tuple[Any, ...], attributes: dict[str, Any]
-) -> RecipesError:
+def _error_of(kind: type[RecipesError], args: Any, attributes: dict[str, Any]) -> RecipesError:
     """Return an error of this class with these attributes, made without its `__init__`."""
     error = kind.__new__(kind)
     error.args = args
@@ -110,7 +111,9 @@ class EnvironmentFault(RecipesError):
 def one_line(error: BaseException) -> str:
     """Return another library's error on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    if len(text) > 300:
+        return f"{text[:297]}..."
+    return text
 
 
 def print_error(error: BaseException | str) -> None:
@@ -128,13 +131,6 @@ _FAULT = re.compile(
 
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-
-
-def _is_ours(filename: object) -> bool:
-    """Whether a file belongs to this package, so that no disk and no user is to blame."""
-    return isinstance(filename, str | Path) and Path(filename).is_relative_to(_PACKAGE)
-
-
 # What takes less of a GPU's memory, by what was done when it was full: each verb has other keys.
 _ON_CPU = "or on the CPU: CUDA_VISIBLE_DEVICES= before the command"
 _SMALLER = {
@@ -159,11 +155,16 @@ def explain_fault(error: BaseException, verb: str = "train") -> EnvironmentFault
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
             remedy = _SMALLER.get(verb, f"end what else uses the GPU, {_ON_CPU}")
             return EnvironmentFault(f"out of GPU memory: {text}", remedy)
-        if isinstance(cause, FileNotFoundError) and _is_ours(cause.filename):
-            what = f"this installation is not whole: {cause.filename} is missing"
+        filename = cause.filename if isinstance(cause, FileNotFoundError) else None
+        # for a file of this package no disk and no user is to blame
+        if isinstance(filename, str | Path) and Path(filename).is_relative_to(_PACKAGE):
+            what = f"this installation is not whole: {filename} is missing"
             return EnvironmentFault(what, "install the package again: pip install recipes-lib")
-        if _FAULT.search(text) or (cause is error and isinstance(error, OSError) and error.errno):
+        is_os_error = cause is error and isinstance(error, OSError) and error.errno
+        if is_os_error or _FAULT.search(text):
             remedy = "free space (disk, quota, job memory) or make the file accessible, then rerun"
             return EnvironmentFault(f"cannot read, write or allocate: {text}", remedy)
-        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        # as Python prints them: an error raised `from None` has no cause
+        context = None if cause.__suppress_context__ else cause.__context__
+        cause = cause.__cause__ or context
     return None

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,10 @@ def read_object(path: Path, remedy: str = "restore it, or rerun the step that wr
 
 def object_or_none(path: Path) -> Row | None:
     """Return a JSON object, or None if the file is missing, damaged or not readable."""
-    try:
-        return read_object(path) if path.is_file() else None
-    except (RecipesError, OSError):
-        return None
+    with suppress(RecipesError, OSError):
+        if path.is_file():
+            return read_object(path)
+    return None
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -139,7 +140,9 @@ def valid_texts(value: Any) -> Any:
         return {valid_texts(key): valid_texts(item) for key, item in value.items()}
     if isinstance(value, list):
         return [valid_texts(item) for item in value]
-    return _NOT_TEXT.sub("\ufffd", value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return _NOT_TEXT.sub("\ufffd", value)
+    return value
 
 
 def hash_of(*parts: Any) -> str:
@@ -171,11 +174,14 @@ def model_fingerprint(model: str | Path, revision: str | None = None) -> str:
         from huggingface_hub import try_to_load_from_cache
 
         cached = try_to_load_from_cache(str(model), "config.json", revision=revision or "main")
-        return hash_of(model, Path(cached).parent.name if isinstance(cached, str) else revision)
+        if isinstance(cached, str):  # in the folder of its commit
+            revision = Path(cached).parent.name
+        return hash_of(model, revision)
     files = sorted(folder.glob("*.safetensors"))  # no other weights are read
     parts: list[object] = [[path.name, remembered_hash(path)] for path in files]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         settings = read_object(folder / name)
+        # the base may have been moved
         for key in ("base_model_name_or_path", "_name_or_path"):
             settings.pop(key, None)
         for key in {"target_modules", "exclude_modules"} & settings.keys():

@@ -14,7 +14,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def project_root() -> Path:
     """Return the folder of recipes/, evals/ and so on: the checkout, or the installed package's."""
     checkout = PACKAGE.parents[1]
-    return checkout if (checkout / "recipes").is_dir() else PACKAGE / "shipped"
+    if (checkout / "recipes").is_dir():
+        return checkout
+    return PACKAGE / "shipped"
 
 
 def runs_root() -> Path:
@@ -24,8 +26,9 @@ def runs_root() -> Path:
 
 def cache_root() -> Path:
     """Return the folder for what can be made again: RECIPES_CACHE, or a default."""
-    root = project_root()
-    usual = Path.home() / ".cache/recipes" if root.parent == PACKAGE else root / ".cache"
+    usual = project_root() / ".cache"
+    if usual.is_relative_to(PACKAGE):  # an upgrade replaces the installed package's folder
+        usual = Path.home() / ".cache/recipes"
     return Path(os.environ.get("RECIPES_CACHE") or usual)
 
 
@@ -36,15 +39,18 @@ def recipe_path(name: str | Path) -> Path:
     path = Path(name)
     file = path if path.suffix in (".yaml", ".yml") else Path(f"{name}.yaml")
     shipped = project_root()
-    places = (path, file, "recipes" / file, shipped / "recipes" / file, shipped / file)
-    return next((place for place in places if place.is_file()), path)
+    for candidate in (path, file, "recipes" / file, shipped / "recipes" / file, shipped / file):
+        if candidate.is_file():
+            return candidate
+    return path
 
 
 def shown_path(path: Path) -> str:
     """Return `path` as a user would type it: relative if it lies in the working directory."""
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
-    inside = absolute.is_relative_to(Path.cwd())
-    return str(absolute.relative_to(Path.cwd()) if inside else path)
+    if absolute.is_relative_to(Path.cwd()):
+        return str(absolute.relative_to(Path.cwd()))
+    return str(path)
 
 
 def check_run_name(name: str, file: str | Path | None = None, line: int | None = None) -> str:

@@ -71,7 +71,10 @@ def on_main_rank(work: Callable[[], T]) -> T:
             message = pickle.dumps((result, None))
         except Exception as caught:
             error = caught
-            message = _error_message(caught)
+            sent: Exception = caught
+            if not isinstance(caught, RecipesError):  # the other ranks may not have its class
+                sent = RuntimeError(f"{type(caught).__name__}: {caught}")
+            message = pickle.dumps((None, sent))
         finally:
             _working_alone = False
         store.set(key, message)
@@ -80,14 +83,6 @@ def on_main_rank(work: Callable[[], T]) -> T:
         error.on_every_rank = True  # type: ignore[attr-defined]  # so that only rank 0 prints it
         raise error
     return result
-
-
-def _error_message(error: Exception) -> bytes:
-    """Return what the other ranks read of an error: ours as it is, another library's as text."""
-    sent = error
-    if not isinstance(error, RecipesError):
-        sent = RuntimeError(f"{type(error).__name__}: {error}")
-    return pickle.dumps((None, sent))
 
 
 def meet() -> None:

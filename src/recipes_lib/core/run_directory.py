@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import shlex
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,33 +36,13 @@ JOB_VARIABLE = "RECIPES_JOB"
 RESTARTS_VARIABLE = "RECIPES_JOB_RESTARTS"
 
 
-@dataclass(frozen=True)
-class BatchJob:
-    """The scheduler's job that this process belongs to."""
-
-    name: str | None  # such as `Slurm job 7`; None outside of a job
-    restarts: int  # how often the scheduler has queued the job again
-
-    def is_later_try_of(self, holder: Row) -> bool:
-        """Whether the note of a lock is of this job before it was queued again."""
-        if self.name is None or holder.get("job") != self.name:
-            return False
-        return bool(holder.get("restarts", 0) < self.restarts)
-
-
-def this_job() -> BatchJob:
-    """Return the job that the scheduler's script has told in this process's environment."""
-    name = os.environ.get(JOB_VARIABLE) or None
-    restarts = int(os.environ.get(RESTARTS_VARIABLE) or 0)
-    return BatchJob(name, restarts)
-
-
 class RunDirectory:
     """A folder under the runs root, which need not exist; a link out of the root is refused."""
 
     def __init__(self, name: str, root: Path | None = None) -> None:
         check_run_name(name)
-        self.name, self.root = name, (root or runs_root()).resolve()
+        self.name = name
+        self.root = (root or runs_root()).resolve()
         self.path = self.root / name
         self.state_file = self.path / "run.json"
         self.checkpoints = self.path / "checkpoints"
@@ -75,7 +54,8 @@ class RunDirectory:
 
     def weights(self, full_finetuning: bool) -> Path:
         """Folder of the final weights: `model/` for full fine-tuning, `adapter/` otherwise."""
-        return self.path / ("model" if full_finetuning else "adapter")
+        name = "model" if full_finetuning else "adapter"
+        return self.path / name
 
     def exists(self) -> bool:
         """Whether this run was ever started."""
@@ -99,9 +79,10 @@ class RunDirectory:
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
-        begun = {"name": self.name, "created": utc_now()}
-        known: Mapping[str, object] = self.read_state() if self.exists() else begun
-        write_json(self.state_file, {**known, "state": state, "updated": utc_now(), **fields})
+        values: Row = {"name": self.name, "created": utc_now()}
+        if self.exists():
+            values = self.read_state()
+        write_json(self.state_file, values | {"state": state, "updated": utc_now()} | fields)
 
 
 def open_run(name: str, root: Path | None = None) -> RunDirectory:
@@ -130,10 +111,13 @@ def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
     """
     lock = FileLock(folder / ".lock")
     note = folder / "lock.json"
-    job = this_job()
+    job = os.environ.get(JOB_VARIABLE) or None  # such as `Slurm job 7`
+    restarts = int(os.environ.get(RESTARTS_VARIABLE) or 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        is_earlier_try = job.is_later_try_of(object_or_none(note) or {})
+        earlier = object_or_none(note) or {}
+        is_same_job = job is not None and earlier.get("job") == job
+        is_earlier_try = is_same_job and earlier.get("restarts", 0) < restarts
         if (wait or is_earlier_try) and is_held(folder):
             say(f"{folder} is still in use{describe_holder(folder)}: waiting for it")
             if not wait:
@@ -151,20 +135,16 @@ def run_lock(folder: Path, wait: bool = False) -> Iterator[None]:
             f"only if that process or its machine is gone for good: rm {folder / '.lock'} {note}",
         ) from None
     try:
-        write_json(note, _lock_note(job))
+        holder = f"process {os.getpid()} on host {socket.gethostname()}"
+        if job is not None:
+            holder += f" ({job})"
+        holder += f" since {utc_now()}"
+        write_json(note, {"holder": holder, "job": job, "restarts": restarts})
         yield
     finally:
         with suppress(OSError):  # a disk that refuses: what went wrong before must not be hidden
             note.unlink(missing_ok=True)
         lock.release()
-
-
-def _lock_note(job: BatchJob) -> Row:
-    """Return what lock.json says of this process, which holds the lock."""
-    holder = f"process {os.getpid()} on host {socket.gethostname()}"
-    if job.name is not None:
-        holder += f" ({job.name})"
-    return {"holder": f"{holder} since {utc_now()}", "job": job.name, "restarts": job.restarts}
 
 
 def is_held(folder: Path) -> bool:

@@ -64,7 +64,10 @@ def printable(text: str) -> str:
 
 def count(n: int, noun: str) -> str:
     """Return a number with its noun: 1 item, 1,200 items."""
-    return f"{n:,} {noun}{'' if n == 1 else 'es' if noun.endswith('s') else 's'}"
+    if n == 1:
+        return f"{n:,} {noun}"
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{n:,} {noun}{ending}"
 
 
 def shown_duration(seconds: float) -> str:

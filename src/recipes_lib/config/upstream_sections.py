@@ -1,0 +1,142 @@
+"""The sections `train` and `lora`: TRL's and PEFT's own classes, as `make schema` wrote them to
+`upstream.json`, so that `check` needs no torch. `upstream.py` builds the real objects.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import ConfigDict, Field, create_model
+
+from recipes_lib.config.documents import Values
+from recipes_lib.config.parsing import Section
+
+UPSTREAM_FILE = Path(__file__).with_name("upstream.json")
+CLASSES = {"train": "trl.SFTConfig", "lora": "peft.LoraConfig"}
+# Project defaults for `train` that differ from TRL's; none changes the declared mathematics.
+TRAIN_DEFAULTS = {
+    # recomputing activations costs speed (about 20% by TRL's figure)
+    "activation_checkpointing": False,
+    # upstream replaces a NaN loss by an earlier mean, so that a broken run looks fine
+    "logging_nan_inf_filter": False,
+    # a LoRA step uses every trainable parameter; searching for unused ones costs time
+    "ddp_find_unused_parameters": False,
+}
+# Old key of `train` -> the key since TRL 1 and transformers 5.
+RENAMES = {
+    "max_seq_length": "max_length",
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+_RENAMED = "renamed to train.{} in TRL 1 / transformers 5; for a whole old file: recipes migrate"
+_OWN_LOADER = "this project's own data loader decides it"
+_OWN_EVALUATION = "validation is this project's own: the loss of every token, in train.bf16 or fp16"
+# Keys that upstream would take, and that the trainer of this project never asks for.
+_WITHOUT_EFFECT = {
+    "dataloader_drop_last": _OWN_LOADER,
+    "dataloader_multiprocessing_context": _OWN_LOADER,
+    "dataloader_in_order": _OWN_LOADER,
+    "length_column_name": "lengths are those of the prepared rows",
+    "eval_packing": _OWN_EVALUATION,
+    "bf16_full_eval": _OWN_EVALUATION,
+    "fp16_full_eval": _OWN_EVALUATION,
+    "eval_accumulation_steps": _OWN_EVALUATION,
+    "eval_do_concat_batches": _OWN_EVALUATION,
+    "eval_use_gather_object": _OWN_EVALUATION,
+    "batch_eval_metrics": _OWN_EVALUATION,
+    "include_for_metrics": _OWN_EVALUATION,
+    "prediction_loss_only": _OWN_EVALUATION,
+}
+# What no recipe sets, by the beginning of its name, and why.
+_NOT_OURS = {
+    "train": (
+        "(output_dir|run_name|resume_|local_rank|save_only|do_|ignore_data|auto_find|fsdp|deepspeed"
+        "|parallelism|accelerator_|model_init|trust_|chat_template|dataset_(text|kwargs)|enable_jit"
+        "|push_to_hub|hub_)",
+        "the sections model, data, run and launch (accelerate: fsdp) or recipes export decide it",
+    ),
+    "lora": (
+        r"(base_model|peft_|auto_mapping|revision|inference_|use_bdlora|megatron_|\w+_config$)",
+        "PEFT sets it itself, or it belongs to a LoRA variant with its own config",
+    ),
+}
+
+_AtLeast1 = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
+_STARTS = "^(gaussian|orthogonal|olora|pissa)$"
+# Types that are narrower than upstream's annotation: what it accepts and cannot work with.
+_NARROWER: dict[str, dict[str, object]] = {
+    "train": {
+        "per_device_train_batch_size": _AtLeast1,
+        "per_device_eval_batch_size": _AtLeast1,
+        "gradient_accumulation_steps": _AtLeast1,
+        "dataloader_num_workers": Annotated[int, Field(ge=0, le=64)],
+        "learning_rate": Annotated[float, Field(gt=0, le=100)],  # at 1e38 a step leaves float32
+        "neftune_noise_alpha": _NotNegative | None,
+        **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
+        **dict.fromkeys(("num_train_epochs", "save_steps"), _Positive),
+        # a negative one turns gradients round, or lets weights grow
+        **dict.fromkeys(("max_grad_norm", "weight_decay", "adam_epsilon"), _NotNegative),
+        **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)]),
+        # "best" leaves a killed run without a checkpoint to go on from
+        "save_strategy": Literal["no", "steps", "epoch"],
+        "seed": _Seed,
+        "data_seed": _Seed | None,
+        # a validation measures the loss alone
+        "metric_for_best_model": Literal["loss", "eval_loss"] | None,
+        # batch_rebalance deals out the rows of a step by the number of processes
+        "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
+        # true hides the step on which the loss stopped being a number
+        "logging_nan_inf_filter": Literal[False],
+    },
+    "lora": {
+        "task_type": Literal["CAUSAL_LM"],
+        **dict.fromkeys(("r", "lora_alpha"), _AtLeast1),
+        # eva, corda, loftq and others need a config and rows of their own; pissa_niter changes the
+        # base by random numbers, by others at each loading
+        "init_lora_weights": bool | Annotated[str, Field(pattern=_STARTS)],
+    },
+}
+
+
+class _Described(Section):
+    model_config = ConfigDict(use_attribute_docstrings=False)  # looking for texts takes 15 ms
+
+
+def _section(name: str, fields: dict[str, Values]) -> type[Section]:
+    """Return the model of a section; its types are text, which pydantic reads."""
+    pattern, why = _NOT_OURS[name]
+    gone = {key: why for key in fields if re.match(pattern, key)}
+    if name == "train":
+        gone |= _WITHOUT_EFFECT
+        for old, new in RENAMES.items():
+            gone[old] = _RENAMED.format(new)
+    keys: dict[str, object] = {}
+    for key, field in fields.items():
+        if key not in gone:
+            default = field.get("default")
+            if name == "train":
+                default = TRAIN_DEFAULTS.get(key, default)
+            type_of_key = _NARROWER[name].get(key, field["type"])
+            keys[key] = (type_of_key, Field(default, description=field["description"]))
+    title = f"{name.capitalize()}Section"
+    model = create_model(title, __base__=_Described, __module__=__name__, **keys)  # type: ignore[call-overload]
+    model.__doc__ = f"`{CLASSES[name]}`, key by key."
+    model.gone = gone
+    return model
+
+
+if TYPE_CHECKING:
+    TrainSection = Section
+    LoraSection = Section
+else:
+    _FIELDS = json.loads(UPSTREAM_FILE.read_text("utf-8"))
+    TrainSection = _section("train", _FIELDS["train"])
+    LoraSection = _section("lora", _FIELDS["lora"])
