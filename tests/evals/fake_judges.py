@@ -25,6 +25,7 @@ class FakeJudge:
         self.answer, self.count_tokens, self.fingerprint = answer, count_tokens, fingerprint
         self.section = JudgeSection(model="fake", **section)  # with the project's own prompts
         self.asked: list[JudgeRequest] = []
+        self.gone = None
 
     def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         for request in requests:

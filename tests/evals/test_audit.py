@@ -21,8 +21,7 @@ from recipes_lib.evals.audit import (
     sample_of,
     scorecard_lines,
 )
-from recipes_lib.evals.items import Item
-from recipes_lib.evals.judgments import ask
+from recipes_lib.evals.judgments import Item, ask
 from recipes_lib.evals.log import Check, Sample, Scorecard, Store
 from recipes_lib.evals.recipe import Thresholds
 from recipes_lib.evals.suites import bounds_of, metric_of

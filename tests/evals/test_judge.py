@@ -21,9 +21,8 @@ from tests.evals.faulty_server import MODEL, FaultyServer, chaos
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.evals.asking import EvaluationIncomplete
 from recipes_lib.evals.audit import pair_samples
-from recipes_lib.evals.items import Item
 from recipes_lib.evals.judge import Judge, opened, verdict_tokens
-from recipes_lib.evals.judgments import ask, build_requests
+from recipes_lib.evals.judgments import Item, ask, build_requests
 from recipes_lib.evals.log import Store
 from recipes_lib.evals.recipe import load_judge_file
 

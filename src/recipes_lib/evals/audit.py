@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes_lib.core.files import Row
 from recipes_lib.core.terminal import aligned, count
-from recipes_lib.evals.items import Item
+from recipes_lib.evals.judgments import Item
 from recipes_lib.evals.log import ORDERS, SCORE, UNRESOLVED, Check, Sample, Scorecard
 from recipes_lib.evals.suites import numbers_of, shown_rate
 
@@ -40,40 +39,25 @@ def sample_of(
     that both orders name wins; where they differ it is a tie, and without both it is unresolved.
     """
     judged = [rows.get(order, {"status": "missing", "source": ""}) for order in orders]
-    verdicts = [_verdict(row) for row in judged]
+    verdicts = [str(row["value"] if row["status"] == "ok" else row["status"]) for row in judged]
     outcome = UNRESOLVED
-    value = None
     if len(orders) == 1 and verdicts[0].isdigit():
         outcome = "graded"
-        value = float(verdicts[0])
+    elif verdicts == ["A", "B"]:  # the candidate is Response A in AB, and B in BA
+        outcome = "win"
+    elif verdicts == ["B", "A"]:
+        outcome = "loss"
     elif set(verdicts) <= {"A", "B", "tie"}:
-        outcome = _outcome(verdicts)
-        value = SCORE[outcome]
+        outcome = "tie"
     return Sample(
         question_id,
-        value=value,
+        value=float(verdicts[0]) if outcome == "graded" else SCORE.get(outcome),
         outcome=outcome,
         verdicts=tuple(verdicts),
         by_rule=any(row["source"] == "rule" for row in judged),
         raws=tuple(row.get("raw") or row.get("reason") for row in judged),
         **known,
     )
-
-
-def _verdict(row: Mapping[str, Any]) -> str:
-    """Return a judgment's verdict, or why it has none."""
-    if row["status"] == "ok":
-        return str(row["value"])
-    return str(row["status"])
-
-
-def _outcome(verdicts: Sequence[str]) -> str:
-    """Return the outcome of a pair, given what was said in the orders AB and BA."""
-    if "tie" in verdicts:
-        return "tie"
-    if len(set(verdicts)) == 1:  # one place was named in both orders, so both answers once
-        return "tie"
-    return "win" if verdicts[0] == "A" else "loss"
 
 
 def by_item(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
@@ -100,25 +84,19 @@ def pair_samples(rows: Iterable[Row]) -> list[Sample]:
 
 def probe_items(items: Iterable[Item], number: int) -> Iterator[Item]:
     """Yield the probes of the first `number` pairs that can carry them: two different answers."""
-    for item in islice(filter(_can_be_probed, items), number):
+    pairs = [
+        item
+        for item in items
+        if item.opponent and item.answer.strip() not in ("", item.opponent.strip())
+    ]
+    for item in pairs[:number]:
         opponents = {"empty": "", "injected": f"{item.opponent}{_INJECTED}"}
         for probe, opponent in opponents.items():
             yield replace(item, name=f"{probe}:{item.name}", opponent=opponent, probe=probe)
 
 
-def _can_be_probed(item: Item) -> bool:
-    """Whether an item has two different answers."""
-    if not item.opponent:
-        return False
-    answer = item.answer.strip()
-    return bool(answer) and answer != item.opponent.strip()
-
-
 def audit(
-    rows: Sequence[Row],
-    limits: Thresholds,
-    labels: Mapping[str, str],
-    probes: Sequence[Row],
+    rows: Sequence[Row], limits: Thresholds, labels: Mapping[str, str], probes: Sequence[Row]
 ) -> Scorecard:
     """Return a judge's scorecard.
 
@@ -127,47 +105,29 @@ def audit(
         probes: its judgments of probes, with those of the pairs they were made of.
     """
     by_judge = [row for row in rows if row["source"] != "rule"]
+    questions = [row["question"] for row in by_judge]
     unparsed = [row["status"] != "ok" for row in by_judge]
     pairs = [pair for pair in pair_samples(rows) if pair.resolved and not pair.by_rule]
     # one answer was named twice, or both times none
     agree = [set(pair.verdicts) in ({"A", "B"}, {"tie"}) for pair in pairs]
-    empty_pairs, empty_loses = _probed("empty", probes)
-    injected_pairs, injected_turns = _probed("injected", probes)
-    swap = _check(
-        SWAP,
-        questions=[pair.id for pair in pairs],
-        values=agree,
-        least=limits.swap_consistency_min,
-    )
-    without_verdict = _check(
-        UNPARSED,
-        questions=[row["question"] for row in by_judge],
-        values=unparsed,
-        most=limits.unparsed_max,
-    )
-    empty = _check(
-        PROBES["empty"],
-        questions=empty_pairs,
-        values=empty_loses,
-        least=limits.empty_answer_loses_min,
-    )
-    injected = _check(
-        PROBES["injected"],
-        questions=injected_pairs,
-        values=injected_turns,
-        most=limits.injected_flips_max,
-    )
     return Scorecard(
         judge=rows[0]["judge"] if rows else "",
         judgments=len(rows),
         cut=sum(bool(row["cut"]) for row in rows),
-        checks=(swap, without_verdict, empty, injected, _human(pairs, labels)),
+        checks=(
+            _check(SWAP, [pair.id for pair in pairs], agree, least=limits.swap_consistency_min),
+            _check(UNPARSED, questions, unparsed, most=limits.unparsed_max),
+            _check(PROBES["empty"], *_probed("empty", probes), least=limits.empty_answer_loses_min),
+            _check(
+                PROBES["injected"], *_probed("injected", probes), most=limits.injected_flips_max
+            ),
+            _human(pairs, labels),
+        ),
     )
 
 
 def _check(
     name: str,
-    *,
     questions: Sequence[str],
     values: Sequence[float],
     least: float = 0.0,
@@ -178,8 +138,7 @@ def _check(
     check = Check(check=name, needs=needs, **numbers_of(values, questions))
     if check.value is None:
         return check
-    passes = least <= check.value <= most
-    return replace(check, result="pass" if passes else "fail")
+    return replace(check, result="pass" if least <= check.value <= most else "fail")
 
 
 def _probed(probe: str, rows: Sequence[Row]) -> tuple[list[str], list[bool]]:

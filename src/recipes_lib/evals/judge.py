@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
 from recipes_lib.core.files import hash_of, model_fingerprint
 from recipes_lib.core.terminal import bare_address
 from recipes_lib.data.conversations import Message
-from recipes_lib.evals.asking import ServerGone, not_asked
+from recipes_lib.evals.asking import ServerGone
 from recipes_lib.evals.engines import Engines
 from recipes_lib.evals.engines.base import Completion, Engine, Request, Sampling, Target
 from recipes_lib.evals.judgments import JudgeRequest
@@ -56,12 +56,13 @@ class Judge:
     Attributes:
         fingerprint: hash of weights (or served model), decoding and verdict mode.
         weights: hash of its weights, None where they are not here.
+        gone: why its server is not asked any more; stored judgments are still read.
     """
 
     def __init__(self, section: JudgeSection, fetch: bool = True) -> None:
         self.section = section
         self.weights: str | None = None
-        self._gone: ServerGone | None = None
+        self.gone: ServerGone | None = None
         model = ModelSection(
             name_or_path=section.model, revision=section.revision, dtype=section.dtype
         )
@@ -97,22 +98,20 @@ class Judge:
 
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
+        section = self.section
         address = None
-        if self.section.is_served:  # as the recipe has it: with_judge.sh takes another port
-            address = bare_address(str(self.section.base_url))
-        server = None
-        if self._engine:
-            server = self._engine.facts().server
+        if section.is_served:  # as the recipe has it: with_judge.sh takes another port
+            address = bare_address(str(section.base_url))
         return JudgeFacts(
-            name=self.section.model,
+            name=section.model,
             fingerprint=self.fingerprint,
-            engine=self.section.engine,
+            engine=section.engine,
             address=address,
-            server=server,
+            server=self._engine.facts().server if self._engine else None,
             weights=self.weights,
-            model=self.section.model,
-            mode=self.section.mode,
-            weak=self.section.weak,
+            model=section.model,
+            mode=section.mode,
+            weak=section.weak,
         )
 
     def count_tokens(self, text: str) -> int:
@@ -123,21 +122,22 @@ class Judge:
 
     def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         """Return the replies to requests of one kind as they arrive."""
-        if self._gone:
-            raise not_asked(self._gone)
         if self._engine is None:
-            self._engine = self._open()
+            wanted = os.environ.get("RECIPES_JUDGE_WANTED")
+            if wanted and self.section.served_here:
+                _wait_for_server(Path(wanted))
+            self._engine = self._engines.engine(self.section, self._target)
         if self.section.mode == "logits":
-            return self._weigh(self._engine, list(requests))
+            weighed = list(requests)
+            lead_ids, tokens = verdict_tokens(self.tokenizer, LEAD_IN, weighed[0].allowed)
+            rendered = map(self._render, weighed)
+            with_lead = [replace(request, ids=(*request.ids, *lead_ids)) for request in rendered]
+            return self._engine.weigh(with_lead, tokens)
         sampling = Sampling(
             max_new_tokens=self.section.max_new_tokens,
             temperature=self.section.temperature,
         )
         return self._engine.complete(map(self._render, requests), sampling)
-
-    def give_up(self, error: ServerGone) -> None:
-        """Ask nothing more; what is stored is still read."""
-        self._gone = error
 
     def close(self) -> None:
         """Let go of its weights, or of its server."""
@@ -146,26 +146,12 @@ class Judge:
         self._engines.close()
         free_memory()
 
-    def _open(self) -> Engine:
-        """Return its engine, once launch/with_judge.sh has started its server where it does."""
-        wanted = os.environ.get("RECIPES_JUDGE_WANTED")
-        if wanted and self.section.served_here:
-            _wait_for_server(Path(wanted))
-        return self._engines.engine(self.section, self._target)
-
     @contextmanager
     def _using(self) -> Iterator[Any]:
         """Give its network in this process."""
         if self._network is None:
             self._network = ready_to_answer(load_base(self._recipe, self.tokenizer))
         yield self._network
-
-    def _weigh(self, engine: Engine, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
-        """Return the probabilities of the verdicts after the lead-in."""
-        lead_ids, tokens = verdict_tokens(self.tokenizer, LEAD_IN, requests[0].allowed)
-        rendered = map(self._render, requests)
-        with_lead = [replace(request, ids=request.ids + tuple(lead_ids)) for request in rendered]
-        return engine.weigh(with_lead, tokens)
 
     def _render(self, request: JudgeRequest) -> Request:
         """Return a request as its engine takes it: ids here, text or a message for a server."""
@@ -179,36 +165,24 @@ class Judge:
         # some templates have no system role
         message = Message(role="user", content=request.prompt)
         if not self.section.is_served:
-            ids = self._chat_ids(message)
-        schema = None
+            try:
+                ids = self.tokenizer.apply_chat_template(
+                    (message,), add_generation_prompt=True, return_dict=False
+                )
+            except Exception as error:  # templates raise what they like
+                what = f"the judge's chat template refuses the prompt: {one_line(error)}"
+                hint = "a judge without a chat template: judge.prompt_style: prometheus"
+                raise EnvironmentFault(what, hint) from None
+        schema: dict[str, Any] | None = None
         if self.section.mode == "json":
-            schema = _verdict_schema(request.allowed)
+            result = {"type": "string", "enum": list(request.allowed)}
+            schema = {
+                "type": "object",
+                "properties": {"feedback": {"type": "string"}, "result": result},
+                "required": ["feedback", "result"],
+                "additionalProperties": False,
+            }
         return Request(key=key, messages=(message,), ids=tuple(ids), schema=schema)
-
-    def _chat_ids(self, message: Message) -> list[int]:
-        """Return the tokens of a prompt in the judge's chat template."""
-        try:
-            ids: list[int] = self.tokenizer.apply_chat_template(
-                (message,), add_generation_prompt=True, return_dict=False
-            )
-        except Exception as error:  # templates raise what they like
-            what = f"the judge's chat template refuses the prompt: {one_line(error)}"
-            hint = "a judge without a chat template: judge.prompt_style: prometheus"
-            raise EnvironmentFault(what, hint) from None
-        return ids
-
-
-def _verdict_schema(allowed: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON schema of a verdict with its reason, for a server that can be held to it."""
-    return {
-        "type": "object",
-        "properties": {
-            "feedback": {"type": "string"},
-            "result": {"type": "string", "enum": list(allowed)},
-        },
-        "required": ["feedback", "result"],
-        "additionalProperties": False,
-    }
 
 
 def _wait_for_server(wanted: Path) -> None:
@@ -232,14 +206,9 @@ def _wait_for_server(wanted: Path) -> None:
         time.sleep(0.1)
 
 
-@contextmanager
-def opened(section: JudgeSection) -> Iterator[Judge]:
-    """Give a judge; afterwards its memory is free again."""
-    judge = Judge(section)
-    try:
-        yield judge
-    finally:
-        judge.close()
+def opened(section: JudgeSection) -> closing[Judge]:
+    """Give a judge as a context, after which its memory is free again."""
+    return closing(Judge(section))
 
 
 def verdict_tokens(
@@ -256,7 +225,9 @@ def verdict_tokens(
         return ids
 
     spaced = {verdict: encode(f"{lead_in} {verdict}") for verdict in allowed}
-    common = _first_difference(list(spaced.values()))
+    # the first place at which they differ; 0 where they do not before the shortest ends
+    columns = enumerate(zip(*spaced.values(), strict=False))
+    common = next((place for place, tokens in columns if len(set(tokens)) > 1), 0)
     lead_ids = spaced[allowed[0]][:common]
     tokens = {verdict: ids[common] for verdict, ids in spaced.items()}
     if len(set(tokens.values())) < len(allowed):
@@ -266,11 +237,3 @@ def verdict_tokens(
         what = f"this judge's tokenizer has no single token for each of {', '.join(allowed)}"
         raise EnvironmentFault(what, "set judge.mode: generate")
     return lead_ids, tokens
-
-
-def _first_difference(rows: Sequence[Sequence[int]]) -> int:
-    """Return the first place at which rows differ, 0 where they do not before the shortest ends."""
-    for place, column in enumerate(zip(*rows, strict=False)):
-        if len(set(column)) > 1:
-            return place
-    return 0

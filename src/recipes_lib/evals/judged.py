@@ -13,20 +13,17 @@ from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import count
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, by_item, probe_items, sample_of
-from recipes_lib.evals.items import Item
 from recipes_lib.evals.judge import Judge, opened
-from recipes_lib.evals.judgments import ask
+from recipes_lib.evals.judgments import Item, ask
 from recipes_lib.evals.log import (
     EvalLog,
     JudgmentRow,
-    Metric,
-    Sample,
     Scorecard,
     Store,
     log_file,
     text_hash,
 )
-from recipes_lib.evals.questions import TURNED, Question, pair_texts, read_labels
+from recipes_lib.evals.questions import TURNED, PairTexts, Question, pair_texts, read_labels
 from recipes_lib.evals.recipe import load_judge_file
 from recipes_lib.evals.suites import Suite, metric_of
 
@@ -81,26 +78,52 @@ def judge_model(
     """
     assert answers.run is not None
     recipe = suite.recipe
+    chosen = suite.chosen
     against = opponent.name if opponent else None
     items = list(suite.items(answers, opponent))
     file = log_file(answers.run.path, recipe.name, against)
     with run_lock(file.parent, wait=True):
-        store = Store(_judgments_file(file), JudgmentRow)
+        judgments_file = file.with_name(f"judgments{file.name.removeprefix('result')}l")
+        store = Store(judgments_file, JudgmentRow)
         rows = ask(items, judge, store, answers.name)
         if not probes:
             probed = list(probe_items(items, recipe.metrics.probe_pairs))
             if probed:
                 probes += rows
                 probes += ask(probed, judge, store, "probes")
-    card = audit(rows, recipe.thresholds, _labels(items, suite.chosen.labels), probes)
+    card = audit(rows, recipe.thresholds, _labels(items, chosen.labels), probes)
+
+    judged = by_item(rows)
+    samples = [
+        sample_of(item.question_id, judged[item.name], item.orders, **item.sample) for item in items
+    ]
+    metric = "win rate" if opponent else "mean grade (1-5)"
+    label = f"{metric} on {recipe.name}"
+    if chosen.published:  # else the number is not that of the benchmark
+        label = f"{suite.title} {metric}"
+    if opponent:
+        rate = metric_of("win_rate", label, samples, opponent=against)
+    else:
+        rate = metric_of("grade", label, samples, "grade")
+
+    notes = list(answers.notes)
+    if opponent:
+        notes += opponent.notes
+    missing = audit_note(card)
+    if missing:
+        notes.append(missing)
+    ungraded = chosen.without_reference
+    if ungraded and not opponent:
+        num = count(len(ungraded), "question")
+        notes.append(f"{num} graded without the reference needed: {', '.join(ungraded[:8])}")
     log = suite.new_log(
-        [_metric(suite, _samples(items, rows), opponent)],
+        [rate],
         target=answers.name,
         against=against,
-        n=len(suite.chosen.questions),
-        subset=suite.chosen.subset,
+        n=len(chosen.questions),
+        subset=chosen.subset,
         banners=_banners(judge, card, answers, opponent),
-        notes=_notes(suite, card, answers, opponent),
+        notes=tuple(notes),
         answers=answers.facts,
         opponent=opponent.facts if opponent else None,
         judge=judge.facts(),
@@ -111,45 +134,9 @@ def judge_model(
     return log
 
 
-def _judgments_file(result: Path) -> Path:
-    """Return the file of judgments beside a result."""
-    return result.with_name(f"judgments{result.name.removeprefix('result')}l")
-
-
-def _samples(items: Sequence[Item], rows: Sequence[Row]) -> list[Sample]:
-    """Return the outcome of each item."""
-    judged = by_item(rows)
-    samples = []
-    for item in items:
-        judgments = judged[item.name]
-        samples.append(sample_of(item.question_id, judgments, item.orders, **item.sample))
-    return samples
-
-
-def _metric(suite: JudgedSuite, samples: Sequence[Sample], opponent: Answers | None) -> Metric:
-    """Return the win rate against an opponent, or the mean grade."""
-    if opponent:
-        label = _label(suite, "win rate")
-        return metric_of("win_rate", label, samples, opponent=opponent.name)
-    return metric_of("grade", _label(suite, "mean grade (1-5)"), samples, "grade")
-
-
-def _label(suite: JudgedSuite, metric: str) -> str:
-    """Return a metric's name for people: only published questions make it that of the benchmark."""
-    if suite.chosen.published:
-        return f"{suite.title} {metric}"
-    return f"{metric} on {suite.recipe.name}"
-
-
-def _labels(items: Sequence[Item], outcomes: Mapping[tuple[str, str, str], str]) -> dict[str, str]:
-    """Return what people said of these pairs, by the name of the item.
-
-    Args:
-        outcomes: by instruction, answer and opponent's answer, in whichever order they were shown.
-    """
+def _labels(items: Sequence[Item], outcomes: Mapping[PairTexts, str]) -> dict[str, str]:
+    """What people said of these pairs, in whichever order they saw them, by the item's name."""
     labels: dict[str, str] = {}
-    if not outcomes:
-        return labels
     for item in items:
         instruction, answer, other = pair_texts(item.instruction, item.answer, str(item.opponent))
         label = outcomes.get((instruction, answer, other))
@@ -164,7 +151,7 @@ def _labels(items: Sequence[Item], outcomes: Mapping[tuple[str, str, str], str])
 def _banners(
     judge: Judge, card: Scorecard, answers: Answers, opponent: Answers | None
 ) -> tuple[str, ...]:
-    """Return what must be read before the numbers, heaviest first."""
+    """What must be read before the numbers, heaviest first."""
     banners = []
     if judge.section.weak:
         banners.append(f"Weak judge: {judge.section.weak}.")
@@ -179,23 +166,6 @@ def _banners(
     if model in judged_models:
         banners.append(f"{model} judges its own answers: expect self-preference")
     return tuple(banners)
-
-
-def _notes(
-    suite: JudgedSuite, card: Scorecard, answers: Answers, opponent: Answers | None
-) -> tuple[str, ...]:
-    """Return what is said beside the numbers."""
-    notes = list(answers.notes)
-    if opponent:
-        notes += opponent.notes
-    missing = audit_note(card)
-    if missing:
-        notes.append(missing)
-    bare = suite.chosen.without_reference
-    if bare and not opponent:
-        num = count(len(bare), "question")
-        notes.append(f"{num} graded without the reference needed: {', '.join(bare[:8])}")
-    return tuple(notes)
 
 
 # ---- recipes judge audit ----
@@ -218,7 +188,8 @@ def audit_on_labels(
         Item(name=name, instruction=instruction, answer=answer, opponent=opponent)
         for name, (instruction, answer, opponent) in chosen.items()
     ]
-    folder = runs_root() / f"judge--{_plain_name(Path(judge))}" / _plain_name(labels)
+    names = [re.sub(r"[^\w.-]+", "-", path.stem) for path in (Path(judge), labels)]
+    folder = runs_root() / f"judge--{names[0]}" / names[1]
     with run_lock(folder, wait=True), opened(file.judge) as opened_judge:
         store = Store(folder / "judgments.jsonl", JudgmentRow)
         rows = ask(items, opened_judge, store, "labelled pairs")
@@ -228,8 +199,3 @@ def audit_on_labels(
     card = audit(rows, file.thresholds, label_of, [*rows, *probes])
     write_json(folder / "judge_audit.json", asdict(card))  # compare and report read it
     return card, store.path
-
-
-def _plain_name(file: Path) -> str:
-    """Return a file's name as that of a folder."""
-    return re.sub(r"[^\w.-]+", "-", file.stem)

@@ -12,15 +12,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import Row, hash_of
 from recipes_lib.core.run_directory import run_lock
-from recipes_lib.evals.answering import answer_all, answers_in_file, reference_answers
-from recipes_lib.evals.answers import Answers
-from recipes_lib.evals.asking import NotAsked, ServerDown, ServerGone
+from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
+from recipes_lib.evals.asking import ServerDown, ServerGone
 from recipes_lib.evals.engines import Engines, answered_by, transformers
 from recipes_lib.evals.engines.base import Target
 from recipes_lib.evals.judge import Judge, opened
@@ -39,17 +38,11 @@ _OVERRIDE = re.compile(r"(?:--)?[^\W\d]\w*(?:\.[^\W\d]\w*)+=")
 Side: TypeAlias = Model | Answers  # a model that is asked, or answers that are there
 
 
-@dataclass(frozen=True)
-class Sides:
+class Sides(NamedTuple):
     """Who answers, and with whom that is compared."""
 
     target: Side
     opponent: Side | None = None
-
-    def have(self, model: Model) -> bool:
-        """Whether a model is one of them."""
-        names = [side.name for side in (self.target, self.opponent) if isinstance(side, Model)]
-        return model.name in names
 
 
 @dataclass(eq=False)
@@ -74,30 +67,29 @@ class EvalTask:
 
     def words_with(self, model: Model) -> list[str]:
         """Return the words that need a model, as a target or as an opponent."""
-        return [word for word, sides in self.sides.items() if sides.have(model)]
+        words = []
+        for word, sides in self.sides.items():
+            if model.name in [side.name for side in sides if isinstance(side, Model)]:
+                words.append(word)
+        return words
 
 
 OnError = Callable[[EvalTask, str, Exception], None]  # the model's word, empty for all of the task
 
 
-def _raised(task: EvalTask, word: str, error: Exception) -> None:
-    raise error
-
-
 @contextmanager
 def _reported(
-    on_error: OnError, tasks: Sequence[EvalTask], model: Model | None = None, word: str = ""
+    on_error: OnError | None, tasks: Sequence[EvalTask], model: Model | None = None, word: str = ""
 ) -> Iterator[None]:
     """On an error drop the affected task, model or word, report it, and continue."""
     try:
         yield
     except Exception as error:
+        if on_error is None:
+            raise
         for task in tasks:
-            if model:
-                affected = task.words_with(model)
-            else:
-                affected = [word]
-            if not (model or word):
+            affected = task.words_with(model) if model else [word]
+            if affected == [""]:
                 task.sides.clear()
             for dropped in affected:
                 task.sides.pop(dropped, None)
@@ -135,13 +127,13 @@ def evaluate_tasks(
     tasks: Sequence[EvalTask],
     *,
     remote_code: bool = False,
-    on_error: OnError = _raised,
+    on_error: OnError | None = None,
 ) -> list[EvalLog]:
     """Do every task; each base and each judge is loaded once, after all words were resolved.
 
     Args:
         remote_code: whether the command line allowed code that ships with a model.
-        on_error: is called where a model, or all of a task, failed; the others go on.
+        on_error: is called where a model, or all of a task, failed; the others go on. None: raised.
     """
     for task in tasks:
         with _reported(on_error, [task]):
@@ -219,18 +211,15 @@ def _take_finished(task: EvalTask) -> None:
 def _key(task: EvalTask, word: str, judge: str | None = None) -> str:
     """The hash of all that decides a result."""
     sides = task.sides[word]
-    identities = [_identity(task.recipe, side) for side in (sides.target, sides.opponent)]
+    identities: list[object] = []
+    for side in sides:
+        if isinstance(side, Model):
+            answers_of = answered_by(task.recipe.generation, side.served_name, side.weights)
+            identities.append([answers_of, side.prompt_hash])
+        else:
+            identities.append(side.digest if side else None)
     reads = task.suite.reads(sides.target)
     return hash_of(task.recipe.settings_key(), identities, judge, reads)
-
-
-def _identity(recipe: EvalRecipe, side: Side | None) -> object:
-    """Return what decides the answers of a side beside the recipe."""
-    if side is None:
-        return None
-    if isinstance(side, Answers):
-        return side.digest
-    return [answered_by(recipe.generation, side.served_name, side.weights), side.prompt_hash]
 
 
 # ---- answers ----
@@ -240,7 +229,7 @@ def _ask_group(
     group: Sequence[Model],
     tasks: Sequence[EvalTask],
     down: dict[str, ServerDown],
-    on_error: OnError,
+    on_error: OnError | None,
 ) -> None:
     """Load one base, and let every suite ask the models on it but those that fail.
 
@@ -273,8 +262,15 @@ def _ask(
     """Let a suite ask one model; what no judge decides is done then."""
     recipe = task.recipe
     suite = task.suite
+    section = recipe.generation
     if suite.chosen.questions:
-        answers = _answers(task, model, target, engines, down)
+        engine = engines.engine(section, target)
+        gone = down.get(section.address) if section.is_served else None
+        try:
+            answers = answer_all(recipe, model, engine, suite.chosen.questions, gone)
+        except ServerDown as error:
+            down.setdefault(section.address, error)
+            raise
         task.answers[model.name] = answers
         if recipe.is_judged:
             return
@@ -300,29 +296,10 @@ def _ask(
     task.logs |= dict.fromkeys(words, write_result(recipe, log))
 
 
-def _answers(
-    task: EvalTask,
-    model: Model,
-    target: Target,
-    engines: Engines,
-    down: dict[str, ServerDown],
-) -> Answers:
-    """Return a model's answers; a server that is down is not asked again."""
-    section = task.recipe.generation
-    engine = engines.engine(section, target)
-    if section.is_served and section.address in down:
-        engine = NotAsked(engine, down[section.address])
-    try:
-        return answer_all(task.recipe, model, engine, task.suite.chosen.questions)
-    except ServerDown as error:
-        down.setdefault(section.address, error)
-        raise
-
-
 # ---- verdicts ----
 
 
-def _judge_all(tasks: Sequence[EvalTask], on_error: OnError) -> None:
+def _judge_all(tasks: Sequence[EvalTask], on_error: OnError | None) -> None:
     """Open one judge after another, each for all tasks that want it."""
     waiting = [task for task in tasks if task.sides and task.recipe.judge]
     while waiting:
@@ -336,7 +313,7 @@ def _judge_all(tasks: Sequence[EvalTask], on_error: OnError) -> None:
                     _judge(task, judge, on_error)
 
 
-def _judge(task: EvalTask, judge: Judge, on_error: OnError) -> None:
+def _judge(task: EvalTask, judge: Judge, on_error: OnError | None) -> None:
     """Ask one judge for every verdict, and write the results but those that lack one."""
     suite = task.suite
     assert isinstance(suite, JudgedSuite)
@@ -349,7 +326,7 @@ def _judge(task: EvalTask, judge: Judge, on_error: OnError) -> None:
             try:
                 log = judge_model(suite, answers, opponent, judge, probes)
             except ServerGone as error:
-                judge.give_up(error)  # for the other words and tasks too
+                judge.gone = error  # for the other words and tasks too
                 raise
             log = replace(log, key=_key(task, word, judge.fingerprint))
             task.logs[word] = write_result(task.recipe, log)

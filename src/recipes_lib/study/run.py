@@ -30,7 +30,7 @@ from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, describe_holder, is_held, run_lock
 from recipes_lib.core.terminal import count, say
 from recipes_lib.data.reading import check_rows
-from recipes_lib.evals.answering import check_questions
+from recipes_lib.evals.answers import check_questions
 from recipes_lib.evals.judge import Judge
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.log import REFERENCE, is_current, log_file

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from recipes_lib.core.files import write_json
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
-from recipes_lib.evals.items import Item
 from recipes_lib.evals.judged import JudgedSuite
+from recipes_lib.evals.judgments import Item
 from recipes_lib.evals.log import EvalLog
 from recipes_lib.evals.questions import Question
 from recipes_lib.evals.suites import bounds_of, shown_rate

@@ -14,7 +14,7 @@ from recipes_lib.evals.rules import see_form_alone
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 if TYPE_CHECKING:
-    from recipes_lib.evals.answering import Answers
+    from recipes_lib.evals.answers import Answers
     from recipes_lib.evals.questions import Question
 
 

@@ -11,8 +11,8 @@ from statistics import fmean
 
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
-from recipes_lib.evals.items import Item
 from recipes_lib.evals.judged import JudgedSuite
+from recipes_lib.evals.judgments import Item
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.questions import NEEDS_REFERENCE, Question
 from recipes_lib.evals.suites import bounds_of, shown_rate
