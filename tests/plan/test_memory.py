@@ -13,15 +13,9 @@ from transformers import AutoConfig
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.plan.plan import (
-    Plan,
-    RowLengths,
-    advise,
-    changed_plans,
-    launch_and_card,
-    plan_of,
-    rows_shown,
-)
+from recipes_lib.plan.advice import advise, changed_plans, rows_shown
+from recipes_lib.plan.plan import Plan, launch_and_card, plan_of
+from recipes_lib.plan.steps import RowLengths
 from recipes_lib.train import main
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3", "granite", "qwen3_moe")

@@ -9,7 +9,8 @@ import pytest
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.files import read_object
-from recipes_lib.plan.plan import RowLengths, Steps, launch_and_card, plan_of, steps_of
+from recipes_lib.plan.plan import launch_and_card, plan_of
+from recipes_lib.plan.steps import RowLengths, Steps, steps_of
 
 
 def steps_for(recipe: Path, rows: RowLengths, *words: str) -> Steps:

@@ -12,7 +12,7 @@ from tests.families import DEEPSEEK, EXPERTS, FAMILIES, LINEAR_ATTENTION, family
 from tests.plan.kept import bytes_of, counting_what_is_kept
 
 from recipes_lib.models import families
-from recipes_lib.plan.plan import NF4
+from recipes_lib.plan.memory import NF4
 from recipes_lib.plan.trace import trace, trace_now
 
 # Families that the tiny models of the other tests do not have, with what their configs need.

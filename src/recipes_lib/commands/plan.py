@@ -31,8 +31,9 @@ def run_plan(
         card_named(gpu)  # an unknown card is refused before torch is imported
     loaded = load_recipe(recipe, overrides)
     quiet_libraries()
-    from recipes_lib.plan.plan import advise, launch_and_card, plan_of, rows_shown
-    from recipes_lib.plan.plan import table as table_lines
+    from recipes_lib.plan.advice import advise, rows_shown
+    from recipes_lib.plan.advice import table as table_lines
+    from recipes_lib.plan.plan import launch_and_card, plan_of
 
     launch, card = launch_and_card(loaded, gpu, accelerate=accelerate, gpus=gpus, nodes=nodes)
     plan = plan_of(loaded, launch, card)
@@ -47,7 +48,7 @@ def run_plan(
     say(f"$ {launch_line(plan.launch, path, overrides)}")
 
     flags = {"accelerate": accelerate, "gpus": gpus, "nodes": nodes}
-    if advice and "launch." in advice[0]:
+    if advice and "launch." in advice.words:
         flags = {}  # they would win over the advised launch
     flag_words = [f"--{name}={value}" for name, value in flags.items() if value]
     words = [path, *flag_words, *overrides]
@@ -57,4 +58,4 @@ def run_plan(
         return next_step("ls")
     if gpu:
         words.append(f"--gpu={gpu}")
-    return next_step("plan", *words, *shlex.split(advice[0]))
+    return next_step("plan", *words, *shlex.split(advice.words))

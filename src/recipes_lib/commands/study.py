@@ -47,7 +47,8 @@ def run_study_run(
         folder = study_folder(loaded)
         answer = (object_or_none(folder / "comparison.json") or {}).get("answer", [])
         say("", *answer)
-        if (page := folder / "report" / "report.html").is_file():
+        page = folder / "report" / "report.html"
+        if page.is_file():
             say(f"report: {shown_path(page)}")
     _next("run" if code else "report", loaded)
     return code

@@ -41,23 +41,24 @@ DEFAULT = "h100-80gb"
 
 
 def card_named(name: str, memory_gib: float | None = None) -> Card:
-    """Return the table's card of a name as people type it or CUDA gives it; a MIG slice by its
-    profile, with its share of seven of the speed. With `memory_gib`, the real memory, a card that
-    is not in the table has that and no peak.
+    """Return the card of a name as people type it or CUDA gives it; a MIG slice has its share of
+    seven of the speed, and with `memory_gib` an unknown card has that memory and no peak.
     """
-    words = {*re.split(r"[^a-z0-9]+|gb\b", name.lower())}
-    alike: dict[tuple[int, float], Card] = {}  # the more words and the nearer the memory, the more
+    words = set(re.split(r"[^a-z0-9]+|gb\b", name.lower()))
+    # by the number of words that fit and the nearness of the memory: the largest is the card
+    candidates: dict[tuple[int, float], Card] = {}
     for card in CARDS:
         *kind, size = card.name.removeprefix("rtx-").removesuffix("gb").split("-")
-        if words >= {*kind}:
+        if words.issuperset(kind):
             near = size in words if memory_gib is None else -abs(card.memory_gib - memory_gib)
-            alike.setdefault((len(kind), near), card)
-    if not alike and memory_gib is None:
+            candidates.setdefault((len(kind), near), card)
+    if not candidates and memory_gib is None:
         names = ", ".join(card.name for card in CARDS)
-        known = f"cards: {names}, h100-mig-3g.40gb (any profile), cpu"
-        raise RecipeError(f"--gpu: there is no card '{name}'", known)
-    card = alike[max(alike)] if alike else Card(name, memory_gib or 0.0)
-    if slice_of := re.search(r"(\d+)g\.(\d+)gb", name.lower()):
+        hint = f"cards: {names}, h100-mig-3g.40gb (any profile), cpu"
+        raise RecipeError(f"--gpu: there is no card '{name}'", hint)
+    card = candidates[max(candidates)] if candidates else Card(name, memory_gib or 0.0)
+    slice_of = re.search(r"(\d+)g\.(\d+)gb", name.lower())
+    if slice_of:
         tflops = card.tflops and round(card.tflops * int(slice_of[1]) / 7)
         return Card(name, round(0.97 * float(slice_of[2]), 1), tflops)
     return replace(card, memory_gib=round(min(card.memory_gib, memory_gib or card.memory_gib), 1))

@@ -1,7 +1,5 @@
-"""Counts what a training keeps in memory by tracing the real model on fake tensors.
-
-The model is built by transformers and PEFT, so every family and every option of LoRA is counted as
-it is; attention and dropout are replaced by what their CUDA kernels keep.
+"""Counts what a training keeps in memory by tracing the real model, as transformers and PEFT build
+it, on fake tensors; attention and dropout are replaced by what their CUDA kernels keep.
 """
 
 from __future__ import annotations
@@ -26,7 +24,9 @@ from recipes_lib.core.project import cache_root
 from recipes_lib.models import families
 
 # Tokens of the two passes: what differs grows with the tokens, the rest is constant.
-FEW, MANY = 128, 256
+FEW = 128
+MANY = 256
+_OUTSIDE = -1  # of all blocks, whose numbers begin at 0
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
 
 
@@ -54,10 +54,10 @@ class Trace:
 
 def trace(config: Any, lora: peft.LoraConfig | None, *precision: Any) -> Trace:
     """Return what `trace_now` does, from the cache if it was traced before."""
-    adapter = lora and {
-        key: sorted(value) if isinstance(value, set) else str(value)
-        for key, value in lora.to_dict().items()
-    }
+    adapter: dict[str, Any] = {}
+    for key, value in lora.to_dict().items() if lora else ():
+        # the order of a set is another in every process
+        adapter[key] = sorted(value) if isinstance(value, set) else str(value)
     versions = [version(name) for name in ("torch", "transformers", "peft")]
     # families: which layers take an adapter, and which parts are trained
     code = [Path(file).read_text("utf-8") for file in (__file__, families.__file__)]
@@ -95,57 +95,65 @@ def trace_now(
 
 
 def _trace_with(
-    attention: str,
-    config: Any,
-    lora: peft.LoraConfig | None,
-    dtype: str,
-    half: str | None,
-    packed: float | None,
+    attention: str, config: Any, lora: Any, dtype: str, half: str | None, packed: float | None
 ) -> Trace:
     model = families.on_meta(config, getattr(torch, dtype), lora, attention=attention)
-    text, blocks = config.get_text_config(), families.layers(model)
+    text = config.get_text_config()
+    blocks = families.layers(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained if lora and packed and half == "bfloat16" else ():
-        parameter.data = parameter.data.bfloat16()  # TRL's adapters on a quantized base
-    added = ("lora_", "modules_to_save")
-    named = model.named_parameters()
-    base = [weight for name, weight in named if not any(part in name for part in added)]
-    in_blocks = {id(weight) for block in blocks for weight in block.parameters()}
-    small = _quantized(model, config) if packed else set()
-    sizes = [packed if packed and weight in small else weight.itemsize for weight in base]
-    weight_bytes = sum(weight.numel() * size for weight, size in zip(base, sizes, strict=True))
+    if lora and packed and half == "bfloat16":
+        for parameter in trained:
+            parameter.data = parameter.data.bfloat16()  # TRL's adapters on a quantized base
     # before the passes: a fake tensor has no number of its own
-    numbers = {
-        "parameters": sum(weight.numel() for weight in base),
-        "trained": sum(weight.numel() for weight in trained),
-        "active": _active(model, text),
-        "weight_bytes": round(weight_bytes),
-        "trained_bytes": sum(weight.nbytes for weight in trained),
-        "outside": sum(weight.numel() for weight in base if id(weight) not in in_blocks),
-        "largest_layer": max(sum(part.numel() for part in block.parameters()) for block in blocks),
-    }
+    in_blocks = {id(weight) for block in blocks for weight in block.parameters()}
+    quantized = _quantized(model, config) if packed else set()
+    parameters = 0
+    outside = 0
+    weight_bytes = 0.0
+    for name, weight in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            continue
+        parameters += weight.numel()
+        if id(weight) not in in_blocks:
+            outside += weight.numel()
+        of_each = packed if packed and weight in quantized else weight.itemsize
+        weight_bytes += weight.numel() * of_each
+    trained_count = sum(weight.numel() for weight in trained)
+    trained_bytes = sum(weight.nbytes for weight in trained)
+    active = _active(model, text)
+    largest_layer = max(sum(part.numel() for part in block.parameters()) for block in blocks)
+
+    autocast = half or dtype
     packing = "transformers.masking_utils.find_packed_sequence_indices"  # reads values of tensors
     experts = "transformers.integrations.moe._can_use_grouped_mm"  # a fake one takes bf16 alone
     with (
         # on "cuda" they need a CUDA build of torch (2.13): "cpu" with its autocast
         FakeTensorMode(allow_non_fake_inputs=True),
-        torch.autocast("cpu", getattr(torch, half or dtype), enabled=half is not None),
+        torch.autocast("cpu", getattr(torch, autocast), enabled=half is not None),
         mock.patch("torch.nn.functional.dropout", _dropout),
         mock.patch(packing, lambda positions: None),
-        mock.patch(experts, lambda *_: (half or dtype) == "bfloat16"),
+        mock.patch(experts, lambda *_: autocast == "bfloat16"),
     ):
         model = model.to_empty(device="cpu").train()
-        few, many = _kept(model, FEW), _kept(model, MANY)
+        few = _kept(model, FEW)
+        many = _kept(model, MANY)
     per_token = (many.total() - few.total()) / (MANY - FEW)
     inputs = len(blocks) * text.hidden_size * getattr(torch, dtype).itemsize
+    layer_types = getattr(text, "layer_types", None) or []
     return Trace(
-        **numbers,
+        parameters=parameters,
+        trained=trained_count,
+        active=active,
+        weight_bytes=round(weight_bytes),
+        trained_bytes=trained_bytes,
         per_token=per_token,
         constant=max(few.total() - FEW * per_token, 0.0),
-        checkpointed=inputs + (many[-1] - few[-1]) / (MANY - FEW),
-        block=max(many[place] - few[place] for place in range(len(blocks))) / (MANY - FEW),
+        checkpointed=inputs + (many[_OUTSIDE] - few[_OUTSIDE]) / (MANY - FEW),
+        block=max(many[number] - few[number] for number in range(len(blocks))) / (MANY - FEW),
+        largest_layer=largest_layer,
+        outside=outside,
         layers=len(blocks),
-        windows=(getattr(text, "layer_types", None) or []).count("sliding_attention"),
+        windows=layer_types.count("sliding_attention"),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         carries_state=any(isinstance(part, torch.nn.Conv1d) for part in model.modules()),
@@ -155,24 +163,27 @@ def _trace_with(
 def _quantized(model: Any, config: Any) -> set[torch.Tensor]:
     """Return the weights that bitsandbytes quantizes: of linear layers, but those left alone."""
     left_alone = {name.rpartition(".")[2] for name in families.not_quantized(config)} | {"lm_head"}
-    return {
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)  # Conv1D: of GPT-2
-        and "lora_" not in name
-        and not left_alone & {*name.split(".")}
-    }
+    weights = set()
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, torch.nn.Linear | Conv1D)  # Conv1D: of GPT-2
+        if is_linear and "lora_" not in name and left_alone.isdisjoint(name.split(".")):
+            weights.add(module.weight)
+    return weights
 
 
 def _active(model: Any, text: Any) -> int:
     """Return the parameters that multiply a token: no look-up, of experts those it is sent to."""
     chosen = next((getattr(text, name) for name in EXPERTS_PER_TOKEN if hasattr(text, name)), 1)
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    used = {*families.text_decoder(model).parameters(), *head.parameters()}
-    used -= {embeddings.weight} - {*head.parameters()}
+    head = set(model.get_output_embeddings().parameters())
+    used = set(families.text_decoder(model).parameters()) | head
+    used -= {model.get_input_embeddings().weight} - head
     used -= {weight for name, weight in model.named_parameters() if "lora_" in name}
-    shares = {weight: min(chosen / weight.shape[0], 1.0) for weight in used if weight.ndim == 3}
-    return round(sum(weight.numel() * shares.get(weight, 1.0) for weight in used))
+    active = 0.0
+    for weight in used:
+        # three dimensions: a matrix for each expert
+        share = min(chosen / weight.shape[0], 1.0) if weight.ndim == 3 else 1.0
+        active += weight.numel() * share
+    return round(active)
 
 
 class _Attention(torch.autograd.Function):
@@ -206,29 +217,30 @@ transformers.AttentionInterface.register("traced", attention_as_flash)
 
 
 def _kept(model: Any, tokens: int) -> Counter[int]:
-    """Run a forward pass; return the bytes that autograd keeps for each block, outside as -1."""
-    decoder, blocks = families.text_decoder(model), families.layers(model)
+    """Run a forward pass; return the bytes that autograd keeps for each block and outside them."""
+    decoder = families.text_decoder(model)
     ids = torch.zeros(1, tokens, dtype=torch.long)
     # by address, with the tensor: kept alive, so that no address is used twice
-    weights = (*model.parameters(), *model.buffers(), ids)
-    known = {tensor.untyped_storage()._cdata: tensor for tensor in weights}
+    seen: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers(), ids):
+        seen[tensor.untyped_storage()._cdata] = tensor
     kept: Counter[int] = Counter()
-    place = -1
+    current = _OUTSIDE
 
-    def enter(number: int, *_: Any) -> None:
-        nonlocal place
-        place = number
+    def enter(block: int, *_: Any) -> None:
+        nonlocal current
+        current = block
 
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            known[storage._cdata] = tensor
-            kept[place] += storage.nbytes()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = tensor
+            kept[current] += storage.nbytes()
         return tensor
 
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(families.layers(model)):
         block.register_forward_pre_hook(partial(enter, number))
-        block.register_forward_hook(partial(enter, -1))
+        block.register_forward_hook(partial(enter, _OUTSIDE))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pack(decoder(input_ids=ids, use_cache=False).last_hidden_state)  # the head's input
     return kept

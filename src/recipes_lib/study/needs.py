@@ -125,11 +125,8 @@ def _wandb_knows_the_user(host: Host) -> bool:
 
 def _missing_keys(evaluation: EvalRecipe, host: Host) -> Iterator[EnvironmentFault]:
     """Yield an error for a server's key that is not set."""
-    sections: dict[str, ServerSection | None] = {
-        "generation": evaluation.generation,
-        "judge": evaluation.judge,
-    }
-    for name, section in sections.items():
+    for name in ("generation", "judge"):
+        section: ServerSection | None = getattr(evaluation, name)
         variable = section.api_key_variable if section and section.is_served else None
         if variable is None or variable in host.set_there:
             continue

@@ -53,11 +53,8 @@ class StudyRun:
         launch = self.arm.launch
         path = launch.config.path
         is_shipped = path.parent == project_root() / "accelerate_configs"
-        section = LaunchSection(
-            accelerate=path.stem if is_shipped else str(path.resolve()),
-            gpus=launch.per_machine,
-            nodes=launch.machines,
-        )
+        name = path.stem if is_shipped else str(path.resolve())
+        section = LaunchSection(accelerate=name, gpus=launch.per_machine, nodes=launch.machines)
         run = recipe.run.model_copy(update={"name": self.run})
         train = {**recipe.train, "seed": self.seed}
         return replace(recipe, name=self.run, run=run, train=train, launch=section)

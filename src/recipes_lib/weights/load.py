@@ -188,11 +188,10 @@ def load_saved(
     """Load a whole model (a full fine-tuning, or a merged one) from its folder alone; on the CPU
     where the GPU has no room, if so asked, else that is an error.
     """
-    changes: dict[str, Any] = {"name_or_path": str(folder), "revision": None}
-    changes["resize_embeddings"] = False
+    values = {"name_or_path": str(folder), "revision": None, "resize_embeddings": False}
     if dtype is not None:
-        changes["dtype"] = dtype
-    section = recipe.model.model_copy(update=changes)
+        values["dtype"] = dtype
+    section = recipe.model.model_copy(update=values)
     model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
     if on_cpu_if_full:
         return model.to(device_with_room(model))

@@ -1,0 +1,196 @@
+"""What to change in a recipe so that it fits or is faster, and a plan as it is printed."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from recipes_lib.config.launch import plan_launch
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.terminal import aligned, shown_duration
+from recipes_lib.plan.plan import Plan, plan_of
+from recipes_lib.plan.steps import ASSUMED_TOKENS
+
+FOUR_BITS = [
+    "quantization.load_in_4bit=true",
+    "quantization.bnb_4bit_quant_type=nf4",
+    "quantization.bnb_4bit_use_double_quant=true",
+    "quantization.bnb_4bit_compute_dtype=bfloat16",
+    "quantization.bnb_4bit_quant_storage=bfloat16",  # FSDP2 shares out no other
+]
+
+
+class Advice(NamedTuple):
+    """A change that can be trained."""
+
+    words: str  # to type
+    why: str
+    plan: Plan  # with the change
+
+
+class Line(NamedTuple):
+    """A line of what is printed; without a text it is not shown."""
+
+    label: str
+    text: str
+    values: dict[str, Any]  # for `--json`
+
+
+# ---- what to change ----
+
+
+def advise(plan: Plan, overrides: Sequence[str] = ()) -> Advice | None:
+    """Return the first change that fits; for what fits, only to keep activations."""
+    if plan.fits and not plan.checkpointing:
+        return None
+    for change in changed_plans(plan, overrides):
+        if plan.fits and change.plan.checkpointing:
+            continue
+        if change.plan.fits and change.plan.memory != plan.memory:
+            return change
+    return None
+
+
+def table(plan: Plan, overrides: Sequence[str] = ()) -> list[str]:
+    """Return what every change does, a line for each."""
+    heading = "time of 1,000 rows" if plan.rows.assumed else "time"
+    lines = [("GiB", "fits", heading, "change")]
+    for words, why, changed in changed_plans(plan, overrides):
+        time = "-"
+        if changed.rows.assumed and changed.seconds_per_1000_rows:
+            time = shown_duration(changed.seconds_per_1000_rows)
+        elif changed.seconds is not None:
+            time = shown_duration(changed.seconds)
+        fits = "yes" if changed.fits else "no"
+        lines.append((f"{changed.needed:.1f}", fits, time, f"{words}  ({why})"))
+    return aligned(lines)
+
+
+def changed_plans(plan: Plan, overrides: Sequence[str] = ()) -> Iterator[Advice]:
+    """Yield every change that can be trained, smallest first."""
+    for words, why in _changes(plan):
+        try:
+            recipe = load_recipe(plan.recipe.path, [*overrides, *words])
+            launch = plan.launch
+            if any(word.startswith("launch.") for word in words):
+                launch = plan_launch(recipe.launch)
+            changed = plan_of(recipe, launch, plan.card, plan.rows)
+        except RecipesError:
+            continue
+        yield Advice(shlex.join(words), why, changed)
+
+
+def _changes(plan: Plan) -> Iterator[tuple[list[str], str]]:
+    """Yield overrides that change no step's examples, smallest change first, and why."""
+    recipe = plan.recipe
+    launch = plan.launch
+    steps = plan.steps
+
+    def batch(size: int, processes: int = launch.world_size) -> list[str]:
+        overrides = [f"train.per_device_train_batch_size={size}"]
+        if recipe.run.global_batch_size is None:
+            accumulation = steps.examples // (size * processes)
+            overrides.append(f"train.gradient_accumulation_steps={accumulation}")
+        return overrides
+
+    divides = [size for size in (4, 2, 1) if steps.per_device % size == 0]
+    smaller = [size for size in divides if size < steps.per_device]
+    if plan.fits and plan.checkpointing:
+        off = "train.activation_checkpointing=false"
+        yield [off], "activations fit without computing every block twice"
+        why = "activations of fewer examples fit without computing every block twice"
+        for size in smaller:
+            yield [off, *batch(size)], why
+    for size in smaller:
+        yield batch(size), "smaller micro-batches of the same step"
+    on = [] if plan.checkpointing else ["train.activation_checkpointing=true"]
+    if on:
+        why = "stores only the blocks' inputs and computes each block twice"
+        yield on + batch(1), why
+
+    if launch.distributed_type == "MULTI_GPU" and plan.card.name != "cpu":
+        sharded = ["launch.accelerate=fsdp", f"launch.gpus={launch.per_machine}"]
+        if launch.machines > 1:
+            sharded[0] = "launch.accelerate=fsdp_multi_node"
+            sharded.append(f"launch.nodes={launch.machines}")
+        why = f"weights and optimizer sharded over the same {launch.world_size} GPUs"
+        for size in (steps.per_device, *smaller):
+            yield sharded + batch(size), why
+    on = [] if plan.fits else on
+    for count in (2, 4, 8) if plan.card.name != "cpu" else ():
+        if count > launch.world_size and steps.examples % count == 0:
+            size = math.gcd(steps.per_device, steps.examples // count) if plan.fits else 1
+            sharded = ["launch.accelerate=fsdp", f"launch.gpus={count}"]
+            why = f"weights and optimizer sharded over {count} GPUs"
+            yield sharded + batch(size, count) + on, why
+    if recipe.lora is not None and recipe.quantization is None:
+        size_words = [] if plan.fits else batch(1)
+        why = "QLoRA, the base in 4 bits; a different experiment"
+        yield FOUR_BITS + on + size_words, why
+
+
+# ---- what is printed ----
+
+
+def rows_shown(plan: Plan, advice: Advice | None) -> list[Line]:
+    """Return at most 15 lines."""
+    steps = plan.steps
+    traced = plan.trace
+    card = plan.card
+    name = plan.recipe.model.name_or_path
+    kind = {"NO": "one process", "FSDP": "FSDP2"}.get(plan.launch.distributed_type, "DDP")
+    training = f"{plan.recipe.name}: {plan.method} on {steps.world_size} x {card.name}, {kind}"
+    of_card = {"method": plan.method, "card": card.name, "card_gib": card.memory_gib}
+    model = f"{name}, {traced.parameters:,} parameters, {traced.trained:,} trained"
+    batch = f"{steps.per_device} per device x {steps.accumulation} x {steps.world_size}"
+    number = f"{steps.steps:,} of {steps.examples} examples ({batch})"
+    of_steps: dict[str, Any] = asdict(steps)
+    if not plan.steps_known:
+        of_steps["steps"] = None
+        per_1000 = 1000 / steps.examples
+        number = f"{per_1000:,.1f} per 1,000 rows, of {steps.examples} examples ({batch})"
+    tokens = plan.rows.source if plan.rows.assumed else f"{steps.tokens:,} ({plan.rows.source})"
+    parts = [f"{part} {size:.1f}" for part, size in plan.memory.items() if size >= 0.05]
+    of_memory = {
+        "memory_gib": plan.memory,
+        "peak_gib": plan.needed - plan.memory["context"],
+        "needed_gib": plan.needed,
+    }
+    loading = ""
+    if plan.load_peak > sum(plan.memory.values()):
+        loading = f"loading: {plan.load_peak:.1f} GiB, the whole base in 4 bits on every card first"
+    room = f"the card has {card.memory_gib:.1f} GiB"
+    if card.name == "cpu":
+        room = f"{card.memory_gib:.1f} GiB of this machine's memory are free for each process"
+    time = "not estimated: no run here measured it, and this device's peak is unknown"
+    if plan.seconds is not None:
+        about = f"about {shown_duration(plan.seconds)}"
+        if plan.rows.assumed:
+            of_1000 = shown_duration(plan.seconds_per_1000_rows or 0.0)
+            about = f"about {of_1000} per 1,000 rows of {ASSUMED_TOKENS} tokens (assumed)"
+        time = f"{about}; {plan.speed:,.0f} tokens/s, {plan.speed_source}"
+    of_time = {
+        "tokens_per_second": plan.speed,
+        "speed": plan.speed_source,
+        "seconds": None if plan.rows.assumed else plan.seconds,
+        "seconds_per_1000_rows": plan.seconds_per_1000_rows,
+    }
+    change = "" if plan.fits else "no known change of this recipe makes it fit: use more memory"
+    if advice is not None:
+        change = f"{advice.words}  ({advice.why}; {advice.plan.needed:.1f} GiB)"
+    return [
+        Line("training", training, of_card),
+        Line("model", model, {"model": name, **asdict(traced)}),
+        Line("steps", number, of_steps),
+        Line("tokens", tokens, {"rows": plan.rows.source}),
+        Line("memory", f"{plan.needed:.1f} GiB: {', '.join(parts)}", of_memory),
+        Line("", loading, {"load_peak_gib": plan.load_peak}),
+        Line("", "an upper estimate: layers with a state" if traced.carries_state else "", {}),
+        Line("fits" if plan.fits else "DOES NOT FIT", room, {"fits": plan.fits}),
+        Line("time", time, of_time),
+        Line("try", change, {"advice": advice and advice.words}),
+    ]
