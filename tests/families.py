@@ -26,6 +26,10 @@ ROUTED |= {"first_k_dense_replace": 1}
 DEEPSEEK: dict[str, Any] = {**ROUTED, "kv_lora_rank": 16, "q_lora_rank": 24, "head_dim": 8}
 DEEPSEEK |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
 DEEPSEEK |= {"num_key_value_heads": 4}
+DEEPSEEK_V4: dict[str, Any] = {"num_key_value_heads": 1, "q_lora_rank": 24, "qk_rope_head_dim": 8}
+DEEPSEEK_V4 |= {"o_groups": 2, "o_lora_rank": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+DEEPSEEK_V4 |= {"moe_intermediate_size": 32, "index_n_heads": 2, "index_head_dim": 16}
+DEEPSEEK_V4 |= {"index_topk": 8}
 LINEAR_ATTENTION: dict[str, Any] = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
 LINEAR_ATTENTION |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 LINEAR_ATTENTION |= {"layer_types": ["linear_attention", "full_attention"]}
@@ -118,6 +122,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": SHARED,
     "glm4_moe": ROUTED,
     "deepseek_v3": DEEPSEEK,
+    "deepseek_v4": DEEPSEEK_V4,
+    "laguna": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    # smaller ones have a cache of another shape than their state (transformers 5.24)
+    "xlstm": {"hidden_size": 128, "num_blocks": 2, "num_heads": 4},
     # as their checkpoints are on the Hub: a language model that reads images
     "qwen3_5": {"text_config": LINEAR_ATTENTION, "vision_config": QWEN_VISION},
     "gemma3": {"text_config": GEMMA3, "vision_config": VISION, "mm_tokens_per_image": 4},

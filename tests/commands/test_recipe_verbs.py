@@ -86,6 +86,16 @@ def test_new_changes_the_method_with_its_learning_rate_and_the_model(said):
     assert recipe.data.chat_template is None and recipe.train["eos_token"] is None
 
 
+def test_new_with_the_origins_own_model_keeps_its_template_and_end_of_turn(said):
+    origin = load_recipe("llama3.1-8b-tulu3/lora-r64")
+    model = origin.model.name_or_path
+    said("new", "z", "--from", "llama3.1-8b-tulu3/lora-r64", "--model", model)
+    recipe = load_recipe("z.yaml")
+    assert recipe.data.chat_template == origin.data.chat_template is not None
+    assert recipe.train["eos_token"] == origin.train["eos_token"] is not None
+    assert recipe.lora == origin.lora
+
+
 def test_new_never_overwrites_and_refuses_names_no_run_can_have(said, tmp_path):
     (tmp_path / "x.yaml").write_text("mine\n")
     for words, code, answer in (

@@ -71,7 +71,8 @@ def left_out(model: Any) -> list[str]:
         and id(weight) not in passed_by
         and not parts & {*name.split(".")}
     ]
-    return [*(name for name in dict.fromkeys(names) if name not in adapters), *needs.images]
+    without = [name for name in dict.fromkeys(names) if name not in adapters]
+    return [*without, *needs.without_adapter, *needs.images]
 
 
 def test_all_linear_leaves_out_what_takes_no_adapter() -> None:
@@ -98,6 +99,18 @@ def test_targets_that_a_user_names_stay_as_they_are_and_exclusions_are_added_to_
         names = {name.rpartition(".")[2] for name in model.targeted_module_names}
         assert {"q_proj", "v_proj"} <= names and not names & {"k_proj", "out_proj"}, excluded
     assert describe_targets(adapted("gpt_oss", target_modules=["q_proj"])) == "adapters on q_proj"
+
+
+def test_layers_that_peft_cannot_load_take_no_adapter_though_a_user_names_them() -> None:
+    for targets in ("all-linear", ["q_proj", "down_proj"], r".*\.down_proj"):
+        names = adapted("laguna", target_modules=targets).targeted_module_names
+        assert any(name.endswith("mlp.down_proj") for name in names), targets
+        assert not any("shared_experts" in name for name in names), targets
+
+
+def test_examples_share_no_row_of_a_model_that_compresses_tokens() -> None:
+    """The experiment's 16 tokens are fewer than the 128 that such a layer makes one of."""
+    assert why_rows_apart(without_weights("deepseek_v4"))
 
 
 def row_of(family: str) -> str:
@@ -132,6 +145,7 @@ def test_a_model_that_answers_is_without_the_routers_loss() -> None:
 
 REFUSED = (
     ("llama4_text", "lora.target_modules=[q_proj, router]", "'router' takes no adapter: it"),
+    ("deepseek_v4", "lora.target_modules=[q_a_proj, o_a_proj]", "'o_a_proj' takes no adapter"),
     ("mamba2", "lora.target_modules=[in_proj, out_proj]", "'out_proj' takes no adapter"),
     ("nemotron_h", "lora.target_modules=.*proj", "'out_proj'"),
     ("falcon_h1", "train.packing=true", "FalconH1ForCausalLM has layers that carry a state"),

@@ -77,6 +77,8 @@ def new_recipe(
 def _set_model(values: Values, target: Path, origin: Recipe, model: str) -> None:
     """Another base: its own chat template and end of turn, and adapters on all of its layers."""
     folder = Path(model).expanduser()
+    if folder.resolve() == Path(origin.model.name_or_path).expanduser().resolve():
+        return  # the origin's own: its template may be what a base without one needs
     values["model"]["name_or_path"] = relative_path(target, folder) if folder.is_dir() else model
     if origin.data.chat_template:
         values["data"]["chat_template"] = None

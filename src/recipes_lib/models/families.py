@@ -26,6 +26,7 @@ class Architecture:
 
     left_out: tuple[str, ...] = ()  # last names of modules that take no adapter
     because: str = ""
+    without_adapter: tuple[str, ...] = ()  # parts whose layers take none, named by a user or not
     images: tuple[str, ...] = ()  # parts that text gives no gradient, and that are not trained
     auto_class: str = "AutoModelForCausalLM"  # of transformers, which loads the model for text
 
@@ -41,6 +42,13 @@ _ROUTED = Architecture(left_out=("router",), because="it returns tensors, a LoRA
 # transformers 5.24 Gemma3Model, Gemma4Model, Mistral3Model; modeling_auto.py has no causal language
 # model for Mistral 3; those of Llama 4 and Qwen3.5 do not load what reads images at all
 _PROJECTED = ("vision_tower", "multi_modal_projector")
+# transformers 5.24 conversion_mapping.py renames by "mlp.shared_expert.", whose last dot matches
+# the "s" of a name that is right already: PEFT would load no adapter of these layers
+_RENAMED = Architecture(without_adapter=("shared_experts",))
+# transformers 5.24 modeling_deepseek_v4.py: DeepseekV4GroupedLinear
+_GROUPED = Architecture(
+    left_out=("o_a_proj",), because="it multiplies its inputs group by group, a LoRA layer does not"
+)
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), _MAMBA_1),
     **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "nemotron_h", "zamba2"), _MAMBA_2),
@@ -50,6 +58,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": Architecture(images=_PROJECTED),
     "gemma4": Architecture(images=("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
     "mistral3": Architecture(images=_PROJECTED, auto_class="AutoModelForImageTextToText"),
+    "laguna": _RENAMED,
+    "deepseek_v4": _GROUPED,
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), Architecture(images=("visual",))),
 }
 _NO_VARLEN = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping", "v_head_dim")
@@ -98,6 +108,9 @@ def why_rows_apart(model: Any) -> str | None:
     # all layers that carry a state have a convolution over time
     if any(isinstance(module, torch.nn.Conv1d) for _, module in language_modules(model)):
         return "has layers that carry a state from one example of a row into the next"
+    layer_types = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if any("compressed" in kind for kind in layer_types):  # DeepSeek-V4: 4 or 128 tokens
+        return "compresses tokens into one, without regard to where an example ends"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "takes no positions, and cannot see where an example in a row ends"
     return None
@@ -132,7 +145,7 @@ def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     settled, needs = copy.deepcopy(config), needs_of(model.config.model_type)
-    left_out = [rf"{part}\..*" for part in needs.images]
+    left_out = [rf"{part}\..*" for part in (*needs.images, *needs.without_adapter)]
     if config.target_modules == "all-linear":
         convert_peft_config_for_transformers(settled, model, None)  # experts become parameters
         left_out += needs.left_out
