@@ -29,7 +29,8 @@ DEEPSEEK |= {"num_key_value_heads": 4}
 DEEPSEEK_V4: dict[str, Any] = {"num_key_value_heads": 1, "q_lora_rank": 24, "qk_rope_head_dim": 8}
 DEEPSEEK_V4 |= {"o_groups": 2, "o_lora_rank": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
 DEEPSEEK_V4 |= {"moe_intermediate_size": 32, "index_n_heads": 2, "index_head_dim": 16}
-DEEPSEEK_V4 |= {"index_topk": 8}
+# a router that learns, beside one that looks tokens up
+DEEPSEEK_V4 |= {"index_topk": 8, "mlp_layer_types": ["hash_moe", "moe"]}
 LINEAR_ATTENTION: dict[str, Any] = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
 LINEAR_ATTENTION |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
 LINEAR_ATTENTION |= {"layer_types": ["linear_attention", "full_attention"]}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from peft import LoraConfig, get_peft_model
-from tests.families import build_family
-from transformers import AutoModelForCausalLM
+from tests.families import build_family, family_config
+from transformers import AutoModelForCausalLM, PreTrainedConfig, configuration_utils
 
 from recipes_lib.models import upstream_fixes
 
@@ -72,3 +73,20 @@ def test_parameters_without_memory_have_addresses_of_their_own() -> None:
     assert len({weight.data_ptr() for weight in model.parameters()}) == 1
     upstream_fixes.tell_empty_parameters_apart(model)
     assert len({weight.data_ptr() for weight in model.parameters()}) == 4
+
+
+def test_the_trainer_reads_the_checkpoint_of_a_model_with_kinds_of_layers_of_its_own(
+    tmp_path, monkeypatch
+) -> None:
+    allowed = configuration_utils.ALLOWED_MLP_LAYER_TYPES
+    monkeypatch.setattr(configuration_utils, "ALLOWED_MLP_LAYER_TYPES", allowed)
+    config = family_config("deepseek_v4")
+    config.save_pretrained(tmp_path)
+
+    def read() -> PreTrainedConfig:  # as Trainer._load_from_checkpoint does
+        return PreTrainedConfig.from_json_file(tmp_path / "config.json")
+
+    with pytest.raises(StrictDataclassClassValidationError, match="hash_moe"):
+        read()
+    upstream_fixes.let_checkpoints_name_layers(config)
+    assert read().mlp_layer_types == ["hash_moe", "moe"]

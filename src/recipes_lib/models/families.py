@@ -228,6 +228,7 @@ def prepare_for_training(model: Any) -> None:
     if not hasattr(model, model.base_model_prefix):  # Llama4ForCausalLM of transformers 5.24
         model.base_model_prefix = "model"
     upstream_fixes.name_experts(model.config.get_text_config())
+    upstream_fixes.let_checkpoints_name_layers(model.config.get_text_config())
 
 
 def adds_router_loss(model: Any, lora: Any) -> bool:
