@@ -72,13 +72,6 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, epilog="--debug shows tracebacks.", allow_abbrev=False, **options)
 
-    def format_help(self) -> str:
-        """Return the help, with the words of recipes where the verb takes some."""
-        function = self.get_default("function")
-        if function is not None and "overrides" in parameters(function):
-            self.epilog = f"section.key=value arguments override the YAML. {self.epilog}"
-        return super().format_help()
-
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong, with the usage."""
         usage = (self.format_usage().strip(), f"more: {self.prog} --help")
@@ -170,8 +163,8 @@ def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], di
             declare(choice.add_parser(action, help=summary), function)
     else:
         declare(parser, getattr(module, f"run_{verb}"))
-    known, unknown = parser.parse_known_args(words)
-    arguments = vars(known)
+    namespace, unknown = parser.parse_known_args(words)
+    arguments = vars(namespace)
     function = arguments.pop("function")
     if "overrides" in parameters(function):
         arguments["overrides"] = unknown

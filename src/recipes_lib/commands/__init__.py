@@ -24,6 +24,8 @@ def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> No
     `Annotated[type, help]`, a whole number `Annotated[int, help, least]` (1 by default).
     """
     parser.set_defaults(function=function)
+    if "overrides" in parameters(function):
+        parser.epilog = f"section.key=value arguments override the YAML. {parser.epilog}"
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in parameters(function).items():
         if name in GIVEN:

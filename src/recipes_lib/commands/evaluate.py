@@ -35,7 +35,8 @@ def run_eval(
     from recipes_lib.evals.run import evaluate, say_results, split_words
 
     recipes, words = split_words([eval, *run_or_model], list(overrides))
-    with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+    progress = sys.stderr if json else sys.stdout
+    with contextlib.redirect_stdout(progress):
         logs = evaluate(recipes, words, against, remote_code=trust_remote_code)
     if json:
         results = [{**to_json(log), "file": shown_path(log.file)} for log in logs]
@@ -57,10 +58,10 @@ def run_judge_audit(
     from recipes_lib.evals.judged import audit_on_labels
 
     quiet_libraries()
-    card, kept = audit_on_labels(judge, labels, limit, probe_pairs)
+    card, folder = audit_on_labels(judge, labels, limit, probe_pairs)
     if json:
         return print_json(asdict(card))
-    say(*scorecard_lines(card), f"kept in {shown_path(kept)}")
+    say(*scorecard_lines(card), f"kept in {shown_path(folder)}")
     return ExitCode.DONE
 
 
@@ -96,11 +97,11 @@ def run_compare(
         what = "none of these has an evaluation with a result"
         command = shlex.join(["recipes", "eval", "evals/quickstart/lm_eval.yaml", *runs])
         raise RecipeError(what, f"evaluate first, for example: {command}")
-    known = dict.fromkeys(row.metric for row in conclusion.table.rows)
+    metrics = dict.fromkeys(row.metric for row in conclusion.table.rows)
     for word in aims.margins:
-        if not any(is_named(word, metric) for metric in known):
+        if not any(is_named(word, metric) for metric in metrics):
             what = f"--margin {word}: these have no such metric in common"
-            raise RecipeError(what, f"metrics: {', '.join(known) or 'none'}")
+            raise RecipeError(what, f"metrics: {', '.join(metrics) or 'none'}")
     if html:
         write_text(html, report_html(conclusion, arms))
     if json:
@@ -128,8 +129,10 @@ def _open(word: str) -> Path:
 def _margin(word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
-    what = margin.fits(metric) if margin else "not METRIC=NUMBER or METRIC='NUMBER points'"
-    if margin is None or what:
-        hint = "for example --margin win_rate='2 points' loss=0.005"
-        raise RecipeError(f"--margin {word}: {what}", hint)
-    return metric, margin
+    what = "not METRIC=NUMBER or METRIC='NUMBER points'"
+    if margin is not None:
+        what = margin.fits(metric)
+        if not what:
+            return metric, margin
+    hint = "for example --margin win_rate='2 points' loss=0.005"
+    raise RecipeError(f"--margin {word}: {what}", hint)

@@ -25,6 +25,7 @@ _START = "start-here"
 
 def run_ls(*, json: Json = False) -> int:
     """Print one line per recipe; nothing is checked or planned."""
+    # the working directory may be the checkout: each folder once
     folders = {folder.resolve(): folder for folder in (project_root() / "recipes", Path("recipes"))}
     recipes = []
     for folder in folders.values():
@@ -105,10 +106,11 @@ def _run_line(run: RunDirectory) -> Row:
         facts = _facts(run)
     except (RecipesError, OSError):
         facts = {"state": "unreadable", "last": {}}
-    keys = ("step", "loss", "eval_loss", "tokens_per_second")
-    values = {key: facts["last"].get(key) for key in keys}
-    updated = str(facts.get("updated") or "").removesuffix("+00:00")
-    return {"run": run.name, "state": facts["state"], **values, "updated": updated}
+    line = {"run": run.name, "state": facts["state"]}
+    for key in ("step", "loss", "eval_loss", "tokens_per_second"):
+        line[key] = facts["last"].get(key)
+    line["updated"] = str(facts.get("updated") or "").removesuffix("+00:00")
+    return line
 
 
 def _cell(value: object) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from recipes_lib.commands import Accelerate, Gpu, Gpus, Json, Nodes, RecipeWord
-from recipes_lib.commands.recipes import launch_line
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.project import shown_path
@@ -40,18 +39,24 @@ def run_plan(
     advice = advise(plan, overrides)
     rows = rows_shown(plan, advice)
     if json:
-        return print_json({key: value for _, _, values in rows for key, value in values.items()})
-    say(*(f"{label:<9} {text}" for label, text, _ in rows if text))
+        facts: dict[str, object] = {}
+        for _, _, values in rows:
+            facts |= values
+        return print_json(facts)
+    for label, text, _ in rows:
+        if text:
+            say(f"{label:<9} {text}")
     if table:
         say(*table_lines(plan, overrides))
     path = shown_path(loaded.path)
-    say(f"$ {launch_line(plan.launch, path, overrides)}")
+    say(f"$ {plan.launch.plain_command(path, overrides)}")
 
     flags = {"accelerate": accelerate, "gpus": gpus, "nodes": nodes}
     if advice and "launch." in advice.words:
         flags = {}  # they would win over the advised launch
-    flag_words = [f"--{name}={value}" for name, value in flags.items() if value]
-    words = [path, *flag_words, *overrides]
+    words = [path]
+    words += [f"--{name}={value}" for name, value in flags.items() if value]
+    words += overrides
     if plan.fits:
         return next_step("train", *words)
     if advice is None:

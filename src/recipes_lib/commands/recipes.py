@@ -9,7 +9,6 @@ import re
 import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,9 +26,7 @@ from recipes_lib.config.documents import (
 )
 from recipes_lib.config.fitting import fit_to_rows
 from recipes_lib.config.launch import (
-    DEFAULT_PORT,
     AccelerateConfig,
-    Launch,
     accelerate_rules,
     plan_launch,
 )
@@ -152,9 +149,9 @@ def run_migrate(
     if output.exists() and not force:
         hint = "add --force to replace it, or choose another --output"
         raise RecipeError("exists already", hint, file=output)
-    migrated = migrate(config, output, schema_line(output), first_local_row)
-    write_text(output, migrated.text)
-    say(*migrated.changes, f"{output}: {len(migrated.changes)} changes")
+    text, changes = migrate(config, output, schema_line(output), first_local_row)
+    write_text(output, text)
+    say(*changes, f"{output}: {len(changes)} changes")
     return next_step("check", "--full", output)
 
 
@@ -178,7 +175,7 @@ def run_show(
     lines = list(_lines(loaded, values))
     file = shown_path(loaded.path)
     say(f"# {loaded.name}: {file}")
-    say(f"#   {launch_line(plan_launch(loaded.launch), file, overrides)}")
+    say(f"#   {plan_launch(loaded.launch).plain_command(file, overrides)}")
     width = max((len(text) for text, comment in lines if comment and len(text) < 60), default=0)
     for text, comment in lines:
         say(f"{text:<{width}}  # {comment}" if comment else text)
@@ -186,23 +183,14 @@ def run_show(
     return ExitCode.DONE
 
 
-def launch_line(launch: Launch, file: str, overrides: Sequence[str]) -> str:
-    """Return the plain command that trains a recipe; of several machines, machine 0's."""
-    if launch.machines > 1:
-        port = launch.config.main_process_port or DEFAULT_PORT
-        launch = replace(launch, rank=0, address="HOST_OF_RANK_0", port=port)
-    script = ["-m", "recipes_lib.train", file, *overrides]
-    return shlex.join(["accelerate", "launch", *launch.launcher_words(), *script])
-
-
 def _differences(a: Recipe, b: Recipe) -> list[str]:
     """Return the table of the resolved values that differ, with the place of each."""
-    left = flatten(a.to_dict())
-    right = flatten(b.to_dict())
+    values = flatten(a.to_dict())
+    other_values = flatten(b.to_dict())
     if a.run.name is None and b.run.name is None:  # derived names differ by nature
-        left["run.name"] = right["run.name"]
+        values["run.name"] = other_values["run.name"]
     rows = [["", shown_path(a.path), shown_path(b.path)]]
-    for key, (value, other_value) in differences(left, right).items():
+    for key, (value, other_value) in differences(values, other_values).items():
         rows.append([key, _value_with_place(a, key, value), _value_with_place(b, key, other_value)])
     if len(rows) == 1:
         return ["no difference"]
@@ -236,7 +224,15 @@ def run_explain(
     key: Annotated[str, "train.learning_rate, a section such as train, or nothing"] = "",
 ) -> int:
     """Print what is known about a key, a section's keys, or the sections."""
-    keys = _known_keys()
+    from recipes_lib.evals.recipe import EvalRecipe
+    from recipes_lib.slurm.profile import Profile
+    from recipes_lib.study.config import StudyFile
+
+    keys = dict(keys_of(RecipeFile))
+    # those of other files stand under their kind: eval.suite.name
+    for model in (EvalRecipe, StudyFile, Profile):
+        keys[model.kind] = {"description": model.__doc__}
+        keys |= keys_of(model, f"{model.kind}.")
     name = _full_name(key, keys) if key else ""
     inner = [key for key in keys if key.rpartition(".")[0] == name]
     if inner:
@@ -264,18 +260,6 @@ def run_explain(
     return ExitCode.DONE
 
 
-def _known_keys() -> dict[str, JsonSchemaValue]:
-    """Return a recipe's keys, and those of other files under their kind: eval.suite.name."""
-    from recipes_lib.evals.recipe import EvalRecipe
-    from recipes_lib.slurm.profile import Profile
-    from recipes_lib.study.config import StudyFile
-
-    keys = {**keys_of(RecipeFile)}
-    for model in (EvalRecipe, StudyFile, Profile):
-        keys |= {model.kind: {"description": model.__doc__}, **keys_of(model, f"{model.kind}.")}
-    return keys
-
-
 def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
     """Return a key's dotted name, completed if only one section (first, of a recipe) has it."""
     plain = word.replace("-", "_")
@@ -286,15 +270,14 @@ def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
         if len(ending) == 1:
             return ending[0]
 
-    former_keys = {**LoraSection.gone, **TrainSection.gone}
-    remedy = former_keys.get(plain.rpartition(".")[2])
+    hints = did_you_mean(plain, keys)
     containing = [key for key in keys if plain in key][:8]
-    if remedy:
-        hints = [remedy]
-    elif containing:
+    if containing:
         hints = [f"keys: {', '.join(containing)}"]
-    else:
-        hints = did_you_mean(plain, keys)
+    for section in (LoraSection, TrainSection):
+        last = plain.rpartition(".")[2]
+        if last in section.gone:
+            hints = [section.gone[last]]
     raise RecipeError(f"unknown key '{word}'", *hints)
 
 
@@ -323,15 +306,19 @@ def run_check(
     """Check every file; print notes, then all errors."""
     files: dict[Path, None] = {}  # each once, in order
     for path in paths:
-        files.update(dict.fromkeys(_files(Path(path))))
+        files |= dict.fromkeys(_files(Path(path)))
     if full:
         quiet_libraries()
     notes: list[RecipeError] = []
     errors: dict[str, RecipesError] = {}  # by text: two recipes may share a base's error
     num_wrong = 0
     for file in files:
-        errors_of_file = check_file(file, full, notes)
-        errors.update({str(error): error for error in errors_of_file})
+        errors_of_file: list[RecipesError] = []
+        try:
+            errors_of_file.extend(_faults(file, full, notes))
+        except (RecipeError, DataError) as error:
+            errors_of_file += getattr(error, "errors", [error])
+        errors |= {str(error): error for error in errors_of_file}
         if errors_of_file:
             num_wrong += 1
     for note in {note.what: note for note in notes}.values():
@@ -351,19 +338,8 @@ def run_check(
     return next_step("ls")
 
 
-def check_file(path: Path, full: bool, notes: list[RecipeError]) -> list[RecipesError]:
-    """Return what is wrong with a YAML file; `full` asks upstream too, and notes what it cannot."""
-    errors: list[RecipesError] = []
-    try:
-        errors.extend(_faults(path, full, notes))
-    except RecipeError as error:
-        errors += error.errors
-    except DataError as error:
-        errors.append(error)
-    return errors
-
-
 def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[RecipesError]:
+    """Yield what is wrong with a YAML file; `full` asks upstream too, and notes what it cannot."""
     document = read(path)
     kind = document.kind
     if kind == "recipe":
@@ -446,11 +422,9 @@ def _files(path: Path) -> Iterable[Path]:
         if not os.path.lexists(path):  # a link that leads nowhere is there
             raise no_such_file(path)
         return [path]
-    files = [
-        file
-        for file in sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
-        if not re.search(r"(^|/)(\..*|runs)/", str(file.relative_to(path)))
-    ]
+    files = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
+    hidden = re.compile(r"(^|/)(\..*|runs)/")
+    files = [file for file in files if not hidden.search(str(file.relative_to(path)))]
     if not files:
         raise RecipeError("holds no YAML file", file=path)
     return files

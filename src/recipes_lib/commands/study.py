@@ -45,8 +45,8 @@ def run_study_run(
     code = studies.StudyRunner(loaded, report_study, jobs, flags, not no_train).run()
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         folder = study_folder(loaded)
-        answer = (object_or_none(folder / "comparison.json") or {}).get("answer", [])
-        say("", *answer)
+        comparison = object_or_none(folder / "comparison.json") or {}
+        say("", *comparison.get("answer", []))
         page = folder / "report" / "report.html"
         if page.is_file():
             say(f"report: {shown_path(page)}")
@@ -60,10 +60,12 @@ def run_study_status(study: _StudyWord, overrides: Sequence[str], *, json: Json 
     states = studies.progress_of(loaded)
     if json:
         return print_json({"study": loaded.name, "states": states})
-    left = [row for row in states.items() if row[1] != "done"]
-    say(f"{len(states) - len(left)} of {len(states)} trainings and results done")
-    say(*aligned(left) if left else [])
-    return _next("run" if left else "report", loaded)
+    remaining = [(name, state) for name, state in states.items() if state != "done"]
+    say(f"{len(states) - len(remaining)} of {len(states)} trainings and results done")
+    if not remaining:
+        return _next("report", loaded)
+    say(*aligned(remaining))
+    return _next("run", loaded)
 
 
 def run_study_report(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -153,8 +154,17 @@ class Launch:
             words += ["--main_process_port", str(self.port)]
         return words
 
+    def plain_command(self, file: str, overrides: Sequence[str]) -> str:
+        """Return the command that trains a recipe without us; of several machines, machine 0's."""
+        launch = self
+        if self.machines > 1:
+            port = self.config.main_process_port or DEFAULT_PORT
+            launch = replace(self, rank=0, address="HOST_OF_RANK_0", port=port)
+        script = ["-m", "recipes_lib.train", file, *overrides]
+        return shlex.join(["accelerate", "launch", *launch.launcher_words(), *script])
+
     def command(self, script: Sequence[str]) -> list[str]:
-        """Return the plain command; `python -m` for one process, which can be stopped cleanly."""
+        """Return what `recipes train` starts: `python -m` for one process, which stops cleanly."""
         if self.world_size > 1:
             accelerate = str(Path(sys.executable).with_name("accelerate"))
             return [accelerate, "launch", *self.launcher_words(), *script]
@@ -166,11 +176,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Active:
-    """The processes that are really running."""
+    """The processes that are really running, or in a check those that a launch would start."""
 
     world_size: int
     distributed_type: str
     device: str
+    wrapped_classes: str = ""  # layer classes that FSDP is told to wrap, with commas between them
+    source: str = "the accelerate config"  # who tells it
 
 
 def plan_launch(

@@ -74,14 +74,6 @@ FirstRow = Callable[[str, str], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
-class Migrated:
-    """A recipe's text, and a line for each change."""
-
-    text: str
-    changes: list[str]
-
-
-@dataclass(frozen=True)
 class _Rows:
     """How TRL would read the rows. It asks the first one, and so does this."""
 
@@ -119,8 +111,10 @@ class _Recipe:
         return lines
 
 
-def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> Migrated:
-    """Return the recipe of a flat TRL config, which will lie at `target` and begins with `head`."""
+def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> tuple[str, list[str]]:
+    """Return the text of a flat TRL config's recipe, which will lie at `target` and begins with
+    `head`, and a line for each change.
+    """
     flat = read(path)
     if flat.kind != "flat":
         raise wrong_kind(flat, "flat")
@@ -138,19 +132,27 @@ def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> Migrate
         if not why and home in recipe.texts:
             why = "another key of this file already sets it"
         if why:
-            copied = [f"{key}: (not copied)"] if is_secret_name(key) else lines
-            recipe.left_out += [*comments, f"# {why}:", *(f"#   {line}" for line in copied)]
+            if is_secret_name(key):
+                lines = [f"{key}: (not copied)"]
+            recipe.left_out += [*comments, f"# {why}:"]
+            recipe.left_out += [f"#   {line}" for line in lines]
             recipe.changes.append(f"{flat.origin((key,))}: {key} left out; {why}")
         else:
+            name = home.partition(".")[2]
             new_value = _new_value(flat, key, value, target)
-            new_lines = _new_lines(key, value, home, new_value, lines)
+            if new_value == value and lines[0].startswith(key):
+                # as it was written
+                new_lines = [f"{name}{lines[0].removeprefix(key)}", *lines[1:]]
+            else:
+                new_lines = re.findall(r"\s(#.*)", "\n".join(lines))
+                new_lines.append(f"{name}: {value_text(new_value)}")
             recipe.values[home] = new_value
             recipe.texts[home] = "\n".join(comments + new_lines)
             recipe.changes.append(f"{flat.origin((key,))}: {key} -> {home}")
         comments = comments_below
     _add_defaults(recipe, flat.values, rows)
     text = "\n".join([head, *recipe.lines(), *comments]).lstrip("\n")
-    return Migrated(f"{text}\n", recipe.changes)
+    return f"{text}\n", recipe.changes
 
 
 def home_of(key: str) -> str:
@@ -180,15 +182,6 @@ def _lines_of(flat: Document, key: str) -> tuple[list[str], list[str]]:
     while size > 1 and between[size - 1][:1] in ("", "#"):
         size -= 1
     return between[:size], [line for line in between[size:] if line]
-
-
-def _new_lines(key: str, value: Any, home: str, new_value: Any, lines: list[str]) -> list[str]:
-    """Return a key's lines in the recipe: as they were written, if the value is the same."""
-    name = home.partition(".")[2]
-    if new_value == value and lines[0].startswith(key):
-        return [f"{name}{lines[0].removeprefix(key)}", *lines[1:]]
-    comments = re.findall(r"\s(#.*)", "\n".join(lines))
-    return [*comments, f"{name}: {value_text(new_value)}"]
 
 
 def _why_left_out(key: str, home: str, flat: Values, rows: _Rows) -> str:

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,43 +26,26 @@ _TYPES_OF_SHARDS = ("bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckedLaunch:
-    """What the checks of a recipe ask about a launch: the recipe's default, or the running one."""
-
-    world_size: int
-    on_cpu: bool
-    is_sharded: bool  # by FSDP
-    wrapped_classes: str  # the layer classes that FSDP is told to wrap, with commas between them
-    source: str  # who tells it
-
-
-def planned_launch(launch: Launch) -> CheckedLaunch:
+def planned_launch(launch: Launch) -> Active:
     """Return what the checks of a recipe ask about a launch before it starts."""
-    return CheckedLaunch(
+    return Active(
         world_size=launch.world_size,
-        on_cpu=launch.config.use_cpu,
-        is_sharded=launch.config.distributed_type == "FSDP",
+        distributed_type=launch.config.distributed_type,
+        device="cpu" if launch.config.use_cpu else "cuda",
         wrapped_classes=str(launch.config.fsdp_config.get(WRAP_KEY) or ""),
         source=launch.config.path.name,
     )
 
 
-def running_launch(active: Active) -> CheckedLaunch:
-    """Return the launch of the processes that are running, whatever the recipe's section says."""
-    return CheckedLaunch(
-        world_size=active.world_size,
-        on_cpu=active.device == "cpu",
-        is_sharded=active.distributed_type.startswith("FSDP"),
-        wrapped_classes=os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ""),
-        source="the accelerate config",
-    )
+def running_launch(active: Active) -> Active:
+    """Return the processes that are running with what accelerate's launcher has told them."""
+    return replace(active, wrapped_classes=os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ""))
 
 
 def check_upstream(
     recipe: Recipe,
     *,
-    launch: CheckedLaunch,
+    launch: Active,
     remote_code: bool | None = None,
     notes: list[RecipeError] | None = None,
 ) -> list[RecipeError]:
@@ -78,7 +61,7 @@ def check_upstream(
     errors: list[Any] = []
     folder = local_folder(recipe)
     checkable = recipe
-    if not (launch.on_cpu or upstream.has_accelerator()):  # it is meant for a GPU
+    if not (launch.device == "cpu" or upstream.has_accelerator()):  # it is meant for a GPU
         train = {key: recipe.train[key] for key in recipe.train.keys() - {"fp16", "tf32"}}
         checkable = replace(recipe, train=train)
     for build in (
@@ -91,7 +74,7 @@ def check_upstream(
             build()
         except (RecipeError, EnvironmentFault) as error:
             errors += getattr(error, "errors", [error])
-    if launch.is_sharded:
+    if launch.distributed_type.startswith("FSDP"):
         errors += _changed_by_shards(recipe)
     if folder is not None:
         errors += check_model_files(recipe, folder, remote_code=remote_code)
@@ -210,7 +193,7 @@ def weight_faults(folder: Path) -> Iterator[str]:
 def check_names(
     recipe: Recipe,
     folder: Path,
-    launch: CheckedLaunch,
+    launch: Active,
     notes: list[RecipeError] | None = None,
 ) -> Iterator[RecipeError]:
     """Yield names that a model does not have, and what its class cannot do; no code of it runs.

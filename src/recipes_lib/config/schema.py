@@ -37,18 +37,14 @@ def generated_files() -> dict[Path, str]:
     for model in (RecipeFile, EvalRecipe, StudyFile, Profile):
         schema = model.model_json_schema()
         if model in (RecipeFile, EvalRecipe):
-            _let_extend(schema)
+            # a file may extend another one, which then has the required keys
+            for part in (schema, *schema["$defs"].values()):
+                part.pop("required", None)
+            names = {"type": "array", "items": {"type": "string"}}
+            schema["properties"]["extends"] = {"anyOf": [{"type": "string"}, names]}
         contents[project_root() / "schema" / f"{model.kind}.schema.json"] = schema
     texts = {path: json.dumps(contents[path], indent=1, ensure_ascii=False) for path in contents}
     return {path: f"{text}\n" for path, text in texts.items()}
-
-
-def _let_extend(schema: Values) -> None:
-    """Let a file extend another one, which then has the required keys."""
-    for part in (schema, *schema["$defs"].values()):
-        part.pop("required", None)
-    one_or_more = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    schema["properties"]["extends"] = one_or_more
 
 
 def upstream_sections() -> Values:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -56,20 +57,12 @@ def _check_optimizer(recipe: Recipe, config: SFTConfig) -> None:
     import torch
     from transformers import Trainer, get_scheduler
 
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
     if not config.optim_target_modules and "lomo" not in config.optim:  # these ask for the model
         _built(recipe, "train.optim", lambda: Trainer.get_optimizer_cls_and_kwargs(config))
-    _built(
-        recipe,
-        "train.lr_scheduler_kwargs",
-        lambda: get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=1,
-            num_training_steps=10**6,
-            scheduler_specific_kwargs=config.lr_scheduler_kwargs,
-        ),
-    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
+    kwargs = config.lr_scheduler_kwargs
+    build = partial(get_scheduler, config.lr_scheduler_type, optimizer, 1, 10**6, kwargs)
+    _built(recipe, "train.lr_scheduler_kwargs", build)
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig | None:
@@ -128,7 +121,7 @@ def refused(recipe: Recipe, key: str, error: Exception) -> RecipeError:
     """Return upstream's refusal, of a section at the key it speaks about."""
     message = one_line(error)
     values = getattr(recipe, key, None) or {}
-    words = message.replace(" ", "_").lower()  # Target modules {'x'} not found
-    named = [name for name in values if re.search(rf"(?<![^\W_]){name}(?![^\W_])", words)]
+    text = message.replace(" ", "_").lower()  # Target modules {'x'} not found
+    named = [name for name in values if re.search(rf"(?<![^\W_]){name}(?![^\W_])", text)]
     dotted_key = f"{key}.{max(named, key=len)}" if named else key
     return recipe.error(dotted_key, f"{key}: {message}")
