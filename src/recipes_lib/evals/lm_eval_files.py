@@ -18,9 +18,6 @@ from typing import Any
 import yaml
 
 TASK_SUFFIXES = (".yaml", ".yml")
-# the keys of an eval recipe that lead the loader to files
-_TASKS = "suite.tasks"
-_INCLUDE_PATH = "data.include_path"
 # the metrics of a task that lists none, by its output_type (lm_eval 0.4.13, api/registry.py)
 _DEFAULT_METRICS = {
     "loglikelihood": ("perplexity", "acc"),
@@ -33,18 +30,54 @@ _DEFAULT_METRICS = {
 class _Loader(yaml.SafeLoader):
     """Reads a task's file with every tag as plain text, and remembers its `!function` values."""
 
-    functions: list[str]
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.functions: list[str] = []
+
+    def text_of(self, tag: str, node: yaml.Node) -> str:
+        """Return the value of a tag that lm-eval knows."""
+        text = str(node.value)
+        if tag == "function":
+            self.functions.append(text)
+        return text
 
 
-def _as_text(loader: _Loader, tag: str, node: yaml.Node) -> Any:
-    """The value of a tag that lm-eval knows, as text."""
-    text = str(node.value)
-    if tag == "function":
-        loader.functions.append(text)
-    return text
+_Loader.add_multi_constructor("!", _Loader.text_of)
 
 
-_Loader.add_multi_constructor("!", _as_text)
+@dataclass
+class _TaskFile:
+    """A task's file: its values, and which of these are functions."""
+
+    path: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    functions: list[str] = field(default_factory=list)
+
+
+def _with_includes(path: Path, seen: set[Path]) -> Iterator[_TaskFile]:
+    """Yield the files that a task's file includes, then itself: a later one's values win, as in
+    lm-eval. A file that is seen already is not read again. One that is not there or no YAML
+    mapping, which lm-eval's loader refuses, has no values.
+    """
+    path = path.resolve()
+    if path in seen:
+        return
+    seen.add(path)
+    file = _TaskFile(path)
+    try:
+        loader = _Loader(path.read_text("utf-8"))
+        values = loader.get_single_data()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = None
+    if isinstance(values, dict):
+        file = _TaskFile(path, values, loader.functions)
+    included = file.values.pop("include", None) or []
+    if not isinstance(included, list):
+        included = [included]
+    for name in included:
+        # an absolute name stays as it is
+        yield from _with_includes(path.parent / str(name), seen)
+    yield file
 
 
 def files_read_by_tasks(
@@ -58,67 +91,32 @@ def files_read_by_tasks(
         include_path: the folder of one's own tasks.
         folder: where lm-eval works: paths count from there.
     """
-    found: dict[Path, str] = {}
-    for task in tasks:
-        path = Path(folder or ".", Path(task).expanduser())
-        if path.is_file():
-            _add(path, _TASKS, folder, found)
+    roots = [(Path(folder or ".", Path(task).expanduser()), "suite.tasks") for task in tasks]
     if include_path is not None:
-        for path in sorted(Path(include_path).rglob("*")):
-            if path.suffix in TASK_SUFFIXES and path.is_file():
-                _add(path, _INCLUDE_PATH, folder, found)
+        paths = sorted(Path(include_path).rglob("*"))
+        roots += [(path, "data.include_path") for path in paths if path.suffix in TASK_SUFFIXES]
+    found: dict[Path, str] = {}
+    seen: set[Path] = set()
+    for path, key in roots:
+        if not path.is_file():
+            continue
+        for file in _with_includes(path, seen):
+            found.setdefault(file.path, key)
+            for function in file.functions:
+                module = _module_file(function, file.path.parent, folder)
+                if module is not None:
+                    found.setdefault(module, key)
     return found
 
 
 def is_trusted(file: Path, project: Path) -> bool:
     """Return whether a file is of the project, of lm-eval, or of another installed package."""
-    roots = [project, *_installed()]
-    return any(file.is_relative_to(root) for root in roots)
-
-
-def _installed() -> Iterator[Path]:
-    """The folders of installed packages, the standard library, and lm-eval."""
-    for name in ("purelib", "platlib", "stdlib"):
-        yield Path(sysconfig.get_path(name)).resolve()
+    names = ("purelib", "platlib", "stdlib")
+    roots = [project, *(Path(sysconfig.get_path(name)).resolve() for name in names)]
     spec = importlib.util.find_spec("lm_eval")
     if spec and spec.origin:
-        yield Path(spec.origin).resolve().parent
-
-
-def _add(path: Path, key: str, folder: str | None, found: dict[Path, str]) -> None:
-    """Add a task's file, the files it includes, and the modules of its functions."""
-    path = path.resolve()
-    if path in found:
-        return
-    found[path] = key
-    if not path.is_file():
-        return
-    values, functions = _read(path)
-    for function in functions:
-        module = _module_file(function, path.parent, folder)
-        if module is not None:
-            found.setdefault(module, key)
-    included = values.get("include") or []
-    if not isinstance(included, list):
-        included = [included]
-    for name in included:
-        # an absolute name stays as it is
-        _add(path.parent / str(name), key, folder, found)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The values of a task's file, and its functions; nothing of one that is no YAML mapping,
-    which lm-eval's loader refuses.
-    """
-    try:
-        loader = _Loader(path.read_text("utf-8"))
-        loader.functions = []
-        values = loader.get_single_data()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}, []
-    if not isinstance(values, dict):
-        return {}, []
-    return values, loader.functions
+        roots.append(Path(spec.origin).resolve().parent)
+    return any(file.is_relative_to(root) for root in roots)
 
 
 def _module_file(function: str, beside: Path, folder: str | None) -> Path | None:
@@ -145,14 +143,6 @@ def _module_file(function: str, beside: Path, folder: str | None) -> Path | None
 # ---- the metrics of a task ----
 
 
-@dataclass
-class _TaskFile:
-    """A task's file with what it includes: its values, and which of these are functions."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    functions: set[str] = field(default_factory=set)
-
-
 def metrics_of_task(task: str, include_path: str | None) -> tuple[str, ...] | None:
     """Return the metrics that lm-eval will report of a task or a group, by the names that a result
     has (`acc`, `exact_match,strict-match`; `acc,*` with any filter); None where only a run can
@@ -163,11 +153,15 @@ def metrics_of_task(task: str, include_path: str | None) -> tuple[str, ...] | No
         include_path: the folder of one's own tasks, which come before lm-eval's.
     """
     for path in _candidates(task, include_path):
-        file = _with_includes(path, set())
-        if file.values.get("group") == task:
-            return _metrics_of_group(file)
-        if file.values.get("task") == task:
-            return _metrics_of_file(file)
+        values: dict[str, Any] = {}
+        functions: set[str] = set()
+        for file in _with_includes(path, set()):
+            values.update(file.values)
+            functions.update(file.functions)
+        if values.get("group") == task:
+            return _metrics_of_group(values)
+        if values.get("task") == task:
+            return _metrics_of_file(values, functions)
     return None
 
 
@@ -181,39 +175,17 @@ def _candidates(task: str, include_path: str | None) -> Iterator[Path]:
     if spec is None or not spec.origin:
         return
     for folder in sorted((Path(spec.origin).parent / "tasks").glob("*/")):
-        if task.startswith(folder.name):
-            yield from sorted(folder.rglob("*.yaml"))
-        else:
-            yield from sorted(folder.rglob(f"{task}.yaml"))
+        pattern = "*.yaml" if task.startswith(folder.name) else f"{task}.yaml"
+        yield from sorted(folder.rglob(pattern))
 
 
-def _with_includes(path: Path, seen: set[Path]) -> _TaskFile:
-    """Return a task's file over the files it includes: its own values win, as in lm-eval."""
-    path = path.resolve()
-    if path in seen:  # a circle, which lm-eval refuses
-        return _TaskFile()
-    seen.add(path)
-    values, functions = _read(path)
-    file = _TaskFile(functions=set(functions))
-    included = values.pop("include", None) or []
-    if not isinstance(included, list):
-        included = [included]
-    for name in included:
-        base = _with_includes(path.parent / str(name), seen)
-        file.values.update(base.values)
-        file.functions |= base.functions
-    file.values.update(values)
-    return file
-
-
-def _metrics_of_file(file: _TaskFile) -> tuple[str, ...] | None:
+def _metrics_of_file(values: Mapping[str, Any], functions: set[str]) -> tuple[str, ...] | None:
     """Return the metrics of a task's file: each metric of its list with each of its filters.
 
     A Python task, a function that makes the results, and a metric that is a function or comes from
     the Hub may report any name.
     """
-    values = file.values
-    if "class" in values or values.get("process_results") in file.functions:
+    if "class" in values or values.get("process_results") in functions:
         return None
     listed = values.get("metric_list")
     if listed is None:
@@ -221,37 +193,30 @@ def _metrics_of_file(file: _TaskFile) -> tuple[str, ...] | None:
     else:
         names = []
         for metric in _mappings(listed):
-            if metric.get("hf_evaluate") or metric.get("metric") in file.functions:
+            if metric.get("hf_evaluate") or metric.get("metric") in functions:
                 return None
             names.append(str(metric.get("metric")))
-    filters = [str(one.get("name")) for one in _mappings(values.get("filter_list"))]
-    metrics = _filtered(names, filters or ["none"])
-    return metrics or None
+    filters = [str(pipeline.get("name")) for pipeline in _mappings(values.get("filter_list"))]
+    metrics = [_filtered(name, pipeline) for name in names for pipeline in filters or ["none"]]
+    return tuple(metrics) or None
 
 
-def _metrics_of_group(file: _TaskFile) -> tuple[str, ...] | None:
+def _metrics_of_group(values: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Return the metrics that a group adds up; without a list of filters, of its tasks' ones."""
     metrics: list[str] = []
-    for metric in _mappings(file.values.get("aggregate_metric_list")):
+    for metric in _mappings(values.get("aggregate_metric_list")):
         filters = metric.get("filter_list")
         if filters is None:
             filters = ["none", "*"]
         if isinstance(filters, str):
             filters = [filters]
-        metrics += _filtered([str(metric.get("metric"))], filters)
+        metrics += [_filtered(str(metric.get("metric")), pipeline) for pipeline in filters]
     return tuple(metrics) or None
 
 
-def _filtered(metrics: Sequence[str], filters: Sequence[str]) -> tuple[str, ...]:
-    """Return the names that results have: a metric alone where its filter is `none`."""
-    names = []
-    for metric in metrics:
-        for pipeline in filters:
-            name = f"{metric},{pipeline}"
-            if pipeline == "none":
-                name = metric
-            names.append(name)
-    return tuple(names)
+def _filtered(metric: str, pipeline: str) -> str:
+    """The name that results have: a metric alone where its filter is `none`."""
+    return metric if pipeline == "none" else f"{metric},{pipeline}"
 
 
 def _mappings(value: Any) -> list[Mapping[str, Any]]:

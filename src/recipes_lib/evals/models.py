@@ -26,12 +26,7 @@ from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import ASKED, DataSection, ModelSection, Recipe, RunSection
 from recipes_lib.core.environment import installed_version, quiet_libraries
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import (
-    hash_of,
-    model_fingerprint,
-    object_or_none,
-    write_json,
-)
+from recipes_lib.core.files import hash_of, model_fingerprint, object_or_none, write_json
 from recipes_lib.core.project import cache_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.data.conversations import Message
@@ -39,8 +34,7 @@ from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.evals.engines import answered_by
 from recipes_lib.evals.engines.base import Target
 from recipes_lib.evals.log import AnswerFacts
-from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.evals.served import is_served_only, served_fingerprint
+from recipes_lib.evals.recipe import EvalRecipe, GenerationSection
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import (
     base_fingerprint,
@@ -133,11 +127,15 @@ class Model:
         if self.trained or self.run.exists():
             return
         data = {key: getattr(self.recipe.data, key) for key in ASKED}
-        model, quantization = self.recipe.model.model_dump(), self.recipe.quantization
+        stand_in = {
+            "model": self.recipe.model.model_dump(),
+            "data": data | {"source": ""},
+            "quantization": self.recipe.quantization,
+        }
         self.run.write_state(
             "finished",
             kind="base",
-            stand_in={"model": model, "data": data | {"source": ""}, "quantization": quantization},
+            stand_in=stand_in,
             fingerprint=self.fingerprint,
             base_fingerprint=base_fingerprint(self.recipe) if self.prompt else None,
         )
@@ -149,14 +147,15 @@ def facts_of(folder: Path | None, load: Callable[[], Any]) -> SimpleNamespace:
     stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     stamp = hash_of(str(folder), stats, installed_version("transformers"))
     memory = cache_root() / "tokenizers" / f"{stamp[:32]}.json"
-    known = object_or_none(memory) if files else None
-    if known is None:
+    facts = object_or_none(memory) if files else None
+    if facts is None:
         quiet_libraries()
-        tokenizer, names = load(), ("bos_token", "eos_token", "chat_template")
-        known = {name: getattr(tokenizer, name, None) for name in names}
+        tokenizer = load()
+        names = ("bos_token", "eos_token", "chat_template")
+        facts = {name: getattr(tokenizer, name, None) for name in names}
         if files:
-            write_json(memory, known)
-    return SimpleNamespace(**known)
+            write_json(memory, facts)
+    return SimpleNamespace(**facts)
 
 
 # ---- words of the command line ----
@@ -170,37 +169,41 @@ def resolve(
     `remote_code` is what the command line allowed.
     """
     models: dict[str, Model] = {}
-    known: dict[str, Recipe] = {}  # how models without a run are asked, where that is known
+    recipes: dict[str, Recipe] = {}  # of models without a run, where one says how they are asked
     for word in words:
         if not (_run_folder(word) / "run.json").is_file():
             continue
         run = open_run(str(_run_folder(word)))
-        if stored := run.read_state().get("stand_in"):
-            try:
-                section, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
-            except ValidationError:
-                hint = f"remove {shown_path(run.path)}: evaluating the model recreates it"
-                raise RecipeError("is from an earlier version", hint, file=run.state_file) from None
-            if is_served_only(run.read_state()):
-                models[word] = _served_alone(section.name_or_path, recipe)
-            else:
-                known[word] = bare_recipe(section, data, stored["quantization"])
+        stand_in = run.read_state().get("stand_in")
+        if not stand_in:
+            models[word] = _trained(word, finished_run(run, remote_code))
+            trained = models[word].recipe
+            recipes[trained.model.name_or_path] = dataclasses.replace(trained, lora=None)
             continue
-        models[word] = _trained(word, finished_run(run, remote_code))
-        own = models[word].recipe
-        known[own.model.name_or_path] = dataclasses.replace(own, lora=None)
+        try:
+            section = ModelSection(**stand_in["model"])
+            data = DataSection(**stand_in["data"])
+        except ValidationError:
+            hint = f"remove {shown_path(run.path)}: evaluating the model recreates it"
+            raise RecipeError("is from an earlier version", hint, file=run.state_file) from None
+        if _is_served_only(run.read_state()):
+            models[word] = _served_only(section.name_or_path, recipe.generation)
+        else:
+            recipes[word] = bare_recipe(section, data, stand_in["quantization"])
     runs = [model.recipe for model in models.values() if model.trained]
     for word in words:
         if word == BASE:
             models[word] = common_base(runs)
         elif word not in models:
-            models[word] = _untrained(word, known.get(word), recipe, remote_code)
+            models[word] = _untrained(word, recipes.get(word), recipe.generation, remote_code)
     return {word: models[word] for word in words}
 
 
 def _run_folder(word: str) -> Path:
     """The folder of a run given by its name or path."""
-    return Path(os.path.abspath(word)) if "/" in word else runs_root() / word  # noqa: PTH100 (links)
+    if "/" in word:
+        return Path(os.path.abspath(word))  # noqa: PTH100 (links stay)
+    return runs_root() / word
 
 
 def base_of(side: Any) -> Model:
@@ -212,14 +215,14 @@ def base_of(side: Any) -> Model:
 
 def common_base(recipes: Sequence[Recipe]) -> Model:
     """Return the base that runs share, or refuse those that share none."""
-    asked: dict[str, Recipe] = {}
+    bases: dict[str, Recipe] = {}
     for recipe in recipes:
-        how = [str(getattr(recipe.data, key)) for key in ASKED]
-        asked[str([recipe.model, recipe.quantization, how])] = recipe
-    if len(asked) != 1:
-        what = f"'base' is the base of the runs in the same command, which have {len(asked)}"
+        prompt = [str(getattr(recipe.data, key)) for key in ASKED]
+        bases[str([recipe.model, recipe.quantization, prompt])] = recipe
+    if len(bases) != 1:
+        what = f"'base' is the base of the runs in the same command, which have {len(bases)}"
         raise RecipeError(what, "name the model itself, or evaluate the runs one by one")
-    (recipe,) = asked.values()
+    (recipe,) = bases.values()
     return _base(recipe.model.name_or_path, dataclasses.replace(recipe, lora=None))
 
 
@@ -233,7 +236,9 @@ def evaluated_bases(
     """
 
     def identity(of: Mapping[str, Any]) -> list[object]:
-        model, data = of.get("model") or {}, of.get("data") or {}
+        model = of.get("model") or {}
+        data = of.get("data") or {}
+        # the other keys are for a chat template
         keys = ASKED if data.get("prompt_format") == "chat" else ASKED[:1]
         weights = [model.get(key) for key in ("name_or_path", "revision", "dtype")]
         return [*weights, of.get("quantization"), *map(data.get, keys)]
@@ -277,80 +282,92 @@ def known_by(run: str, recipe: EvalRecipe) -> str:
     """Return what the answers of a finished run, or of a base's, are known by. Needs no torch."""
     directory = RunDirectory(run)
     state = directory.read_state()
-    weights: str | None
-    if stand_in := state.get("stand_in"):
-        run = stand_in["model"]["name_or_path"]
-        weights = None if is_served_only(state) else state["fingerprint"]
-    else:
+    if "stand_in" not in state:
         trained = finished_run(directory, remote_code=True)
-        weights = model_key(trained.recipe, trained.weights)
-    return answered_by(recipe.generation, run, weights)
+        return answered_by(recipe.generation, run, model_key(trained.recipe, trained.weights))
+    name = state["stand_in"]["model"]["name_or_path"]
+    weights = None if _is_served_only(state) else state["fingerprint"]
+    return answered_by(recipe.generation, name, weights)
+
+
+def _is_served_only(state: Mapping[str, Any]) -> bool:
+    """Whether the run.json of a model without a run is of one that only a server knows."""
+    name = state["stand_in"]["model"]["name_or_path"]
+    return bool(state.get("fingerprint") == hash_of("served", name))
 
 
 def _trained(word: str, trained: TrainedRun) -> Model:
+    """A finished run."""
+
     @cache
     def load() -> Any:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(trained.weights)
 
-    run, recipe, section = trained.run, trained.recipe, trained.prompt_section
-    prompt_hash = format_hash(section, facts_of(trained.weights, load))
+    run = trained.run
+    prompt_hash = format_hash(trained.prompt_section, facts_of(trained.weights, load))
     if run.read_state().get("guard", {}).get("prompt_format_hash", prompt_hash) != prompt_hash:
         what = f"run '{run.name}' was trained with another prompt format than its files give now"
         hint = "restore the chat template, the system prompt or the end token, or train again"
         raise RecipeError(what, hint)
-    fingerprint = model_key(recipe, trained.weights)
-    return Model(word, run, recipe, fingerprint, section, prompt_hash, load, trained)
+    return Model(
+        word=word,
+        run=run,
+        recipe=trained.recipe,
+        fingerprint=model_key(trained.recipe, trained.weights),
+        prompt=trained.prompt_section,
+        prompt_hash=prompt_hash,
+        load_tokenizer=load,
+        trained=trained,
+    )
 
 
-def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code: bool) -> Model:
-    """A model without a run, asked as is known of it; else as the eval recipe says."""
-    section, wanted = recipe.generation, recipe.generation.prompt_format
+def _untrained(
+    word: str, stored: Recipe | None, section: GenerationSection, remote_code: bool
+) -> Model:
+    """A model that was not trained here.
+
+    Args:
+        stored: its recipe, of its earlier run.json or of a run on it; else the eval recipe's.
+    """
     is_folder = (Path(word) / "config.json").is_file()
     is_local = is_folder or word.startswith("package:")
     is_hub_id = word.count("/") == 1 and not word.startswith((".", "/", f"{runs_root().name}/"))
-    is_served = section.is_served and not is_local
-    if known is None and not (is_local or is_hub_id or is_served):
+    if stored is None and not (is_local or is_hub_id or section.is_served):
         open_run(str(_run_folder(word)) if "/" in word else word)  # raises, with similar names
-    model = ModelSection(
-        name_or_path=str(Path(word).resolve()) if is_folder else word,
-        dtype=section.dtype,
-        trust_remote_code=section.trust_remote_code,
-    )
-    is_free = known is None and wanted == "auto"
-    data = DataSection(source="", prompt_format="chat" if wanted == "auto" else wanted)
-    chosen = known or bare_recipe(model, data)
-    if chosen.model.trust_remote_code and not remote_code:
+    recipe = stored or _recipe_of(str(Path(word).resolve()) if is_folder else word, section)
+    if recipe.model.trust_remote_code and not remote_code:
         what = f"'{word}' runs code that ships with it"
         raise RecipeError(what, "pass --trust-remote-code as well")
-    if known is None and is_served:
-        return _served_alone(word, recipe)
-    return _base(chosen.model.name_or_path if known else word, chosen, is_free)
+    if stored:
+        return _base(stored.model.name_or_path, stored)
+    if section.is_served and not is_local:
+        return _served_only(word, section)
+    return _base(word, recipe, is_free=section.prompt_format == "auto")
 
 
-def _served_alone(name: str, recipe: EvalRecipe) -> Model:
-    """A model that only a server knows, under its name there."""
-    section = recipe.generation
-    if not section.is_served:
-        what = f"only a server knows the weights of '{name}'"
-        hint = "ask that: generation.engine=openai generation.base_url=ADDRESS"
-        raise RecipeError(what, hint)
+def _recipe_of(name: str, section: GenerationSection) -> Recipe:
+    """The recipe of a model of which the eval recipe alone says how it is asked."""
     model = ModelSection(
         name_or_path=name,
         dtype=section.dtype,
         trust_remote_code=section.trust_remote_code,
     )
-    wanted = section.prompt_format
-    data = DataSection(source="", prompt_format="chat" if wanted == "auto" else wanted)
-    chosen = bare_recipe(model, data)
-    fingerprint = served_fingerprint(name)
-    return Model(
-        word=name,
-        run=_folder_of(chosen, fingerprint, "server"),
-        recipe=chosen,
-        fingerprint=fingerprint,
-    )
+    prompt_format = "chat" if section.prompt_format == "auto" else section.prompt_format
+    return bare_recipe(model, DataSection(source="", prompt_format=prompt_format))
+
+
+def _served_only(name: str, section: GenerationSection) -> Model:
+    """A model that only a server knows, under its name there."""
+    if not section.is_served:
+        what = f"only a server knows the weights of '{name}'"
+        hint = "ask that: generation.engine=openai generation.base_url=ADDRESS"
+        raise RecipeError(what, hint)
+    recipe = _recipe_of(name, section)
+    fingerprint = hash_of("served", name)
+    run = _folder_of(recipe, fingerprint, "server")
+    return Model(word=name, run=run, recipe=recipe, fingerprint=fingerprint)
 
 
 def _base(word: str, recipe: Recipe, is_free: bool = False) -> Model:
@@ -361,15 +378,23 @@ def _base(word: str, recipe: Recipe, is_free: bool = False) -> Model:
     if is_free and not facts.chat_template:
         data = recipe.data.model_copy(update={"prompt_format": "dolly"})
         recipe = dataclasses.replace(recipe, data=data)
-    prompt_hash, fingerprint = format_hash(recipe.data, facts), model_key(recipe, None)
-    run = _folder_of(recipe, fingerprint, prompt_hash)
-    return Model(word, run, recipe, fingerprint, recipe.data, prompt_hash, load)
+    prompt_hash = format_hash(recipe.data, facts)
+    fingerprint = model_key(recipe, None)
+    return Model(
+        word=word,
+        run=_folder_of(recipe, fingerprint, prompt_hash),
+        recipe=recipe,
+        fingerprint=fingerprint,
+        prompt=recipe.data,
+        prompt_hash=prompt_hash,
+        load_tokenizer=load,
+    )
 
 
 def _folder_of(recipe: Recipe, fingerprint: str, prompt_hash: str) -> RunDirectory:
     """The run folder of a model without a run."""
-    short = NOT_IN_NAMES.sub("-", Path(model_path(recipe.model)).name).strip("-.")[:60]
-    return RunDirectory(f"base--{short}--{hash_of(fingerprint, prompt_hash)[:8]}")
+    name = NOT_IN_NAMES.sub("-", Path(model_path(recipe.model)).name).strip("-.")[:60]
+    return RunDirectory(f"base--{name}--{hash_of(fingerprint, prompt_hash)[:8]}")
 
 
 # ---- weights ----
@@ -381,20 +406,25 @@ def loaded(models: Sequence[Model]) -> Iterator[Callable[[Model], AbstractContex
     loaded at its first use and freed afterwards. All models are of one of their `families`.
     """
     trained = [model.trained for model in models if model.trained]
-    memory: list[Any] = []  # the family of the runs, or the base alone, or why it cannot be loaded
+    # the family of the runs, or the base alone, or why it cannot be loaded: what failed once is
+    # not tried again for each model
+    memory: list[Any] = []
 
     @contextmanager
     def using(model: Model) -> Iterator[Any]:
         if not memory:
             try:
-                base = None if trained else load_base(model.recipe, model.tokenizer)
-                memory.append(Family(trained) if base is None else ready_to_answer(base))
+                if trained:
+                    memory.append(Family(trained))
+                else:
+                    memory.append(ready_to_answer(load_base(model.recipe, model.tokenizer)))
             except Exception as error:
-                memory.append(error)
                 if isinstance(error, ValueError) and "trust_remote_code" in str(error):
                     what = f"'{model.word}' needs Python code that ships with it"
                     hint = "read it; then generation.trust_remote_code=true --trust-remote-code"
-                    memory[0] = RecipeError(what, hint)
+                    memory.append(RecipeError(what, hint))
+                else:
+                    memory.append(error)
         if isinstance(memory[0], Exception):
             raise memory[0]
         if not trained:
