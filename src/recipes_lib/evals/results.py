@@ -24,7 +24,12 @@ def write_result(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     if leaks and leaks.is_error:
         banners.append(leaks.summary(recipe.name))
     banners += log.banners
-    banners += _fault_banners(log)
+    for fault, (faulty, n) in answer_faults(log).items():
+        limit = _MOST * n
+        if fault == SAME:  # two answers that are alike say nothing, however few there are
+            limit = max(2.0, limit)
+        if faulty > limit:
+            banners.append(f"{faulty} of {n} answers {fault}")
     if log.subset:
         banners.append(log.subset)
     metrics = [
@@ -46,37 +51,21 @@ def write_result(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     return log
 
 
-def _fault_banners(log: EvalLog) -> list[str]:
-    """Return the faults that too many answers have."""
-    banners = []
-    for fault, (faulty, n) in answer_faults(log).items():
-        limit = _MOST * n
-        if fault == SAME:  # two answers that are alike say nothing, however few there are
-            limit = max(2.0, limit)
-        if faulty > limit:
-            banners.append(f"{faulty} of {n} answers {fault}")
-    return banners
-
-
 def say_results(logs: Sequence[EvalLog]) -> None:
     """Print the tables of results, eval after eval, and where they are kept."""
     for name in dict.fromkeys(log.eval for log in logs):
-        say(*_lines_of_eval(name, [log for log in logs if log.eval == name]), "")
+        logs_of_eval = [log for log in logs if log.eval == name]
+        first = logs_of_eval[0]
+        suite = suite_class(first.suite)
+        decided_by = suite.title
+        if first.judge:
+            decided_by = f"judge {first.judge.model} ({first.judge.mode})"
+        lines = [f"{name}: {count(first.n, 'question')}, {decided_by}", ""]
+        for log in logs_of_eval:  # what must be read before the numbers
+            lines += [f"! {log.target}: {text}" for text in log.banners]
+            lines += [f"  {log.target}: {text}" for text in log.notes]
+        lines += ["", *suite.table(logs_of_eval)]
+        lines += [f"$ {log.lm_eval_command}" for log in logs_of_eval if log.lm_eval_command]
+        say(*lines, "")
     for log in logs:
         say(f"kept in {shown_path(log.file)}")
-
-
-def _lines_of_eval(name: str, logs: Sequence[EvalLog]) -> list[str]:
-    """Return what is printed of one eval: what must be read first, then the table."""
-    suite = suite_class(logs[0].suite)
-    judge = logs[0].judge
-    decided_by = suite.title
-    if judge:
-        decided_by = f"judge {judge.model} ({judge.mode})"
-    lines = [f"{name}: {count(logs[0].n, 'question')}, {decided_by}", ""]
-    for log in logs:
-        lines += [f"! {log.target}: {text}" for text in log.banners]
-        lines += [f"  {log.target}: {text}" for text in log.notes]
-    lines += ["", *suite.table(logs)]
-    lines += [f"$ {log.lm_eval_command}" for log in logs if log.lm_eval_command]
-    return lines

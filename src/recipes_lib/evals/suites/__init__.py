@@ -76,12 +76,8 @@ def numbers_of(
     values: Sequence[float | None], clusters: Sequence[str], unit: str = "share"
 ) -> dict[str, Any]:
     """Return the mean of the values that are known, its 95% interval over clusters, and n."""
-    numbers = []
-    names = []
-    for value, cluster in zip(values, clusters, strict=True):
-        if value is not None:
-            numbers.append(value)
-            names.append(cluster)
+    numbers = [value for value in values if value is not None]
+    names = [name for name, value in zip(clusters, values, strict=True) if value is not None]
     if not numbers:
         return {"n": 0}
     from recipes_lib.stats import mean_interval  # scipy, which `recipes study --help` does without
@@ -107,12 +103,9 @@ def metric_of(
 def bounds_of(samples: Sequence[Sample], unit: str = "share") -> tuple[float, float]:
     """Return the mean if everything unresolved had got the lowest value, and the highest."""
     lowest, highest = UNIT_SCALES[unit]
-    return _mean_with(samples, lowest), _mean_with(samples, highest)
-
-
-def _mean_with(samples: Sequence[Sample], unresolved: float) -> float:
-    """The mean with a value for what is unresolved."""
-    return fmean(unresolved if sample.value is None else sample.value for sample in samples)
+    values = [sample.value for sample in samples]
+    low = fmean(lowest if value is None else value for value in values)
+    return low, fmean(highest if value is None else value for value in values)
 
 
 def shown_rate(rate: Metric | Check, digits: int = 2, unit: str = "share") -> str:
@@ -120,12 +113,11 @@ def shown_rate(rate: Metric | Check, digits: int = 2, unit: str = "share") -> st
     if rate.value is None:
         return "n/a"
     scale = 1
-    sign = ""
+    text = f"{rate.value:.{digits}f}"
     if unit == "share":
         scale = 100
-        sign = "%"
         digits = 1
-    text = f"{scale * rate.value:.{digits}f}{sign}"
+        text = f"{100 * rate.value:.1f}%"
     if rate.low is None or rate.high is None:
         return text
     return f"{text} [{scale * rate.low:.{digits}f}, {scale * rate.high:.{digits}f}]"

@@ -15,7 +15,6 @@ from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 if TYPE_CHECKING:
     from recipes_lib.evals.answers import Answers
-    from recipes_lib.evals.questions import Question
 
 
 class Checks(Suite):
@@ -26,13 +25,35 @@ class Checks(Suite):
     def log(self, answers: Answers) -> EvalLog:
         """Return the log of one model's answers."""
         questions = self.chosen.questions
-        samples = [_sample_of(question, answers) for question in questions]
+        samples = []
+        for question in questions:
+            place = question.id, 1
+            text = answers.text(place)
+            value = None
+            outcome = UNRESOLVED
+            # a question that will never be answered neither passes nor fails
+            verdict = f"no answer: {answers.unanswered.get(place)}"
+            if text is not None:
+                failed = [rule.check for rule in question.checks if not rule.passes(text)]
+                verdict = f"fails {', '.join(failed)}" if failed else "passes"
+                value = float(not failed)
+                outcome = "graded"
+            sample = Sample(
+                id=question.id,
+                category=question.category,
+                value=value,
+                outcome=outcome,
+                verdicts=(verdict,),
+                by_rule=True,
+                cut=place in answers.cut,
+                input=question.turns[0],
+                answer=text,
+            )
+            samples.append(sample)
         rate = metric_of("pass_rate", f"pass rate on {self.recipe.name}", samples)
-        notes: tuple[str, ...] = ()
         passing = [str(sample.answer) for sample in samples if sample.value]
-        if see_form_alone([question.checks for question in questions], passing):
-            notes = (FORM_ONLY,)
-        return self.new_log([rate], n=len(questions), notes=notes)
+        form_only = see_form_alone([question.checks for question in questions], passing)
+        return self.new_log([rate], n=len(questions), notes=(FORM_ONLY,) if form_only else ())
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
@@ -40,31 +61,3 @@ class Checks(Suite):
         head = ["model", "n", "pass rate [95%]"]
         rows = [[log.target, str(log.n), shown_rate(log.metrics[0])] for log in logs]
         return aligned([head, *rows])
-
-
-def _sample_of(question: Question, answers: Answers) -> Sample:
-    """The sample of one answer, which passes if it fails none of its checks. A question that will
-    never be answered neither passes nor fails.
-    """
-    key = (question.id, 1)
-    text = answers.text(key)
-    value = None
-    outcome = UNRESOLVED
-    if text is None:
-        verdict = f"no answer: {answers.unanswered[key]}"
-    else:
-        failed = [rule.check for rule in question.checks if not rule.passes(text)]
-        verdict = f"fails {', '.join(failed)}" if failed else "passes"
-        value = float(not failed)
-        outcome = "graded"
-    return Sample(
-        id=question.id,
-        category=question.category,
-        value=value,
-        outcome=outcome,
-        verdicts=(verdict,),
-        by_rule=True,
-        cut=key in answers.cut,
-        input=question.turns[0],
-        answer=text,
-    )

@@ -85,17 +85,40 @@ class HeldoutLoss(Suite):
         limit = self.recipe.data.max_questions
         rows = self._rows(model, limit)
         nats = row_losses(network, rows.tokens, rows.labels)
-        metrics = [self._loss_per_token(rows, nats)]
+        loss = self._metric(
+            "loss",
+            "loss per token",
+            rows,
+            nats,
+            unit="tokens",
+            sizes=rows.num_supervised,
+            nats_of_a_unit=1.0,
+            paired_by=rows.keys,
+        )
+        metrics = [loss]
         if any(rows.texts):  # else the supervised tokens are all special, and have no bytes
-            metrics.append(self._bits_per_byte(rows, nats))
-        subset = None
-        if limit:
-            subset = f"subset, the first {limit} rows"
+            bits = self._metric(
+                "bits_per_byte",
+                "bits per byte",
+                rows,
+                nats,
+                instead_of="loss",
+                unit="bytes",
+                sizes=[len(text.encode(errors="replace")) for text in rows.texts],
+                nats_of_a_unit=math.log(2),
+                paired_by=rows.texts,
+            )
+            metrics.append(bits)
         banners: tuple[str, ...] = ()
         has_chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
         if self.split == "validation" and has_chosen:
             banners = ("the validation rows chose the checkpoint: the loss on them is biased low",)
-        return self.new_log(metrics, n=len(rows.names), subset=subset, banners=banners)
+        return self.new_log(
+            metrics,
+            n=len(rows.names),
+            subset=f"subset, the first {limit} rows" if limit else None,
+            banners=banners,
+        )
 
     def _rows(self, model: Model, limit: int | None) -> _Rows:
         """The rows that a model reads, tokenized for it."""
@@ -111,7 +134,8 @@ class HeldoutLoss(Suite):
         rows = rows[:limit]
         tokens = rows["input_ids"]
         labels = rows["labels"]
-        supervised = [_supervised(row) for row in labels]
+        # nothing predicts the first token
+        supervised = [[label for label in row[1:] if label != _NO_LOSS] for row in labels]
         if not any(supervised):
             raise RecipeError(
                 f"none of the {len(rows):,} rows that {model.name} reads has a token with loss",
@@ -128,68 +152,39 @@ class HeldoutLoss(Suite):
             keys=[hash_of(*row) for row in zip(tokens, labels, strict=True)],
         )
 
-    def _loss_per_token(self, rows: _Rows, nats: Sequence[float]) -> Metric:
-        return self._metric(
-            rows,
-            nats,
-            name="loss",
-            label="loss per token",
-            instead_of="",
-            unit="tokens",
-            sizes=rows.num_supervised,
-            nats_of_a_unit=1.0,
-            paired_by=rows.keys,
-        )
-
-    def _bits_per_byte(self, rows: _Rows, nats: Sequence[float]) -> Metric:
-        return self._metric(
-            rows,
-            nats,
-            name="bits_per_byte",
-            label="bits per byte",
-            instead_of="loss",
-            unit="bytes",
-            sizes=[len(text.encode(errors="replace")) for text in rows.texts],
-            nats_of_a_unit=math.log(2),
-            paired_by=rows.texts,
-        )
-
     def _metric(
         self,
+        name: str,
+        label: str,
         rows: _Rows,
         nats: Sequence[float],
         *,
-        name: str,
-        label: str,
-        instead_of: str,
         unit: str,
         sizes: Sequence[int],
         nats_of_a_unit: float,
         paired_by: Sequence[str],
+        instead_of: str = "",
     ) -> Metric:
         """A metric of the losses: each row's over the mean size of a row.
 
         Args:
-            instead_of: the metric that is compared in its place where two models share that.
             sizes: tokens or bytes of each row.
             paired_by: what two models must share to be compared; its hash is in the task.
+            instead_of: the metric that is compared in its place where two models share that.
         """
         mean_size = nats_of_a_unit * sum(sizes) / len(sizes)
         first_row: dict[str, str] = {}  # with these tokens
         samples = []
         for row, key, loss, size in zip(rows.names, rows.keys, nats, sizes, strict=True):
-            same_as = first_row.setdefault(key, row)
-            if same_as == row:
-                same_as = ""
-            samples.append(
-                Sample(
-                    id=row,
-                    value=loss / mean_size,
-                    outcome="graded",
-                    verdicts=(f"{size} {unit}",),
-                    same_as=same_as,
-                )
+            earlier = first_row.setdefault(key, row)
+            sample = Sample(
+                id=row,
+                value=loss / mean_size,
+                outcome="graded",
+                verdicts=(f"{size} {unit}",),
+                same_as=earlier if earlier != row else "",
             )
+            samples.append(sample)
         return metric_of(
             name,
             f"{label} on {self.split or 'held-out'} rows",
@@ -216,11 +211,6 @@ class HeldoutLoss(Suite):
         return [*aligned(lines), "", f"these models read different rows or tokens: {what}"]
 
 
-def _supervised(labels: Sequence[int]) -> list[int]:
-    """The tokens of a row that have a loss; nothing predicts the first one."""
-    return [label for label in labels[1:] if label != _NO_LOSS]
-
-
 def row_losses(
     model: Any, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
 ) -> list[float]:
@@ -242,8 +232,5 @@ def row_losses(
                     logits[part].float(), wanted[part], reduction="none"
                 )
                 parts.append(token_losses.double())
-        loss = 0.0
-        if parts:
-            loss = float(torch.cat(parts).sum())
-        losses.append(loss)
+        losses.append(float(torch.cat(parts).sum()) if parts else 0.0)
     return losses

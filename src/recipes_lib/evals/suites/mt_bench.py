@@ -35,10 +35,10 @@ class MTBench(JudgedSuite):
         instruction = question.turns[0]
         if turn > 1:
             messages = []
-            for n in range(1, turn):
-                messages.append(f"User: {question.turns[n - 1]}")
-                messages.append(f"Assistant: {answers.texts[question.id, n]}")
-            messages.append(f"User: {question.turns[turn - 1]}")
+            for number, said in enumerate(question.turns[:turn], 1):
+                messages.append(f"User: {said}")
+                if number < turn:
+                    messages.append(f"Assistant: {answers.texts[question.id, number]}")
             note = "(The response to evaluate answers the last message of this conversation.)"
             instruction = "\n\n".join([*messages, note])
         text = answers.texts[question.id, turn]
@@ -69,10 +69,4 @@ def _means(samples: Sequence[Sample], category: str) -> str:
     for sample in samples:
         if category in ("all", sample.category) and sample.value:
             grades[sample.turn].append(sample.value)
-    means = []
-    for values in grades.values():
-        mean = "n/a"
-        if values:
-            mean = f"{fmean(values):.2f}"
-        means.append(mean)
-    return " / ".join(means)
+    return " / ".join(f"{fmean(values):.2f}" if values else "n/a" for values in grades.values())
