@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from recipes_lib.evals.log import (
     Sample,
     Scorecard,
     Store,
+    is_current,
     items_file,
     log_file,
     read_eval_log,
@@ -63,6 +65,22 @@ def test_a_log_is_read_as_it_was_written(tmp_path):
     assert read_eval_logs(tmp_path / "run") == ((log,), ())
     write_log(log_of(tmp_path / "run", answer="half an emoji \ud83d"))
     assert read_eval_log(log.file).metrics[0].samples[0].answer == "half an emoji \ufffd"
+
+
+def test_a_result_is_current_for_its_own_answers_opponent_and_judge_alone(tmp_path):
+    answers = AnswerFacts(name="run", fingerprint="a")
+    opponent = AnswerFacts(name="base--x", fingerprint="o")
+    log = replace(log_of(tmp_path / "run"), settings="s", answers=answers, opponent=opponent)
+    write_log(log)
+    assert is_current(log.file, "s", "a", "o", "f")
+    assert is_current(log.file, "s", None, None, None)
+    for key, *fingerprints in (
+        ("another", "a", "o", "f"),
+        ("s", "another", "o", "f"),
+        ("s", "a", "another", "f"),
+        ("s", "a", "o", "another"),
+    ):
+        assert not is_current(log.file, key, *fingerprints), (key, fingerprints)
 
 
 def test_changed_files_are_found(tmp_path):
