@@ -67,7 +67,8 @@ def test_a_template_around_every_question_is_no_leak() -> None:
 def test_a_short_question_is_found_as_a_whole_text_alone() -> None:
     texts = asked("What is the meaning of life?")
     assert found(texts, "what is the meaning of LIFE").found[0].short
-    assert not found(texts, "He asked: what is the meaning of life?").found
+    inside = found(texts, "He asked: what is the meaning of life?")
+    assert not inside.found and "is word for word in the 1 training rows" in inside.summary("own")
     assert not found(asked("\U0001f600 ..."), "", "?!").found  # no words, nothing to find
 
 

@@ -85,7 +85,7 @@ class Leaks:
             return f"not searched for the questions of {name}: {self.why}"
         if not self.found:
             questions = f"{self.questions:,} questions of {name}"
-            return f"none of the {questions} is in the {self.rows:,} training rows"
+            return f"none of the {questions} is word for word in the {self.rows:,} training rows"
         return (
             f"{self.leaked_questions:,} of {self.questions:,} questions of {name} (or their"
             f" answers) are in {self.leaked_rows:,} of {self.rows:,} training rows"
