@@ -50,7 +50,9 @@ def card_named(name: str, memory_gib: float | None = None) -> Card:
     for card in CARDS:
         *kind, size = card.name.removeprefix("rtx-").removesuffix("gb").split("-")
         if words.issuperset(kind):
-            near = size in words if memory_gib is None else -abs(card.memory_gib - memory_gib)
+            near: float = size in words
+            if memory_gib is not None:
+                near = -abs(card.memory_gib - memory_gib)
             candidates.setdefault((len(kind), near), card)
     if not candidates and memory_gib is None:
         names = ", ".join(card.name for card in CARDS)

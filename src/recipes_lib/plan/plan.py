@@ -32,6 +32,7 @@ from recipes_lib.weights.load import explain_load_failure
 MFU = {"LoRA": 0.40, "full": 0.40, "QLoRA": 0.25, "LoRA on 8 bits": 0.15}
 AROUND_S = 120.0  # start, loading and saving, assumed; a second more for each GiB of weights
 _ON_GPUS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
+# of `train`: what decides how long a step takes
 _SPEED_KEYS = ["bf16", "fp16", "activation_checkpointing", "packing", "padding_free"]
 _SPEED_KEYS += ["per_device_train_batch_size", "torch_compile"]
 
@@ -60,9 +61,9 @@ class Plan:
 
     @property
     def load_peak(self) -> float:
-        """GiB while the base is loaded: bitsandbytes makes a quantized one whole on every card, and
-        FSDP2 takes its shards of that (accelerate 1.15, fsdp_utils.py: `fsdp2_prepare_model`).
-        """
+        """GiB while the base is loaded, where that is more than a card keeps of it."""
+        # bitsandbytes makes a quantized one whole on every card, and FSDP2 takes its shards of that
+        # (accelerate 1.15, fsdp_utils.py: `fsdp2_prepare_model`)
         is_sharded = self.launch.distributed_type == "FSDP"
         if not is_sharded or self.recipe.quantization is None or self.card.name == "cpu":
             return 0.0

@@ -51,10 +51,7 @@ class Slurm:
         records.write_jobs(plan, {})
 
     def preview(self, plan: Plan) -> Iterator[str]:
-        """Yield each job's exact sbatch line, as bash takes it, and what its script holds as
-        comments. A variable keeps the job's id for those that wait for it, a file for
-        `recipes launch status`.
-        """
+        """Yield each job's exact sbatch line, as bash takes it, and its script as comments."""
         names = {job.label: re.sub(r"\W", "_", job.label) for job in plan.jobs}
         ids = {label: f"${{{name}}}" for label, name in names.items()}
         for job in plan.jobs:
@@ -66,9 +63,10 @@ class Slurm:
                 # quotes would keep bash from reading the variables in it
                 is_dependency = word.startswith("--dependency=")
                 words.append(word if is_dependency else shlex.quote(word))
+            # the id: in a variable for the jobs that wait for it, in a file for `launch status`
             note = shlex.quote(str(plan.folder / f"{job.label}.job"))
             yield f"{names[job.label]}=$({' '.join(words)} | tee {note})"
-            script = [*directives(job, plan.folder, self.profile), *job_commands(job)]
+            script = directives(job, plan.folder, self.profile) + job_commands(job)
             for line in "\n".join(script).split("\n"):
                 yield f"#     {line}"
 
@@ -95,7 +93,7 @@ class Slurm:
                 records.write_jobs(plan, ids)
         except BaseException as error:
             if ids:  # where Slurm does not answer, recipes launch cancel still knows them
-                self.cancel([*ids.values()])
+                self.cancel(list(ids.values()))
             (plan.folder / records.JOBS_FILE).unlink()  # nothing is queued
             if ids and isinstance(error, RecipesError):
                 accepted = f"{', '.join(ids)} had been accepted, and was cancelled"

@@ -17,7 +17,7 @@ def run_slurm(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands, without the variables of a job that this process runs in; no
     answer of Slurm is an EnvironmentFault.
     """
-    environment = {**os.environ, "LC_ALL": "C"}
+    environment = dict(os.environ, LC_ALL="C")
     for name in os.environ:
         if name.startswith("SLURM_") and name not in _OF_THE_SITE:
             del environment[name]

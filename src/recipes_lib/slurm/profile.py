@@ -173,14 +173,12 @@ class Profile(Section):
         return self.sbatch | self.stages.get(stage, {})
 
     def variables(self) -> dict[str, str]:
-        """Return the variables of a job; `{job}` stays. One that names a variable which is not set
-        here, say $USER in a cron job, is an error: the job would take the text as it is.
-        """
+        """Return the variables of a job; `{job}` stays."""
         variables: dict[str, str] = {}
         for name, value in self.env.items():
             text = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 (also URLs)
             unset = re.search(r"\$(\w+|\{\w+\})", text)
-            if unset:
+            if unset:  # as $USER in a cron job: the job would take the text as it is
                 what = f"env.{name}: the variable {unset[0]} is not set here"
                 hint = "export it before the launch, or write its value"
                 raise self.document.error(("env", name), what, hint)

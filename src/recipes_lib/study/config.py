@@ -206,7 +206,7 @@ def _key_of(override: str) -> str:
 class _Reader:
     """Reads what a study names, collecting errors instead of stopping."""
 
-    def __init__(self, document: Document, keys: StudyFile, overrides: Sequence[str]) -> None:
+    def __init__(self, document: Document, keys: StudyFile, overrides: list[str]) -> None:
         self.document = document
         self.keys = keys
         self.overrides = overrides
@@ -297,7 +297,7 @@ class _Reader:
             return of_arm
 
         # the last of one key wins
-        overrides = [*self.keys.overrides, *section.overrides, *self.overrides]
+        overrides = self.keys.overrides + section.overrides + self.overrides
         for key in map(_key_of, overrides):
             if key in _SET_BY_STUDY:
                 what = f"{key} cannot be overridden in a study; for seeds write seeds: [1, 2]"

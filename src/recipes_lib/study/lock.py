@@ -33,13 +33,12 @@ _FREE = {"train.seed", "launch.accelerate", "launch.gpus", "launch.nodes"}
 
 
 def lock_design(study: Study) -> None:
-    """Write the lock while nothing is evaluated, and copy its hash into every run without a result.
-    Beside results nothing is ever written: a lock that is gone by then stays gone.
-    """
+    """Write the lock while nothing is evaluated; copy its hash into every run without a result."""
     evaluated = {folder.name for folder in evaluated_folders(study)}
+    # beside results nothing is ever written: a lock that is gone by then stays gone
     if not evaluated and changed_values(study, read_lock(study)):
-        content = {"written": utc_now(), **design_values(study)}
-        write_json(study_folder(study) / LOCK, {**content, "hash": hash_of(content)})
+        content = {"written": utc_now()} | design_values(study)
+        write_json(study_folder(study) / LOCK, content | {"hash": hash_of(content)})
     lock = read_lock(study)
     if lock is None:
         return
@@ -78,11 +77,9 @@ def _hash_of_arm(study: Study, arm: Arm) -> str:
     values = arm.resolved()
     written = flatten(arm.recipe.document.values)
     free = _FREE | {arm.tuning.key} if arm.tuning else _FREE
-    # later versions add empty ones
-    declared = {
-        key: value for key, value in values.items() if key not in free and (value or key in written)
-    }
-    return hash_in(study.document.path.parent, declared)
+    # later versions of this program add keys, empty where nobody wrote them
+    keys = [key for key in values.keys() - free if values[key] or key in written]
+    return hash_in(study.document.path.parent, {key: values[key] for key in keys})
 
 
 # ---- Reading it ----
@@ -115,8 +112,9 @@ def changes(study: Study) -> tuple[str, ...]:
     lock = read_lock(study)
     if lock is not None:
         day = str(lock["written"])[:10]
-        changed = [f"{key} changed since {day}" for key in changed_values(study, lock)]
-        return (*changed, *_early_results(study, evaluated, lock))
+        reasons = [f"{key} changed since {day}" for key in changed_values(study, lock)]
+        reasons += _early_results(study, evaluated, lock)
+        return tuple(reasons)
     if not evaluated:
         return tuple(_early_results(study, [], {}))
     file = study_folder(study) / LOCK

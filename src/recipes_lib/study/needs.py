@@ -147,9 +147,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @cache  # many files name one server
 def _ask(address: str, key: str | None) -> str | None:
-    """Ask a server for its models; return why it cannot be used, or None if it answers. Any answer
-    will do, "no such page" too, but one that refuses the key, or of a proxy whose server is away.
-    """
+    """Ask a server for its models; return why it cannot be used, or None if it answers."""
     parts = urlsplit(address)
     # a query of the address stays behind the path
     listing = parts._replace(path=f"{parts.path.rstrip('/')}/models", fragment="")
@@ -160,6 +158,8 @@ def _ask(address: str, key: str | None) -> str | None:
         with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT_S):
             return None
     except urllib.error.HTTPError as answer:
+        # any answer will do, "no such page" too, but one that refuses the key, or of a proxy whose
+        # server is away
         with answer:
             if answer.code == 401:
                 return "it refuses the key (401)" if key else "it asks for a key (401)"

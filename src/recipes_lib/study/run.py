@@ -107,7 +107,9 @@ def evaluations(study: Study) -> list[Evaluation]:
     for recipe in study.evals:
         opponent = recipe.opponent(None) or REFERENCE
         against = {REFERENCE: "", BASE_ARM: base}.get(opponent, opponent)
-        pairs = [(run, against) for by_seed in runs.values() for run in by_seed.values()]
+        pairs: list[tuple[str, str]] = []
+        for by_seed in runs.values():
+            pairs += [(run, against) for run in by_seed.values()]
         if recipe.suite.name == "alpaca_eval":
             baseline = runs[study.baseline]
             for by_seed in runs.values():
@@ -220,7 +222,8 @@ def plan_lines(study: Study) -> Iterator[str]:
 
 def refuse_unmet(study: Study, fetch: bool = False) -> None:
     """Refuse a study if its evaluations would fail later; only `fetch` asks the Hub."""
-    raise_all([*unmet(study, study.arms if is_untrained(study) else (), fetch)])
+    arms = study.arms if is_untrained(study) else ()
+    raise_all(list(unmet(study, arms, fetch)))
 
 
 def is_untrained(study: Study) -> bool:
@@ -461,15 +464,15 @@ class StudyRunner:
             except RecipesError as error:
                 self._fail(["the base"], error)
         unusable = {BASE_ARM, *(training.run for training in study_trainings(study))} - trained
-        groups: dict[tuple[str, str], list[Evaluation]] = {}
-        for result in needed:
-            if not unusable & {result.run, result.against}:
-                groups.setdefault((result.recipe.name, result.against), []).append(result)
-        if all(is_evaluated(result) for group in groups.values() for result in group):
+        needed = [result for result in needed if not unusable & {result.run, result.against}]
+        if all(map(is_evaluated, needed)):
             return
         lock_design(study)
         from recipes_lib.evals.run import EvalTask, evaluate_tasks  # torch
 
+        groups: dict[tuple[str, str], list[Evaluation]] = {}
+        for result in needed:
+            groups.setdefault((result.recipe.name, result.against), []).append(result)
         tasks: dict[EvalTask, list[Evaluation]] = {}
         for (_, against), group in groups.items():
             runs = tuple(result.run for result in group)
@@ -479,4 +482,6 @@ class StudyRunner:
             results = [result for result in tasks[task] if run in ("", result.run)]
             self._fail([result.title for result in results if not is_evaluated(result)], error)
 
-        evaluate_tasks([*tasks], remote_code="--trust-remote-code" in self.flags, on_error=on_error)
+        evaluate_tasks(
+            list(tasks), remote_code="--trust-remote-code" in self.flags, on_error=on_error
+        )

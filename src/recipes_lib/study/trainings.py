@@ -56,7 +56,7 @@ class StudyRun:
         name = path.stem if is_shipped else str(path.resolve())
         section = LaunchSection(accelerate=name, gpus=launch.per_machine, nodes=launch.machines)
         run = recipe.run.model_copy(update={"name": self.run})
-        train = {**recipe.train, "seed": self.seed}
+        train = recipe.train | {"seed": self.seed}
         return replace(recipe, name=self.run, run=run, train=train, launch=section)
 
 

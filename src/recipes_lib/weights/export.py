@@ -170,9 +170,8 @@ def _fold(
 
 
 def _shared_layer(model: Any) -> str | None:
-    """Return a layer with an adapter whose weight another layer uses too (tied embeddings, Zamba2):
-    what is folded into it would be in all places.
-    """
+    """Return a layer with an adapter whose weight another layer uses too; None without one."""
+    # as tied embeddings, or Zamba2's blocks: what is folded into it would be in all places
     named = list(model.named_parameters(remove_duplicate=False))
     num_uses = Counter(id(weight) for _, weight in named)
     for name, weight in named:

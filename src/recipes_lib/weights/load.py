@@ -69,15 +69,13 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def load_checked_tokenizer(
     recipe: Recipe, active: Active, remote_code: bool
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer after upstream's check of the recipe under the launch that runs; the check
-    is made again where files come now.
-    """
+    """Load the tokenizer after upstream's check of the recipe under the launch that runs."""
     unchecked: list[RecipeError] = []
     launch = running_launch(active)
     errors = check_upstream(recipe, launch=launch, remote_code=remote_code, notes=unchecked)
     if not errors:
         tokenizer = load_tokenizer(recipe)
-        if unchecked:
+        if unchecked:  # files that came only now
             errors = check_upstream(recipe, launch=launch, remote_code=remote_code)
     if errors:
         raise RecipeErrors(errors)
@@ -111,7 +109,7 @@ def load_model(
         say_once(f"fetching {path} from the Hub ...")
     # else transformers 5.24 takes a bot's conversion of pickles, from another revision
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    options: dict[str, Any] = {**_source(section), "dtype": section.dtype}
+    options = _source(section) | {"dtype": section.dtype}
     if attention:  # a training switches to varlen; answers are sdpa's
         options["attn_implementation"] = "sdpa" if attention == VARLEN else attention
     try:
@@ -244,9 +242,8 @@ def free_memory() -> None:
 def attach(
     base: PreTrainedModel, adapters: Mapping[str, Path], *, without_base_weights: bool = False
 ) -> PeftModel:
-    """Return the base with adapters on it, each in the precision it was trained in: PEFT raises
-    them to float32, and those of a quantized base are bfloat16, which rounds differently. The
-    folder of each goes by PEFT's name for it; `without_base_weights`: the base is on meta.
+    """Return the base with adapters on it, whose folders go by PEFT's names for them, each in the
+    precision it was trained in; `without_base_weights`: the base is on meta.
     """
     from peft import PeftConfig, get_peft_model
     from safetensors import SafetensorError
@@ -266,10 +263,11 @@ def attach(
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             what = f"{folder} does not load on its base: {one_line(error)}"
             raise RecipeError(what, hint) from error
-        names = sorted({*loaded.missing_keys, *loaded.unexpected_keys})
+        names = sorted(set(loaded.missing_keys) | set(loaded.unexpected_keys))
         if names:
             what = f"{folder} does not fit its base: {len(names)} weights differ ({names[0]}, ...)"
             raise RecipeError(what, hint)
+        # PEFT raises them to float32; those of a quantized base are bfloat16, and round differently
         if len(dtypes) == 1:
             for key, parameter in model.named_parameters():
                 if "lora_" in key and name in key.split("."):

@@ -55,9 +55,7 @@ class _Compared:
 
 
 def _compare_bytes(model: Any, folder: Path) -> _Compared:
-    """Compare every trained tensor with the files. The other ranks wait in the gathering: no error
-    may cut it short.
-    """
+    """Compare every trained tensor with the files."""
     import torch
     from safetensors import safe_open
 
@@ -73,6 +71,7 @@ def _compare_bytes(model: Any, folder: Path) -> _Compared:
     for names in aliases.values():
         if not names.isdisjoint(files):
             saved_as_another |= names - files.keys()
+    # the other ranks wait in the gathering: no error may cut it short
     for name, tensor in trained_tensors(model):
         if tensor is None:
             continue
@@ -96,13 +95,13 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
     from torch.distributed.fsdp import FSDPModule
 
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    is_sharded = isinstance(plain, FSDPModule)  # it puts a class of its own in front
-    kind: Any = type(plain).__mro__[2] if is_sharded else type(plain)
+    # FSDP2 puts a class of its own in front
+    kind: Any = type(plain).__mro__[2] if isinstance(plain, FSDPModule) else type(plain)
     if plain is model:
         _, info = kind.from_pretrained(
             folder, device_map="meta", dtype="auto", output_loading_info=True
         )
-        missing = {*info["missing_keys"], *map(str, info["mismatched_keys"])}
+        missing = set(info["missing_keys"]) | set(map(str, info["mismatched_keys"]))
         for name in _trained_names(model) & missing:
             yield f"{name} is missing in the file"
         for name in info["unexpected_keys"]:
@@ -174,11 +173,10 @@ def _named(model: Any, once: bool = False) -> Iterator[tuple[str, torch.nn.Param
 
 
 def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether two tensors have one dtype, one shape and the same bytes; `torch.equal` alone
-    takes float32 for bfloat16, -0.0 for 0.0, and a NaN for unequal to itself.
-    """
+    """Return whether two tensors have one dtype, one shape and the same bytes."""
     import torch
 
+    # torch.equal alone takes float32 for bfloat16, -0.0 for 0.0, and a NaN for unequal to itself
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     flat = [tensor.detach().cpu().contiguous().reshape(-1) for tensor in (first, second)]

@@ -151,13 +151,12 @@ def recorded_names(folder: Path) -> list[str]:
 
 
 def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the SHA-256 of the recorded files, or of those in `names`. That of an adapter's
-    settings leaves out the base's name and revision: it may be moved, and has its own check.
-    """
+    """Return the SHA-256 of the recorded files, or of those in `names`."""
     if names is None:
         names = recorded_names(folder)
     hashes = {name: file_hash(folder / name) for name in names}
     if ADAPTER_CONFIG in hashes:
+        # without the base's name and revision: it may be moved, and `check_base_of` checks it
         settings = read_object(folder / ADAPTER_CONFIG)
         for key in ("base_model_name_or_path", "revision"):
             settings.pop(key, None)
@@ -214,9 +213,7 @@ class Family:
 
     @contextmanager
     def answering(self, name: str) -> Iterator[PreTrainedModel]:
-        """Give the model with the adapter of a run, or none for `base`, in the run's precision:
-        without autocast the float32 adapters of a bf16 base would compute in float32.
-        """
+        """Give the model with the adapter of a run, or none for `base`, in the run's precision."""
         import torch
 
         half = self.runs[name].saved.get("autocast") if name in self.runs else None
@@ -226,6 +223,7 @@ class Family:
             elif not self.full:
                 stack.enter_context(self.model.disable_adapter())
             if half:
+                # else the float32 adapters of a bf16 base would compute in float32
                 device = self.model.device.type
                 stack.enter_context(torch.autocast(device, getattr(torch, half)))
             yield self.model
