@@ -77,10 +77,8 @@ class Planner:
             plan.recipes["resolved.yaml"] = recipe
             plan.jobs.append(self._training_job(plan, "train", plan.recipes, launch))
         elif not run.exists() or run.read_state()["state"] != "finished":
-            raise RecipeError(
-                f"run '{recipe.name}' is not finished, so there is nothing to evaluate",
-                "add the stage: --stages train,eval,report",
-            )
+            what = f"run '{recipe.name}' is not finished, so there is nothing to evaluate"
+            raise RecipeError(what, "add the stage: --stages train,eval,report")
         trained = tuple(job.label for job in plan.jobs)
 
         for evaluation in plan.evals:
@@ -122,11 +120,8 @@ class Planner:
                 overrides.append(f"{key}={value}")
         study = load_study(path, overrides)
         if any(arm.tuning for arm in study.arms):
-            raise RecipeError(
-                f"study '{study.name}' tunes its arms: what they train is known only afterwards",
-                f"run it in one job: recipes study run {file}",
-                file=file,
-            )
+            what = f"study '{study.name}' tunes its arms: what they train is known only afterwards"
+            raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
         refuse_unmet(study)
         plan = self._empty_plan(study.name)
         if "train" in stages:
@@ -144,10 +139,8 @@ class Planner:
             plan.jobs.append(job)
             plan.evals.extend(study.evals)
         if not plan.jobs:
-            raise RecipeError(
-                f"study '{study.name}': everything is done",
-                f"look at it: recipes study report {file}",
-            )
+            what = f"study '{study.name}': everything is done"
+            raise RecipeError(what, f"look at it: recipes study report {file}")
         return plan
 
     def _add_trainings(self, plan: Plan, study: Study) -> None:
@@ -187,10 +180,9 @@ class Planner:
         """Return the job that trains recipes, by their file's name; refused without its GPUs."""
         uses_gpus = not launch.config.use_cpu
         if uses_gpus and not self.site.has_gpus:
-            raise self.site.error(
-                f"this profile requests no GPUs, but {launch.config.path.stem} needs them",
-                "add gres: gpu:{gpus}, or use --accelerate cpu, ddp_cpu or fsdp_cpu",
-            )
+            what = f"this profile requests no GPUs, but {launch.config.path.stem} needs them"
+            hint = "add gres: gpu:{gpus}, or use --accelerate cpu, ddp_cpu or fsdp_cpu"
+            raise self.site.error(what, hint)
         launcher = list(self.site.python)
         if launch.world_size > 1:
             launcher += ["-m", "accelerate.commands.launch"]
@@ -229,10 +221,8 @@ class Planner:
             missing = "no job starts the judge that is expected at 127.0.0.1"
             plan.warnings.append(f"warning: {missing}: set vllm in the profile")
         elif len(names) > 1:
-            raise RecipeError(
-                f"one job would have to serve two judges: {', '.join(sorted(names))}",
-                "give the evals one judge, or judge in the job: judge.engine",
-            )
+            what = f"one job would have to serve two judges: {', '.join(sorted(names))}"
+            raise RecipeError(what, "give the evals one judge, or judge in the job: judge.engine")
         elif judges:
             script = project_root() / "launch" / "with_judge.sh"
             length = max(judge.max_context_tokens for judge in judges)

@@ -45,6 +45,7 @@ class Line(NamedTuple):
 
 def advise(plan: Plan, overrides: Sequence[str] = ()) -> Advice | None:
     """Return the first change that fits; for what fits, only to keep activations."""
+    # nothing to gain: the batch of a step may not change
     if plan.fits and not plan.checkpointing:
         return None
     for change in changed_plans(plan, overrides):
@@ -120,6 +121,7 @@ def _changes(plan: Plan) -> Iterator[tuple[list[str], str]]:
         why = f"weights and optimizer sharded over the same {launch.world_size} GPUs"
         for size in (steps.per_device, *smaller):
             yield sharded + batch(size), why
+    # what fits already does so without computing anything twice
     on = [] if plan.fits else on
     for count in (2, 4, 8) if plan.card.name != "cpu" else ():
         if count > launch.world_size and steps.examples % count == 0:

@@ -21,6 +21,11 @@ class Card:
     memory_gib: float  # what a process can see of it
     tflops: float | None = None  # dense bf16 peak, None where it is not known
 
+    @property
+    def words(self) -> list[str]:
+        """The parts of its name that tell it from others, its memory last."""
+        return self.name.removeprefix("rtx-").removesuffix("gb").split("-")
+
 
 CARDS = (
     Card("b200-180gb", 178.0, 2250),
@@ -45,20 +50,19 @@ def card_named(name: str, memory_gib: float | None = None) -> Card:
     seven of the speed, and with `memory_gib` an unknown card has that memory and no peak.
     """
     words = set(re.split(r"[^a-z0-9]+|gb\b", name.lower()))
-    # by the number of words that fit and the nearness of the memory: the largest is the card
-    candidates: dict[tuple[int, float], Card] = {}
-    for card in CARDS:
-        *kind, size = card.name.removeprefix("rtx-").removesuffix("gb").split("-")
-        if words.issuperset(kind):
-            near: float = size in words
-            if memory_gib is not None:
-                near = -abs(card.memory_gib - memory_gib)
-            candidates.setdefault((len(kind), near), card)
+    candidates = [card for card in CARDS if words.issuperset(card.words[:-1])]
+
+    def fitness(card: Card) -> tuple[int, float]:
+        """Order cards by the words of their name, then by their memory."""
+        if memory_gib is None:
+            return len(card.words), float(card.words[-1] in words)
+        return len(card.words), -abs(card.memory_gib - memory_gib)
+
     if not candidates and memory_gib is None:
         names = ", ".join(card.name for card in CARDS)
         hint = f"cards: {names}, h100-mig-3g.40gb (any profile), cpu"
         raise RecipeError(f"--gpu: there is no card '{name}'", hint)
-    card = candidates[max(candidates)] if candidates else Card(name, memory_gib or 0.0)
+    card = max(candidates, key=fitness) if candidates else Card(name, memory_gib or 0.0)
     slice_of = re.search(r"(\d+)g\.(\d+)gb", name.lower())
     if slice_of:
         tflops = card.tflops and round(card.tflops * int(slice_of[1]) / 7)

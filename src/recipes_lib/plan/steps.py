@@ -134,6 +134,7 @@ def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
     mean = sum(lengths) / len(lengths)
     longest = max(lengths)
     if packing:
+        # of rows that are not counted, as if every packed row were full
         number = math.ceil(rows.train * mean / max_length)
         if rows.counted:
             ends = [0, *itertools.accumulate(lengths)]

@@ -31,8 +31,10 @@ def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     design = replace(study.design, missing=tuple(runs.missing_of(study)), changed=changes(study))
     arms = measured_arms(study)
     if design.missing:
+        # a win rate between two arms would be a verdict before its time
         arms = without_duels(arms)
     conclusion = conclude(arms, study.aims, design)
+    # runs that an earlier version of the study file had trained
     names = run_names(study) - {training.run for training in study_trainings(study)}
     dropped = [name for name in sorted(names) if RunDirectory(name).exists()]
     if dropped:

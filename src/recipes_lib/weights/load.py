@@ -242,8 +242,8 @@ def free_memory() -> None:
 def attach(
     base: PreTrainedModel, adapters: Mapping[str, Path], *, without_base_weights: bool = False
 ) -> PeftModel:
-    """Return the base with adapters on it, whose folders go by PEFT's names for them, each in the
-    precision it was trained in; `without_base_weights`: the base is on meta.
+    """Return the base with adapters on it, each in the precision it was trained in. `adapters` maps
+    PEFT's names for them to folders; `without_base_weights`: the base is on the meta device.
     """
     from peft import PeftConfig, get_peft_model
     from safetensors import SafetensorError

@@ -156,7 +156,7 @@ def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[st
         names = recorded_names(folder)
     hashes = {name: file_hash(folder / name) for name in names}
     if ADAPTER_CONFIG in hashes:
-        # without the base's name and revision: it may be moved, and `check_base_of` checks it
+        # without the base's name and revision, which `check_base_of` checks: it may be moved
         settings = read_object(folder / ADAPTER_CONFIG)
         for key in ("base_model_name_or_path", "revision"):
             settings.pop(key, None)
