@@ -71,6 +71,8 @@ WRONG = [
     (["explain", "train", "train.seed=1"], ["unknown arguments: train.seed=1"]),
     (["show", RECIPE, "--learning_rate", "3"], ["section.key=value"]),
     (["show", RECIPE, "foo.bar=1"], ["command line: unknown key 'foo'"]),
+    (["show", "README.md"], ["README.md: is not YAML", "recipes ls"]),
+    (["show", "recipes"], ["recipes: is not a file", "recipes ls"]),
     (["show", RECIPE, "--origins"], ["command line: '--origins' is not section.key=value"]),
     (["show", RECIPE, "--learning_rate=3"], ["unknown key 'learning_rate'"]),
     (["show", RECIPE, "train.sed=3"], ["command line: unknown key", "did you mean train.seed?"]),
@@ -146,3 +148,13 @@ def test_training_sends_no_telemetry_unless_somebody_allows_it(monkeypatch):
     )
     said = [python(ask, env=more).stdout for more in ({}, {"HF_HUB_DISABLE_TELEMETRY": "0"})]
     assert said == ["True\n", "False\n"]
+
+
+def test_the_retries_of_the_hub_are_not_told_one_by_one() -> None:
+    import huggingface_hub
+
+    from recipes_lib.core.environment import quiet_libraries
+
+    huggingface_hub.logging.set_verbosity_warning()
+    quiet_libraries()
+    assert huggingface_hub.logging.get_verbosity() == huggingface_hub.logging.ERROR

@@ -134,6 +134,10 @@ def test_explain_says_type_default_and_documentation(said):
     for key, words in (
         ("train.learning_rate", ["number > 0", "2.0e-05", "trl.SFTConfig", "initial learning"]),
         ("learning_rate", ["train.learning_rate: number > 0"]),
+        # names that other programs give, one of which is a key of lm-eval's too
+        ("lr", ["train.learning_rate: number > 0"]),
+        ("learning rate", ["train.learning_rate: number > 0"]),
+        ("batch_size", ["train.per_device_train_batch_size: integer >= 1"]),
         ("train.activation_checkpointing", ["default false (project default"]),
         ("data.split.method", ["hash", "published", "none"]),
         ("train", ["trl.SFTConfig", "learning_rate", "packing"]),

@@ -184,6 +184,11 @@ def test_rows_that_fill_no_step_are_named_by_check(write, capsys):
     assert not missing_words(said, "r.yaml:3: of 20; a step needs 24 run.global_batch_size"), said
 
 
+def test_a_file_that_would_take_long_is_not_read(write, capsys):
+    assert main(["check", str(write(GOOD + "# comment\n" * 1_100_000))]) == 2
+    assert "r.yaml: is larger than 10 MB" in capsys.readouterr().err
+
+
 def test_what_may_never_end_is_not_read(capsys):
     assert main(["train", "/dev/zero"]) == 2
     assert "/dev/zero: is not a file" in capsys.readouterr().err

@@ -185,7 +185,8 @@ def run_prefetch(
             say(f"{need.kind} {need.name}: {need.look(not check)}")
         except Exception as error:  # datasets and lm-eval have exceptions of their own
             what = f"missing: {need.kind} {need.name}: {one_line(error)}"
-            print_error(RecipesError(what, "on a machine with a network: recipes prefetch"))
+            command = shlex.join(["recipes", "prefetch", *files, *values])
+            print_error(RecipesError(what, f"on a machine with a network: {command}"))
             missing += 1
     outcome = "found without a network" if check else "fetched"
     say(f"{len(needs) - missing} of {len(needs)} {outcome}")

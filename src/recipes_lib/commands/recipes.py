@@ -16,6 +16,7 @@ from pydantic.json_schema import JsonSchemaValue
 
 from recipes_lib.commands import RecipeWord
 from recipes_lib.config.documents import (
+    SHORT_NAMES,
     Document,
     did_you_mean,
     no_such_file,
@@ -262,7 +263,8 @@ def run_explain(
 
 def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
     """Return a key's dotted name, completed if only one section (first, of a recipe) has it."""
-    plain = word.replace("-", "_")
+    plain = word.replace("-", "_").replace(" ", "_")
+    plain = SHORT_NAMES.get(plain, plain)
     for candidates in (keys_of(RecipeFile), keys):
         if plain in candidates:
             return plain

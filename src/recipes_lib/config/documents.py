@@ -64,6 +64,7 @@ _HINTS = {
     "recipe": "to train it: recipes train",
     "accelerate": "it says how a recipe is launched: recipes train RECIPE --accelerate FILE",
 }
+_ALL_RECIPES = "all recipes: recipes ls"
 _ROWS = "to train on rows: recipes new NAME --from RECIPE --data FILE"
 # Short names that other programs give to keys of a recipe.
 SHORT_NAMES = {
@@ -259,9 +260,13 @@ def _read_file(path: Path) -> Document:
     if not path.exists():
         raise no_such_file(path)
     if not path.is_file():  # a pipe or a device may never end
-        raise RecipeError("is not a file", file=path)
+        raise RecipeError("is not a file", _ALL_RECIPES, file=path)
+    if path.suffix in (".md", ".txt", ".py", ".jinja"):
+        raise RecipeError("is not YAML", _ALL_RECIPES, file=document.file)
     if path.suffix in (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet"):
         raise RecipeError("is a file of rows, not YAML", _ROWS, file=document.file)
+    if path.stat().st_size > 10_000_000:  # 30 MB of comments took 19 s to read
+        raise RecipeError("is larger than 10 MB: not a recipe", _ROWS, file=document.file)
     try:
         document.text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -358,7 +363,7 @@ def near_file(path: Path) -> list[str]:
 
 def no_such_file(path: Path) -> RecipeError:
     """Return the error for a file that does not exist, with one of a similar name."""
-    hints = [*near_file(path), "all recipes: recipes ls"]
+    hints = [*near_file(path), _ALL_RECIPES]
     return RecipeError("no such file or recipe", *hints, file=shown_path(path))
 
 

@@ -76,8 +76,11 @@ def quiet_libraries() -> None:
     # not by its functions: an evaluation whose answers are stored does without its 0.6 s
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    import huggingface_hub
     import transformers
 
+    # without a network it tells of each of its retries, 14 to 21 lines before the error
+    huggingface_hub.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "", FutureWarning, r"(transformers|trl|peft|torch)\.")
     # PEFT looks for the pattern of experts' fused matrices, which are parameters, among modules
     warnings.filterwarnings("ignore", r".*_pattern keys did not match .*\.gate_up_proj'\]")
