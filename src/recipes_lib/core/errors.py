@@ -51,10 +51,9 @@ class RecipesError(Exception):
 
     def __str__(self) -> str:
         first = self.what
-        if self.line is not None:
-            first = f"{self.file}:{self.line}: {first}"
-        elif self.file is not None:
-            first = f"{self.file}: {first}"
+        if self.file is not None:
+            place = self.file if self.line is None else f"{self.file}:{self.line}"
+            first = f"{place}: {first}"
         return mask_secrets("\n  ".join([first.strip(), *self.hints]))
 
 
