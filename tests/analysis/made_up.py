@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.files import write_json
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evals.log import (
     REFERENCE,
     AnswerFacts,
@@ -51,14 +52,9 @@ def write_run(root, name, *, seed=42, rank=8, steps=40, **resolved) -> Path:
     rng = random.Random(f"{name}{seed}")
     summary = {"steps": steps, "training_rows": 1200, "seconds": 310.5, "world_size": 1}
     summary |= {"last_training_loss": 1.2, "last_validation_loss": 1.3}
-    state = {
-        "format_version": 1,
-        "name": name,
-        "state": "finished",
-        "guard": {"data_fingerprint": "d" * 64, "prompt_format_hash": "p" * 64},
-        "summary": summary | {"tokens_per_second": 1288.3, "peak_memory_gib": 11.2},
-    }
-    write_json(folder / "run.json", state)
+    summary |= {"tokens_per_second": 1288.3, "peak_memory_gib": 11.2}
+    guard = {"data_fingerprint": "d" * 64, "prompt_format_hash": "p" * 64}
+    RunDirectory(name, root).write_state("finished", guard=guard, summary=summary)
     environment = {
         "libraries": {"torch": "2.13.0", "trl": "1.16.0"},
         "git": {"commit": "c" * 40, "dirty": False},

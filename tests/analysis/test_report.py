@@ -120,7 +120,7 @@ def test_in_a_browser_samples_can_be_paged_and_a_phone_shows_all_of_it(folders, 
 def test_every_number_has_its_n_and_its_file(folders, tmp_path) -> None:
     """And no cell of the table is a formula."""
     write_values(folders["r8"][0], [1.0, 0.0] * 10, metric="=cmd()", name="formula")
-    arms = load_arms({**folders, "=SUM(A1)": [write_run(tmp_path, "=A2")]})
+    arms = load_arms({**folders, "=SUM(A1)": [write_run(tmp_path, "A2")]})
     conclusion = conclude(arms)
     write_report(tmp_path / "report", conclusion, arms)
     names = {"numbers.json", "numbers.csv", "report.md", "report.html"}

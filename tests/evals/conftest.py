@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.weights.runs import recorded_hashes
 
 
@@ -45,12 +46,9 @@ def make_run(runs_folder, tiny_model_dir):
             "run": {"name": name},
         }
         (folder / "resolved.yaml").write_text(yaml.safe_dump(recipe))
-        state = {"format_version": 1, "name": name, "created": "", "updated": ""}
         autocast = "bfloat16" if dtype == "bfloat16" else None
-        hashes = recorded_hashes(folder / "adapter")
-        state |= {"weights_check": {"sha256": hashes, "autocast": autocast}}
-        state |= {"state": "finished"}
-        (folder / "run.json").write_text(json.dumps(state))
+        check = {"sha256": recorded_hashes(folder / "adapter"), "autocast": autocast}
+        RunDirectory(name).write_state("finished", weights_check=check)
         return folder
 
     return make
