@@ -19,7 +19,7 @@ from tests.study.study_files import write_tiny_study
 from recipes_lib.config.recipe import ModelSection
 from recipes_lib.core.errors import EnvironmentFault, RecipeErrors
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.jobs.prefetching import check_model
+from recipes_lib.jobs.prefetching import model_files
 from recipes_lib.jobs.records import submitted_tasks
 from recipes_lib.slurm.profile import known_profiles, load_profile
 
@@ -326,7 +326,7 @@ def test_cancel_names_only_what_is_not_over_and_a_second_launch_is_refused(
 def test_prefetch_checks_without_a_network_and_names_what_is_missing_or_not_whole(
     tiny_model_dir, tiny_recipe: Path, tmp_path: Path, recipes: Recipes, monkeypatch
 ) -> None:
-    assert check_model(ModelSection(name_or_path=str(tiny_model_dir))) == "whole"
+    assert model_files(ModelSection(name_or_path=str(tiny_model_dir)), fetch=False) == "whole"
     index = json.dumps({"weight_map": {"a": "model-00002.safetensors"}}).encode()
     weights = (tiny_model_dir / "model.safetensors").read_bytes()
     cases = {
@@ -342,7 +342,7 @@ def test_prefetch_checks_without_a_network_and_names_what_is_missing_or_not_whol
         if content is not None:
             (folder / damaged).write_bytes(content)
         with pytest.raises(EnvironmentFault, match=what):
-            check_model(ModelSection(name_or_path=str(folder)))
+            model_files(ModelSection(name_or_path=str(folder)), fetch=False)
     code, out, _ = recipes("prefetch", tiny_recipe, "--check")
     assert code == 0 and "2 of 2" in out
     nowhere = ("model.name_or_path=nobody/no-such-model", "data.source=nobody/no-such-data")

@@ -63,7 +63,7 @@ def _model(kind: str, section: ModelSection) -> Need:
     name = section.name_or_path
     if section.revision:
         name += f" at {section.revision}"
-    return Need(kind, name, lambda fetch: (fetch_model if fetch else check_model)(section))
+    return Need(kind, name, lambda fetch: model_files(section, fetch))
 
 
 def _rows(source: SourcePart) -> Need:
@@ -106,13 +106,13 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
         yield Need("questions", str(data.questions), questions)
 
 
-def fetch_model(section: ModelSection) -> str:
-    """Fetch a model's files into the cache, and return what they are."""
+def model_files(section: ModelSection, fetch: bool) -> str:
+    """Return what a model's files on this machine are; raise where they are missing or cut."""
     name = section.name_or_path
-    folder = local_folder(bare_recipe(section))
-    if name == MODEL:
+    local_folder(bare_recipe(section))  # refuses a path at which no model is
+    if fetch and name == MODEL:
         materialise()
-    elif folder is None or not Path(name).is_dir():
+    elif fetch and not Path(name).is_dir():
         from huggingface_hub import is_offline_mode, snapshot_download
 
         if is_offline_mode():
@@ -121,12 +121,6 @@ def fetch_model(section: ModelSection) -> str:
             snapshot_download(name, revision=section.revision, allow_patterns=_FILES)
         except Exception as error:  # the Hub client has many exception types
             raise explain_load_failure(section, error) from None
-    return check_model(section)
-
-
-def check_model(section: ModelSection) -> str:
-    """Return what a model's files on this machine are; raise where they are missing or cut."""
-    name = section.name_or_path
     folder = local_folder(bare_recipe(section))
     if folder is None or object_or_none(folder / "config.json") is None:
         raise EnvironmentFault("not on this machine")

@@ -45,7 +45,7 @@ class Line(NamedTuple):
 
 def advise(plan: Plan, overrides: Sequence[str] = ()) -> Advice | None:
     """Return the first change that fits; for what fits, only to keep activations."""
-    # nothing to gain: the batch of a step may not change
+    # it fits, and computes nothing twice
     if plan.fits and not plan.checkpointing:
         return None
     for change in changed_plans(plan, overrides):

@@ -206,14 +206,14 @@ def known_profiles() -> dict[str, Path]:
 
 def load_profile(name: str) -> Profile:
     """Load and check a profile, given by its name in launch/profiles/ or as a path."""
-    known = known_profiles()
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else known.get(name)
+    profiles = known_profiles()
+    path = profiles.get(name)
+    if Path(name).suffix in (".yaml", ".yml"):
+        path = Path(name)
     if path is None:
-        raise RecipeError(
-            f"there is no profile '{name}' in launch/profiles/",
-            *did_you_mean(name, known),
-            f"there are {', '.join(known)}; for a new site: {NEW_PROFILE}",
-        )
+        what = f"there is no profile '{name}' in launch/profiles/"
+        hint = f"there are {', '.join(profiles)}; for a new site: {NEW_PROFILE}"
+        raise RecipeError(what, *did_you_mean(name, profiles), hint)
     document = read(path)
     profile = parse(Profile, document, _rules)
     profile._document = document
@@ -224,7 +224,7 @@ def _rules(profile: Profile, document: Document) -> Iterator[RecipeError]:
     """Yield the flags that would break a chain; what a site really has only its Slurm knows."""
     tables: dict[KeyPath, Flags] = {("sbatch",): profile.sbatch}
     tables |= {("stages", stage): flags for stage, flags in profile.stages.items()}
-    for place, flags in tables.items():
+    for section, flags in tables.items():
         for name in flags.keys() & _OURS:
-            what = f"{dotted((*place, name))} is set by recipes launch"
-            yield document.error((*place, name), what)
+            key = (*section, name)
+            yield document.error(key, f"{dotted(key)} is set by recipes launch")

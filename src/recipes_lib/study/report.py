@@ -98,18 +98,18 @@ def gate(study: Study) -> tuple[ExitCode, list[str]]:
         if arm.name == baseline:
             continue
         pair = {arm.name, baseline}
-        claims = [c for c in report.claims if pair == {*c.row.arms} and not c.row.aside]
+        of_pair = [claim for claim in report.claims if set(claim.row.arms) == pair]
+        claims = [claim for claim in of_pair if not claim.row.aside]
         if not any(claim.row.is_tested for claim in claims):
             what = f"no comparison of {arm.name} with {baseline} can be tested"
             missing.append(f"{what}: see the report")
         failed += [claim.sentence for claim in claims if claim.worse_than(baseline)]
         for word in study.aims.margins:
-            on_word = [
-                c for c in claims if c.row.margin is not None and is_named(word, c.row.metric)
-            ]
-            if not on_word:
+            on_metric = [claim for claim in claims if is_named(word, claim.row.metric)]
+            with_margin = [claim for claim in on_metric if claim.row.margin is not None]
+            if not with_margin:
                 failed.append(f"not shown: no comparison of {arm.name} on {word}")
-            for claim in on_word:
+            for claim in with_margin:
                 if not claim.worse_than(baseline) and not claim.not_worse_than(baseline):
                     failed.append(f"not shown: {claim.sentence}")
     if missing:

@@ -387,7 +387,7 @@ class StudyRunner:
         self._training = True
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                futures = [pool.submit(self._train_one, each, shares) for each in waiting]
+                futures = [pool.submit(self._train_one, run, shares) for run in waiting]
                 for future in as_completed(futures):
                     future.result()
             except BaseException:  # say of a full disk: nobody would look after the others
