@@ -122,7 +122,12 @@ def _run(words: Sequence[str], debug: bool) -> int:
     if words[:1] == ["help"] and len(words) > 1:
         words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
-        return _say_help()
+        lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
+        for group, verbs in (("start here", START_HERE), ("more", MORE)):
+            lines += ["", group]
+            lines += [f"  {verb:<9} {text}" for verb, (_, text) in verbs.items()]
+        say(*lines, "", "help for one verb: recipes VERB --help")
+        return next_step("ls")
     if words[0] == "--version":
         say(__version__)
         return int(ExitCode.DONE)
@@ -137,17 +142,6 @@ def _run(words: Sequence[str], debug: bool) -> int:
     if "typed" in parameters(function):
         arguments["typed"] = list(words)
     return int(function(**arguments))
-
-
-def _say_help() -> int:
-    """Print every verb with what it does."""
-    lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
-    for group, verbs in (("start here", START_HERE), ("more", MORE)):
-        lines += ["", group]
-        for verb, (_, text) in verbs.items():
-            lines.append(f"  {verb:<9} {text}")
-    say(*lines, "", "help for one verb: recipes VERB --help")
-    return next_step("ls")
 
 
 def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], dict[str, object]]:

@@ -86,4 +86,7 @@ def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:
     num_supervised = sum(label != IGNORED for label in row["labels"])
     say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
     spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
-    say("".join(f"[[{text}]]" if has_loss else text for text, has_loss in spans).rstrip())
+    line = ""
+    for text, has_loss in spans:
+        line += f"[[{text}]]" if has_loss else text
+    say(line.rstrip())

@@ -129,10 +129,8 @@ def _open(word: str) -> Path:
 def _margin(word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
-    what = "not METRIC=NUMBER or METRIC='NUMBER points'"
-    if margin is not None:
-        what = margin.fits(metric)
-        if not what:
-            return metric, margin
-    hint = "for example --margin win_rate='2 points' loss=0.005"
-    raise RecipeError(f"--margin {word}: {what}", hint)
+    what = margin.fits(metric) if margin else "not METRIC=NUMBER or METRIC='NUMBER points'"
+    if margin is None or what:
+        hint = "for example --margin win_rate='2 points' loss=0.005"
+        raise RecipeError(f"--margin {word}: {what}", hint)
+    return metric, margin

@@ -36,9 +36,9 @@ def run_ls(*, json: Json = False) -> int:
     recipes.sort(key=lambda row: (_START not in row["tags"], row["name"]))
     if json:
         return print_json(recipes)
-    titles = ("name", "method", "launch", "model")
-    cells = [[row[title] for title in titles] for row in recipes]
-    say(*aligned([titles, *cells]))
+    table = [["name", "method", "launch", "model"]]
+    table += [[row["name"], row["method"], row["launch"], row["model"]] for row in recipes]
+    say(*aligned(table))
     return next_step("new", "my-first", "--from", recipes[0]["name"])
 
 
@@ -53,10 +53,16 @@ def _recipe_line(file: Path, folder: Path) -> Row | None:
     if document.kind != "recipe" or document.is_base:
         return None
     tags = _section(document, "run").get("tags")
+    lora = _section(document, "lora")
+    method = "full"
+    if lora:  # LoRA r=8, QDoRA r=16
+        adapter = "DoRA" if lora.get("use_dora") else "LoRA"
+        quantized = "Q" if _section(document, "quantization") else ""
+        method = f"{quantized}{adapter} r={lora.get('r', 8)}"
     return {
         "name": name,
         "model": str(_section(document, "model").get("name_or_path", "?")),
-        "method": _method(document),
+        "method": method,
         "launch": str(_section(document, "launch").get("accelerate", "single_gpu")),
         "tags": [str(tag) for tag in tags] if isinstance(tags, list) else [],
     }
@@ -66,17 +72,6 @@ def _section(document: Document, name: str) -> Row:
     """A section of a recipe that was not checked: empty where it is absent or no mapping."""
     values = document.values.get(name)
     return values if isinstance(values, dict) else {}
-
-
-def _method(document: Document) -> str:
-    """What is trained: full, LoRA r=8, QDoRA r=16."""
-    lora = _section(document, "lora")
-    if not lora:
-        return "full"
-    method = "DoRA" if lora.get("use_dora") else "LoRA"
-    if _section(document, "quantization"):
-        method = f"Q{method}"
-    return f"{method} r={lora.get('r', 8)}"
 
 
 def run_status(
@@ -93,9 +88,9 @@ def run_status(
     if not rows:
         say(f"no runs in {runs_root()}")
         return next_step("train", "quickstart/lora-r8")
-    titles = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
-    cells = [[_cell(value) for value in row.values()] for row in rows]
-    say(*aligned([titles, *cells]))
+    table = [["run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)"]]
+    table += [list(map(_cell, row.values())) for row in rows]
+    say(*aligned(table))
     newest = max(rows, key=lambda row: row["updated"])
     return next_step("status", newest["run"])
 

@@ -26,11 +26,7 @@ from recipes_lib.config.documents import (
     wrong_kind,
 )
 from recipes_lib.config.fitting import fit_to_rows
-from recipes_lib.config.launch import (
-    AccelerateConfig,
-    accelerate_rules,
-    plan_launch,
-)
+from recipes_lib.config.launch import AccelerateConfig, accelerate_rules, plan_launch
 from recipes_lib.config.migrate import migrate
 from recipes_lib.config.new import Method, chosen_keys, copy_of, new_recipe, schema_line
 from recipes_lib.config.parsing import judge
@@ -66,8 +62,6 @@ if TYPE_CHECKING:
 
 # Kind of a file that `new` copies whole -> the folder where it is looked for by its name.
 _COPIED_TO = {"profile": "launch/profiles", "accelerate": "accelerate_configs"}
-
-# ---- new ----
 
 
 def run_new(
@@ -137,9 +131,6 @@ def _new_with_rows(
     return next_step("check", file)
 
 
-# ---- migrate ----
-
-
 def run_migrate(
     config: Annotated[Path, "a flat TRL YAML: trl sft --config, alignment handbook, open-r1"],
     *,
@@ -154,9 +145,6 @@ def run_migrate(
     write_text(output, text)
     say(*changes, f"{output}: {len(changes)} changes")
     return next_step("check", "--full", output)
-
-
-# ---- show ----
 
 
 def run_show(
@@ -210,15 +198,13 @@ def _lines(
 ) -> Iterator[tuple[str, str]]:
     """Yield each line of YAML and the place of its value."""
     for key, value in values.items():
+        path = (*above, key)
         text = f"{'  ' * len(above)}{key}:"
         if isinstance(value, dict) and value:
             yield text, ""
-            yield from _lines(recipe, value, (*above, key))
+            yield from _lines(recipe, value, path)
         else:
-            yield f"{text} {value_text(value)}", str(recipe.origin_of(".".join((*above, key))))
-
-
-# ---- explain ----
+            yield f"{text} {value_text(value)}", str(recipe.origin_of(".".join(path)))
 
 
 def run_explain(
@@ -295,9 +281,6 @@ def _type_text(schema: JsonSchemaValue) -> str:
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[word]:g}" for word, sign in signs.items() if word in schema]
     return " ".join([type_name, *bounds])
-
-
-# ---- check ----
 
 
 def run_check(

@@ -244,4 +244,6 @@ def planned_steps(rows: int, batch: int, epochs: float, max_steps: int = -1) -> 
     step is a whole global batch; the rows that do not fill one are left out of the epoch.
     """
     per_epoch = max(rows // batch, 1)
-    return per_epoch, max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
+    if max_steps > 0:
+        return per_epoch, max_steps
+    return per_epoch, math.ceil(per_epoch * epochs)

@@ -210,10 +210,12 @@ def _new_value(flat: Document, key: str, value: Any, target: Path) -> Any:
         return value[0] if isinstance(value, list) and value else value
     if MOVES.get(key) == "data.source":
         parts = _parts_of_mixture(flat.values)
-        for part in parts or ():
+        if parts is None:
+            return value
+        for part in parts:
             if isinstance(part, dict) and "source" in part:
                 part["source"] = _moved_source(flat, key, part["source"], target)
-        return value if parts is None else parts
+        return parts
     if key in ("run_name", "output_dir"):
         return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
     if key == "lora_target_modules" and value == ["all-linear"]:
@@ -264,7 +266,7 @@ def _rows_of(flat: Document, first_row: FirstRow) -> _Rows:
     kinds: list[_Rows] = []
     for name, split in _sources(flat):
         row = first_row(name, split)
-        kinds.append(_rows_like(row, flat.values) if row is not None else _Rows(None, ""))
+        kinds.append(_Rows(None, "") if row is None else _rows_like(row, flat.values))
     if kinds and all(kind.prompt_format and kind == kinds[0] for kind in kinds):
         return kinds[0]
     for key in _OF_CONVERSATIONS:

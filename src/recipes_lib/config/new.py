@@ -79,7 +79,9 @@ def _set_model(values: Values, target: Path, origin: Recipe, model: str) -> None
     folder = Path(model).expanduser()
     if folder.resolve() == Path(origin.model.name_or_path).expanduser().resolve():
         return  # the origin's own: its template may be what a base without one needs
-    values["model"]["name_or_path"] = relative_path(target, folder) if folder.is_dir() else model
+    if folder.is_dir():
+        model = relative_path(target, folder)
+    values["model"]["name_or_path"] = model
     if origin.data.chat_template:
         values["data"]["chat_template"] = None
     if origin.train.get("eos_token"):
@@ -157,22 +159,21 @@ def _write(into: Values, chosen: Values, resolved: Values, target: Path) -> None
             into[key] = value
 
 
-def schema_line(target: Path) -> str:
-    """Return the first line of a recipe at `target`, by which editors find its schema; none
-    outside of the checkout: the schema of an installed package goes with its environment.
+def schema_line(target: Path, schema: Path | None = None) -> str:
+    """Return the first line of a file at `target`, by which editors find its schema (a recipe's);
+    none outside of the checkout: the schema of an installed package goes with its environment.
     """
     root = project_root().resolve()
     if not target.resolve().is_relative_to(root):
         return ""
-    return f"{_SCHEMA_MARK}{relative_path(target, root / 'schema/recipe.schema.json')}"
+    path = relative_path(target, schema or root / "schema/recipe.schema.json")
+    return f"{_SCHEMA_MARK}{path}"
 
 
 def copy_of(file: Path, target: Path) -> str:
     """Return the text of a profile or an accelerate config, to be written to `target`."""
     lines = file.read_text("utf-8").split("\n")
     if lines[0].startswith(_SCHEMA_MARK):
-        schema = file.parent / lines[0].removeprefix(_SCHEMA_MARK)
-        del lines[0]
-        if target.resolve().is_relative_to(project_root().resolve()):
-            lines.insert(0, f"{_SCHEMA_MARK}{relative_path(target, schema)}")
+        first = schema_line(target, file.parent / lines[0].removeprefix(_SCHEMA_MARK))
+        lines[:1] = [first] if first else []
     return "\n".join(lines)

@@ -191,10 +191,7 @@ def weight_faults(folder: Path) -> Iterator[str]:
 
 
 def check_names(
-    recipe: Recipe,
-    folder: Path,
-    launch: Active,
-    notes: list[RecipeError] | None = None,
+    recipe: Recipe, folder: Path, launch: Active, notes: list[RecipeError] | None = None
 ) -> Iterator[RecipeError]:
     """Yield names that a model does not have, and what its class cannot do; no code of it runs.
     `notes` is given what is no error and should be known.

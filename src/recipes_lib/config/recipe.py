@@ -59,8 +59,9 @@ def is_inline(template: str) -> bool:
 def trl_templates() -> dict[str, Path]:
     """Return the chat templates that the installed TRL ships: `trl:NAME` -> file."""
     spec = importlib.util.find_spec("trl")
-    folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else None
-    files = sorted(folder.glob("*.jinja")) if folder else ()
+    if spec is None or spec.origin is None:
+        return {}
+    files = sorted((Path(spec.origin).parent / "chat_templates").glob("*.jinja"))
     return {f"{TRL}{file.stem}": file for file in files if not file.stem.endswith("_training")}
 
 
@@ -73,8 +74,6 @@ _Kernel = r"^(sdpa|eager|varlen|flex_attention|flash_attention_[234]|[^/]+/[^/]+
 _OfTexts = Literal["id", "instruction", "context", "response"]
 _OfPairs = Literal["prompt", "completion", "text"]
 _Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_template_kwargs"]
-
-
 # A mapping of a base is added to; null takes it away, as it does any other value.
 _NullIsEmpty = BeforeValidator(
     lambda value: {} if value is None else value, json_schema_input_type=dict[str, Any] | None
@@ -344,16 +343,15 @@ def keys_of(model: type[Section], prefix: str = "") -> dict[str, Schema]:
     return keys
 
 
-# What must hold between keys where upstream would be silently wrong, or say so late.
-
-
 # torch 2.13's modes of torch.compile; the blocks of a model are compiled one by one, and their
 # results would have to be marked or copied in each step
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
-    """Yield what a recipe cannot mean; values of a wrong type were left out."""
+    """Yield what must not hold between keys: upstream would be silently wrong, or say so late.
+    Values of a wrong type were left out.
+    """
     train = recipe.train.model_dump(exclude_unset=True)
     is_wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
     is_padded = train.get("padding_free") is False

@@ -43,8 +43,8 @@ def generated_files() -> dict[Path, str]:
             names = {"type": "array", "items": {"type": "string"}}
             schema["properties"]["extends"] = {"anyOf": [{"type": "string"}, names]}
         contents[project_root() / "schema" / f"{model.kind}.schema.json"] = schema
-    texts = {path: json.dumps(contents[path], indent=1, ensure_ascii=False) for path in contents}
-    return {path: f"{text}\n" for path, text in texts.items()}
+    writer = json.JSONEncoder(indent=1, ensure_ascii=False)
+    return {path: writer.encode(content) + "\n" for path, content in contents.items()}
 
 
 def upstream_sections() -> Values:

@@ -142,11 +142,8 @@ _SMALLER = {
 
 
 def explain_fault(error: BaseException, verb: str = "train") -> EnvironmentFault | None:
-    """Translate an out-of-memory or I/O error into one that says what to do; None for others.
-
-    Args:
-        error: what was caught, with its causes.
-        verb: what was done, which decides what can be made smaller.
+    """Translate an out-of-memory or I/O error, or one whose cause is such an error, into one that
+    says what to do: each verb can make other things smaller. None for other errors.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RecipesError):  # those say it themselves
