@@ -46,8 +46,12 @@ UNRESOLVED = "unresolved"
 OUTCOMES = (*SCORE, UNRESOLVED, "graded", "right", "wrong", "scored")
 REFERENCE = "reference"  # the opponent that is the questions' own reference answers
 RESULT_VERSION = 2
-EMPTY, CUT, LOOPS = "are empty", "hit the token limit", "repeat themselves"
-SAME, VARIANTS = "are the same text", "are variants of a few texts"
+# what may be wrong with answers, as it is said after their number
+EMPTY = "are empty"
+CUT = "hit the token limit"
+LOOPS = "repeat themselves"
+SAME = "are the same text"
+VARIANTS = "are variants of a few texts"
 # A note of a log of checks: what its rules see cannot tell a good answer from a fixed one.
 FORM_ONLY = "one and the same answer would pass nearly all of these checks: they see its form alone"
 _MOST_REPETITION = 4.0  # bytes of a text for each of its compressed form
@@ -193,7 +197,9 @@ class Scorecard:
     @property
     def not_measured(self) -> tuple[Check, ...]:
         """The checks that a judge must pass and that nothing measured."""
-        return tuple(each for each in self.checks if each.needs and each.result == "not measured")
+        return tuple(
+            check for check in self.checks if check.needs and check.result == "not measured"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,11 +269,13 @@ def write_log(log: EvalLog) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file in filter(Path.is_file, (items, log.file)):
             shutil.copyfile(file, folder / file.name)
-    rows, row_of = list[Row](), _schema(Sample).dump_python
+    rows: list[Row] = []
     for metric in log.metrics:
-        place = {"metric": metric.metric, "task": metric.task}
-        samples = () if metric.parts else metric.samples
-        rows += [place | row_of(sample, exclude_defaults=True) for sample in samples]
+        if metric.parts:  # of its tasks, where they are stored
+            continue
+        for sample in metric.samples:
+            values = _schema(Sample).dump_python(sample, exclude_defaults=True)
+            rows.append({"metric": metric.metric, "task": metric.task, **values})
     write_lines(items, rows)
     write_json(log.file, to_json(log))
 
@@ -281,13 +289,12 @@ def to_json(log: EvalLog) -> dict[str, object]:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines."""
-    write_bytes(path, _lines(rows))
+    write_bytes(path, b"".join(map(_line, rows)))
 
 
-def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Rows as JSON lines; a lone surrogate in a text is read back as a replacement character."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return text.encode("utf-8", "surrogatepass")
+def _line(row: Mapping[str, Any]) -> bytes:
+    """A row as a JSON line; a lone surrogate in a text is read back as a replacement character."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def is_current(file: Path, settings: str, *fingerprints: str | None) -> bool:
@@ -295,11 +302,12 @@ def is_current(file: Path, settings: str, *fingerprints: str | None) -> bool:
     model, its opponent and its judge (None: of any).
     """
     stored = object_or_none(file) or {}
-    sides = [stored.get(side) or {} for side in ("answers", "opponent", "judge")]
-    return stored.get("settings") == settings and all(
-        wanted in (None, side.get("fingerprint"))
-        for wanted, side in zip(fingerprints, sides, strict=True)
-    )
+    if stored.get("settings") != settings:
+        return False
+    for wanted, side in zip(fingerprints, ("answers", "opponent", "judge"), strict=True):
+        if wanted not in (None, (stored.get(side) or {}).get("fingerprint")):
+            return False
+    return True
 
 
 def read_eval_logs(run: Path) -> tuple[tuple[EvalLog, ...], tuple[str, ...]]:
@@ -319,22 +327,30 @@ def read_eval_log(file: Path) -> EvalLog:
     row = read_object(file)
     if row.pop("format_version", None) != RESULT_VERSION:
         raise DataError("was written by another version of this project", _AGAIN, file=file)
-    name, items = file.parent.name, items_file(file)
+    name = file.parent.name
+    items = items_file(file)
     log: EvalLog = _validated(EvalLog, {**row, "eval": name, "file": file}, file)
     if not items.is_file() and any(metric.n for metric in log.metrics):
         raise DataError(f"is missing, though {file.name} beside it is there", _AGAIN, file=items)
     samples: dict[tuple[str, str], list[Sample]] = defaultdict(list)
     for number, item in enumerate(read_rows(items), 1):
-        place = str(item.pop("metric", "")), str(item.pop("task", ""))
-        sample = _validated(Sample, item, items, number)
-        if problem := _impossible(sample):
+        key = str(item.pop("metric", "")), str(item.pop("task", ""))
+        sample: Sample = _validated(Sample, item, items, number)
+        problem = _impossible(sample)
+        if problem:
             raise DataError(f"is damaged: {problem}", _AGAIN, file=items, line=number)
-        samples[place].append(sample)
+        samples[key].append(sample)
     metrics = []
     for metric in log.metrics:
-        own = tuple(samples[metric.metric, metric.task])
-        metrics.append(replace(metric, samples=own, eval=name, suite=log.suite, file=file))
-        _check_samples(metrics[-1])
+        metric = replace(
+            metric,
+            samples=tuple(samples[metric.metric, metric.task]),
+            eval=name,
+            suite=log.suite,
+            file=file,
+        )
+        _check_samples(metric)
+        metrics.append(metric)
     return replace(log, metrics=tuple(with_groups(metrics)))
 
 
@@ -350,14 +366,15 @@ def _validated(kind: Any, row: Row, file: Path, line: int | None = None) -> Any:
 def _impossible(sample: Sample) -> str:
     """Return what of a sample cannot be, empty for a sound one."""
     value = sample.value
+    outcome = sample.outcome
     if value is not None and not math.isfinite(value):
         return f"the value {value} is no number"
-    if sample.outcome in SCORE and value != SCORE[sample.outcome]:
-        return f"outcome '{sample.outcome}' does not go with the value {value}"
-    if sample.outcome == UNRESOLVED and value is not None:
+    if outcome in SCORE and value != SCORE[outcome]:
+        return f"outcome '{outcome}' does not go with the value {value}"
+    if outcome == UNRESOLVED and value is not None:
         return f"an unresolved sample has the value {value}"
-    if sample.outcome not in OUTCOMES:
-        return f"outcome '{sample.outcome}' is none of {', '.join(OUTCOMES)}"
+    if outcome not in OUTCOMES:
+        return f"outcome '{outcome}' is none of {', '.join(OUTCOMES)}"
     return ""
 
 
@@ -365,13 +382,14 @@ def _check_samples(metric: Metric) -> None:
     """Refuse a metric whose samples are not those that its value was computed from."""
     if not metric.samples and (metric.unit == "number" or metric.parts):
         return
-    values = [each.value for each in metric.samples if each.value is not None]
-    mean = math.fsum(values) / len(values) if values else metric.value
+    values = [sample.value for sample in metric.samples if sample.value is not None]
     if metric.unit == "grade" and not all(1 <= value <= 5 for value in values):
         what = f"{metric.metric}: a grade is not from 1 to 5"
         raise DataError(what, _AGAIN, file=items_file(metric.file))
+    mean = math.fsum(values) / len(values) if values else metric.value
+    # lm-eval's numbers are not always the mean of their samples
     is_mean = metric.unit == "number" or abs((mean or 0.0) - (metric.value or 0.0)) <= 1e-6
-    is_once = len({each.key for each in metric.samples}) == len(metric.samples)
+    is_once = len({sample.key for sample in metric.samples}) == len(metric.samples)
     if not (is_mean and is_once and len(values) == metric.n):
         stored = f"{len(values)} are stored (mean {mean}), or one is stored twice"
         what = f"the result is of {metric.n} samples, {stored}"
@@ -383,43 +401,49 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
     is the value that lm-eval reported.
     """
     for group in metrics:
-        samples = [
-            replace(sample, id=f"{task.task}/{sample.id}")
-            for task in metrics
-            if task.task in group.parts and task.metric == group.metric and not task.parts
-            for sample in task.samples
-        ]
+        samples = []
+        for task in metrics:
+            if task.task in group.parts and task.metric == group.metric and not task.parts:
+                samples += [replace(item, id=f"{task.task}/{item.id}") for item in task.samples]
         mean = math.fsum(sample.value or 0.0 for sample in samples) / max(len(samples), 1)
         if samples and group.value is not None and abs(mean - group.value) <= 1e-6:
-            group = replace(group, samples=tuple(samples))
-        yield group
+            yield replace(group, samples=tuple(samples))
+        else:
+            yield group
 
 
 def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
     """Return the faults in the answers of a log, by name, as (faulty, all)."""
-    samples = {sample.key: sample for metric in log.metrics for sample in metric.samples}
+    samples: dict[tuple[str, int], Sample] = {}
+    for metric in log.metrics:
+        samples |= {sample.key: sample for sample in metric.samples}
     answered = {key: sample for key, sample in samples.items() if sample.answer is not None}
     texts = {key: str(sample.answer).strip() for key, sample in answered.items()}
     if not texts:
         return {}
-    asked: dict[str, list[str]] = defaultdict(list)  # questions by their answer
+    questions: dict[str, list[str]] = defaultdict(list)  # by their answer
     for (question, _), text in texts.items():
         letters = "".join(filter(str.isalpha, text)).casefold()
         is_long = len(letters) >= _FEWEST_LETTERS  # then a running number makes no other answer
         if log.judge or is_long:
-            asked[letters if is_long else text].append(question)
-    num_same = max((len(ids) for ids in asked.values() if len(set(ids)) > 1), default=0)
+            questions[letters if is_long else text].append(question)
+    num_same = max((len(ids) for ids in questions.values() if len(set(ids)) > 1), default=0)
     num_variants = _variants(log, texts)
     if num_variants <= num_same:
         num_variants = 0  # it is said already
+    num_loops = 0
+    for text in texts.values():
+        # prose is compressed less (Radford et al. 2022, Whisper: 2.4)
+        plain = text.encode("utf-8", "replace")
+        num_loops += len(plain) > _MOST_REPETITION * len(zlib.compress(plain))
     counts = {
         EMPTY: sum(not text for text in texts.values()),
         CUT: sum(sample.cut for sample in answered.values()),
-        LOOPS: sum(map(_repeats_itself, texts.values())),
+        LOOPS: num_loops,
         SAME: num_same,
         VARIANTS: num_variants,
     }
-    return {what: (count, len(texts)) for what, count in counts.items()}
+    return {fault: (count, len(texts)) for fault, count in counts.items()}
 
 
 def _variants(log: EvalLog, texts: Mapping[tuple[str, int], str]) -> int:
@@ -435,21 +459,15 @@ def _variants(log: EvalLog, texts: Mapping[tuple[str, int], str]) -> int:
     fewest = _FEWEST_LETTERS
     if log.judge or FORM_ONLY in log.notes:
         fewest = _FEWEST_JUDGED_LETTERS
-    asked: dict[str, set[str]] = defaultdict(set)  # questions by what their answers share
+    questions: dict[str, set[str]] = defaultdict(set)  # by what their answers share
     for (question, _), words in words_of.items():
         shared = [word for word in words if num_answers_with[word] > 1]
         num_shared = sum(map(len, shared))
         num_letters = sum(map(len, words))
         if num_shared >= max(fewest, (1 - _SMALL_CHANGE) * num_letters):
-            asked[" ".join(shared)].add(question)
-    largest = sorted(map(len, asked.values()), reverse=True)[:_FEW]
+            questions[" ".join(shared)].add(question)
+    largest = sorted(map(len, questions.values()), reverse=True)[:_FEW]
     return sum(num_questions for num_questions in largest if num_questions > 2)
-
-
-def _repeats_itself(text: str) -> bool:
-    """Whether a text is compressed more than prose can be (Radford et al. 2022, Whisper: 2.4)."""
-    plain = text.encode("utf-8", "replace")
-    return len(plain) > _MOST_REPETITION * len(zlib.compress(plain))
 
 
 # ---- answers and judgments as they arrive ----
@@ -505,18 +523,6 @@ class JudgmentRow(StoredRow):
 _CHECKSUM = re.compile(rb', "crc32": "([0-9a-f]{8})"}\Z')
 
 
-def _with_checksum(row: Row) -> bytes:
-    """Return a row as a line that ends in its checksum."""
-    line = _lines([row]).removesuffix(b"\n")
-    return line[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(line)
-
-
-def _is_as_written(line: bytes) -> bool:
-    """Whether a line has the checksum that it ends in; those of earlier versions have none."""
-    end = _CHECKSUM.search(line)
-    return end is None or int(end[1], 16) == zlib.crc32(line[: end.start()] + b"}")
-
-
 class Store(dict[str, Row]):
     """The rows of a JSON-lines file that is appended to and never changed, by their `key`, a hash
     of everything that makes them. A kill leaves at most a last line without its end, which the next
@@ -531,12 +537,13 @@ class Store(dict[str, Row]):
         super().__init__()
         self.path = Path(path)
         self._size = 0  # of the whole lines
-        *lines, _ = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        for number, line in enumerate(lines, 1):
+        content = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(content.split(b"\n")[:-1], 1):
             row = parsed_line(line) or {}
             row.pop("crc32", None)
             problem = self._problem(row, shape)
-            if not problem and not _is_as_written(line):
+            end = _CHECKSUM.search(line)
+            if not problem and end and int(end[1], 16) != zlib.crc32(line[: end.start()] + b"}"):
                 problem = "it was changed after it was written"
             if problem:
                 what = f"this line is damaged: {problem}"
@@ -552,7 +559,7 @@ class Store(dict[str, Row]):
         if row["key"] in self:
             return "a duplicate of an earlier one"
         try:
-            _schema(shape).validate_python(row)
+            shape.model_validate(row)
         except ValidationError as error:
             details = error.errors(include_url=False)[0]
             name = ".".join(map(str, details["loc"][:1])) or "row"
@@ -564,7 +571,11 @@ class Store(dict[str, Row]):
         new = {row["key"]: row for row in rows if row["key"] not in self}
         if not new:
             return
-        content = b"".join(map(_with_checksum, new.values()))
+        lines = []
+        for row in new.values():
+            line = _line(row).removesuffix(b"\n")
+            lines.append(line[:-1] + b', "crc32": "%08x"}\n' % zlib.crc32(line))
+        content = b"".join(lines)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
             file.truncate(self._size)

