@@ -36,16 +36,18 @@ def search_recipe(
     """Return what the rows that a recipe trains on hold of each eval, fetched if they may be."""
     texts: dict[str, list[EvalText]] = {}
     leaks: dict[str, Leaks] = {}
-    for each in evals:
-        if is_searched(each.suite.name, each.data.questions):
+    for evaluation in evals:
+        if is_searched(evaluation.suite.name, evaluation.data.questions):
             try:
-                texts[each.name] = _texts_of(each, recipe, fetch)
+                texts[evaluation.name] = _texts_of(evaluation, recipe, fetch)
             except RecipesError as error:
-                leaks[each.name] = Leaks(why=error.what)
+                leaks[evaluation.name] = Leaks(why=error.what)
+    if not texts:
+        return leaks
     try:
-        if texts and not fetch and needs_hub(recipe.data):
+        if not fetch and needs_hub(recipe.data):
             raise DataError(f"the rows are {_OF_HUB}")
-        return leaks | (find_leaks(train_rows(recipe.data), texts) if texts else {})
+        return leaks | find_leaks(train_rows(recipe.data), texts)
     except RecipesError as error:
         return leaks | dict.fromkeys(texts, Leaks(why=error.what))
 
@@ -54,9 +56,11 @@ def leak_error(
     name: str, leaks: Leaks, recipe: Recipe, owner: str = "", limit: int = 10
 ) -> RecipeError:
     """Return the error about an eval whose questions are in training rows, or a warning."""
-    remedy, kind = "remove these rows from the data, or these questions from the eval", ""
+    kind = ""
+    remedy = "remove these rows from the data, or these questions from the eval"
     if not leaks.is_error:
-        share, kind = leaks.leaked_questions / leaks.questions, "warning"
+        kind = "warning"
+        share = leaks.leaked_questions / leaks.questions
         remedy = f"few questions, all short: they decide at most {share:.1%} of the result"
     what = ": ".join(filter(None, [kind, owner, leaks.summary(name)]))
     return RecipeError(what, *leaks.lines(limit), remedy, file=shown_path(recipe.path))
@@ -80,7 +84,7 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
     try:
         trained = load_recipe(folder / RECIPE_FILE)
         texts = _texts_of(recipe, trained, True, log.file.parent / "samples")
-        key = str(fingerprint), hash_of([[each.question, each.part, each.text] for each in texts])
+        key = str(fingerprint), hash_of([[text.question, text.part, text.text] for text in texts])
         if key not in _SEARCHED:
             rows = train_rows(trained.data, state.get("data_files", {}))
             _SEARCHED[key] = find_leaks(rows, {"": texts})[""]
@@ -106,10 +110,10 @@ def _texts_of(
         raise DataError(f"they are {_OF_HUB}")
     texts = []
     for question in chosen.questions:
-        answers = [*(question.reference or ())]
+        answers = list(question.reference or ())
         for rule in question.checks:
             if rule.check == "exact":
-                answers += rule.expected if isinstance(rule.expected, list) else [rule.expected]
+                answers += rule.expected_texts
         texts += [EvalText(question.id, "question", turn) for turn in question.turns]
         texts += [EvalText(question.id, "answer", answer) for answer in answers]
     return texts
@@ -132,7 +136,8 @@ def _harness_texts(samples: Path) -> Iterator[EvalText]:
     for file in sorted(samples.glob("samples_*.jsonl")):
         task = file.stem.removeprefix("samples_")
         for sample in read_rows(file):
-            name, target = f"{task} {sample.get('doc_id')}", str(sample.get("target"))
+            name = f"{task} {sample.get('doc_id')}"
+            target = str(sample.get("target"))
             for key, text in (sample.get("doc") or {}).items():
                 if isinstance(text, str) and (key in _QUESTION_KEYS or text.count(" ") >= _LONG):
                     yield EvalText(name, "question", text)

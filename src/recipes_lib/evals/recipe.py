@@ -33,11 +33,15 @@ from recipes_lib.evals.prompts import (
 
 HELD_OUT = ("test", "validation")
 CODE_VERSION = 5  # raised when a change of the code or of a default changes results
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 # what changes no answer and no verdict
 _ONLY_SPEED = {
-    *("engine", "base_url", "api_key_variable", "concurrency", "timeout_s"),
-    *("max_retries", "trust_remote_code"),
+    "engine",
+    "base_url",
+    "api_key_variable",
+    "concurrency",
+    "timeout_s",
+    "max_retries",
+    "trust_remote_code",
 }
 # keys of `data` that are of one suite
 _OWNERS = {"labels": "alpaca_eval", "references": "mt_bench", "include_path": "lm_eval"}
@@ -74,10 +78,10 @@ class SuiteFacts:
 
 
 SUITES = {
-    "alpaca_eval": SuiteFacts("AlpacaEval", True, ("win_rate",), "instruction"),
-    "mt_bench": SuiteFacts("MTBench", True, ("grade",), "turns"),
+    "alpaca_eval": SuiteFacts("AlpacaEval", True, metrics=("win_rate",), row="instruction"),
+    "mt_bench": SuiteFacts("MTBench", True, metrics=("grade",), row="turns"),
     "lm_eval": SuiteFacts("LMEval"),
-    "checks": SuiteFacts("Checks", False, ("pass_rate",), "prompt"),
+    "checks": SuiteFacts("Checks", metrics=("pass_rate",), row="prompt"),
     "heldout_loss": SuiteFacts("HeldoutLoss", metrics=("loss", "bits_per_byte")),
 }
 
@@ -249,8 +253,8 @@ class JudgeSection(ServerSection):
     @property
     def address(self) -> str:
         """The server's address: launch/with_judge.sh may have started one for this process."""
-        own = os.environ.get("RECIPES_JUDGE_URL") if self.served_here else None
-        return own or str(self.base_url)
+        started = os.environ.get("RECIPES_JUDGE_URL") if self.served_here else None
+        return started or str(self.base_url)
 
     def text(self, key: str) -> Path | None:
         """Return the file of a prompt or rubric; None for the published prompt of a package."""
@@ -260,11 +264,15 @@ class JudgeSection(ServerSection):
     def template(self, kind: str) -> Template:
         """Return the prompt of a kind, "relative" or "absolute"."""
         path = self.text(f"{kind}_prompt")
-        return load_template(path, kind) if path else published_template(kind)
+        if path is None:
+            return published_template(kind)
+        return load_template(path, kind)
 
     def rubric_of(self, by_reference: bool) -> Rubric:
         """Return the rubric, or the one for questions with a reference answer."""
-        return load_rubric(Path(self.text("reference_rubric" if by_reference else "rubric") or ""))
+        path = self.text("reference_rubric" if by_reference else "rubric")
+        assert path is not None  # a package has prompts alone
+        return load_rubric(path)
 
 
 class Thresholds(Section):
@@ -346,17 +354,26 @@ class EvalRecipe(Section):
 
     def settings_key(self, code: int | None = CODE_VERSION) -> str:
         """Return hashes of what decides a result: of the settings, and of their files and code."""
-        left_out: Any = {"metrics": {"against"}, "generation": _ONLY_SPEED}
-        left_out |= {"judge": {*_ONLY_SPEED, *TEXTS}}
+        left_out: Any = {
+            "metrics": {"against"},
+            "generation": _ONLY_SPEED,
+            "judge": _ONLY_SPEED | TEXTS.keys(),
+        }
         # without defaults, so that a key that a later version adds changes no hash
         values = [self.name, self.model_dump(exclude=left_out, exclude_defaults=True)]
         keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
-        files = [self.path_of(f"data.{key}") for key in keys]
+        files: list[Path | None] = [self.path_of(f"data.{key}") for key in keys]
         if self.suite.name == "lm_eval":
             files += _files_of_tasks(self)
-        files += [file for key in TEXTS if self.judge and (file := self.judge.text(key))]
-        read = [file_hash(file) for file in files if file.is_file()]
+        if self.judge:
+            files += [self.judge.text(key) for key in TEXTS]
+        read = [file_hash(file) for file in files if file and file.is_file()]
         return f"{hash_in(self.document.path.parent, values)[:32]}-{hash_of(read, code)[:32]}"
+
+    def task_files(self) -> dict[Path, str]:
+        """Return what lm-eval's loader would read, with the key that leads there."""
+        tasks = self.suite.tasks or ()
+        return files_read_by_tasks(tasks, self.data.include_path, self.data.folder)
 
 
 def hash_in(folder: Path, values: Any) -> str:
@@ -364,8 +381,8 @@ def hash_in(folder: Path, values: Any) -> str:
     from there.
     """
     text = json.dumps(values, sort_keys=True)
-    for place in (project_root(), folder.resolve()):
-        text = text.replace(f'"{place}/', '"')
+    for root in (project_root(), folder.resolve()):
+        text = text.replace(f'"{root}/', '"')
     return hash_of(text)
 
 
@@ -373,22 +390,24 @@ def _files_of_tasks(recipe: EvalRecipe) -> list[Path]:
     """The files of tasks of one's own, and the files of rows that these name."""
     data = recipe.data
     files = sorted(Path(data.include_path).rglob("*")) if data.include_path else []
-    for name in sorted(
-        files_read_by_tasks(recipe.suite.tasks or (), data.include_path, data.folder)
-    ):
-        if name not in files:
-            files.append(name)
-    texts = [file.read_text("utf-8", "replace") for file in files if file.suffix in TASK_SUFFIXES]
-    names = {name or folder for text in texts for name, folder in _DATA.findall(text)}
-    places = [Path(data.folder or ".", name) for name in sorted(names)]
-    return [*files, *(file for place in places for file in (place, *sorted(place.rglob("*"))))]
+    files += [file for file in sorted(recipe.task_files()) if file not in files]
+    names: set[str] = set()
+    for file in files:
+        if file.suffix in TASK_SUFFIXES:
+            found = _DATA.findall(file.read_text("utf-8", "replace"))
+            names.update(name or folder for name, folder in found)
+    for name in sorted(names):
+        path = Path(data.folder or ".", name)
+        files += [path, *sorted(path.rglob("*"))]
+    return files
 
 
 def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
     """Load and check an eval recipe, with `section.key=value` words from the command line."""
     document = read(path, overrides)
     recipe = parse(EvalRecipe, document, _eval_rules)
-    recipe._document, recipe._name = document, eval_name(document.path)
+    recipe._document = document
+    recipe._name = eval_name(document.path)
     return recipe
 
 
@@ -404,8 +423,11 @@ def eval_name(path: Path) -> str:
         >>> eval_name(Path("evals/quickstart/mt_bench.yaml")), eval_name(Path("/p1/mine/x.yaml"))
         ('quickstart--mt_bench', 'mine--x')
     """
-    path, own = path.resolve().with_suffix(""), project_root().resolve() / "evals"
-    return "--".join(path.relative_to(own).parts if path.is_relative_to(own) else path.parts[-2:])
+    path = path.resolve().with_suffix("")
+    shipped = project_root().resolve() / "evals"
+    if path.is_relative_to(shipped):
+        return "--".join(path.relative_to(shipped).parts)
+    return "--".join(path.parts[-2:])
 
 
 # ---- rules between keys ----
@@ -413,7 +435,8 @@ def eval_name(path: Path) -> str:
 
 def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]:
     """Yield what is wrong between the keys of an eval recipe, and with the files it names."""
-    suite, data, generation = recipe.suite, recipe.data, recipe.generation
+    suite = recipe.suite
+    data = recipe.data
     facts = SUITES[suite.name]
     owners = {f"suite.{key}": "lm_eval" for key in suite.model_fields_set - {"name"}}
     owners |= {f"data.{key}": owner for key, owner in _OWNERS.items() if getattr(data, key)}
@@ -421,7 +444,7 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
         if owner != suite.name:
             hint = "remove it; the number of questions is data.max_questions"
             yield document.error(key, f"{key} is a key of {owner}, not of {suite.name}", hint)
-    if not (facts.row or ENGINES[generation.engine].in_process):
+    if not (facts.row or ENGINES[recipe.generation.engine].in_process):
         what = f"{suite.name} needs the weights in this process"
         yield document.error("generation.engine", what, "set engine: transformers")
     if suite.name == "lm_eval":
@@ -432,7 +455,8 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
             what = f"suite.options: {option} does nothing here"
             hint = "remove it; results and items are in the run's folder, evals/<eval>/"
             yield document.error("suite.options", what, hint)
-        yield from () if generation.trust_remote_code else _code_errors(recipe, document)
+        if not recipe.generation.trust_remote_code:
+            yield from _code_errors(recipe, document)
     elif not data.questions:
         yield document.error("data", f"data.questions is missing; {suite.name} needs questions")
     if recipe.judge and not facts.judged:
@@ -444,39 +468,42 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
         yield from _judge_rules(recipe.judge, document)
     for key in ("questions", "references", "labels", "include_path", "folder"):
         name = getattr(data, key) or ""
-        place, at = Path(document.absolute(f"data.{key}", name)), document.origin(f"data.{key}")
+        path = Path(document.absolute(f"data.{key}", name))
         has_rows = key in ("questions", "references")
-        is_id = "/" in name and place.suffix not in SUFFIXES
+        is_id = "/" in name and path.suffix not in (".json", ".jsonl", ".csv", ".parquet")
         may_be_elsewhere = has_rows and (":" in name or is_id or name in HELD_OUT)
-        if name and not may_be_elsewhere and not place.exists():
-            what = f"data.{key}: no such file: {shown_path(place)}"
-            yield MissingRows(what, *near_file(place), file=at.file, line=at.line)
+        if name and not may_be_elsewhere and not path.exists():
+            at = document.origin(f"data.{key}")
+            what = f"data.{key}: no such file: {shown_path(path)}"
+            yield MissingRows(what, *near_file(path), file=at.file, line=at.line)
 
 
 def _code_errors(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]:
     """Yield what lets lm-eval run code: switches, and task files that are not this project's."""
     hint = "read it; then set generation.trust_remote_code: true and pass --trust-remote-code"
-    for key in filter(str(recipe.suite.options).__contains__, _RUN_CODE):
-        yield document.error("suite.options", f"suite.options: {key} lets lm-eval run code", hint)
-    own = project_root().resolve()
-    folder = Path(recipe.data.include_path or own).resolve()
-    if not folder.is_relative_to(own):
+    for key in _RUN_CODE:
+        if key in str(recipe.suite.options):
+            what = f"suite.options: {key} lets lm-eval run code"
+            yield document.error("suite.options", what, hint)
+    project = project_root().resolve()
+    folder = Path(recipe.data.include_path or project).resolve()
+    if not folder.is_relative_to(project):
         what = f"data.include_path: task files are code, and {folder} is not the project's"
         yield document.error("data.include_path", what, hint)
         return
-    read = files_read_by_tasks(
-        recipe.suite.tasks or (), recipe.data.include_path, recipe.data.folder
-    )
-    for file, key in sorted(read.items()):
-        if not is_trusted(file, own):
+    for file, key in sorted(recipe.task_files().items()):
+        if not is_trusted(file, project):
             what = f"{key}: task files are code, and {file} is not the project's"
             yield document.error(key, what, hint)
 
 
 def check_allowed(recipes: Sequence[EvalRecipe], remote_code: bool) -> None:
     """Refuse code of lm-eval's tasks that the command line did not allow."""
-    asked = [each for each in recipes if each.suite.name == "lm_eval" and not remote_code]
-    if errors := [error for each in asked for error in _code_errors(each, each.document)]:
+    errors: list[RecipeError] = []
+    for recipe in recipes:
+        if recipe.suite.name == "lm_eval" and not remote_code:
+            errors += _code_errors(recipe, recipe.document)
+    if errors:
         raise RecipeErrors(errors)
 
 
