@@ -18,14 +18,7 @@ from recipes_lib.core.run_directory import RunDirectory, run_lock
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.asking import ServerDown, ask_missing
 from recipes_lib.evals.engines import answered_by
-from recipes_lib.evals.engines.base import (
-    REFUSED,
-    TOO_LONG,
-    Completion,
-    Engine,
-    Request,
-    Sampling,
-)
+from recipes_lib.evals.engines.base import REFUSED, TOO_LONG, Completion, Engine, Request, Sampling
 from recipes_lib.evals.log import REFERENCE, AnswerFacts, AnswerRow, Store
 from recipes_lib.evals.models import NOT_IN_NAMES, Model
 from recipes_lib.evals.questions import TEMPERATURES, Question, local_questions, read_answer_file

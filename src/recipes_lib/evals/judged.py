@@ -15,14 +15,7 @@ from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, by_item, probe_items, sample_of
 from recipes_lib.evals.judge import Judge, opened
 from recipes_lib.evals.judgments import Item, ask
-from recipes_lib.evals.log import (
-    EvalLog,
-    JudgmentRow,
-    Scorecard,
-    Store,
-    log_file,
-    text_hash,
-)
+from recipes_lib.evals.log import EvalLog, JudgmentRow, Scorecard, Store, log_file, text_hash
 from recipes_lib.evals.questions import TURNED, PairTexts, Question, pair_texts, read_labels
 from recipes_lib.evals.recipe import load_judge_file
 from recipes_lib.evals.suites import Suite, metric_of

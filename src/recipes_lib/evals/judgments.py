@@ -16,13 +16,7 @@ from recipes_lib.core.files import Row
 from recipes_lib.evals.asking import ask_missing
 from recipes_lib.evals.engines.base import REFUSED, TOO_LONG, Completion
 from recipes_lib.evals.log import Store, text_hash
-from recipes_lib.evals.prompts import (
-    VERDICTS,
-    build_prompt,
-    fence_code,
-    parse_verdict,
-    verdict_row,
-)
+from recipes_lib.evals.prompts import VERDICTS, build_prompt, fence_code, parse_verdict, verdict_row
 
 if TYPE_CHECKING:
     from recipes_lib.evals.judge import Judge

@@ -7,13 +7,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, model_validator
 
 from recipes_lib.config.documents import Document, MissingRows, near_file, read
 from recipes_lib.config.parsing import FilePath, IsPath, Section, parse
@@ -86,10 +86,21 @@ SUITES = {
 }
 
 
+def _one_of(noun: str, names: Mapping[str, object]) -> AfterValidator:
+    """A text that must be one of some names."""
+
+    def check(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"there is no {noun} '{name}'; {noun}s: {', '.join(names)}")
+        return name
+
+    return AfterValidator(check)
+
+
 class SuiteSection(Section):
     """Which suite is run; for lm_eval also the options of `lm_eval run`, under its own names."""
 
-    name: str = Field(json_schema_extra={"enum": [*SUITES]})
+    name: Annotated[str, _one_of("suite", SUITES)] = Field(json_schema_extra={"enum": [*SUITES]})
     """alpaca_eval: answers compared with an opponent's. mt_bench: two turns, graded 1-5. checks:
     rules. heldout_loss: the loss on rows that no training saw. lm_eval: tasks of the harness."""
     tasks: list[str] | None = None
@@ -104,13 +115,6 @@ class SuiteSection(Section):
     """lm_eval: put each request into the tokenizer's chat template."""
     options: dict[str, Any] = {}
     """lm_eval: any further key of `lm_eval run --config` (gen_kwargs, system_instruction, ...)."""
-
-    @field_validator("name")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        if name not in SUITES:
-            raise ValueError(f"there is no suite '{name}'; suites: {', '.join(SUITES)}")
-        return name
 
 
 class EvalDataSection(Section):
@@ -139,7 +143,9 @@ PromptPath = Annotated[str, IsPath(unless=lambda name: name == PROMETHEUS_PACKAG
 class ServerSection(Section):
     """Who is asked: a model in this process, or a server."""
 
-    engine: str = Field(default=next(iter(ENGINES)), json_schema_extra={"enum": [*ENGINES]})
+    engine: Annotated[str, _one_of("engine", ENGINES)] = Field(
+        default=next(iter(ENGINES)), json_schema_extra={"enum": [*ENGINES]}
+    )
     """transformers: in this process. openai: a server with that interface (vLLM, llama.cpp, SGLang,
     hosted)."""
     base_url: str | None = Field(default=None, pattern="^https?://[^/]")
@@ -158,13 +164,6 @@ class ServerSection(Section):
     """A text that reaches this limit counts as cut; a judge's then has no verdict."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
     """transformers: precision of the weights; a run keeps its recipe's."""
-
-    @field_validator("engine")
-    @classmethod
-    def _is_an_engine(cls, name: str) -> str:
-        if name not in ENGINES:
-            raise ValueError(f"there is no engine '{name}'; engines: {', '.join(ENGINES)}")
-        return name
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> Self:

@@ -170,18 +170,15 @@ def _prepare(task: EvalTask, remote_code: bool) -> None:
     if recipe.is_judged:
         for word in filter(is_answer_file, words):
             side_of[word] = answers_in_file(Path(word), chosen.questions)
-    models = [word for word in words if word not in side_of]
-    side_of |= resolve(models, recipe, remote_code)
+    models = resolve([word for word in words if word not in side_of], recipe, remote_code)
+    side_of |= models
     if opponent == REFERENCE:
         side_of[REFERENCE] = reference_answers(chosen.questions)
     for word in task.words:
         target = side_of[word]
-        if opponent == BASE:
-            task.sides[word] = Sides(target, base_of(target))
-        else:
-            task.sides[word] = Sides(target, side_of.get(opponent or ""))
-    targets = [side_of[word] for word in task.words]
-    task.suite.prepare([target for target in targets if isinstance(target, Model)])
+        against = base_of(target) if opponent == BASE else side_of.get(opponent or "")
+        task.sides[word] = Sides(target, against)
+    task.suite.prepare([models[word] for word in task.words if word in models])
 
 
 def _take_finished(task: EvalTask) -> None:
@@ -300,7 +297,7 @@ def _ask(
 
 
 def _judge_all(tasks: Sequence[EvalTask], on_error: OnError | None) -> None:
-    """Open one judge after another, each for all tasks that want it."""
+    """Open one judge after another, and write the results of all tasks that want it."""
     waiting = [task for task in tasks if task.sides and task.recipe.judge]
     while waiting:
         section = waiting[0].recipe.judge
@@ -315,28 +312,21 @@ def _judge_all(tasks: Sequence[EvalTask], on_error: OnError | None) -> None:
 
 def _judge(task: EvalTask, judge: Judge, on_error: OnError | None) -> None:
     """Ask one judge for every verdict, and write the results but those that lack one."""
-    suite = task.suite
-    assert isinstance(suite, JudgedSuite)
+    assert isinstance(task.suite, JudgedSuite)
     probes: list[Row] = []
     for word, sides in list(task.sides.items()):
         with _reported(on_error, [task], word=word):
-            answers = _answers_of(task, sides.target)
-            assert answers
-            opponent = _answers_of(task, sides.opponent)
+            target, opponent = [
+                task.answers[side.name] if isinstance(side, Model) else side for side in sides
+            ]
+            assert target
             try:
-                log = judge_model(suite, answers, opponent, judge, probes)
+                log = judge_model(task.suite, target, opponent, judge, probes)
             except ServerGone as error:
                 judge.gone = error  # for the other words and tasks too
                 raise
             log = replace(log, key=_key(task, word, judge.fingerprint))
             task.logs[word] = write_result(task.recipe, log)
-
-
-def _answers_of(task: EvalTask, side: Side | None) -> Answers | None:
-    """Return the answers of a side, which were there or were asked for."""
-    if isinstance(side, Model):
-        return task.answers[side.name]
-    return side
 
 
 # ---- words of a command line ----

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from recipes_lib.evals.engines import server, transformers
 from recipes_lib.evals.engines.base import Engine, EngineOf, EngineType, Target
@@ -18,32 +18,21 @@ ENGINES: dict[str, EngineType] = {
 }
 
 
-class Engines:
+class Engines(ExitStack):
     """The engines of models that share a base. A context: what an engine holds for these models is
     opened when it is first asked for, and closed at the end.
     """
 
     def __init__(self, targets: Sequence[Target]) -> None:
+        super().__init__()
         self._targets = targets
         self._opened: dict[str, EngineOf] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close what was opened."""
-        self._opened.clear()
-        self._stack.close()
 
     def engine(self, section: ServerSection, target: Target) -> Engine:
         """Return the engine that a section of a recipe names, for one of the models."""
         if section.engine not in self._opened:
             context = ENGINES[section.engine].opened(self._targets)
-            self._opened[section.engine] = self._stack.enter_context(context)
+            self._opened[section.engine] = self.enter_context(context)
         return self._opened[section.engine](section, target)
 
 

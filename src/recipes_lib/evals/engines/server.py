@@ -129,11 +129,17 @@ class ServerEngine(Engine):
                 reply = await self._send(client, request, sampling)
             return self._read(request, reply)
         except (self._openai.OpenAIError, TimeoutError, *_UNREADABLE) as error:
-            reason = self._reason(error)
+            # in one line; a server may send the key back
+            said = " ".join(str(error)[:3000].split()).replace(self._key, "***")
+            reason = f"{self.server.address}: {valid_texts(said)[:300] or type(error).__name__}"
             refused = self._refusal(error)
             if refused is not None:
                 return Completion(key=request.key, finish_reason=refused, refusal=reason)
-            return Completion(key=request.key, error=reason, is_down=self._is_down(error))
+            # the server's fault, or its key's, whichever model is asked
+            is_down = isinstance(error, self._openai.APIConnectionError | TimeoutError)
+            if isinstance(error, self._openai.APIStatusError):
+                is_down = error.status_code >= 500 or error.status_code in (401, 429)
+            return Completion(key=request.key, error=reason, is_down=is_down)
 
     def _refusal(self, error: Exception) -> str | None:
         """Why the server will never answer this request; None where the same may pass later, or
@@ -142,26 +148,12 @@ class ServerEngine(Engine):
         if not isinstance(error, self._openai.APIStatusError):
             return None
         said = f"{error} {error.body}"[:3000]
-        if error.status_code == 413:
+        code = error.status_code
+        if code == 413 or (code in (400, 422) and _SAYS_TOO_LONG.search(said)):
             return TOO_LONG
-        if error.status_code in (400, 422) and _SAYS_TOO_LONG.search(said):
-            return TOO_LONG
-        if error.status_code == 422:
-            return REFUSED
-        if error.status_code in (400, 403, 451) and _SAYS_REFUSED.search(said):
+        if code == 422 or (code in (400, 403, 451) and _SAYS_REFUSED.search(said)):
             return REFUSED
         return None
-
-    def _is_down(self, error: Exception) -> bool:
-        """Whether the fault is the server's, or its key's, whichever model is asked."""
-        if isinstance(error, self._openai.APIStatusError):
-            return error.status_code >= 500 or error.status_code in (401, 429)
-        return isinstance(error, self._openai.APIConnectionError | TimeoutError)
-
-    def _reason(self, error: Exception) -> str:
-        """What the client says, in one line; a server may send the key back."""
-        said = valid_texts(" ".join(str(error)[:3000].split()).replace(self._key, "***"))[:300]
-        return f"{self.server.address}: {said or type(error).__name__}"
 
     async def _send(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
         """Send what is rendered here as token ids or text, else messages."""
@@ -192,10 +184,7 @@ class ServerEngine(Engine):
         model = self._model_of(reply)
         choice = reply.choices[0]
         message = getattr(choice, "message", None)
-        if message:
-            text = message.content or ""
-        else:
-            text = choice.text
+        text = (message.content or "") if message else choice.text
         finish = str(getattr(choice, "finish_reason", None) or "stop")
         if finish.lower() in _CUT_SHORT:
             raise ValueError(f"the server cut it short (finish_reason {finish})")
@@ -223,21 +212,13 @@ class ServerEngine(Engine):
 @contextmanager
 def _opened(targets: Sequence[Target]) -> Iterator[EngineOf]:
     """Give what makes an engine; the server is somebody else's."""
-
-    def engine(section: ServerSection, target: Target) -> ServerEngine:
-        return ServerEngine(section, target.name)
-
-    yield engine
-
-
-def _answered_by(section: ServerSection, name: str, weights: str | None) -> str:
-    return hash_of("openai", name, weights, section.extra_body)
+    yield lambda section, target: ServerEngine(section, target.name)
 
 
 ENGINE = EngineType(
     name=NAME,
     opened=_opened,
-    answered_by=_answered_by,
+    answered_by=lambda section, name, weights: hash_of(NAME, name, weights, section.extra_body),
     is_server=True,
     writes_json=True,
 )

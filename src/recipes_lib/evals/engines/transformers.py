@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from recipes_lib.config.recipe import Recipe
-    from recipes_lib.evals.recipe import ServerSection
 
 NAME = "transformers"
 MAX_ROWS = 256
@@ -132,7 +131,10 @@ class TransformersEngine(Engine):
             # outside `except`: the traceback would keep the batch's tensors alive
             if done is None:
                 torch.cuda.empty_cache()
-                _remember(network, (len(batch) + 1) // 2 * width)
+                tokens = (len(batch) + 1) // 2 * width
+                _FITTING[network] = tokens  # no later batch on this base has more
+                text = f"out of memory: batches of {tokens:,} padded tokens from now on"
+                print(text, file=sys.stderr, flush=True)
                 continue
             answered = {completion.key for completion in done}
             waiting = [request for request in waiting if request.key not in answered]
@@ -142,8 +144,7 @@ class TransformersEngine(Engine):
         """Return how many rows of a width a batch may have."""
         tokens = self.batch_tokens or _BATCH_TOKENS.get(model.device.type, 8192)
         tokens = min(tokens, _FITTING.get(model, tokens))
-        rows = tokens // max(width, 1)
-        return max(1, min(MAX_ROWS, rows))
+        return max(1, min(MAX_ROWS, tokens // max(width, 1)))
 
     def _weigh(
         self, model: Any, batch: Sequence[Request], verdicts: Mapping[str, int]
@@ -169,7 +170,11 @@ class TransformersEngine(Engine):
             seeds = [request.seed for request in batch]
             processors.append(TemperatureLogitsWarper(sampling.temperature))
             processors.append(_SeededSampling(seeds, model.device))
-        ends = self._ends(model)
+        # the tokens that end an answer: the tokenizer's, and those of the model's files
+        configured = getattr(model.generation_config, "eos_token_id", None)
+        if not isinstance(configured, list):
+            configured = [configured]
+        ends = sorted({self.tokenizer.eos_token_id, *configured} - {None})
         with torch.inference_mode():
             written = model.generate(
                 input_ids=ids,
@@ -195,16 +200,6 @@ class TransformersEngine(Engine):
             )
             completions.append(completion)
         return completions
-
-    def _ends(self, model: Any) -> list[int]:
-        """Return the tokens that end an answer: the tokenizer's, and those of the model's files."""
-        configured = getattr(model.generation_config, "eos_token_id", None)
-        ends = {self.tokenizer.eos_token_id}
-        if isinstance(configured, list):
-            ends.update(configured)
-        else:
-            ends.add(configured)
-        return sorted(ends - {None})
 
     def _padded(self, model: Any, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, both (rows, longest row), padded on the left."""
@@ -244,13 +239,6 @@ def facts_of(recipe: Recipe) -> EngineFacts:
     )
 
 
-def _remember(model: Any, tokens: int) -> None:
-    """Let no later batch on this base have more padded tokens."""
-    _FITTING[model] = tokens
-    text = f"out of memory: batches of {tokens:,} padded tokens from now on"
-    print(text, file=sys.stderr, flush=True)
-
-
 def _context(model: Any) -> int:
     """How many tokens a model can read."""
     config = model.config.get_text_config()
@@ -277,21 +265,15 @@ class _SeededSampling:
 @contextmanager
 def _opened(targets: Sequence[Target]) -> Iterator[EngineOf]:
     """Give what makes an engine; the weights are loaded, and freed, by who gave the targets."""
-
-    def engine(section: ServerSection, target: Target) -> TransformersEngine:
-        return TransformersEngine(target.using, target.load_tokenizer(), facts_of(target.recipe))
-
-    yield engine
-
-
-def _answered_by(section: ServerSection, name: str, weights: str | None) -> str:
-    return str(weights)
+    yield lambda section, target: TransformersEngine(
+        target.using, target.load_tokenizer(), facts_of(target.recipe)
+    )
 
 
 ENGINE = EngineType(
     name=NAME,
     opened=_opened,
-    answered_by=_answered_by,
+    answered_by=lambda section, name, weights: str(weights),
     in_process=True,
     gives_probabilities=True,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe
@@ -26,18 +26,6 @@ from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 _POSITIONS = 512  # of a row, whose logits are in float32 at the same time
 _NO_LOSS = -100  # the label of a token that is not supervised, as in torch
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows that a model reads."""
-
-    names: list[str]
-    tokens: list[list[int]]
-    labels: list[list[int]]
-    num_supervised: list[int]  # tokens
-    texts: list[str]  # the supervised tokens as text, which another tokenizer has too
-    keys: list[str]  # a hash of each row's tokens and labels
 
 
 class HeldoutLoss(Suite):
@@ -75,53 +63,11 @@ class HeldoutLoss(Suite):
     def reads(self, model: Any) -> Any:
         """Return where the rows come from, and their files: a base reads those of a run."""
         source = self.recipes[model.name]
-        files = None
-        if self.split:
-            files = source_hashes(source.data)
+        files = source_hashes(source.data) if self.split else None
         return [source.data.model_dump(), source.train.get("max_length"), files]
 
-    def measure(self, model: Model, network: Any) -> EvalLog:
-        """Return the log of one model."""
-        limit = self.recipe.data.max_questions
-        rows = self._rows(model, limit)
-        nats = row_losses(network, rows.tokens, rows.labels)
-        loss = self._metric(
-            "loss",
-            "loss per token",
-            rows,
-            nats,
-            unit="tokens",
-            sizes=rows.num_supervised,
-            nats_of_a_unit=1.0,
-            paired_by=rows.keys,
-        )
-        metrics = [loss]
-        if any(rows.texts):  # else the supervised tokens are all special, and have no bytes
-            bits = self._metric(
-                "bits_per_byte",
-                "bits per byte",
-                rows,
-                nats,
-                instead_of="loss",
-                unit="bytes",
-                sizes=[len(text.encode(errors="replace")) for text in rows.texts],
-                nats_of_a_unit=math.log(2),
-                paired_by=rows.texts,
-            )
-            metrics.append(bits)
-        banners: tuple[str, ...] = ()
-        has_chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
-        if self.split == "validation" and has_chosen:
-            banners = ("the validation rows chose the checkpoint: the loss on them is biased low",)
-        return self.new_log(
-            metrics,
-            n=len(rows.names),
-            subset=f"subset, the first {limit} rows" if limit else None,
-            banners=banners,
-        )
-
-    def _rows(self, model: Model, limit: int | None) -> _Rows:
-        """The rows that a model reads, tokenized for it."""
+    def _rows(self, model: Model) -> dict[str, list[Any]]:
+        """The rows that a model reads, tokenized for it, by column."""
         source = self.recipes[model.name]
         if self.split is None:
             source = source.reading(str(self.recipe.path_of("data.questions")))
@@ -131,32 +77,73 @@ class HeldoutLoss(Suite):
                 f"the recipe of {model.name} holds out no {self.split} rows",
                 f"set data.split.{self.split} to a share of the rows, or name a file of rows",
             )
-        rows = rows[:limit]
-        tokens = rows["input_ids"]
-        labels = rows["labels"]
+        columns: dict[str, list[Any]] = rows[: self.recipe.data.max_questions]
+        return columns
+
+    def measure(self, model: Model, network: Any) -> EvalLog:
+        """Return the log of one model."""
+        rows = self._rows(model)
         # nothing predicts the first token
-        supervised = [[label for label in row[1:] if label != _NO_LOSS] for row in labels]
+        supervised = [[label for label in row[1:] if label != _NO_LOSS] for row in rows["labels"]]
         if not any(supervised):
             raise RecipeError(
-                f"none of the {len(rows):,} rows that {model.name} reads has a token with loss",
+                f"none of the {len(supervised):,} rows that {model.name} reads has a token with"
+                " loss",
                 "look at them: recipes data RECIPE --show 1; raise train.max_length if rows are cut"
                 " before the answer begins",
             )
+        # the supervised tokens as text, which another tokenizer has too
         texts = model.tokenizer.batch_decode(supervised, skip_special_tokens=True)
-        return _Rows(
-            names=[str(name) for name in rows["example_id"]],
-            tokens=tokens,
-            labels=labels,
-            num_supervised=[len(row) for row in supervised],
-            texts=[text.strip() for text in texts],
-            keys=[hash_of(*row) for row in zip(tokens, labels, strict=True)],
+        texts = [text.strip() for text in texts]
+        keys = [hash_of(*row) for row in zip(rows["input_ids"], rows["labels"], strict=True)]
+        first_row: dict[str, str] = {}  # with these tokens and labels
+        samples = []
+        for key, name in zip(keys, map(str, rows["example_id"]), strict=True):
+            earlier = first_row.setdefault(key, name)
+            same_as = earlier if earlier != name else ""
+            samples.append(Sample(id=name, outcome="graded", same_as=same_as))
+        nats = row_losses(network, rows["input_ids"], rows["labels"])
+        loss = self._metric(
+            "loss",
+            "loss per token",
+            samples,
+            nats,
+            unit="tokens",
+            sizes=[len(row) for row in supervised],
+            nats_of_a_unit=1.0,
+            paired_by=keys,
+        )
+        metrics = [loss]
+        if any(texts):  # else the supervised tokens are all special, and have no bytes
+            bits = self._metric(
+                "bits_per_byte",
+                "bits per byte",
+                samples,
+                nats,
+                instead_of="loss",
+                unit="bytes",
+                sizes=[len(text.encode(errors="replace")) for text in texts],
+                nats_of_a_unit=math.log(2),
+                paired_by=texts,
+            )
+            metrics.append(bits)
+        limit = self.recipe.data.max_questions
+        banners: tuple[str, ...] = ()
+        has_chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
+        if self.split == "validation" and has_chosen:
+            banners = ("the validation rows chose the checkpoint: the loss on them is biased low",)
+        return self.new_log(
+            metrics,
+            n=len(samples),
+            subset=f"subset, the first {limit} rows" if limit else None,
+            banners=banners,
         )
 
     def _metric(
         self,
         name: str,
         label: str,
-        rows: _Rows,
+        rows: Sequence[Sample],
         nats: Sequence[float],
         *,
         unit: str,
@@ -168,23 +155,15 @@ class HeldoutLoss(Suite):
         """A metric of the losses: each row's over the mean size of a row.
 
         Args:
+            rows: as samples without a value.
             sizes: tokens or bytes of each row.
             paired_by: what two models must share to be compared; its hash is in the task.
             instead_of: the metric that is compared in its place where two models share that.
         """
         mean_size = nats_of_a_unit * sum(sizes) / len(sizes)
-        first_row: dict[str, str] = {}  # with these tokens
         samples = []
-        for row, key, loss, size in zip(rows.names, rows.keys, nats, sizes, strict=True):
-            earlier = first_row.setdefault(key, row)
-            sample = Sample(
-                id=row,
-                value=loss / mean_size,
-                outcome="graded",
-                verdicts=(f"{size} {unit}",),
-                same_as=earlier if earlier != row else "",
-            )
-            samples.append(sample)
+        for row, loss, size in zip(rows, nats, sizes, strict=True):
+            samples.append(replace(row, value=loss / mean_size, verdicts=(f"{size} {unit}",)))
         return metric_of(
             name,
             f"{label} on {self.split or 'held-out'} rows",

@@ -11,7 +11,7 @@ import logging
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,12 +73,16 @@ class LMEval(Suite):
             command = f"(cd {shlex.quote(str(recipe.data.folder))} && {command})"
         if needs_merge:
             command += f"  # after recipes merge {model.name}"
-        return self.new_log(
-            metrics,
-            n=sum(num_items.values()),
-            subset=_subset_of(recipe, results),
-            lm_eval_command=command,
-        )
+        subset = None
+        counts = (results.get("n-samples") or {}).values()
+        num_asked = sum(count.get("effective", 0) for count in counts)
+        num_all = sum(count.get("original", 0) for count in counts)
+        if recipe.suite.limit is not None:
+            subset = f"subset, limit={recipe.suite.limit} per task"
+        elif num_asked < num_all:  # by the option `samples`
+            subset = f"subset, {num_asked} chosen items of {num_all}"
+        n = sum(num_items.values())
+        return self.new_log(metrics, n=n, subset=subset, lm_eval_command=command)
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
@@ -90,15 +94,11 @@ class LMEval(Suite):
                 metrics[metric.task, metric.metric][log.target] = metric
         for (task, name), by_model in metrics.items():
             first = next(iter(by_model.values()))
-            shots = "-"
-            if first.num_fewshot is not None:
-                shots = str(first.num_fewshot)
+            shots = "-" if first.num_fewshot is None else str(first.num_fewshot)
             row = [task, name, shots, str(first.n)]
             for log in logs:
-                rate = "-"
-                if log.target in by_model:
-                    rate = shown_rate(by_model[log.target], 4, "number")
-                row.append(rate)
+                of_model = by_model.get(log.target)
+                row.append(shown_rate(of_model, 4, "number") if of_model else "-")
             rows.append(row)
         return aligned(rows)
 
@@ -193,26 +193,33 @@ def _short_probes(harness: type[Any]) -> type[Any]:
         _max_length: int | None
 
         def generate_until(self, requests: Sequence[Any], *args: Any, **options: Any) -> Any:
-            if self.batch_size == "auto" and requests:
-                self.longest = max(map(self._length, requests))
-            try:
-                return super().generate_until(requests, *args, **options)
-            finally:
-                self.longest = None
+            def length(request: Any) -> int:
+                prompt, generation = request.args
+                limits = normalize_gen_kwargs(dict(generation), self.max_gen_toks)
+                return len(self.tok_encode(prompt)) + int(limits["max_gen_toks"])
+
+            return self._probing(length, super().generate_until, requests, *args, **options)
 
         def loglikelihood_rolling(self, requests: Sequence[Any], *args: Any, **options: Any) -> Any:
+            def length(request: Any) -> int:  # more is read in windows of the whole context
+                return len(self.tok_encode(request.args[0]))
+
+            return self._probing(length, super().loglikelihood_rolling, requests, *args, **options)
+
+        def _probing(
+            self,
+            length: Callable[[Any], int],
+            ask: Callable[..., Any],
+            requests: Sequence[Any],
+            *args: Any,
+            **options: Any,
+        ) -> Any:
             if self.batch_size == "auto" and requests:
-                # a longer text is read in windows of the whole context
-                self.longest = max(len(self.tok_encode(request.args[0])) for request in requests)
+                self.longest = max(map(length, requests))
             try:
-                return super().loglikelihood_rolling(requests, *args, **options)
+                return ask(requests, *args, **options)
             finally:
                 self.longest = None
-
-        def _length(self, request: Any) -> int:
-            prompt, generation = request.args
-            options = normalize_gen_kwargs(dict(generation), self.max_gen_toks)
-            return len(self.tok_encode(prompt)) + int(options["max_gen_toks"])
 
         def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
             if requests or self.longest is None:
@@ -319,18 +326,6 @@ def _samples_of(rows: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> l
                 same_as = earlier
         samples.append(Sample(name, value=score, outcome=outcome, same_as=same_as))
     return samples
-
-
-def _subset_of(recipe: EvalRecipe, results: Mapping[str, Any]) -> str | None:
-    """Return the stamp of a result on some of the items: by a limit, or by chosen `samples`."""
-    if recipe.suite.limit is not None:
-        return f"subset, limit={recipe.suite.limit} per task"
-    counts = (results.get("n-samples") or {}).values()
-    num_asked = sum(count.get("effective", 0) for count in counts)
-    num_items = sum(count.get("original", 0) for count in counts)
-    if num_asked < num_items:
-        return f"subset, {num_asked} chosen items of {num_items}"
-    return None
 
 
 # ---- the configuration that gives the same numbers ----
