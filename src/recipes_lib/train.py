@@ -83,15 +83,16 @@ def train(
             say_once(line)
 
         # rows -> checkpoint. A resumed run must share every guarded value with its beginning.
-        launch = active.world_size, active.distributed_type
-        guard = guarded_values(recipe, data.fingerprint, *launch, library_versions())
+        guard = guarded_values(
+            recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions()
+        )
         guard |= {"prompt_format_hash": data.prompt_format_hash, "tokens_hash": data.tokens_hash}
         guard["base_weights"] = on_main_rank(lambda: base_fingerprint(recipe))
         if data.audit.training_template is not None:
             guard["training_template_hash"] = data.audit.training_template["sha256"]
-        known = {"launch": launch_line, "template_date": date}
+        record = {"launch": launch_line, "template_date": date}
         checkpoint = on_main_rank(
-            lambda: attempt.continue_or_start(data, options.resume_anyway, guard, **known)
+            lambda: attempt.continue_or_start(data, options.resume_anyway, guard, **record)
         )
         attempt.owns_records = True
         args.eval_on_start &= checkpoint is None

@@ -80,7 +80,7 @@ def test_escapes_and_control_characters_in_answers_are_shown_not_obeyed(
     controls = set("\x1b\x07\r\x08\x9b\u202e")
     nasty = ("\\x1b[31mred", "[bold]loud[/bold]", "\\u202eevil")
     for written, shown in ((NASTY, nasty), (PERSIAN, (PERSIAN,)), ("", ("(empty answer)",))):
-        monkeypatch.setattr(verbs, "answer", lambda *args, text=written: text)
+        monkeypatch.setattr(verbs.Conversation, "ask", lambda *args, text=written: text)
         code, out, _ = recipes("chat", "lora", "--prompt", "hi")
         assert code == 0 and not [part for part in shown if part not in out]
         assert not set(out.replace("\x1b[1m", "").replace("\x1b[0m", "")) & controls

@@ -67,9 +67,7 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
 
     def ask(self, question: str, sampling: Sampling) -> str:
-        """Return the answer to a question, asked in the run's prompt format (the base: as the first
-        run); both stay in the conversation.
-        """
+        """Return the answer, asked in the run's prompt format (the base: as the first run)."""
         from recipes_lib.data.encoding import prompt_ids
 
         self.messages.append({"role": "user", "content": question})

@@ -119,13 +119,11 @@ def _cell(value: object) -> str:
 
 
 def _facts(run: RunDirectory) -> Row:
-    """Return run.json, with the newest value of each metric; a run that says `running` while no
-    process holds its lock has died.
-    """
+    """Return run.json, with the newest value of each metric."""
     facts: Row = {**run.read_state(), "last": {}}
     for row in read_rows(run.metrics):
         facts["last"] |= row
-    if facts["state"] == "running" and not is_held(run.path):
+    if facts["state"] == "running" and not is_held(run.path):  # no process holds its lock
         facts["state"] = "died"
     return facts
 

@@ -254,11 +254,13 @@ def _part(part: Any) -> Any:
     """Return one part of a mixture in a recipe's words."""
     if not isinstance(part, dict):
         return part
-    part = dict(part)
+    values = {}
+    for name, value in part.items():
+        if name in _NAMES_OF_PARTS and value not in (None, 1):
+            values[_NAMES_OF_PARTS[name]] = value
     if part.get("path") in _BUILDERS and isinstance(part.get("data_files"), str):
-        part["path"] = part["data_files"]
-    ours = {_NAMES_OF_PARTS[name]: value for name, value in part.items() if name in _NAMES_OF_PARTS}
-    return {key: value for key, value in ours.items() if value not in (None, 1)}
+        values["source"] = part["data_files"]
+    return values
 
 
 def _rows_of(flat: Document, first_row: FirstRow) -> _Rows:

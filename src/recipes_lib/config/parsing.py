@@ -78,6 +78,7 @@ def judge(
     for path, details in refused.items():
         errors.append(document.error(path, *_sentence(model, path, details)))
     if refused:
+        # the rules judge what is left without the values of a wrong type
         value, _ = _validated(model, _without(document.values, refused))
     if value is not None:
         for rule in rules:
@@ -101,6 +102,7 @@ def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
         for key in value.keys() & kind.model_fields.keys():
             inner = kind.model_fields[key].rebuild_annotation()
             value[key] = _absolute(inner, document, value[key], (*at, key))
+    # what stands inside an Annotated, or the alternatives of a union
     for inner in arguments:
         value = _absolute(inner, document, value, at)
     return value
@@ -115,7 +117,7 @@ def _validated(model: type[M], values: Any) -> tuple[M | None, dict[KeyPath, lis
     except ValidationError as error:
         details = error.errors(include_url=False)
     refused: dict[KeyPath, list[Any]] = {}
-    around: set[KeyPath] = set()  # the paths of what lies around a refused value
+    around: set[KeyPath] = set()  # paths of the mappings and lists around what is refused
     for detail in details:
         path: KeyPath = ()
         inner = values
@@ -129,19 +131,20 @@ def _validated(model: type[M], values: Any) -> tuple[M | None, dict[KeyPath, lis
             around.add(path)
             path = (*path, detail["loc"][-1])
         refused.setdefault(path, []).append(detail)
-    return None, {path: found for path, found in refused.items() if path not in around - {()}}
+    around.discard(())
+    return None, {path: wrong for path, wrong in refused.items() if path not in around}
 
 
 def _without(values: Any, paths: Iterable[KeyPath]) -> Any:
     """Return nested mappings without the values at `paths`; a list with a bad item goes whole."""
     if not isinstance(values, dict):
         return values
-    kept = {}
+    remaining = {}
     for key, value in values.items():
         inner = [path[1:] for path in paths if path[0] == key]
         if () not in inner and not (inner and isinstance(value, list)):
-            kept[key] = _without(value, inner)
-    return kept
+            remaining[key] = _without(value, inner)
+    return remaining
 
 
 def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list[str]:

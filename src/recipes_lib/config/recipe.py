@@ -330,6 +330,7 @@ def keys_of(model: type[Section], prefix: str = "") -> dict[str, Schema]:
     keys: dict[str, Schema] = {}
 
     def visit(schema: Schema, prefix: str) -> None:
+        # the keys of a section stand where `$ref` leads, which an `anyOf` with null may hold
         for key, part in schema.get("properties", {}).items():
             choices = [part, *part.get("anyOf", [])]
             references = [choice["$ref"] for choice in choices if "$ref" in choice]

@@ -54,8 +54,7 @@ class RunDirectory:
 
     def weights(self, full_finetuning: bool) -> Path:
         """Folder of the final weights: `model/` for full fine-tuning, `adapter/` otherwise."""
-        name = "model" if full_finetuning else "adapter"
-        return self.path / name
+        return self.path / ("model" if full_finetuning else "adapter")
 
     def exists(self) -> bool:
         """Whether this run was ever started."""
