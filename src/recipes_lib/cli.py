@@ -40,7 +40,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
 # verb: its module in commands/, and what it does
 START_HERE = {
     "new": ("recipes", "create your own recipe from an existing one"),
-    "check": ("recipes", "check recipes and configs, files or folders"),
+    "check": ("check", "check recipes and configs, files or folders"),
     "data": ("data", "show what the model reads and which tokens carry loss"),
     "plan": ("plan", "estimate memory, steps and time; say what to change"),
     "train": ("train", "train a recipe, or resume its run"),

@@ -1,0 +1,160 @@
+"""`recipes check`: what is wrong with YAML files of any kind. Imports no torch, but with --full."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from recipes_lib.config.documents import Document, no_such_file, read, wrong_kind
+from recipes_lib.config.launch import AccelerateConfig, accelerate_rules, plan_launch
+from recipes_lib.config.parsing import judge
+from recipes_lib.config.preflight import check_model_files, check_upstream, planned_launch
+from recipes_lib.config.recipe import Recipe, check_recipe, recipe_of
+from recipes_lib.core.environment import quiet_libraries
+from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, RecipesError, print_error
+from recipes_lib.core.project import recipe_path, shown_path
+from recipes_lib.core.terminal import count, next_step, say
+from recipes_lib.data.errors import place
+from recipes_lib.data.prompts import chat_template
+from recipes_lib.data.reading import check_rows
+
+if TYPE_CHECKING:
+    from recipes_lib.evals.recipe import EvalRecipe
+
+# What reads the other kinds of files is imported where it is needed: most files are recipes, and
+# jinja2, numpy and the schema of evals take as long as the rest.
+
+
+def run_check(
+    paths: Annotated[list[str], "YAML files, names of recipes, or folders with YAML files"],
+    *,
+    full: Annotated[bool, "also build the objects of TRL and PEFT"] = False,
+) -> int:
+    """Check every file; print notes, then all errors."""
+    files: dict[Path, None] = {}  # each once, in order
+    for path in paths:
+        files |= dict.fromkeys(_files(Path(path)))
+    if full:
+        quiet_libraries()
+    notes: list[RecipeError] = []
+    errors: dict[str, RecipesError] = {}  # by text: two recipes may share a base's error
+    num_wrong = 0
+    for file in files:
+        errors_of_file: list[RecipesError] = []
+        try:
+            errors_of_file.extend(_faults(file, full, notes))
+        except (RecipeError, DataError) as error:
+            errors_of_file += getattr(error, "errors", [error])
+        errors |= {str(error): error for error in errors_of_file}
+        if errors_of_file:
+            num_wrong += 1
+    for note in {note.what: note for note in notes}.values():
+        print_error(note)
+    num_files = count(len(files), "file")
+    if errors:
+        failure = RecipeErrors(errors.values())
+        print_error(failure)
+        print_error(f"{count(len(errors), 'error')} in {num_wrong} of {num_files}")
+        return failure.exit_code
+    say(f"{num_files} ok")
+    verbs = {"recipe": ("data",), "study": ("study", "plan")}
+    for file in files:
+        document = read(file)
+        if document.kind in verbs and not document.is_base:
+            return next_step(*verbs[document.kind], shown_path(file))
+    return next_step("ls")
+
+
+def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[RecipesError]:
+    """Yield what is wrong with a YAML file; `full` asks upstream too, and notes what it cannot."""
+    document = read(path)
+    kind = document.kind
+    if kind == "recipe":
+        yield from _recipe_faults(document, full, notes)
+    elif kind == "study":
+        from recipes_lib.study.config import load_study
+        from recipes_lib.study.run import unmet
+
+        study = load_study(path)
+        yield from unmet(study, study.arms)
+        notes.extend(_warnings([arm.recipe for arm in study.arms], study.evals, full))
+        if full:
+            for arm in study.arms:
+                for variant in (arm, *arm.candidates):
+                    launch = planned_launch(variant.launch)
+                    yield from check_upstream(variant.recipe, launch=launch, notes=notes)
+    elif kind == "accelerate":
+        yield from judge(AccelerateConfig, document, accelerate_rules)[1]
+    elif kind == "profile":
+        from recipes_lib.slurm.profile import load_profile
+
+        load_profile(str(path))
+    elif kind == "judge":
+        from recipes_lib.evals.recipe import load_judge_file
+
+        load_judge_file(path)
+    elif kind == "eval":
+        from recipes_lib.evals.questions import local_questions
+        from recipes_lib.evals.recipe import load_eval
+
+        evaluation = load_eval(path)
+        local_questions(evaluation)
+        notes.extend(_warnings([], [evaluation], full))
+    elif kind != "lm_eval_task":  # it is seen with the eval recipe that names it
+        raise wrong_kind(document, "recipe")
+
+
+def _warnings(
+    recipes: Sequence[Recipe], evals: Sequence[EvalRecipe], full: bool
+) -> Iterator[RecipeError]:
+    """Yield a warning for what is not there yet: a judge's key or server, a tracker's login."""
+    from recipes_lib.study.needs import Host, missing_needs
+
+    # `full` finds packages that are missing by itself
+    for need in missing_needs(recipes, evals, Host(own_python=not full)):
+        yield RecipeError(f"warning: {need.what}", *need.hints, file=need.file, line=need.line)
+
+
+def _recipe_faults(
+    document: Document, full: bool, notes: list[RecipeError]
+) -> Iterator[RecipesError]:
+    file, wrong = check_recipe(document)
+    yield from wrong
+    if file is None or document.is_base:
+        return
+    recipe = recipe_of(file, document)
+    folder = Path(recipe.model.name_or_path)
+    errors: list[RecipeError] = []
+    if not wrong and full:
+        launch = planned_launch(plan_launch(recipe.launch))
+        errors += check_upstream(recipe, launch=launch, notes=notes)
+    elif not wrong and folder.is_dir():
+        errors += check_model_files(recipe, folder)
+    yield from errors
+    if not errors:
+        yield from check_rows(recipe)
+        if recipe.train.get("report_to", "none") != "none":
+            notes.extend(_warnings([recipe], [], full))
+    try:
+        if recipe.data.chat_template:
+            chat_template(recipe.data, None)
+    except DataError as error:
+        yield place(recipe, error)
+
+
+def _files(path: Path) -> Iterable[Path]:
+    """Return the YAML files of a path; hidden folders and runs are left out."""
+    if not path.is_dir():
+        path = recipe_path(path)
+        if not os.path.lexists(path):  # a link that leads nowhere is there
+            raise no_such_file(path)
+        return [path]
+    files = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")])
+    hidden = re.compile(r"(^|/)(\..*|runs)/")
+    files = [file for file in files if not hidden.search(str(file.relative_to(path)))]
+    if not files:
+        raise RecipeError("holds no YAML file", file=path)
+    return files
