@@ -73,6 +73,8 @@ WRONG = [
     (["show", RECIPE, "foo.bar=1"], ["command line: unknown key 'foo'"]),
     (["show", "README.md"], ["README.md: is not YAML", "recipes ls"]),
     (["show", "recipes"], ["recipes: is not a file", "recipes ls"]),
+    (["study", "plan", "quickstar"], ["quickstar: no such file", "recipes/studies/"]),
+    (["data", RECIPE, "--against", "nope.yaml"], ["nope.yaml: no such file", "evals/"]),
     (["show", RECIPE, "--origins"], ["command line: '--origins' is not section.key=value"]),
     (["show", RECIPE, "--learning_rate=3"], ["unknown key 'learning_rate'"]),
     (["show", RECIPE, "train.sed=3"], ["command line: unknown key", "did you mean train.seed?"]),

@@ -64,7 +64,7 @@ _HINTS = {
     "recipe": "to train it: recipes train",
     "accelerate": "it says how a recipe is launched: recipes train RECIPE --accelerate FILE",
 }
-_ALL_RECIPES = "all recipes: recipes ls"
+_ALL_RECIPES = "all recipes: recipes ls; evals are in evals/, studies in recipes/studies/"
 _ROWS = "to train on rows: recipes new NAME --from RECIPE --data FILE"
 # Short names that other programs give to keys of a recipe.
 SHORT_NAMES = {
