@@ -50,6 +50,7 @@ def installed_version(package: str) -> str | None:
 
 def git_state() -> dict[str, str | bool | None]:
     """Return what is checked out, and whether files are changed; None outside a git checkout."""
+    # without tags, what git describes is the commit
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True)

@@ -28,6 +28,7 @@ _NOT_TEXT = re.compile("[\ud800-\udfff\x00]")
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: on an error, which names the file, the old one is untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own: another process may be writing the same file
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with temporary.open("xb") as stream:  # so that the user's umask decides who may read it
