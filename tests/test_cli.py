@@ -80,6 +80,7 @@ WRONG = [
     (["show", RECIPE, "train.sed=3"], ["command line: unknown key", "did you mean train.seed?"]),
     (["export", "my-first"], ["required: --to", "usage:"]),
     (["new"], ["required: NAME, --from"]),
+    (["prefetch"], ["required: FILE"]),
     (["data", RECIPE, "--show=1.5"], ["--show: expected a whole number"]),
     (["data", RECIPE, "--show=-1"], ["--show: expected a whole number"]),
 ]

@@ -153,7 +153,7 @@ def cancel(backend: Backend, names: Sequence[str]) -> int:
 
 
 def run_prefetch(
-    words: Annotated[list[str], "recipes, studies and evals that need the files"],
+    files: Annotated[list[str], "recipes, studies and evals that need models and data"],
     overrides: Sequence[str],
     *,
     profile: Annotated[str | None, "the site, for folders in its env such as HF_HOME"] = None,
@@ -161,8 +161,8 @@ def run_prefetch(
     trust_remote_code: Annotated[bool, "allow code of lm-eval tasks, if the recipe asks"] = False,
 ) -> int:
     """Fetch, or check offline, as a job on a compute node does."""
-    files = [word for word in words if "=" not in word]
-    values = [word for word in words if "=" in word] + list(overrides)
+    values = [word for word in files if "=" in word] + list(overrides)
+    files = [word for word in files if "=" not in word]
     if not files:
         hint = "recipes prefetch RECIPE evals/alpaca_eval.yaml --profile P"
         raise RecipeError("recipes prefetch: name what to fetch", hint)
