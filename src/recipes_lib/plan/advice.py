@@ -125,14 +125,17 @@ def _changes(plan: Plan) -> Iterator[tuple[list[str], str]]:
     on = [] if plan.fits else on
     for count in (2, 4, 8) if plan.card.name != "cpu" else ():
         if count > launch.world_size and steps.examples % count == 0:
-            size = math.gcd(steps.per_device, steps.examples // count) if plan.fits else 1
+            size = 1
+            if plan.fits:
+                size = math.gcd(steps.per_device, steps.examples // count)
             sharded = ["launch.accelerate=fsdp", f"launch.gpus={count}"]
             why = f"weights and optimizer sharded over {count} GPUs"
             yield sharded + batch(size, count) + on, why
     if recipe.lora is not None and recipe.quantization is None:
-        size_words = [] if plan.fits else batch(1)
-        why = "QLoRA, the base in 4 bits; a different experiment"
-        yield FOUR_BITS + on + size_words, why
+        words = FOUR_BITS + on
+        if not plan.fits:
+            words += batch(1)
+        yield words, "QLoRA, the base in 4 bits; a different experiment"
 
 
 # ---- what is printed ----
@@ -155,7 +158,9 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[Line]:
         of_steps["steps"] = None
         per_1000 = 1000 / steps.examples
         number = f"{per_1000:,.1f} per 1,000 rows, of {steps.examples} examples ({batch})"
-    tokens = plan.rows.source if plan.rows.assumed else f"{steps.tokens:,} ({plan.rows.source})"
+    tokens = plan.rows.source
+    if not plan.rows.assumed:
+        tokens = f"{steps.tokens:,} ({tokens})"
     parts = [f"{part} {size:.1f}" for part, size in plan.memory.items() if size >= 0.05]
     of_memory = {
         "memory_gib": plan.memory,
@@ -181,9 +186,11 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[Line]:
         "seconds": None if plan.rows.assumed else plan.seconds,
         "seconds_per_1000_rows": plan.seconds_per_1000_rows,
     }
-    change = "" if plan.fits else "no known change of this recipe makes it fit: use more memory"
+    change = ""
     if advice is not None:
         change = f"{advice.words}  ({advice.why}; {advice.plan.needed:.1f} GiB)"
+    elif not plan.fits:
+        change = "no known change of this recipe makes it fit: use more memory"
     return [
         Line("training", training, of_card),
         Line("model", model, {"model": name, **asdict(traced)}),

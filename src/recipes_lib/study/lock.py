@@ -76,7 +76,9 @@ def _hash_of_arm(study: Study, arm: Arm) -> str:
     """Return a hash of what an arm declares; the value that tuning chose is no part of that."""
     values = arm.resolved()
     written = flatten(arm.recipe.document.values)
-    free = _FREE | {arm.tuning.key} if arm.tuning else _FREE
+    free = set(_FREE)
+    if arm.tuning:
+        free.add(arm.tuning.key)
     # later versions of this program add keys, empty where nobody wrote them
     keys = [key for key in values.keys() - free if values[key] or key in written]
     return hash_in(study.document.path.parent, {key: values[key] for key in keys})

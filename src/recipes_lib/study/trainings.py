@@ -44,7 +44,9 @@ class StudyRun:
     def state(self) -> Row:
         """What run.json says; empty where there is no run."""
         directory = RunDirectory(self.run)
-        return directory.read_state() if directory.exists() else {}
+        if not directory.exists():
+            return {}
+        return directory.read_state()
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -142,6 +142,7 @@ def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
         gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return gathered.detach().cpu() if rank() == 0 else None
 
+    # torch.compile puts _orig_mod into the names
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     if isinstance(model, PeftModel):
         with_rows = True if getattr(model, "rows_added", 0) else "auto"
