@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.findings import Finding, Severity
+from recipes_lib.analysis.findings import Finding
 from recipes_lib.analysis.printed_commands import evaluate_again
 from recipes_lib.analysis.runs import Arms, run_place
 from recipes_lib.evals.log import CUT, FORM_ONLY, EvalLog, items_file
 
-DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
+DEGENERATE = 0.2  # of all answers
+SOME_DEGENERATE = 0.1
 DEGENERATE_ANSWERS = "degenerate-answers"  # stands in the sentences that it touches
 
 
@@ -26,43 +27,36 @@ def check_answers(arms: Arms, design: Design | None) -> Iterator[Finding]:
     for arm, log in arms.logs:
         for fault, (times, n) in log.faults.items():
             key = (arm, log.eval, fault)
-            if times > 2 and times / n > max(SOME_DEGENERATE, worst.get(key, 0.0)):
-                worst[key] = times / n
-                findings[key] = _degenerate(arm, log, fault, times, n, design)
+            if times <= 2 or times / n <= max(SOME_DEGENERATE, worst.get(key, 0.0)):
+                continue
+            worst[key] = times / n
+            # A cut answer that fails a rule might fail without the limit too: `_cut_by_rule`.
+            is_by_rule = log.suite == "checks" and fault == CUT
+            is_error = times / n > DEGENERATE and not is_by_rule
+            remedy = f"read some of them: {run_place(items_file(log.file))}"
+            if fault == CUT:
+                remedy = _longer_answers(log, design)
+            findings[key] = Finding(
+                code=DEGENERATE_ANSWERS,
+                severity="error" if is_error else "warning",
+                title=f"{times} of {n} {arm} answers in {log.eval} {fault}",
+                evidence=(run_place(log.file),),
+                remedy=remedy,
+                arms=(arm,),
+                metrics=log.metric_names,
+            )
     yield from findings.values()
-    yield from _check_cut_by_rule(arms, design)
+    yield from _cut_by_rule(arms, design)
     form_only = {log.eval: log for _, log in arms.logs if FORM_ONLY in log.notes}
     for name, log in form_only.items():
+        rows = run_place(items_file(log.file))
         yield Finding(
             code="form-only",
             severity="note",
             title=f"{name}: {FORM_ONLY}",
-            remedy="whether they are right was not asked; read some answers:"
-            f" {run_place(items_file(log.file))}",
+            remedy=f"whether they are right was not asked; read some answers: {rows}",
             metrics=log.metric_names,
         )
-
-
-def _degenerate(
-    arm: str, log: EvalLog, fault: str, times: int, n: int, design: Design | None
-) -> Finding:
-    severity: Severity = "warning"
-    # A cut answer that fails a rule might fail without the limit too: `_check_cut_by_rule`.
-    is_by_rule = log.suite == "checks" and fault == CUT
-    if times / n > DEGENERATE and not is_by_rule:
-        severity = "error"
-    remedy = f"read some of them: {run_place(items_file(log.file))}"
-    if fault == CUT:
-        remedy = _longer_answers(log, design)
-    return Finding(
-        code=DEGENERATE_ANSWERS,
-        severity=severity,
-        title=f"{times} of {n} {arm} answers in {log.eval} {fault}",
-        evidence=(run_place(log.file),),
-        remedy=remedy,
-        arms=(arm,),
-        metrics=log.metric_names,
-    )
 
 
 def _longer_answers(log: EvalLog, design: Design | None) -> str:
@@ -73,34 +67,38 @@ def _longer_answers(log: EvalLog, design: Design | None) -> str:
 
 
 @dataclass
-class _Passed:
-    """What an arm's answers to rules were, over its trainings."""
+class _RuleCounts:
+    """How many of an arm's answers passed rules, over its trainings."""
 
     log: EvalLog  # of one training
     passed: int = 0
     cut: int = 0  # and failed: longer, each might have passed
     answers: int = 0
 
+    def share(self, times: int) -> float:
+        """Return a number of answers as a share of all."""
+        return times / max(self.answers, 1)
 
-def _check_cut_by_rule(arms: Arms, design: Design | None) -> Iterator[Finding]:
-    """Yield pairs of arms where the token limit may have decided: the worse arm would have passed
-    as often as the better one if its cut answers, which fail, had passed.
+
+def _cut_by_rule(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Pairs of arms where the token limit may have decided: the worse arm would have passed as
+    often as the better one if its cut answers, which fail, had passed.
     """
-    by_eval: dict[str, dict[str, _Passed]] = defaultdict(dict)
+    by_eval: dict[str, dict[str, _RuleCounts]] = defaultdict(dict)
     for arm, log in arms.logs:
         if log.suite == "checks":
-            counts = by_eval[log.eval].setdefault(arm, _Passed(log))
+            counts = by_eval[log.eval].setdefault(arm, _RuleCounts(log))
             for metric in log.metrics:
                 counts.passed += sum(sample.value == 1 for sample in metric.samples)
                 counts.cut += sum(sample.cut and not sample.value for sample in metric.samples)
                 counts.answers += len(metric.samples)
     for name, by_arm in by_eval.items():
+        passed = {arm: counts.share(counts.passed) for arm, counts in by_arm.items()}
         for pair in itertools.combinations(by_arm, 2):
-            worse, better = sorted(pair, key=lambda arm: _share(by_arm[arm].passed, by_arm[arm]))
-            counts, best = by_arm[worse], by_arm[better]
-            reached = _share(counts.passed + counts.cut, counts)
-            is_some = counts.cut > 2 and _share(counts.cut, counts) > SOME_DEGENERATE
-            if is_some and reached >= _share(best.passed, best):
+            worse, better = sorted(pair, key=passed.__getitem__)
+            counts = by_arm[worse]
+            is_some = counts.cut > 2 and counts.share(counts.cut) > SOME_DEGENERATE
+            if is_some and counts.share(counts.passed + counts.cut) >= passed[better]:
                 yield Finding(
                     code=DEGENERATE_ANSWERS,
                     severity="error",
@@ -111,7 +109,3 @@ def _check_cut_by_rule(arms: Arms, design: Design | None) -> Iterator[Finding]:
                     arms=(worse, better),
                     metrics=counts.log.metric_names,
                 )
-
-
-def _share(times: int, counts: _Passed) -> float:
-    return times / max(counts.answers, 1)

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from recipes_lib.analysis.findings import Finding
-from recipes_lib.analysis.runs import Arms, Run, run_place
+from recipes_lib.analysis.runs import Arms, run_place
 from recipes_lib.analysis.text import sentence_list
 
 _UNFINISHED = ("failed", "stopped", "running", "created")
@@ -18,39 +18,35 @@ def check_presence(arms: Arms) -> Iterator[Finding]:
     """Yield trainings and evaluations that are not finished, and results that were not read."""
     for arm in arms:
         for run in arm.runs:
-            yield from _presence(arm.name, run)
-
-
-def _presence(arm: str, run: Run) -> Iterator[Finding]:
-    place = (run_place(run.folder),)
-    state = run.state.get("state")
-    if state in _UNFINISHED and run.evals:
-        yield Finding(
-            code="not-finished",
-            severity="error",
-            title=f"{run.name} is {state}, not finished, and was evaluated",
-            evidence=place,
-            remedy="finish it, and evaluate again",
-            arms=(arm,),
-        )
-    if run.unfinished:
-        yield Finding(
-            code="unfinished-evaluation",
-            severity="warning",
-            title=f"{arm} has no result of {sentence_list(run.unfinished)}",
-            evidence=place,
-            remedy="the same recipes eval command finishes it and asks nothing twice",
-            arms=(arm,),
-        )
-    if run.unread:
-        yield Finding(
-            code="not-read",
-            severity="warning",
-            title=f"Some results of {arm} are not in this comparison",
-            evidence=run.unread,
-            remedy="choosing among results after a look makes chance look like an effect",
-            arms=(arm,),
-        )
+            folder = run_place(run.folder)
+            state = run.state.get("state")
+            if state in _UNFINISHED and run.evals:
+                yield Finding(
+                    code="not-finished",
+                    severity="error",
+                    title=f"{run.name} is {state}, not finished, and was evaluated",
+                    evidence=(folder,),
+                    remedy="finish it, and evaluate again",
+                    arms=(arm.name,),
+                )
+            if run.unfinished:
+                yield Finding(
+                    code="unfinished-evaluation",
+                    severity="warning",
+                    title=f"{arm.name} has no result of {sentence_list(run.unfinished)}",
+                    evidence=(folder,),
+                    remedy="the same recipes eval command finishes it and asks nothing twice",
+                    arms=(arm.name,),
+                )
+            if run.unread:
+                yield Finding(
+                    code="not-read",
+                    severity="warning",
+                    title=f"Some results of {arm.name} are not in this comparison",
+                    evidence=run.unread,
+                    remedy="choosing among results after a look makes chance look like an effect",
+                    arms=(arm.name,),
+                )
 
 
 def check_subsets(arms: Arms) -> Iterator[Finding]:
