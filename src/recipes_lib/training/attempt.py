@@ -84,7 +84,8 @@ class Attempt:
         newest, broken = resume_guard.find_newest(run.checkpoints)
         begun = self.earlier.get("guard") or (newest and resume_guard.read_marker(newest)["guard"])
         changed = differences(begun, guard) if begun else {}
-        if None in changed.get("base_weights", ()):  # fetched from the Hub later
+        if None in changed.get("base_weights", ()):
+            # the base was not on this machine then, or is not now: its hash is not known
             del changed["base_weights"]
         if newest is not None:
             if any(key.startswith("launch.") for key in changed) or (changed and not resume_anyway):

@@ -30,7 +30,9 @@ FREE_KEYS = re.compile(
 # So may these, unless a validation chooses the weights or the learning rate.
 FREE_WITHOUT_CHOICE = re.compile(r"^(save_.*|eval_.*|per_device_eval_batch_size)$")
 CHOOSING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-TRAINING_PROTOCOL = 3  # an epoch is evaluated and saved at the end of its last step
+# Raised when the same values train other weights, not for a new key. 3: an epoch is evaluated and
+# saved at the end of its last step.
+TRAINING_PROTOCOL = 3
 
 # ---- checkpoints ----
 
@@ -130,7 +132,10 @@ def guarded_values(
     distribution: str,
     versions: Mapping[str, str | None],
 ) -> dict[str, object]:
-    """Return every value that a resumed run must share with its beginning, by dotted key."""
+    """Return what a resumed run must share with its beginning and is there before the tokenizer is
+    read, by dotted key; `train.py` adds the rest. A key that begins with the name of a recipe's
+    section is the recipe's own (`recipe_differences`): name what comes from elsewhere otherwise.
+    """
     launch = {"launch.world_size": world_size, "launch.distribution": distribution}
     values = _recipe_values(recipe) | {"data_fingerprint": data_fingerprint} | launch
     values |= flatten({"version": {**versions, "training": TRAINING_PROTOCOL}})
@@ -179,7 +184,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, object]:
 def differences(
     before: Mapping[str, object], now: Mapping[str, object]
 ) -> dict[str, tuple[object, object]]:
-    """Return {key: (before, now)} of the keys that differ; one that is missing counts as None."""
+    """Return {key: (before, now)} of the keys that differ; one that is missing counts as None, so a
+    key that is new in this version refuses the runs before it: CHANGELOG.md says so.
+    """
     keys = sorted(before.keys() | now.keys())
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
