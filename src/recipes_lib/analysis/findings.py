@@ -1,7 +1,8 @@
 """What a check says: a reason not to believe a comparison, and which of its rows it touches.
 
 An `error` stops the sentences that it touches, never the table. A `confound` leaves a sentence and
-takes its cause away. A `warning` stands beside it, a `note` informs.
+takes its cause away. A `warning` stands in the list beside the sentences, and in a sentence only
+where `claims.py` takes it up (`_remarks`). A `note` informs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 class Finding:
     """Something about a comparison that a reader must know: a sentence, what was seen, what to do.
 
-    `arms`, `metrics` and `opponent` are the rows it touches; empty means all of them.
+    `arms`, `metrics` and `opponent` are the rows it touches; empty means all of them. Several arms
+    mean the rows between two of them, with `of_any` every row of any of them. Findings that are
+    equal but for their evidence are told once, with the first one's.
     """
 
     code: str

@@ -206,7 +206,9 @@ class ExactTrainer(Trainer):
             raise _refused_pickle(resume_from_checkpoint, error) from error
 
     def seconds_so_far(self) -> float:
-        """Return the time that the steps so far took, those of earlier attempts too."""
+        """Return the wall time since training began, with probe, validations and checkpoints, and
+        that of earlier attempts; of those whose checkpoint says no time, nothing.
+        """
         return self.seconds_before + time.monotonic() - self.began
 
     def _prepare_for_training(self, *args: Any) -> Any:
