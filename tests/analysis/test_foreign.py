@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 
 from recipes_lib.analysis.claims import conclude
-from recipes_lib.analysis.readers import read_results
-from recipes_lib.analysis.readers.alpaca_eval import complete
+from recipes_lib.analysis.printed_commands import commands
+from recipes_lib.analysis.readers import complete, read_results
 from recipes_lib.analysis.runs import Run, arms_of
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.core.files import write_json
@@ -280,6 +282,32 @@ def test_two_judgments_of_one_model_in_a_folder_are_not_compared_with_each_other
         annotations(tmp_path / f"{judge}.annotations.json", "mine", [2.0] * 9)
     with pytest.raises(DataError, match=r"a\.annotations\.json, b\.annotations\.json"):
         read_results(tmp_path)
+
+
+def test_the_command_of_a_report_names_what_was_read(tmp_path: Path, monkeypatch) -> None:
+    """Two files of one folder, and a folder of two models, are not the folder of their files."""
+    monkeypatch.chdir(tmp_path)
+    first = annotations(Path("annotations of r8.json"), "r8", [1.0, 2.0] * 30)
+    second = annotations(Path("r32.json"), "r32", [2.0, 1.0] * 30)
+    several = lm_eval(Path("out"), [1.0, 0.0] * 20, model_folder="one")
+    lm_eval(Path("out"), [0.0, 1.0] * 20, model_folder="two", config={"model_args": "b"})
+    for paths in ([first, second], [several]):
+        runs = [run for path in paths for run in read_results(path) or ()]
+        assert len(runs) == 2
+        ((_, (line,)),) = commands(arms_of(runs), None, {})
+        assert shlex.split(line) == ["recipes", "compare", *map(str, paths)]
+
+
+def test_a_format_may_say_which_questions_of_another_file_a_run_lacks(monkeypatch) -> None:
+    from recipes_lib.analysis import readers
+
+    def complete_toy(runs: list[Run]) -> list[Run]:
+        return [replace(run, unread=("q7 is missing",)) for run in runs]
+
+    toy = SimpleNamespace(FORM="toy", matches=None, read=None, complete=complete_toy)
+    monkeypatch.setattr(readers, "READERS", (*readers.READERS, toy))
+    (run,) = complete([Run("toy", Path(), foreign=True)])
+    assert run.unread == ("q7 is missing",)
 
 
 def test_a_format_is_a_module_with_three_names(tmp_path: Path, monkeypatch) -> None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from recipes_lib.analysis.aims import Design, Margin
-from recipes_lib.analysis.runs import Arms, run_place
+from recipes_lib.analysis.runs import Arms, Run, run_place
 from recipes_lib.config.documents import read
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.project import project_root, runs_root, shown_path
@@ -104,6 +104,13 @@ def _judge_file(log: EvalLog, design: Design | None) -> str | None:
     return None
 
 
+def _typed(run: Run) -> str:
+    """Return what a user types to have a run compared."""
+    if run.foreign:
+        return str(run.given or run.folder)
+    return run.name
+
+
 def commands(
     arms: Arms, design: Design | None, margins: Mapping[str, Margin]
 ) -> list[tuple[str, list[str]]]:
@@ -111,7 +118,8 @@ def commands(
     runs = [run for arm in arms for run in arm.runs]
     if design is None:
         words = ["recipes", "compare"]
-        words += [str(run.folder) if run.foreign else run.name for run in runs]
+        # one folder may hold several runs, and one file one of several in its folder
+        words += dict.fromkeys(_typed(run) for run in runs)
         if margins:
             words.append("--margin")
         words += [f"{metric}={margin.text}" for metric, margin in margins.items()]

@@ -33,6 +33,7 @@ class Run:
     unfinished: tuple[str, ...] = ()  # evaluations with judgments or answers and no result
     seed: int | None = None
     foreign: bool = False  # another program's files
+    given: Path | None = None  # the path that a user gave to have them read
     unread: tuple[str, ...] = ()  # results that lie beside those that were read, and why not
 
     @property

@@ -77,8 +77,7 @@ def run_compare(
     from recipes_lib.analysis.claims import conclude
     from recipes_lib.analysis.lines import conclusion_lines
     from recipes_lib.analysis.ownership import check_ownership
-    from recipes_lib.analysis.readers import ours, read_results
-    from recipes_lib.analysis.readers.alpaca_eval import complete
+    from recipes_lib.analysis.readers import complete, ours, read_results
     from recipes_lib.analysis.report import report_html
     from recipes_lib.analysis.runs import arms_of
 

@@ -7,11 +7,18 @@ A reader is a module with three names:
     read(path)      a list of `Run`: its arm's name, seed (where the format knows one), metrics with
                     their samples, and facts about how it was asked
 
+and, where a row that is missing may be a loss that somebody deleted, a fourth:
+
+    complete(runs)  all runs that are compared, those of its format with the questions that only
+                    another of them has, without a verdict
+
 A new format is a module and its name in `READERS`; the first that matches reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -30,10 +37,19 @@ def read_results(path: Path) -> list[Run] | None:
     """
     for reader in READERS:
         if reader.matches(path):
-            return list(reader.read(path))
+            return [replace(run, given=path) for run in reader.read(path)]
     if path.is_file():
         raise DataError("holds no results that can be read", known_forms(), file=path)
     return None
+
+
+def complete(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs of a comparison, each with the questions that its format finds missing."""
+    completed = list(runs)
+    for reader in READERS:
+        if hasattr(reader, "complete"):
+            completed = reader.complete(completed)
+    return completed
 
 
 def known_forms() -> str:
