@@ -333,7 +333,9 @@ def sample_data(arms: Arms) -> dict[str, Any]:
 
 
 def _sample(group: int, sample: Sample, place: Callable[[str | None], int | None]) -> list[object]:
-    name = sample.id + f", turn {sample.turn}" * (sample.turn > 1)
+    name = sample.id
+    if sample.turn > 1:
+        name = f"{name}, turn {sample.turn}"
     orders = ORDERS if sample.opponent is not None else ("grade",)
     said = zip(orders, sample.verdicts, sample.raws, strict=False)
     graded = sample.outcome == "graded" and sample.value is not None
