@@ -110,6 +110,9 @@ def test_the_newest_results_are_read_and_damage_is_named(tmp_path: Path) -> None
     run = read_one(folder)
     assert run.evals[0].metrics[0].value == 0.0
     assert run.unread == ("results_2026-01-01T00-00-00.0.json: older results of arc_easy",)
+    samples = folder / "some__model/samples_arc_easy_2026-01-01T00-00-00.0.jsonl"
+    samples.write_text("damaged, and compared with nothing")
+    assert read_one(folder) == run
     for file in (folder / "some__model").glob("samples*"):
         file.unlink()
     with pytest.raises(DataError, match="no samples"):
@@ -282,6 +285,9 @@ def test_two_judgments_of_one_model_in_a_folder_are_not_compared_with_each_other
         annotations(tmp_path / f"{judge}.annotations.json", "mine", [2.0] * 9)
     with pytest.raises(DataError, match=r"a\.annotations\.json, b\.annotations\.json"):
         read_results(tmp_path)
+    files = [tmp_path / f"{judge}.annotations.json" for judge in ("a", "b")]
+    arms = arms_of([read_one(file) for file in files])  # named, as the error advises
+    assert [arm.name for arm in arms] == ["mine-a.annotations.json", "mine-b.annotations.json"]
 
 
 def test_the_command_of_a_report_names_what_was_read(tmp_path: Path, monkeypatch) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from recipes_lib.evals.lm_eval_files import metrics_of_task
+import os
+
+import pytest
+
+from recipes_lib.evals.lm_eval_files import files_read_by_tasks, metrics_of_task
 
 FILES = {
     "base.yaml": "output_type: generate_until\nmetric_list: [{metric: exact_match}]\n",
@@ -41,3 +45,12 @@ def test_the_metrics_of_tasks_of_lm_eval_are_known_without_its_index():
     assert metrics_of_task("arc_easy", None) == ("acc", "acc_norm")
     assert metrics_of_task("winogrande", None) == ("acc",)
     assert metrics_of_task("ifeval", None) is None  # a function makes its results
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_that_a_task_includes_is_named_and_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    task = tmp_path / "task.yaml"
+    task.write_text("task: mine\ninclude: pipe.yaml\noutput_type: multiple_choice\n")
+    assert {*files_read_by_tasks([str(task)], None, None)} == {task, tmp_path / "pipe.yaml"}
+    assert metrics_of_task("mine", str(tmp_path)) == ("acc", "acc_norm")

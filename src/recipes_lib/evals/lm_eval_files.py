@@ -64,13 +64,14 @@ def _with_includes(path: Path, seen: set[Path]) -> Iterator[_TaskFile]:
         return
     seen.add(path)
     file = _TaskFile(path)
-    try:
-        loader = _Loader(path.read_text("utf-8"))
-        values = loader.get_single_data()
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        values = None
-    if isinstance(values, dict):
-        file = _TaskFile(path, values, loader.functions)
+    if path.is_file():  # a pipe or a device would be read for ever
+        try:
+            loader = _Loader(path.read_text("utf-8"))
+            values = loader.get_single_data()
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            values = None
+        if isinstance(values, dict):
+            file = _TaskFile(path, values, loader.functions)
     included = file.values.pop("include", None) or []
     if not isinstance(included, list):
         included = [included]

@@ -10,7 +10,7 @@ from recipes_lib.core.files import utc_now
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import count, say
 from recipes_lib.evals.leaks import leaks_of_run
-from recipes_lib.evals.log import SAME, EvalLog, answer_faults, write_log
+from recipes_lib.evals.log import SAME, EvalLog, write_log
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.evals.suites import suite_class
 
@@ -24,7 +24,7 @@ def write_result(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     if leaks and leaks.is_error:
         banners.append(leaks.summary(recipe.name))
     banners += log.banners
-    for fault, (faulty, n) in answer_faults(log).items():
+    for fault, (faulty, n) in log.faults.items():
         limit = _MOST * n
         if fault == SAME:  # two answers that are alike say nothing, however few there are
             limit = max(2.0, limit)

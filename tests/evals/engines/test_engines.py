@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import yaml
@@ -14,7 +16,8 @@ import recipes_lib
 from recipes_lib.analysis.ownership import check_ownership
 from recipes_lib.analysis.readers.ours import load_run
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.evals.engines import ENGINES
+from recipes_lib.evals.engines import ENGINES, Engines
+from recipes_lib.evals.engines.base import Target
 from recipes_lib.evals.models import known_by
 from recipes_lib.evals.recipe import EvalRecipe, load_eval
 from recipes_lib.evals.run import evaluate
@@ -59,6 +62,15 @@ class Letters:
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> list[int]:
         return self.encode(messages[0]["content"])
+
+
+def test_what_an_engine_holds_is_let_go_after_an_error(toy):
+    section = toy("checks").generation
+    target = cast(Target, SimpleNamespace(name="one"))  # a toy asks for nothing else
+    with pytest.raises(RuntimeError, match="of ours"), Engines([target]) as engines:
+        engines.engine(section, target)
+        raise RuntimeError("of ours")
+    assert toy_engine.LIVES == ["opened for one", "closed"]
 
 
 def test_a_third_engine_answers_judges_and_says_what_it_is_in_the_log(toy, make_run):

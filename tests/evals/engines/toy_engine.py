@@ -40,8 +40,10 @@ def _opened(targets: Sequence[Target]) -> Iterator[EngineOf]:
     def engine(section: Any, target: Target) -> ToyEngine:
         return ToyEngine(target)
 
-    yield engine
-    LIVES.append("closed")
+    try:
+        yield engine
+    finally:  # after an error too
+        LIVES.append("closed")
 
 
 def _answered_by(section: Any, name: str, weights: str | None) -> str:

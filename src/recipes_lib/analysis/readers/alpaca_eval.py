@@ -91,7 +91,7 @@ def read(path: Path) -> list[Run]:
             files of one model in a folder.
     """
     files = _annotation_files(path) if path.is_dir() else [path]
-    runs = [_read_file(file) for file in files]
+    runs = [_read_file(file, path) for file in files]
     if len({run.name for run in runs}) < len(runs):
         what = f"holds several annotations of one model: {', '.join(file.name for file in files)}"
         raise DataError(what, "name one of these files", file=path)
@@ -102,7 +102,8 @@ def _annotation_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*annotations*.json"))
 
 
-def _read_file(path: Path) -> Run:
+def _read_file(path: Path, given: Path) -> Run:
+    """Return the run of one file; `given`, the file or its folder, tells it from its namesakes."""
     rows = _annotations(path)
     model = _only_value(rows, "generator_2", path)
     judge = _only_value(rows, "annotator", path)
@@ -128,7 +129,7 @@ def _read_file(path: Path) -> Run:
     )
     return Run(
         name=arm_name(model, path.parent),
-        folder=path.parent,
+        folder=given,
         state={"kind": "answers"},
         evals=(log,),
         foreign=True,

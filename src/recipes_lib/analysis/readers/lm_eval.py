@@ -159,15 +159,16 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
     logs: list[EvalLog] = []
     unread: list[str] = []
     for results in newest_first:
-        if not results.has_samples:
-            unread.append(f"{results.file.name}: {_NO_SAMPLES}")
-            continue
         new_tasks = [task for task in results.tasks if task not in read_tasks]
         older = [task for task in results.tasks if task in read_tasks]
         if older:
             unread.append(f"{results.file.name}: older results of {', '.join(older)}")
-        if new_tasks:
-            logs.append(_log(results, new_tasks))
+        if not new_tasks:
+            continue  # nothing of it is compared, so its samples are not read
+        if not results.has_samples:
+            unread.append(f"{results.file.name}: {_NO_SAMPLES}")
+            continue
+        logs.append(_log(results, new_tasks))
         read_tasks.update(new_tasks)
     if not logs:
         raise DataError(f"it has {_NO_SAMPLES}", _AGAIN, file=newest_first[0].file)

@@ -121,7 +121,8 @@ class EngineType:
 
     Attributes:
         name: in a recipe and in a log.
-        opened: a context for models of one base, in which their engines can be made.
+        opened: a context for models of one base, in which their engines can be made. What it lets
+            go at the end belongs into `finally`: an error of the evaluation goes through it.
         answered_by: what answers are known by, given the section of the recipe, the model's name on
             a server, and the hash of its weights (None where only a server knows them).
         in_process: whether the network is in this process, as suites without questions need it.
