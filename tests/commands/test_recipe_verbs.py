@@ -146,6 +146,8 @@ def test_explain_says_type_default_and_documentation(said):
     ):
         out = said("explain", key)
         assert not [word for word in words if word not in " ".join(out.split())], out
+        assert out.splitlines()[-1].startswith("next: recipes explain "), out
+    assert said("explain", "seeds").endswith("next: recipes explain study\n")
     sections = "model quantization lora data train run launch eval study profile"
     assert [line.split()[0] for line in said("explain").splitlines()[:-1]] == sections.split()
     for key, words in (

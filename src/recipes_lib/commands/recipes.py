@@ -212,7 +212,7 @@ def run_explain(
         say(f"  default {value_text(schema.get('default'))}{source}")
     text = schema.get("description") or "no documentation upstream"
     say(f"  {' '.join(text.split())}")
-    return ExitCode.DONE
+    return next_step("explain", name.rpartition(".")[0])  # its neighbours
 
 
 def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
