@@ -192,3 +192,9 @@ def test_mixtures_of_the_handbook_and_of_trl_become_sources(migrated):
         assert values["data"]["source"] == source, lines
     values, _, printed = migrated(f"{base}dataset_mixer: {{x/y: 1}}\ndataset_splits: [a, b]\n")
     assert values["data"]["source_split"] == "a" and "left out" not in printed
+
+
+def test_a_template_with_a_line_of_spaces_stays_as_it_is(migrated):
+    block = "chat_template: |\n  A\n            \n  {% for message in messages %}\n"
+    values, _, _ = migrated(f"{SHORT}{block}")
+    assert values["data"]["chat_template"] == yaml.safe_load(block)["chat_template"]

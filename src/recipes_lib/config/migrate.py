@@ -6,7 +6,6 @@ the end.
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,7 +104,9 @@ class _Recipe:
         for section in SECTIONS:
             texts = [text for key, text in self.texts.items() if key.startswith(f"{section}.")]
             if texts:
-                lines += ["", f"{section}:", textwrap.indent("\n".join(texts), "  ")]
+                # a line of spaces too: in a block of text they are part of the value
+                indented = re.sub(r"(?m)^(?=.)", "  ", "\n".join(texts))
+                lines += ["", f"{section}:", indented]
         if self.left_out:
             lines += ["", "# Left out by `recipes migrate`:", *self.left_out]
         return lines

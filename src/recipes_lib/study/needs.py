@@ -67,7 +67,10 @@ def missing_needs(
         what = f"judge: {bare_address(judge.address)} does not answer: {mask_secrets(reason)}"
         hint = "start its server (docs/evaluation.md), or correct judge.base_url and the key"
         errors.append(_fault(evaluation, "judge.base_url", what, hint))
-    return list({error.args[0]: error for error in errors}.values())
+    first: dict[str, RecipesError] = {}
+    for error in errors:
+        first.setdefault(error.args[0], error)
+    return list(first.values())
 
 
 def _fault(evaluation: EvalRecipe, key: str, what: str, hint: str) -> EnvironmentFault:
