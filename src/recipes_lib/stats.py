@@ -32,7 +32,8 @@ ALPHA = 0.05
 POWER = 0.8  # of the stated detectable effect
 LONG_TAIL = 1.5  # a skewness
 # Of alpha, where a table has primary tests and others: 4% and 1%.
-PRIMARY_SHARE, OTHER_SHARE = 0.8, 0.2
+PRIMARY_SHARE = 0.8
+OTHER_SHARE = 0.2
 Limits = tuple[float, float]
 # Assumed per metric: the variance of the paired difference per question (half of it is new in each
 # training), and the standard deviation of an arm's mean over seeds.
@@ -92,7 +93,7 @@ class Estimate:
     def half_width(self, alpha: float = ALPHA, mean: float = 0.0) -> float:
         """Return half the interval at level 1 - alpha; infinite with too few questions for it.
 
-        A true `mean` further out than that of the data has a variance of its own at least.
+        A hypothesised `mean` beyond the observed one implies a minimum variance.
         """
         if alpha < 2.0 ** (1 - self.questions):  # p of a sign test in which all questions agree
             return math.inf
@@ -111,17 +112,17 @@ class Estimate:
         half = self.half_width(alpha)
         if not 1e-12 < half < math.inf:
             return None
-        low, high = self.center - half, self.center + half
-        steps = 0
-        if math.isfinite(self.reach):
-            steps = 40
+        low = self.center - half
+        high = self.center + half
         # An end further out has a larger variance at least: move outwards to where both agree.
+        steps = 0 if math.isinf(self.reach) else 40
         for _ in range(steps):
             lower = self.center - self.half_width(alpha, low)
             higher = self.center + self.half_width(alpha, high)
             if max(abs(lower - low), abs(higher - high)) < 1e-9:
                 break
-            low, high = lower, higher
+            low = lower
+            high = higher
         return max(low, -self.reach), min(high, self.reach)
 
     def p(self, null: float = 0.0) -> float:
@@ -129,7 +130,9 @@ class Estimate:
         distance = abs(self.center - null)
         if distance == 0 or self.half_width() < 1e-12:  # nothing varies
             return 1.0
-        low, high = -12.0, 0.0  # log10 of alpha, halved until the interval ends at `null`
+        # Bisection of log10(alpha) until the interval ends at `null`.
+        low = -12.0
+        high = 0.0
         for _ in range(50):
             middle = (low + high) / 2
             if self.half_width(10**middle, null) > distance:
@@ -152,13 +155,13 @@ class Estimate:
         shrunk = (n + self.added) / n  # the added questions draw the mean towards zero
         d = self._width(of_questions, of_seeds, self.var_plain * shrunk**2, alpha)
         if self.added:
-            # d^2 is this width squared at the d that the data have, plus `grows` for each unit of d
-            # further out and minus `falls` for each of d^2: solved for d.
-            seen = math.sqrt(max(self.value**2 - self.var_plain, 0.0))  # d that the data have
-            alike = max(0.0, 1 - 2 * (self.var_plain * n + self.value**2) / self.size**2)
-            grows = (of_questions * shrunk) ** 2 / n * alike * self.size
+            # d^2 is this width squared at the observed d, plus `grows` for each unit of d further
+            # out and minus `falls` for each of d^2: solved for d.
+            observed = math.sqrt(max(self.value**2 - self.var_plain, 0.0))
+            share_alike = max(0.0, 1 - 2 * (self.var_plain * n + self.value**2) / self.size**2)
+            grows = (of_questions * shrunk) ** 2 / n * share_alike * self.size
             falls = (of_questions * shrunk) ** 2 / n / self.seeds
-            fixed = max(0.0, d * d - grows * seen + falls * seen * seen)
+            fixed = max(0.0, d * d - grows * observed + falls * observed * observed)
             d = (grows + math.sqrt(grows**2 + 4 * (1 + falls) * fixed)) / 2 / (1 + falls)
         if d <= 1e-12:
             return math.inf
@@ -181,7 +184,9 @@ def estimate(table: NDArray[np.float64], questions: ArrayLike, reach: float = ma
     # A question with more items weighs more (linearised mean). A few large ones show only a part of
     # the variance, and give fewer degrees of freedom (Bell and McCaffrey 2002).
     weights = sizes / sizes.sum()
-    second, third, fourth = (float((weights**power).sum()) for power in (2, 3, 4))
+    second = float((weights**2).sum())
+    third = float((weights**3).sum())
+    fourth = float((weights**4).sum())
     seen_part = 1.0
     if count > 1:
         seen_part = (1 + second - 2 * third / second) / (1 - 1 / count)
@@ -266,8 +271,11 @@ class Comparison:
 
     def p_within(self, margin: float) -> Limits:
         """Return the doubled one-sided p of a mean below -margin, and of one above margin."""
-        low = max(case.p(-margin) if case.center > -margin else 1.0 for case in self._cases)
-        high = max(case.p(margin) if case.center < margin else 1.0 for case in self._cases)
+        low = 0.0
+        high = 0.0
+        for case in self._cases:
+            low = max(low, case.p(-margin) if case.center > -margin else 1.0)
+            high = max(high, case.p(margin) if case.center < margin else 1.0)
         return low, high
 
     def interval(self, alpha: float = ALPHA) -> Limits | None:
@@ -283,8 +291,8 @@ class Comparison:
         """Return the difference found with 80% probability if all open items count against it."""
         if not self.share:
             return math.inf
-        known = self.share * self.resolved.value
-        effects = [case.mde(alpha) + abs(known - case.value) for case in self._cases[-2:]]
+        expected = self.share * self.resolved.value
+        effects = [case.mde(alpha) + abs(expected - case.value) for case in self._cases[-2:]]
         return max(effects) / self.share
 
 
@@ -302,8 +310,8 @@ def compare(
     )
     labels = np.asarray(questions)
     has_value = np.isfinite(a) & np.isfinite(b)
-    known = has_value.all(axis=0)
-    unknown = int((~known).sum())
+    is_resolved = has_value.all(axis=0)
+    unresolved = int((~is_resolved).sum())
     reach = math.inf
     if scale is not None:
         # The second arm may be a constant in the middle of the scale, which limits the reach.
@@ -311,22 +319,22 @@ def compare(
         if (b == b.flat[0]).all():
             rival = float(b.flat[0])
         reach = max(scale[1] - rival, rival - scale[0])
-    if not unknown:
+    if not unresolved:
         case = estimate(a - b, labels, reach)
         return Comparison(resolved=case, worst=case, best=case)
     if scale is None:
-        raise ValueError(f"{unknown} items have no value on a scale without bounds")
+        raise ValueError(f"{unresolved} items have no value on a scale without bounds")
     lowest, highest = scale
     worst = estimate(_filled(a, lowest) - _filled(b, highest), labels, reach)
     best = estimate(_filled(a, highest) - _filled(b, lowest), labels, reach)
     resolved = worst
-    if known.any():
-        resolved = estimate((a - b)[:, known], labels[known], reach)
+    if is_resolved.any():
+        resolved = estimate((a - b)[:, is_resolved], labels[is_resolved], reach)
     return Comparison(
         resolved=resolved,
         worst=worst,
         best=best,
-        unresolved=unknown,
+        unresolved=unresolved,
         share=float(has_value.mean()),
     )
 
@@ -341,20 +349,21 @@ def adjust(ps: Sequence[float], primary: Sequence[bool]) -> list[float]:
     adjusted = [1.0] * len(ps)
     has_both = any(primary) and not all(primary)
     for family, share in ((True, PRIMARY_SHARE), (False, OTHER_SHARE)):
-        members = [place for place, is_primary in enumerate(primary) if is_primary == family]
+        members = [index for index, is_primary in enumerate(primary) if is_primary == family]
         members.sort(key=ps.__getitem__)
         level = share if has_both else 1.0
         worst = 0.0
-        for rank, place in enumerate(members):
-            worst = max(worst, ps[place] * (len(members) - rank) / level)
-            adjusted[place] = min(1.0, worst)
+        for rank, index in enumerate(members):
+            worst = max(worst, ps[index] * (len(members) - rank) / level)
+            adjusted[index] = min(1.0, worst)
     return adjusted
 
 
 def mean_interval(values: ArrayLike, questions: ArrayLike, scale: Limits | None) -> Limits | None:
     """Return the 95% interval of one arm's mean (on a bounded scale Agresti and Coull 1998)."""
     table = np.atleast_2d(np.asarray(values, dtype=float))
-    middle, reach = 0.0, math.inf
+    middle = 0.0
+    reach = math.inf
     if scale is not None:
         middle = sum(scale) / 2
         reach = (scale[1] - scale[0]) / 2
