@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations
 
 import pytest
@@ -95,6 +96,19 @@ def test_a_bad_study_is_answered_with_its_line(study_folder, capsys):
     with pytest.raises(RecipeErrors, match=r"(?s)train.sede.*r9\.yaml.*no\.yaml"):
         load_study(file)
     assert not wrong
+
+
+def test_check_says_that_one_arm_without_a_base_is_compared_with_nothing(study_folder, capsys):
+    file = study_folder / "tiny.yaml"
+    text = file.read_text()
+    for alone in ("include_base: true", "include_base: false"):
+        without_r8 = re.sub(r"(?m)^  r8: .*\n", "", text)
+        file.write_text(re.sub(r"(?m)^include_base: .*\n", "", without_r8) + f"{alone}\n")
+        code = main(["check", str(file)])
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        warned = "one arm without a base: the report will compare nothing" in said.out + said.err
+        assert warned == (alone == "include_base: false")
 
 
 def test_words_of_the_command_line_change_the_study_and_win_over_every_arm(study_folder):

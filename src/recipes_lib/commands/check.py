@@ -80,6 +80,9 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
 
         study = load_study(path)
         yield from unmet(study, study.arms)
+        if len(study.arms) == 1 and not study.file.include_base:
+            title = "warning: one arm without a base: the report will compare nothing"
+            notes.append(RecipeError(title, "add an arm, or set include_base: true", file=path))
         notes.extend(_warnings([arm.recipe for arm in study.arms], study.evals, full))
         if full:
             for arm in study.arms:
