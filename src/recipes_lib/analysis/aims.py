@@ -108,6 +108,11 @@ class Aims:
     primary: str | None = None
     margins: Mapping[str, Margin] = field(default_factory=dict)
 
+    @property
+    def named(self) -> list[str]:
+        """The metrics that are named here, the primary one first."""
+        return list(dict.fromkeys(filter(None, [self.primary, *self.margins])))
+
     def margin_of(self, metric: str) -> Margin | None:
         """Return the margin of a metric: that of the longest name it has here."""
         words = [word for word in self.margins if is_named(word, metric)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeAlias
 
@@ -26,7 +26,7 @@ from recipes_lib.analysis.pairs import (
 )
 from recipes_lib.analysis.runs import ArmRuns, Arms, question_of
 from recipes_lib.core.terminal import count
-from recipes_lib.evals.log import Metric
+from recipes_lib.evals.log import Metric, Sample
 from recipes_lib.evals.suites import UNIT_SCALES
 from recipes_lib.stats import (
     ALPHA,
@@ -41,7 +41,8 @@ from recipes_lib.stats import (
 
 FEWEST_QUESTIONS = 6  # five that all agree have p = 0.06
 FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample
-MANY_TESTS, FEWEST_OF_MANY = 20, 30
+MANY_TESTS = 20
+FEWEST_OF_MANY = 30  # questions of a row, where many tests are corrected together
 _Key = tuple[tuple[str, str, str], str | None]  # eval, task, metric; opponent
 _Item = tuple[str, int]  # question, turn
 _Values: TypeAlias = NDArray[np.float64]
@@ -117,14 +118,14 @@ class TableRow:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values."""
-        values = asdict(replace(self, test=None))
-        test, interval = self.test, self.interval
-        del values["test"]
+        values = dict(vars(self))
+        test = values.pop("test")
+        low, high = self.interval or (None, None)
         return values | {
             "difference": self.difference,
-            "low": interval[0] if interval else None,
-            "high": interval[1] if interval else None,
-            "p_alone": test.p if test and self.is_tested else None,
+            "low": low,
+            "high": high,
+            "p_alone": test.p if self.is_tested else None,
             "questions": test.resolved.questions if test else None,
             "unresolved": test.unresolved if test else None,
         }
@@ -176,10 +177,12 @@ def build_table(
     """
     aims = aims or Aims()
     measured = {arm.name: _metrics_of(arms, arm) for arm in arms}
-    words = {part for word in (aims.primary, *aims.margins) for part in metric_parts(word or "")}
+    # The later arm of a pair comes first; pairs with a base model come last.
+    pairs = list(itertools.combinations(sorted(arms, key=lambda arm: not arm.is_base), 2))
+    pairs.sort(key=lambda pair: pair[0].is_base)
     rows: list[TableRow] = []
-    for first, second in _pairs(arms):
-        rows += _rows(first, second, measured, words)
+    for earlier, later in pairs:
+        rows += _rows(later, earlier, measured, aims)
     for row in rows:
         row.is_stopped = is_stopped(row)
     _set_asides(rows, arms, aims)  # first: what is set aside has no margin and is not primary
@@ -187,21 +190,13 @@ def build_table(
     _set_primary(rows, aims)
     _refuse_few_of_many(rows)
     _correct(rows)
-    pairs = list(dict.fromkeys(row.arms for row in rows))
-    rows.sort(key=lambda row: (pairs.index(row.arms), not row.primary, bool(row.aside)))
-    scores = [
-        _score(arm, opponent, metrics)
-        for arm in arms
-        for (_, opponent), metrics in measured[arm.name].items()
-    ]
+    pair_order = list(dict.fromkeys(row.arms for row in rows))
+    rows.sort(key=lambda row: (pair_order.index(row.arms), not row.primary, bool(row.aside)))
+    scores = []
+    for arm in arms:
+        for (_, opponent), results in measured[arm.name].items():
+            scores.append(_score(arm, opponent, results))
     return TestedTable(tuple(rows), tuple(scores))
-
-
-def _pairs(arms: Arms) -> list[tuple[ArmRuns, ArmRuns]]:
-    """The pairs of arms, the later one first; those with a base model come last."""
-    bases_first = sorted(arms, key=lambda arm: not arm.is_base)
-    pairs = [(second, first) for first, second in itertools.combinations(bases_first, 2)]
-    return sorted(pairs, key=lambda pair: pair[1].is_base)
 
 
 def _metrics_of(arms: Arms, arm: ArmRuns) -> dict[_Key, Measured]:
@@ -217,26 +212,38 @@ def _metrics_of(arms: Arms, arm: ArmRuns) -> dict[_Key, Measured]:
 
 
 def _rows(
-    first: ArmRuns, second: ArmRuns, measured: Mapping[str, dict[_Key, Measured]], words: set[str]
-) -> Iterator[TableRow]:
-    """Yield the rows of two arms: first what was judged head to head, then what both have."""
-    of_first, of_second = measured[first.name], measured[second.name]
-    direct = set()
-    for (key, opponent), metrics in of_first.items():
+    first: ArmRuns, second: ArmRuns, measured: Mapping[str, dict[_Key, Measured]], aims: Aims
+) -> list[TableRow]:
+    """The rows of two arms: first what was judged head to head, then what both have."""
+    of_first = measured[first.name]
+    of_second = measured[second.name]
+    rows = []
+    head_to_head = set()
+    for (key, opponent), results in of_first.items():
         if opponent == second.name:
-            direct.add(key)
-            yield _head_to_head(first, second, metrics, turned=False)
-    for (key, opponent), metrics in of_second.items():
-        if opponent == first.name and key not in direct:
-            direct.add(key)
-            yield _head_to_head(first, second, metrics, turned=True)
-    both = {(key[0], key[2]) for key, _ in of_first.keys() & of_second.keys()}  # eval and metric
-    for (key, opponent), metrics in of_first.items():
-        other = of_second.get((key, opponent))
-        beside = key in direct or opponent in (first.name, second.name)
-        stood_for = (key[0], metrics[0][1].instead_of) in both and key[2] not in words
-        if other and not stood_for and not (beside and opponent in measured):
-            yield _side_by_side(first, second, opponent, metrics, other)
+            head_to_head.add(key)
+            rows.append(_head_to_head(first, second, results, turned=False))
+    for (key, opponent), results in of_second.items():
+        if opponent == first.name and key not in head_to_head:
+            head_to_head.add(key)
+            rows.append(_head_to_head(first, second, results, turned=True))
+    common_keys = of_first.keys() & of_second.keys()
+    common_metrics = {(eval, metric) for (eval, _, metric), _ in common_keys}
+    named_parts = {part for word in aims.named for part in metric_parts(word)}
+    for (key, opponent), results in of_first.items():
+        other_results = of_second.get((key, opponent))
+        if other_results is None:
+            continue
+        eval, _, metric = key
+        is_replaced = (eval, results[0][1].instead_of) in common_metrics
+        if is_replaced and metric not in named_parts:
+            continue
+        # Between two arms that were judged head to head, a detour over a third arm says less.
+        was_judged_directly = key in head_to_head or opponent in (first.name, second.name)
+        if was_judged_directly and opponent in measured:
+            continue
+        rows.append(_side_by_side(first, second, opponent, results, other_results))
+    return rows
 
 
 def _row(
@@ -244,12 +251,12 @@ def _row(
     second: ArmRuns,
     metrics: Sequence[Metric],
     trainings: tuple[int, int],
-    **values: Any,
+    opponent: str | None,
 ) -> TableRow:
     """A row with what its metrics say."""
     metric = metrics[0]
-    units = {metric.unit for metric in metrics}
-    directions = {metric.higher_is_better for metric in metrics}
+    has_one_unit = len({metric.unit for metric in metrics}) == 1
+    has_one_direction = len({metric.higher_is_better for metric in metrics}) == 1
     return TableRow(
         metric=metric.name,
         label=metric.label,
@@ -257,14 +264,14 @@ def _row(
         suite=metric.suite,
         first=first.name,
         second=second.name,
-        unit=metric.unit if len(units) == 1 else "number",
-        higher_is_better=metric.higher_is_better if len(directions) == 1 else None,
+        unit=metric.unit if has_one_unit else "number",
+        higher_is_better=metric.higher_is_better if has_one_direction else None,
+        opponent=opponent,
         trainings=(
             0 if first.is_base else trainings[0],
             0 if second.is_base else trainings[1],
         ),
         files=_files(metrics),
-        **values,
     )
 
 
@@ -278,80 +285,92 @@ def _side_by_side(
     """Both arms on the same items; what only one of them has counts as without a verdict."""
     pairs, flags = pair_trainings(first, second, first_runs, second_runs)
     if not pairs:
-        row = _row(first, second, [metric for _, metric in first_runs], (0, 0), opponent=opponent)
+        row = _row(first, second, [metric for _, metric in first_runs], (0, 0), opponent)
         row.why_not = f"no two of their trainings met the same training of {opponent}"
         row.flags = tuple(flags)
         return row
     first_metrics = [metric for pair in pairs for metric in pair.first_metrics]
     second_metrics = [metric for pair in pairs for metric in pair.second_metrics]
-    metrics = [*first_metrics, *second_metrics]
+    metrics = first_metrics + second_metrics
     trainings = (
         len({identity_of(pair.first.run) for pair in pairs}),
         len({identity_of(pair.second.run) for pair in pairs}),
     )
-    row = _row(first, second, metrics, trainings, opponent=opponent)
-    first_asked = {sample.id for metric in first_metrics for sample in metric.samples}
-    second_asked = {sample.id for metric in second_metrics for sample in metric.samples}
-    common = first_asked & second_asked
+    row = _row(first, second, metrics, trainings, opponent)
+    first_questions = {sample.id for sample in _samples(first_metrics)}
+    second_questions = {sample.id for sample in _samples(second_metrics)}
+    common = first_questions & second_questions
     items = _items(metrics, common)
     row.n = len(items)
     if not items:
         row.first_value = _mean_reported(first_metrics)
         row.second_value = _mean_reported(second_metrics)
         row.why_not = "only totals are known, not the items behind them"
-        if first_asked and second_asked:
+        if first_questions and second_questions:
             row.why_not = "the two arms answered different questions"
         return row
-    most = max(len(first_asked), len(second_asked))
+    most = max(len(first_questions), len(second_questions))
     if len(common) < most:
         flags.append(f"{len(common)} common questions of {most}")
     row.flags = tuple(flags)
-    row.first_length = _median_length(_answers(first_metrics, common))
-    row.second_length = _median_length(_answers(second_metrics, common))
+    row.first_length = _median_length(
+        sample.answer for sample in _samples(first_metrics) if sample.id in common
+    )
+    row.second_length = _median_length(
+        sample.answer for sample in _samples(second_metrics) if sample.id in common
+    )
     values = _values_by_training([pair.first_metrics for pair in pairs], items)
     other_values = _values_by_training([pair.second_metrics for pair in pairs], items)
-    known = ~(np.isnan(values) | np.isnan(other_values)).any(axis=0)
-    scale = _scale(row.unit, values, other_values)
-    if scale is None and not known.all():
-        row.why_not = f"{count(int((~known).sum()), 'row')} without a value"
+    is_resolved = ~(np.isnan(values) | np.isnan(other_values)).any(axis=0)
+    scale = _scale(row.unit, np.concatenate([values, other_values]))
+    if scale is None and not is_resolved.all():
+        row.why_not = f"{count(int((~is_resolved).sum()), 'row')} without a value"
         return row
     row.test = compare(values, other_values, _questions(metrics, items), scale)
-    row.first_value, row.second_value = _mean(values[:, known]), _mean(other_values[:, known])
+    row.first_value = _mean(values[:, is_resolved])
+    row.second_value = _mean(other_values[:, is_resolved])
     row.why_not = _why_not(row)
     return row
 
 
 def _head_to_head(first: ArmRuns, second: ArmRuns, measured: Measured, turned: bool) -> TableRow:
     """The first arm's win rate against the second. `turned` where the second one was the target."""
-    target, rival = (second, first) if turned else (first, second)
-    kept = _each_training_once(measured, target, rival)
-    metrics = [metric for _, metric in kept]
-    trainings = (len(kept), len(kept))  # each stands once in `kept`
-    row = _row(first, second, metrics, trainings, opponent=second.name, head_to_head=True)
+    target = second if turned else first
+    rival = first if turned else second
+    metrics: list[Metric] = []
+    skipped: list[str] = []
+    trained: set[tuple[str, str]] = set()
+    for run, metric in measured:
+        # Each training counts once: two seeds that met one training are not two pairs.
+        pair = set()
+        if not target.is_base:
+            pair.add((target.name, run.name))
+        if not rival.is_base:
+            pair.add((rival.name, str(metric.opponent)))
+        if pair & trained:
+            skipped.append(f"{run.name} against {metric.opponent}")
+            continue
+        trained |= pair
+        metrics.append(metric)
+    row = _row(first, second, metrics, (len(metrics), len(metrics)), opponent=second.name)
+    row.head_to_head = True
     row.higher_is_better = True
-    others = [each for each in measured if each not in kept]
-    row.flags = left_out([f"{run.name} against {metric.opponent}" for run, metric in others])
+    row.flags = left_out(skipped)
     items = _items(metrics)
     row.n = len(items)
-    answers = [sample.answer for metric in metrics for sample in metric.samples]
-    rivals = [sample.opponent for metric in metrics for sample in metric.samples]
-    if turned:
-        answers, rivals = rivals, answers
-    row.first_length = _median_length(answers)
-    row.second_length = _median_length(rivals)
+    answers_length = _median_length(sample.answer for sample in _samples(metrics))
+    rivals_length = _median_length(sample.opponent for sample in _samples(metrics))
+    row.first_length = rivals_length if turned else answers_length
+    row.second_length = answers_length if turned else rivals_length
     values = _values(metrics, items)
-    values = 1 - values if turned else values
+    if turned:
+        values = 1 - values
     row.test = compare(values, np.full((1, len(items)), 0.5), _questions(metrics, items))
     row.first_value = _mean(values[:, ~np.isnan(values).any(axis=0)])
-    row.second_value = None if row.first_value is None else 1 - row.first_value
+    if row.first_value is not None:
+        row.second_value = 1 - row.first_value
     row.why_not = _why_not(row)
     return row
-
-
-def _answers(metrics: Sequence[Metric], questions: set[str]) -> list[str | None]:
-    """The answers of these metrics to some questions."""
-    samples = [sample for metric in metrics for sample in metric.samples]
-    return [sample.answer for sample in samples if sample.id in questions]
 
 
 def _median_length(answers: Iterable[str | None]) -> float | None:
@@ -360,35 +379,27 @@ def _median_length(answers: Iterable[str | None]) -> float | None:
     return float(median(lengths)) if lengths else None
 
 
-def _each_training_once(measured: Measured, target: ArmRuns, rival: ArmRuns) -> Measured:
-    """The results in which no training stands twice: two seeds against one are not two pairs."""
-    kept: Measured = []
-    seen: set[tuple[str, str]] = set()
-    for run, metric in measured:
-        sides = ((target, run.name), (rival, str(metric.opponent)))
-        trained = {(arm.name, name) for arm, name in sides if not arm.is_base}
-        if not trained & seen:
-            seen |= trained
-            kept.append((run, metric))
-    return kept
+def _samples(metrics: Sequence[Metric]) -> list[Sample]:
+    return [sample for metric in metrics for sample in metric.samples]
 
 
 def _items(metrics: Sequence[Metric], questions: set[str] | None = None) -> list[_Item]:
     """The items of these metrics, each once, of all or some questions."""
-    samples = (sample for metric in metrics for sample in metric.samples)
-    keys = (each.key for each in samples if questions is None or each.id in questions)
-    return list(dict.fromkeys(keys))
+    samples = _samples(metrics)
+    if questions is not None:
+        samples = [sample for sample in samples if sample.id in questions]
+    return list(dict.fromkeys(sample.key for sample in samples))
 
 
 def _values(metrics: Sequence[Metric], items: Sequence[_Item]) -> _Values:
     """The values of metrics by item; NaN where there is none."""
-    place = {item: number for number, item in enumerate(items)}
+    columns = {item: column for column, item in enumerate(items)}
     values = np.full((len(metrics), len(items)), np.nan)
     for row, metric in enumerate(metrics):
         for sample in metric.samples:
-            number = place.get(sample.key)
-            if number is not None and sample.value is not None:
-                values[row, number] = sample.value
+            column = columns.get(sample.key)
+            if column is not None and sample.value is not None:
+                values[row, column] = sample.value
     return values
 
 
@@ -399,8 +410,8 @@ def _values_by_training(trainings: Sequence[Sequence[Metric]], items: Sequence[_
 
 def _questions(metrics: Sequence[Metric], items: Sequence[_Item]) -> list[str]:
     """The question of each item: ids of one text are one."""
-    same = question_of([sample for metric in metrics for sample in metric.samples])
-    return [same.get(item[0], item[0]) for item in items]
+    question_of_id = question_of(_samples(metrics))
+    return [question_of_id.get(id, id) for id, _ in items]
 
 
 def _why_not(row: TableRow) -> str:
@@ -419,21 +430,24 @@ def _why_not(row: TableRow) -> str:
         return f"{count(questions, 'row')} are fewer than the {FEWEST_LOSSES} that losses need"
     if test.resolved.tail_against:
         return "a few rows differ far more than the others, in the other direction"
-    right = {0.0: "nothing right", 1.0: "everything right"}
-    ends = {"share": right, "grade": {1.0: "the lowest grades", 5.0: "the highest grades"}}
-    end = ends.get(row.unit, {}).get(row.first_value or 0.0)
+    ends = {}
+    if row.unit == "share":
+        ends = {0.0: "nothing right", 1.0: "everything right"}
+    elif row.unit == "grade":
+        ends = {1.0: "the lowest grades", 5.0: "the highest grades"}
+    end = ends.get(row.first_value or 0.0)
     if end and row.first_value == row.second_value and not test.unresolved:
         return f"both arms have {end}, so the questions cannot tell them apart"
     return ""
 
 
-def _scale(unit: str, *values: _Values) -> Limits | None:
+def _scale(unit: str, values: _Values) -> Limits | None:
     """The ends of a metric's scale; the weighted items of a group of tasks may lie beyond one."""
     scale = UNIT_SCALES.get(unit)
-    seen = np.concatenate([side[~np.isnan(side)] for side in values])
-    if scale is None or not seen.size:
+    known_values = values[~np.isnan(values)]
+    if scale is None or not known_values.size:
         return scale
-    return min(scale[0], float(seen.min())), max(scale[1], float(seen.max()))
+    return min(scale[0], float(known_values.min())), max(scale[1], float(known_values.max()))
 
 
 def _mean(values: _Values) -> float | None:
@@ -454,13 +468,13 @@ def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
 def _set_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
     """Set aside the tasks of a group that is tested as one mean, but for those that are named."""
     metrics = {metric.name: metric for arm in arms for run in arm.runs for metric in run.metrics}
-    group_of: dict[tuple[tuple[str, str], str, str], str] = {}
+    group_of: dict[tuple[tuple[str, str], str, str], str] = {}  # by arms, eval and task
     for row in rows:
         if row.is_tested:
             metric = metrics[row.metric]
             for part in metric.parts:
                 group_of.setdefault((row.arms, row.eval, part), metric.task)
-    named = [metric_parts(word) for word in (aims.primary, *aims.margins) if word]
+    named = [metric_parts(word) for word in aims.named]
     for row in rows:
         task = metrics[row.metric].task
         group = group_of.get((row.arms, row.eval, task))
@@ -472,8 +486,8 @@ def _set_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
 def _set_margins(rows: Sequence[TableRow], aims: Aims) -> None:
     """Set the margins of rows, and say where a margin cannot be one of its metric."""
     for row in rows:
-        margin = None if row.aside else aims.margin_of(row.metric)
-        if margin is None:
+        margin = aims.margin_of(row.metric)
+        if margin is None or row.aside:
             continue
         wrong = margin.fits(row.metric, row.unit)
         if wrong:
@@ -490,7 +504,8 @@ def _set_primary(rows: Sequence[TableRow], aims: Aims) -> None:
         return
     marked: set[tuple[str, str]] = set()
     for row in sorted(rows, key=lambda row: not row.is_tested):
-        if is_named(aims.primary, row.metric) and not row.aside and row.arms not in marked:
+        is_about_primary = is_named(aims.primary, row.metric) and not row.aside
+        if is_about_primary and row.arms not in marked:
             row.primary = True
             marked.add(row.arms)
 
@@ -524,17 +539,22 @@ def _correct_together(rows: Sequence[TableRow]) -> None:
     adjusted = adjust([row.test.p for row in rows if row.test], [row.primary for row in rows])
     for row, p in zip(rows, adjusted, strict=True):
         assert row.test is not None
-        size, share = len(rows), 1.0
+        size = len(rows)
+        share = 1.0  # of alpha
         if has_both and row.primary:
-            size, share = primaries, PRIMARY_SHARE
+            size = primaries
+            share = PRIMARY_SHARE
         elif has_both:
-            size, share = len(rows) - primaries, OTHER_SHARE
+            size = len(rows) - primaries
+            share = OTHER_SHARE
         row.p = p
         mde = row.test.mde(ALPHA * share / size)
         row.mde = mde if mde < row.test.resolved.reach else None
         if row.margin is not None:
-            low, high = (min(1.0, size / share * p) for p in row.test.p_within(row.margin))
-            row.p_margin = (low, high) if row.higher_is_better else (high, low)
+            below, above = row.test.p_within(row.margin)
+            below = min(1.0, size / share * below)
+            above = min(1.0, size / share * above)
+            row.p_margin = (below, above) if row.higher_is_better else (above, below)
 
 
 # ---- Scores ----
@@ -546,8 +566,9 @@ def _score(arm: ArmRuns, opponent: str | None, measured: Measured) -> Score:
     metric = metrics[0]
     items = _items(metrics)
     values = _values_by_training(trainings, items)
-    known = ~np.isnan(values).any(axis=0)
-    table, questions = values[:, known], list(itertools.compress(_questions(metrics, items), known))
+    is_resolved = ~np.isnan(values).any(axis=0)
+    table = values[:, is_resolved]
+    questions = list(itertools.compress(_questions(metrics, items), is_resolved))
     scale = _scale(metric.unit, table)
     return Score(
         arm=arm.name,
@@ -558,7 +579,7 @@ def _score(arm: ArmRuns, opponent: str | None, measured: Measured) -> Score:
         value=_mean(table) if items else _mean_reported(metrics),
         interval=mean_interval(table, questions, scale) if table.size else None,
         n=len(items) or metric.n,
-        unresolved=int((~known).sum()),
+        unresolved=int((~is_resolved).sum()),
         trainings=0 if arm.is_base else len(trainings),
         files=_files(metrics),
     )
