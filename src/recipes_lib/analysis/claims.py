@@ -13,11 +13,7 @@ from typing import Literal
 
 from recipes_lib.analysis.aims import Aims, Design, Margin, is_named
 from recipes_lib.analysis.answer_checks import DEGENERATE_ANSWERS
-from recipes_lib.analysis.checks import (
-    EVALUATED_DIFFERENTLY,
-    UNAUDITED,
-    find,
-)
+from recipes_lib.analysis.checks import EVALUATED_DIFFERENTLY, UNAUDITED, find
 from recipes_lib.analysis.differences import Difference, arm_differences
 from recipes_lib.analysis.findings import Finding
 from recipes_lib.analysis.row_text import (
@@ -30,12 +26,7 @@ from recipes_lib.analysis.row_text import (
 )
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.table import TableRow, TestedTable, build_table
-from recipes_lib.analysis.text import (
-    difference_text,
-    p_text,
-    question_text,
-    sentence_list,
-)
+from recipes_lib.analysis.text import difference_text, p_text, question_text, sentence_list
 from recipes_lib.core.terminal import count
 from recipes_lib.stats import ALPHA
 
@@ -61,25 +52,30 @@ class Claim:
     one_recipe: bool = False
     cause: tuple[Difference, ...] = ()
     no_cause: str = ""
-    remarks: tuple[Finding, ...] = ()  # what stops no sentence, and stands in it
-    unaudited: bool = False
+    remarks: tuple[str, ...] = ()  # sentences about what stops no claim
 
     @property
     def says(self) -> str:
         """The verdict in a word or two, for tables."""
-        if self.verdict == "not shown" and self.within:
+        if not self.within:
+            return self.verdict
+        if self.verdict == "not shown":
             return self.within
-        return f"{self.verdict}, {self.within}" if self.within else self.verdict
+        return f"{self.verdict}, {self.within}"
 
     def worse_than(self, arm: str) -> bool:
         """Return whether the other arm tests as worse than `arm`, whatever stops the sentence."""
-        return _direction(self.row) == (-1 if self.row.second == arm else 1)
+        if self.row.second == arm:
+            return _direction(self.row) < 0
+        return _direction(self.row) > 0
 
     def not_worse_than(self, arm: str) -> bool:
         """Return whether the other arm is shown not to be worse than `arm` within the margin."""
-        first = self.row.second == arm
-        better = self.verdict in (("better", "higher") if first else ("worse", "lower"))
-        return better or self.within in ("equivalent", "not worse" if first else "not better")
+        if self.within == "equivalent":
+            return True
+        if self.row.second == arm:
+            return self.verdict in ("better", "higher") or self.within == "not worse"
+        return self.verdict in ("worse", "lower") or self.within == "not better"
 
     @property
     def sentence(self) -> str:
@@ -88,10 +84,8 @@ class Claim:
         if self.verdict in ("no verdict", "not tested"):
             return text
         text += lengths_text(self.row)
-        for finding in self.remarks:
-            text += f" {finding.title}."
-        if self.unaudited:
-            text += " Its judge was not audited."
+        for remark in self.remarks:
+            text += f" {remark}"
         return text
 
 
@@ -121,9 +115,9 @@ class Conclusion:
         if self.waiting:
             return [self.waiting]
         absent = [finding for finding in self.findings if finding.code == NO_SUCH_METRIC]
-        of_all = [finding for finding in absent if not finding.arms]
-        if of_all:
-            return [f"No answer: {_inside(finding.title)}." for finding in of_all]
+        of_all_pairs = [finding for finding in absent if not finding.arms]
+        if of_all_pairs:
+            return [f"No answer: {_inside(finding.title)}." for finding in of_all_pairs]
         of_pair = {finding.arms: finding for finding in absent}
         sentences = []
         for pair, claims in self.pairs.items():
@@ -138,7 +132,8 @@ class Conclusion:
     def cannot_say(self) -> list[str]:
         """What prevents a verdict or an answer, each with its fix."""
         stops = [finding for finding in self.findings if finding.code == NO_SUCH_METRIC]
-        stops += [finding for claim in self.claims for finding in claim.stopped_by]
+        for claim in self.claims:
+            stops += claim.stopped_by
         lines = [self.descriptive] if self.descriptive else []
         for finding in stops:
             line = f"{finding.title}."
@@ -152,10 +147,13 @@ class Conclusion:
         """Return everything as plain values, for JSON."""
         rows = []
         for claim in self.claims:
-            row = claim.row.to_dict() | {"verdict": claim.verdict, "within": claim.within}
+            row = claim.row.to_dict()
+            row["verdict"] = claim.verdict
+            row["within"] = claim.within
             row["stopped_by"] = [finding.code for finding in claim.stopped_by]
             row["cause"] = [difference.what for difference in claim.cause]
-            rows.append(row | {"sentence": claim.sentence})
+            row["sentence"] = claim.sentence
+            rows.append(row)
         return {
             "question": self.question,
             "answer": self.answer,
@@ -163,17 +161,17 @@ class Conclusion:
             "alpha": ALPHA,
             "tests": self.table.tests,
             "rows": rows,
-            "scores": [*map(asdict, self.table.scores)],
-            "findings": [*map(asdict, self.findings)],
+            "scores": [asdict(score) for score in self.table.scores],
+            "findings": [asdict(finding) for finding in self.findings],
         }
 
 
 def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None) -> Conclusion:
     """Return the table with its findings, and what may be said; no cause without a design."""
-    findings = tuple(find(arms, design))
+    findings = find(arms, design)
     errors = [finding for finding in findings if finding.severity == "error"]
     table = build_table(arms, aims, lambda row: any(error.touches(row) for error in errors))
-    descriptive = why_descriptive(design)
+    descriptive = _why_descriptive(design)
     names = sentence_list([arm.name for arm in arms])
     question = question_text(design.question) if design else f"How do {names} compare?"
     if design is not None and design.missing and table.rows:
@@ -184,60 +182,59 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         left = count(len(design.missing), "training or result")
         return Conclusion(
             question=question,
-            table=TestedTable((), tuple(without_intervals)),
-            findings=findings,
+            table=TestedTable(rows=(), scores=tuple(without_intervals)),
+            findings=tuple(findings),
             claims=(),
             descriptive=descriptive,
             waiting=f"Interim: {left} still missing. The arms are compared when all are there.",
         )
     if aims and table.rows and not descriptive:
-        findings = (*absent_metrics(table, aims), *findings)
-    between = {
-        row.arms: arm_differences(arms[row.first], arms[row.second], design) for row in table.rows
-    }
+        findings = _absent_metrics(table, aims) + findings
+    differences: dict[tuple[str, str], list[Difference]] = {}
+    for first, second in dict.fromkeys(row.arms for row in table.rows):
+        differences[first, second] = arm_differences(arms[first], arms[second], design)
     claims = []
     for row in table.rows:
         touching = [finding for finding in findings if finding.touches(row)]
-        claim = _shown(row, touching, between[row.arms], design, descriptive)
-        unaudited = any(finding.code == UNAUDITED for finding in touching)
-        remarks = _remarks(claim, touching)
-        claims.append(replace(claim, remarks=remarks, unaudited=unaudited))
+        claim = _claim(row, touching, differences[row.arms], design, descriptive)
+        claims.append(replace(claim, remarks=_remarks(claim, touching)))
     return Conclusion(
         question=question,
         table=table,
-        findings=findings,
+        findings=tuple(findings),
         claims=tuple(claims),
         descriptive=descriptive,
         margins=aims.margins if aims else {},
     )
 
 
-def absent_metrics(table: TestedTable, aims: Aims) -> list[Finding]:
-    """Return an error for a primary metric or a margin that no row is about.
+def _absent_metrics(table: TestedTable, aims: Aims) -> list[Finding]:
+    """An error for a primary metric or a margin that no row is about.
 
     It stops the answer, which would be about another metric, and no row: each is about its own.
     """
-    known = dict.fromkeys(row.metric for row in table.rows)
-    remedy = f"name a metric that the table has: {sentence_list([*known])}"
+    metrics = list(dict.fromkeys(row.metric for row in table.rows))
+    remedy = f"name a metric that the table has: {sentence_list(metrics)}"
     findings = []
-    for word in dict.fromkeys(filter(None, (aims.primary, *aims.margins))):
-        if not any(is_named(word, metric) for metric in known):
-            what = "the primary metric" if word == aims.primary else "which has a margin"
-            findings.append(
-                Finding(
-                    code=NO_SUCH_METRIC,
-                    severity="error",
-                    title=f"No row of the table is about {word}, {what}",
-                    remedy=remedy,
-                    metrics=(word,),
-                )
-            )
+    for word in aims.named:
+        if any(is_named(word, metric) for metric in metrics):
+            continue
+        role = "the primary metric" if word == aims.primary else "which has a margin"
+        finding = Finding(
+            code=NO_SUCH_METRIC,
+            severity="error",
+            title=f"No row of the table is about {word}, {role}",
+            remedy=remedy,
+            metrics=(word,),
+        )
+        findings.append(finding)
     if findings or not aims.primary:
         return findings
     with_primary = {row.arms for row in table.rows if is_named(aims.primary, row.metric)}
-    pairs = dict.fromkeys(row.arms for row in table.rows)
-    return [
-        Finding(
+    for pair in dict.fromkeys(row.arms for row in table.rows):
+        if pair in with_primary:
+            continue
+        finding = Finding(
             code=NO_SUCH_METRIC,
             severity="error",
             title=f"{pair[0]} and {pair[1]} share no {aims.primary}, the primary metric",
@@ -245,34 +242,35 @@ def absent_metrics(table: TestedTable, aims: Aims) -> list[Finding]:
             arms=pair,
             metrics=(aims.primary,),
         )
-        for pair in pairs
-        if pair not in with_primary
-    ]
+        findings.append(finding)
+    return findings
 
 
-def why_descriptive(design: Design | None) -> str:
-    """Return why no row of a study has a verdict, or nothing."""
+def _why_descriptive(design: Design | None) -> str:
+    """Why no row of a study has a verdict, or nothing."""
     if design is None:
         return ""
     if design.changed:
         changes = sentence_list(design.changed, 3)
+        reason = "this design is not shown to have stood before results were seen"
         remedy = "a new study name, with new seeds or questions, can have verdicts again"
-        what = "this design is not shown to have stood before results were seen"
-        return f"Exploratory: {what} ({changes}); {remedy}."
-    if design.missing:
-        remedy = f" Fix: {design.command}." if design.command else ""
-        return f"Interim: {sentence_list(design.missing, 3)} still missing.{remedy}"
-    return ""
+        return f"Exploratory: {reason} ({changes}); {remedy}."
+    if not design.missing:
+        return ""
+    line = f"Interim: {sentence_list(design.missing, 3)} still missing."
+    if design.command:
+        line += f" Fix: {design.command}."
+    return line
 
 
-def _shown(
+def _claim(
     row: TableRow,
     touching: Sequence[Finding],
-    between: Sequence[Difference],
+    differences: Sequence[Difference],
     design: Design | None,
     descriptive: str,
 ) -> Claim:
-    """What a row shows; `between` is what differs between its arms."""
+    """What a row shows, with the findings that touch it and the differences between its arms."""
     if row.aside:
         return Claim(row=row, verdict="not tested")
     stopped_by = tuple(finding for finding in touching if finding.severity == "error")
@@ -282,66 +280,75 @@ def _shown(
     within = _within(row)
     if not direction:
         return Claim(row=row, verdict="not shown", within=within)
-    both_trained = min(row.trainings) > 0
-    is_one_recipe = all(difference.level == "note" for difference in between)
-    one_recipe = both_trained and design is not None and is_one_recipe
+    # Only of two trained arms of a study it is known what was meant to differ.
+    has_causes = min(row.trainings) > 0 and design is not None
+    one_recipe = has_causes and all(difference.level == "note" for difference in differences)
     verdict: Verdict
     if one_recipe or not row.has_several_trainings:
         verdict = "higher" if direction > 0 else "lower"
         return Claim(row=row, verdict=verdict, within=within, one_recipe=one_recipe)
     verdict = "better" if direction > 0 else "worse"
     claim = Claim(row=row, verdict=verdict, within=within)
-    if not both_trained or design is None:
+    if not has_causes:
         return claim
-    no_cause = _why_no_cause(touching, between)
+    no_cause = _why_no_cause(touching, differences)
     if no_cause:
         return replace(claim, no_cause=no_cause)
-    declared = [difference for difference in between if difference.level in ("cause", "tuned")]
+    declared = [difference for difference in differences if difference.level in ("cause", "tuned")]
     return replace(claim, cause=tuple(declared))
 
 
-def _why_no_cause(touching: Sequence[Finding], between: Sequence[Difference]) -> str:
+def _why_no_cause(touching: Sequence[Finding], differences: Sequence[Difference]) -> str:
     """Why a difference between two arms cannot be laid to the declared keys, or nothing."""
+    different: list[str] = []
+    unrecorded: list[str] = []
+    for difference in differences:
+        if difference.level == "confound":
+            names = unrecorded if difference.is_unknown else different
+            names.append(difference.what)
     reasons = []
-    confounds = [difference for difference in between if difference.level == "confound"]
-    known = [difference.what for difference in confounds if not difference.is_unknown]
-    unknown = [difference.what for difference in confounds if difference.is_unknown]
-    if known:
-        reasons.append(f"they also differ in {sentence_list(known, 4)}")
-    if unknown:
-        reasons.append(f"neither has a record of its {sentence_list(unknown)}")
-    # `undeclared-difference` says in other words what `between` has
-    others = [finding for finding in touching if finding.code != "undeclared-difference"]
-    reasons += [_inside(finding.title) for finding in others if finding.severity == "confound"]
+    if different:
+        reasons.append(f"they also differ in {sentence_list(different, 4)}")
+    if unrecorded:
+        reasons.append(f"neither has a record of its {sentence_list(unrecorded)}")
+    for finding in touching:
+        # `undeclared-difference` says in other words what `differences` has
+        if finding.severity == "confound" and finding.code != "undeclared-difference":
+            reasons.append(_inside(finding.title))
     return "; ".join(reasons)
 
 
-def _remarks(claim: Claim, touching: Sequence[Finding]) -> tuple[Finding, ...]:
+def _remarks(claim: Claim, touching: Sequence[Finding]) -> tuple[str, ...]:
     """What a reader of the sentence alone must know; "no cause is named" has its reasons."""
-    in_sentence = {DEGENERATE_ANSWERS}
+    codes = {DEGENERATE_ANSWERS}
     if not claim.no_cause:
-        in_sentence.add(EVALUATED_DIFFERENTLY)
-    return tuple(finding for finding in touching if finding.code in in_sentence)
+        codes.add(EVALUATED_DIFFERENTLY)
+    remarks = [f"{finding.title}." for finding in touching if finding.code in codes]
+    if any(finding.code == UNAUDITED for finding in touching):
+        remarks.append("Its judge was not audited.")
+    return tuple(remarks)
 
 
 def _direction(row: TableRow) -> int:
     """1 where the first arm tests as better, -1 where it tests as worse, 0 where neither is."""
-    interval = row.interval
-    if not row.is_tested or row.p is None or row.p > ALPHA or not row.difference or not interval:
+    if not row.is_tested or row.p is None or row.p > ALPHA:
         return 0
-    return 1 if (row.difference > 0) == bool(row.higher_is_better) else -1
+    difference = row.difference
+    if not difference or row.interval is None:
+        return 0
+    return 1 if (difference > 0) == bool(row.higher_is_better) else -1
 
 
 def _within(row: TableRow) -> Within:
     """What is shown about the margin."""
     if row.p_margin is None:
         return ""
-    not_worse, not_better = (p <= ALPHA for p in row.p_margin)
-    if not_worse and not_better:
+    p_not_worse, p_not_better = row.p_margin
+    if max(row.p_margin) <= ALPHA:
         return "equivalent"
-    if not_worse:
+    if p_not_worse <= ALPHA:
         return "not worse"
-    if not_better:
+    if p_not_better <= ALPHA:
         return "not better"
     return ""
 
@@ -351,7 +358,9 @@ def _within(row: TableRow) -> Within:
 
 def _sentence(claim: Claim) -> str:
     row = claim.row
-    first, second, where = row.first, row.second, where_text(row)
+    first = row.first
+    second = row.second
+    where = where_text(row)
     if claim.verdict == "not tested":
         return f"{first} and {second} are not tested in {where}: {row.aside}."
     if claim.descriptive and row.test is not None:
@@ -383,7 +392,9 @@ def _sentence(claim: Claim) -> str:
 
 def _not_shown(claim: Claim, numbers: str) -> str:
     row = claim.row
-    first, second, where = row.first, row.second, where_text(row)
+    first = row.first
+    second = row.second
+    where = where_text(row)
     margin = difference_text(row.margin, row.unit, signed=False)
     if row.head_to_head and row.margin is not None:
         margin = f"{margin} of 50%"
@@ -392,19 +403,18 @@ def _not_shown(claim: Claim, numbers: str) -> str:
         return f"{first} and {second} are equivalent within {margin} in {where}: {numbers}.{after}"
     if claim.within:
         word = "worse" if claim.within == "not worse" else "better"
-        what = f"{first} is not {word} than {second} by more than {margin} in {where}"
-        return f"{what}: {numbers}.{after}"
-    alone = row.test.p if row.test else 1.0
-    if alone <= ALPHA:
+        bound = f"by more than {margin} in {where}"
+        return f"{first} is not {word} than {second} {bound}: {numbers}.{after}"
+    if row.test and row.test.p <= ALPHA:
         return (
             f"Not enough for a verdict about {first} and {second} in {where}: {numbers}."
-            f" On its own it has {p_text(alone)}; this table has {count(row.tests, 'test')}."
+            f" On its own it has {p_text(row.test.p)}; this table has {count(row.tests, 'test')}."
         )
     power = ""
     if row.mde is not None:
         size = difference_text(row.mde, row.unit, signed=False)
-        what = f"win rate {size} from 50%" if row.head_to_head else f"true difference of {size}"
-        power = f" 80% of such studies would find a {what}."
+        effect = f"win rate {size} from 50%" if row.head_to_head else f"true difference of {size}"
+        power = f" 80% of such studies would find a {effect}."
     return f"No difference shown between {first} and {second} in {where}: {numbers}.{power}"
 
 
@@ -412,8 +422,8 @@ def _cause(claim: Claim) -> str:
     row = claim.row
     if claim.no_cause:
         return f" No cause is named: {claim.no_cause}."
-    declared = [each.text for each in claim.cause if each.level == "cause"]
-    tuned = [each.text for each in claim.cause if each.level == "tuned"]
+    declared = [difference.text for difference in claim.cause if difference.level == "cause"]
+    tuned = [difference.text for difference in claim.cause if difference.level == "tuned"]
     if not declared:
         return ""
     only = f"Only {sentence_list(declared, 4)} differ"
