@@ -30,12 +30,18 @@ _BEST = "train.load_best_model_at_end"
 _CHECKPOINT_CHOICE = ("eval_steps", "save_steps", "eval_strategy", "save_strategy", "eval_on_start")
 # They decide how the same mathematics is cut into pieces, or where a job runs.
 _SAME_MATHEMATICS = (
-    *("train.activation_checkpointing", "train.activation_checkpointing_kwargs"),
-    *("train.gradient_checkpointing", "train.gradient_checkpointing_kwargs"),
-    *("train.per_device_train_batch_size", "train.per_device_eval_batch_size"),
+    "train.activation_checkpointing",
+    "train.activation_checkpointing_kwargs",
+    "train.gradient_checkpointing",
+    "train.gradient_checkpointing_kwargs",
+    "train.per_device_train_batch_size",
+    "train.per_device_eval_batch_size",
     "train.gradient_accumulation_steps",
-    *("train.ddp_find_unused_parameters", "train.torch_compile"),
-    *("launch.accelerate", "launch.gpus", "launch.nodes"),
+    "train.ddp_find_unused_parameters",
+    "train.torch_compile",
+    "launch.accelerate",
+    "launch.gpus",
+    "launch.nodes",
 )
 _OF_BATCH = (
     "train.per_device_train_batch_size",
@@ -47,10 +53,8 @@ _DATA = ("data", "data.source", "data.split", "data.max_examples", "data.filters
 _MODEL = ("model", "model.name_or_path", "model.revision")
 _PROMPT = ("data", "data.prompt_format", "data.chat_template", "data.chat_template_kwargs")
 _LAUNCH = ("launch", "launch.accelerate", "launch.gpus", "launch.world_size")
-_OF_STEPS = (
-    *(*_DATA, *_OF_BATCH, _GLOBAL_BATCH),
-    *("train.num_train_epochs", "train.max_steps", "train.max_length", "train.packing"),
-)
+_LENGTH = ("train.num_train_epochs", "train.max_steps", "train.max_length", "train.packing")
+_OF_STEPS = (_GLOBAL_BATCH, *_DATA, *_OF_BATCH, *_LENGTH)
 NOT_RECORDED = "not recorded"
 # Every training writes these (run.json's guard and environment.json), with the keys by which a
 # factor declares them. Where a file is gone, nobody knows whether two arms were alike in them.
@@ -84,31 +88,46 @@ class Difference:
         return f"{self.what} ({self.first} against {self.second})"
 
 
+@dataclass(frozen=True)
+class _Fact:
+    """Something that a run recorded, with the keys by which a factor declares it."""
+
+    value: Any
+    keys: Sequence[str] = ()
+
+
 def arm_differences(
     first: ArmRuns, second: ArmRuns, design: Design | None = None
 ) -> list[Difference]:
     """Return what differs between two trained arms, first the recipes' keys."""
     if first.is_base or second.is_base:
         return []
-    values, other_values = (_with_batch(arm_values(arm, design)) for arm in (first, second))
+    values = _with_batch(arm_values(first, design))
+    other_values = _with_batch(arm_values(second, design))
     differences = []
     for key in dict.fromkeys([*values, *other_values]):
-        value, other_value = (_value(key, each) for each in (values, other_values))
+        value = _value(key, values)
+        other_value = _value(key, other_values)
         if value != other_value and not key.startswith("tune."):
-            level = _level(key, values, other_values, design)
-            texts = setting_text(value), setting_text(other_value)
-            differences.append(Difference(key, *texts, level))
+            difference = Difference(
+                what=key,
+                first=setting_text(value),
+                second=setting_text(other_value),
+                level=_level(key, values, other_values, design),
+            )
+            differences.append(difference)
     facts = _facts_of_arm(first, design)
     other_facts = _facts_of_arm(second, design)
-    for what in {**facts, **other_facts}:
-        known = facts.get(what, {NOT_RECORDED})
-        other_known = other_facts.get(what, {NOT_RECORDED})
+    for name in facts | other_facts:
+        texts = facts.get(name, {NOT_RECORDED})
+        other_texts = other_facts.get(name, {NOT_RECORDED})
         # What an arm must record and one of its runs did not may differ, in both arms too.
-        if known != other_known or NOT_RECORDED in known:
+        if texts != other_texts or NOT_RECORDED in texts:
+            # Only here, after they were compared whole, are long values cut.
             difference = Difference(
-                what=what,
-                first=_shown_values(known),
-                second=_shown_values(other_known),
+                what=name,
+                first=" and ".join(setting_text(text) for text in sorted(texts)),
+                second=" and ".join(setting_text(text) for text in sorted(other_texts)),
                 level="confound",
             )
             differences.append(difference)
@@ -117,22 +136,21 @@ def arm_differences(
 
 def _facts_of_arm(arm: ArmRuns, design: Design | None) -> dict[str, set[str]]:
     """What the runs of an arm recorded and no factor declares: the whole values, each once."""
-    facts_by_run = [recorded_facts(run) for run in arm.runs]
-    names = dict.fromkeys([*_ALWAYS_RECORDED, *(name for facts in facts_by_run for name in facts)])
-    values: dict[str, set[str]] = {}
-    for name in names:
-        keys = next((facts[name][1] for facts in facts_by_run if name in facts), ())
-        keys = keys or _ALWAYS_RECORDED.get(name, ())
-        if facts_by_run and (design is None or not design.declares(*keys)):
-            values[name] = {
-                str(facts[name][0]) if name in facts else NOT_RECORDED for facts in facts_by_run
-            }
-    return values
-
-
-def _shown_values(values: set[str]) -> str:
-    """Values as a reader sees them: long ones are cut here, after they were compared."""
-    return " and ".join(setting_text(value) for value in sorted(values))
+    facts_by_run = [_recorded_facts(run) for run in arm.runs]
+    if not facts_by_run:
+        return {}
+    keys_of_fact = dict(_ALWAYS_RECORDED)
+    for facts in facts_by_run:
+        for name, fact in facts.items():
+            keys_of_fact[name] = fact.keys
+    texts: dict[str, set[str]] = {}
+    for name, keys in keys_of_fact.items():
+        if design is not None and design.declares(*keys):
+            continue
+        texts[name] = set()
+        for facts in facts_by_run:
+            texts[name].add(str(facts[name].value) if name in facts else NOT_RECORDED)
+    return texts
 
 
 def arm_values(arm: ArmRuns, design: Design | None) -> KeyValues:
@@ -142,7 +160,8 @@ def arm_values(arm: ArmRuns, design: Design | None) -> KeyValues:
     resolved = [run.resolved for run in arm.runs if run.resolved]
     if not resolved:
         return {}
-    values = {key: value for key, value in flatten(dict(resolved[0])).items() if key not in OF_RUN}
+    flat = flatten(dict(resolved[0]))
+    values = {key: value for key, value in flat.items() if key not in OF_RUN}
     world_size = (arm.runs[0].state.get("guard") or {}).get("launch.world_size")
     if world_size is not None:
         values["launch.world_size"] = world_size
@@ -163,7 +182,8 @@ def _level(key: str, first: KeyValues, second: KeyValues, design: Design | None)
     if key != EXAMPLES_PER_STEP:
         return "cause" if design.factor_of(key) else "confound"
     sources = [key for key in (_GLOBAL_BATCH, *_OF_BATCH) if first.get(key) != second.get(key)]
-    return "cause" if sources and all(map(design.factor_of, sources)) else "confound"
+    is_declared = bool(sources) and all(design.factor_of(source) for source in sources)
+    return "cause" if is_declared else "confound"
 
 
 def changes_result(key: str, first: KeyValues, second: KeyValues) -> bool:
@@ -181,15 +201,18 @@ def _with_batch(values: KeyValues) -> KeyValues:
     if values.get(_GLOBAL_BATCH) is not None:
         return {**values, EXAMPLES_PER_STEP: int(values[_GLOBAL_BATCH])}
     factors = [_value(key, values) for key in _OF_BATCH]
-    known = None not in factors
-    return {**values, EXAMPLES_PER_STEP: math.prod(factors)} if known else values
+    if None in factors:
+        return values
+    return {**values, EXAMPLES_PER_STEP: math.prod(factors)}
 
 
 def _value(key: str, values: KeyValues) -> Any:
     """The value of a key, its default where it is absent; None in a section that is absent."""
+    if values.get(key) is not None:
+        return values[key]
     section = key.partition(".")[0]
-    if values.get(key) is not None or not any(name.startswith(f"{section}.") for name in values):
-        return values.get(key)
+    if not any(name.startswith(f"{section}.") for name in values):
+        return None
     return keys_of(RecipeFile).get(key, {}).get("default")
 
 
@@ -198,44 +221,51 @@ def _value(key: str, values: KeyValues) -> Any:
 
 def base_weights(run: Run) -> str:
     """Return the hash of the weights that a training began with; of a base, of those it is."""
-    known = run.state.get("base_fingerprint")
-    known = known or (run.state.get("weights_check") or {}).get("base_fingerprint")
+    records = [run.state, run.state.get("weights_check") or {}]
     for name in ("adapter", "model"):
         with suppress(DataError):
-            record = read_object(run.folder / name / "weights_check.json")
-            known = known or record.get("base_fingerprint")
-    return str(known or "")[:12]
+            records.append(read_object(run.folder / name / "weights_check.json"))
+    for record in records:
+        if record.get("base_fingerprint"):
+            return str(record["base_fingerprint"])[:12]
+    return ""
 
 
 def code_text(git: Mapping[str, Any] | None) -> str:
     """Return the commit that wrote something; nothing where it is not known."""
-    commit = str((git or {}).get("commit") or "")[:12]
-    return f"{commit} with changes" if commit and (git or {}).get("dirty") else commit
+    git = git or {}
+    commit = str(git.get("commit") or "")[:12]
+    if commit and git.get("dirty"):
+        return f"{commit} with changes"
+    return commit
 
 
-def recorded_facts(run: Run) -> dict[str, tuple[Any, Sequence[str]]]:
-    """Return what a run recorded, each fact with the keys by which a factor declares it."""
+def _recorded_facts(run: Run) -> dict[str, _Fact]:
+    """What a run recorded, by name."""
     guard = run.state.get("guard") or {}
-    code = code_text(run.environment.get("git"))
+    summary = run.state.get("summary") or {}
     # of the hardware its class: the kinds of devices, whatever their number and memory
     devices = run.environment.get("devices") or []
     kinds = sorted({str(device).partition(",")[0] for device in devices})
-    facts: dict[str, tuple[Any, Sequence[str]]] = {
-        "training data": (str(guard.get("data_fingerprint") or "")[:12], _DATA),
-        "weights of the base": (base_weights(run), _MODEL),
-        "prompt format": (str(guard.get("prompt_format_hash") or "")[:12], _PROMPT),
-        "processes": (guard.get("launch.world_size"), _LAUNCH),
-        "distribution": (guard.get("launch.distribution"), _LAUNCH),
-        "optimizer steps": ((run.state.get("summary") or {}).get("steps"), _OF_STEPS),
-        "hardware": ("; ".join(kinds), ()),
-        "code": (f"{code} of {run.name}" if code.endswith("changes") else code, ()),
+    code = code_text(run.environment.get("git"))
+    if code.endswith("changes"):  # nobody knows which, so no two runs have the same code
+        code += f" of {run.name}"
+    facts = {
+        "training data": _Fact(str(guard.get("data_fingerprint") or "")[:12], _DATA),
+        "weights of the base": _Fact(base_weights(run), _MODEL),
+        "prompt format": _Fact(str(guard.get("prompt_format_hash") or "")[:12], _PROMPT),
+        "processes": _Fact(guard.get("launch.world_size"), _LAUNCH),
+        "distribution": _Fact(guard.get("launch.distribution"), _LAUNCH),
+        "optimizer steps": _Fact(summary.get("steps"), _OF_STEPS),
+        "hardware": _Fact("; ".join(kinds)),
+        "code": _Fact(code),
     }
     for name, part in run.splits.items():
         if isinstance(part, dict) and "count" in part:
             ids = hash_of(sorted(map(str, part.get("ids", []))))[:12]
-            facts[f"{name} rows"] = f"{part['count']} ({ids})", _DATA
+            facts[f"{name} rows"] = _Fact(f"{part['count']} ({ids})", _DATA)
     for name, version in (run.environment.get("libraries") or {}).items():
         # what evaluates is compared with the evaluations
         if name not in EVALUATION_PACKAGES:
-            facts[name] = version, ()
-    return {what: fact for what, fact in facts.items() if fact[0] not in (None, "")}
+            facts[name] = _Fact(version)
+    return {name: fact for name, fact in facts.items() if fact.value not in (None, "")}
