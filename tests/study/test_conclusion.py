@@ -21,8 +21,8 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import report as reporting
 from recipes_lib.study.config import Arm, Study, load_study
 from recipes_lib.study.lock import lock_design, read_lock
+from recipes_lib.study.progress import evaluations
 from recipes_lib.study.report import gate, report_study, without_duels
-from recipes_lib.study.run import evaluations
 from recipes_lib.study.trainings import study_folder as folder_of
 from recipes_lib.study.trainings import study_trainings
 
@@ -39,7 +39,7 @@ def file(study_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             folders[name].append(folder)
     measured = load_arms(folders)
     monkeypatch.setattr(reporting, "measured_arms", lambda study: measured)
-    monkeypatch.setattr(reporting.runs, "missing_of", lambda study: [])
+    monkeypatch.setattr(reporting.progress, "missing_of", lambda study: [])
     return study_folder / "tiny.yaml"
 
 
@@ -74,7 +74,7 @@ def test_before_the_design_is_whole_a_report_compares_no_arms(
     study = load_study(file, ["seeds=[42, 43]"])
     folder = folder_of(study)
     with monkeypatch.context() as early:
-        early.setattr(reporting.runs, "missing_of", lambda study: ["training tiny--r8"])
+        early.setattr(reporting.progress, "missing_of", lambda study: ["training tiny--r8"])
         report, missing = report_study(study)
         assert main(["study", "report", str(file), "--json"]) == ExitCode.DONE
     said = json.loads(capsys.readouterr().out)
@@ -305,10 +305,10 @@ def test_the_gate_fails_for_a_worse_arm_and_passes_for_a_better_one(file, monkey
     study = gated(file, "r8")
     code, lines = gate(study)
     assert code == ExitCode.FAILED and "r4" in lines[0]
-    monkeypatch.setattr(reporting.runs, "missing_of", lambda study: ["training tiny--r8"])
+    monkeypatch.setattr(reporting.progress, "missing_of", lambda study: ["training tiny--r8"])
     code, lines = gate(study)
     assert code == ExitCode.EVALUATION_INCOMPLETE and "next: recipes study run" in lines[-1]
-    monkeypatch.setattr(reporting.runs, "missing_of", lambda study: [])
+    monkeypatch.setattr(reporting.progress, "missing_of", lambda study: [])
     for arm in reporting.measured_arms(study):  # also where a finding stops the sentence
         for log in arm.logs:
             log.answers.__dict__["fingerprint"] = "the same"

@@ -59,7 +59,7 @@ def judge() -> Iterator[Judge]:
 def serve(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Has a served judge in the study; returns the study's file."""
     monkeypatch.setattr(running, "RECIPES", COMMAND)
-    monkeypatch.setattr(running, "evaluations", lambda study: [])
+    monkeypatch.setattr(running.progress, "evaluations", lambda study: [])
     monkeypatch.delenv("RECIPES_JUDGE_WANTED", raising=False)
 
     def write(base_url: str, **keys: object) -> Path:

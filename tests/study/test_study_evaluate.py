@@ -26,8 +26,9 @@ from recipes_lib.core.files import read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evals.log import read_eval_logs
 from recipes_lib.study.config import load_study
+from recipes_lib.study.progress import missing_of
 from recipes_lib.study.report import report_study
-from recipes_lib.study.run import StudyRunner, missing_of
+from recipes_lib.study.run import StudyRunner
 from recipes_lib.train import main as train
 
 pytestmark = pytest.mark.slow

@@ -39,7 +39,7 @@ STOPPED = "stopped; the same command continues"
 def study(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a study of two arms, of which nothing is evaluated."""
     monkeypatch.setattr(running, "RECIPES", COMMAND)
-    monkeypatch.setattr(running, "evaluations", lambda study: [])
+    monkeypatch.setattr(running.progress, "evaluations", lambda study: [])
     file = study_folder / "tiny.yaml"
     file.write_text(f"{file.read_text()}include_base: false\n")
     return file
@@ -81,7 +81,9 @@ def test_a_failing_arm_stops_no_other_and_the_same_command_trains_it_and_then_no
     # a job that only evaluates tells the training's own error too, and so does what is missing
     code, said = run(train=False)
     assert code == ExitCode.FAILED and "failed: tiny--r4 (exit code 1): no memory" in said
-    assert running.missing_of(load_study(study)) == ["training tiny--r4 (failed: no memory)"]
+    assert running.progress.missing_of(load_study(study)) == [
+        "training tiny--r4 (failed: no memory)"
+    ]
     # one that is refused before it has the run leaves the error of the attempt before
     monkeypatch.setenv("REFUSED", "r4")
     code, said = run()

@@ -15,7 +15,7 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.stats import SPREADS, compare, planned_effect
 from recipes_lib.study.config import load_study
-from recipes_lib.study.run import base_recipe, base_run
+from recipes_lib.study.progress import base_recipe, base_run
 
 Recipes = Callable[..., tuple[int, str, str]]
 

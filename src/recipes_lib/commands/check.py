@@ -76,7 +76,7 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
         yield from _recipe_faults(document, full, notes)
     elif kind == "study":
         from recipes_lib.study.config import load_study
-        from recipes_lib.study.run import unmet
+        from recipes_lib.study.progress import unmet
 
         study = load_study(path)
         yield from unmet(study, study.arms)

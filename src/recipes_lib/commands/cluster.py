@@ -21,7 +21,7 @@ from recipes_lib.jobs.records import launched
 from recipes_lib.slurm.backend import Slurm
 from recipes_lib.slurm.profile import NEW_PROFILE, known_profiles, load_profile
 from recipes_lib.study.needs import missing_needs
-from recipes_lib.study.run import raise_all
+from recipes_lib.study.progress import raise_all
 
 
 def run_launch(

@@ -11,8 +11,9 @@ from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
-from recipes_lib.study import run as studies
+from recipes_lib.study import progress
 from recipes_lib.study.config import Study, load_study
+from recipes_lib.study.run import StudyRunner
 from recipes_lib.study.trainings import study_folder, study_trainings, with_choices
 
 # section.key=value words override a value in every arm's recipe; key=value words the study's own
@@ -22,10 +23,10 @@ _StudyWord = Annotated[str, "study file or name in recipes/studies/, then overri
 def run_study_plan(study: _StudyWord, overrides: Sequence[str]) -> int:
     """Show what is left to do and what it takes; change nothing."""
     loaded = with_choices(load_study(study, overrides))
-    studies.refuse_unmet(loaded)
-    for need in studies.missing_needs_of(loaded):
+    progress.refuse_unmet(loaded)
+    for need in progress.missing_needs_of(loaded):
         print_error(f"warning: {need}")
-    say(*studies.plan_lines(loaded))
+    say(*progress.plan_lines(loaded))
     return _next("run", loaded)
 
 
@@ -42,7 +43,7 @@ def run_study_run(
 
     loaded = with_choices(load_study(study, overrides))
     flags = flag_words(trust_remote_code=trust_remote_code)
-    code = studies.StudyRunner(loaded, report_study, jobs, flags, not no_train).run()
+    code = StudyRunner(loaded, report_study, jobs, flags, not no_train).run()
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         folder = study_folder(loaded)
         comparison = object_or_none(folder / "comparison.json") or {}
@@ -57,7 +58,7 @@ def run_study_run(
 def run_study_status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
     """Show every training and result that is not done."""
     loaded = with_choices(load_study(study, overrides))
-    states = studies.progress_of(loaded)
+    states = progress.progress_of(loaded)
     if json:
         return print_json({"study": loaded.name, "states": states})
     remaining = [(name, state) for name, state in states.items() if state != "done"]

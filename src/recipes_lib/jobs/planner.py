@@ -22,7 +22,7 @@ from recipes_lib.evals.leaks import refuse_leaks_of
 from recipes_lib.evals.recipe import EvalRecipe, check_allowed, load_eval
 from recipes_lib.jobs.jobs import STAGES, Job, Plan, Site, Task
 from recipes_lib.study.config import Study, load_study, study_file
-from recipes_lib.study.run import missing_of, refuse_unmet
+from recipes_lib.study.progress import missing_of, refuse_unmet
 from recipes_lib.study.trainings import StudyRun, is_trained, study_trainings
 
 _DEFAULT_EVALS = ("evals/alpaca_eval.yaml", "evals/mt_bench.yaml", "evals/lm_eval.yaml")

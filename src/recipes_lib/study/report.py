@@ -20,7 +20,7 @@ from recipes_lib.core.files import write_json
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evals.log import EvalLog
-from recipes_lib.study import run as runs
+from recipes_lib.study import progress
 from recipes_lib.study.config import BASE_ARM, Study
 from recipes_lib.study.lock import changes, lock_design, run_names
 from recipes_lib.study.trainings import is_trained, study_folder, study_trainings
@@ -28,7 +28,8 @@ from recipes_lib.study.trainings import is_trained, study_folder, study_training
 
 def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     """Return what was measured, what the study declares, and what may be said."""
-    design = replace(study.design, missing=tuple(runs.missing_of(study)), changed=changes(study))
+    missing = tuple(progress.missing_of(study))
+    design = replace(study.design, missing=missing, changed=changes(study))
     arms = measured_arms(study)
     if design.missing:
         # a win rate between two arms would be a verdict before its time
@@ -40,7 +41,7 @@ def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     if dropped:
         title = "Trained for this study, now dropped from it: the choice may follow the results"
         finding = Finding("dropped-training", "warning", title, tuple(dropped))
-        conclusion = replace(conclusion, findings=(*conclusion.findings, finding))
+        conclusion = replace(conclusion, findings=conclusion.findings + (finding,))
     return arms, design, conclusion
 
 
@@ -57,12 +58,12 @@ def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
 def measured_arms(study: Study) -> Arms:
     """Return the study's runs as it has them now, without results of other evals and settings."""
     folders: dict[str, list[Path]] = {}
-    base = runs.base_run(study)
+    base = progress.base_run(study)
     if study.file.include_base and base != BASE_ARM:
         folders[BASE_ARM] = [runs_root() / base]
     for training in filter(is_trained, study_trainings(study)):
         folders.setdefault(training.arm.name, []).append(RunDirectory(training.run).path)
-    results = [result for result in runs.evaluations(study) if runs.is_evaluated(result)]
+    results = filter(progress.is_evaluated, progress.evaluations(study))
     files = {result.file.resolve() for result in results}
     return _with_logs(load_arms(folders), lambda log: log.file.resolve() in files, unfinished=())
 
@@ -76,10 +77,11 @@ def _with_logs(arms: Arms, keeps: Callable[[EvalLog], bool], **changes: Any) -> 
     """Return arms with the results that `keeps` says, and other changes of every run."""
     kept: dict[str, ArmRuns] = {}
     for arm in arms:
-        of_arm = [
-            replace(run, evals=tuple(filter(keeps, run.evals)), **changes) for run in arm.runs
-        ]
-        kept[arm.name] = ArmRuns(arm.name, tuple(of_arm))
+        runs = []
+        for run in arm.runs:
+            evals = tuple(filter(keeps, run.evals))
+            runs.append(replace(run, evals=evals, **changes))
+        kept[arm.name] = ArmRuns(arm.name, tuple(runs))
     return Arms(kept)
 
 
@@ -90,16 +92,19 @@ def gate(study: Study) -> tuple[ExitCode, list[str]]:
     _, design, report = conclude_study(study)
     if design.missing:
         lines = [f"missing: {name}" for name in design.missing]
-        return ExitCode.EVALUATION_INCOMPLETE, [*lines, f"next: {design.command}"]
+        lines.append(f"next: {design.command}")
+        return ExitCode.EVALUATION_INCOMPLETE, lines
     baseline = study.baseline
     failed: list[str] = []
     missing: list[str] = []
     for arm in study.arms:
         if arm.name == baseline:
             continue
-        pair = {arm.name, baseline}
-        of_pair = [claim for claim in report.claims if set(claim.row.arms) == pair]
-        claims = [claim for claim in of_pair if not claim.row.aside]
+        claims = []
+        for claim in report.claims:
+            is_of_pair = set(claim.row.arms) == {arm.name, baseline}
+            if is_of_pair and not claim.row.aside:
+                claims.append(claim)
         if not any(claim.row.is_tested for claim in claims):
             what = f"no comparison of {arm.name} with {baseline} can be tested"
             missing.append(f"{what}: see the report")

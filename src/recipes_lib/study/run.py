@@ -1,10 +1,9 @@
-"""`recipes study plan`, `status` and `run`: what of a study is done, and doing the rest. Imports no
-torch before it evaluates.
+"""`recipes study run`: train and evaluate what of a study is not done. Imports no torch before it
+evaluates.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import signal
@@ -14,37 +13,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from queue import Queue
 
-from recipes_lib.analysis.differences import arm_differences
-from recipes_lib.analysis.runs import ArmRuns
-from recipes_lib.analysis.text import question_text, sentence_list
-from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.core.files import Row
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, describe_holder, is_held, run_lock
 from recipes_lib.core.terminal import count, say
-from recipes_lib.data.reading import check_rows
-from recipes_lib.evals.answers import check_questions
-from recipes_lib.evals.judge import Judge
-from recipes_lib.evals.leaks import leak_error, search_recipe
-from recipes_lib.evals.log import REFERENCE, is_current, log_file
-from recipes_lib.evals.models import common_base, evaluated_bases, known_by
-from recipes_lib.evals.questions import answer_count, question_count
-from recipes_lib.evals.recipe import EvalRecipe, check_allowed
+from recipes_lib.evals.models import common_base
+from recipes_lib.evals.recipe import check_allowed
 from recipes_lib.plan.cards import devices_here
-from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
+from recipes_lib.study import progress
+from recipes_lib.study.config import BASE_ARM, Study
 from recipes_lib.study.lock import lock_design
-from recipes_lib.study.needs import Host, missing_needs
 from recipes_lib.study.trainings import (
     REPLACED,
     StudyRun,
-    all_trainings,
     is_trained,
     study_folder,
     study_trainings,
@@ -53,221 +39,9 @@ from recipes_lib.study.trainings import (
     with_choices,
 )
 from recipes_lib.training.stopping import handling
-from recipes_lib.weights.load import base_fingerprint
 
 RECIPES = [sys.executable, "-m", "recipes_lib.cli"]
 _POLL_S = 0.2  # how soon a STOP file, or the end of another process's training, is seen
-
-
-# ---- Evaluations ----
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One result: a run's answers to an eval, judged against those of another run where named."""
-
-    recipe: EvalRecipe
-    run: str
-    against: str = ""
-
-    @property
-    def file(self) -> Path:
-        """Its result.json."""
-        return log_file(runs_root() / self.run, self.recipe.name, self.against or None)
-
-    @property
-    def title(self) -> str:
-        """What it is, for people."""
-        title = f"{self.recipe.name} of {self.run}"
-        return f"{title} against {self.against}" if self.against else title
-
-
-def base_recipe(study: Study) -> Recipe:
-    """Return the recipe that says how the base is asked: the first without quantization, if any."""
-    recipes = [arm.recipe for arm in study.arms]
-    return next((recipe for recipe in recipes if recipe.base_format is None), recipes[0])
-
-
-def base_run(study: Study) -> str:
-    """Return the run of the base model; `base` before it was first evaluated."""
-    recipe = base_recipe(study)
-    bases = evaluated_bases(recipe.to_dict(), runs_root(), base_fingerprint(recipe))
-    return bases[-1].name if bases else BASE_ARM
-
-
-def evaluations(study: Study) -> list[Evaluation]:
-    """Return every result asked for; in AlpacaEval each arm meets the baseline too, by seed."""
-    base = base_run(study)
-    runs: dict[str, dict[int, str]] = {}  # of each arm, by seed
-    if study.file.include_base:
-        runs[BASE_ARM] = {-1: base}
-    for training in study_trainings(study):
-        runs.setdefault(training.arm.name, {})[training.seed] = training.run
-    results: dict[tuple[str, str, str], Evaluation] = {}
-    for recipe in study.evals:
-        opponent = recipe.opponent(None) or REFERENCE
-        against = {REFERENCE: "", BASE_ARM: base}.get(opponent, opponent)
-        pairs: list[tuple[str, str]] = []
-        for by_seed in runs.values():
-            pairs += [(run, against) for run in by_seed.values()]
-        if recipe.suite.name == "alpaca_eval":
-            baseline = runs[study.baseline]
-            for by_seed in runs.values():
-                for seed, rival in baseline.items():
-                    if seed in by_seed:
-                        pairs.append((by_seed[seed], rival))
-                    elif not baseline.keys() & by_seed.keys():
-                        # no seed in common, as with the base: every run meets every other
-                        pairs += [(run, rival) for run in by_seed.values()]
-        for run, rival in pairs:
-            if run != rival:
-                results.setdefault((recipe.name, run, rival), Evaluation(recipe, run, rival))
-    return list(results.values())
-
-
-def is_evaluated(result: Evaluation) -> bool:
-    """Whether the result is there, of the weights, questions and judge that the study has now."""
-    recipe = result.recipe
-    with suppress(RecipesError, OSError):  # a model that is not here
-        model = known_by(result.run, recipe)
-        opponent = known_by(result.against, recipe) if result.against else None
-        judge = Judge(recipe.judge, fetch=False).fingerprint if recipe.judge else None
-        return is_current(result.file, recipe.settings_key(), model, opponent, judge)
-    return False
-
-
-# ---- What is done, and what the rest takes ----
-
-
-def progress_of(study: Study) -> dict[str, str]:
-    """Return the state of each training and result: done, missing, or what its run.json says."""
-    states = {f"training {training.run}": _state_of(training) for training in all_trainings(study)}
-    for result in evaluations(study):
-        trained = states.get(f"training {result.run}", "done") == "done"
-        states[result.title] = "done" if trained and is_evaluated(result) else "missing"
-    return states
-
-
-def missing_of(study: Study) -> list[str]:
-    """Return every training and result that is not done, those that failed first and with why."""
-    failed: list[str] = []
-    missing: list[str] = []
-    for name, state in progress_of(study).items():
-        if state.startswith("failed"):
-            failed.append(f"{name} ({state})")
-        elif state != "done":
-            missing.append(name)
-    return [*failed, *missing]
-
-
-def _state_of(training: StudyRun) -> str:
-    if is_trained(training):
-        return "done"
-    folder = RunDirectory(training.run).path
-    if is_held(folder):
-        return f"running{describe_holder(folder)}"
-    reasons = what_changed(training) + _error_lines(training.state)
-    return ": ".join([training.state.get("state", "missing"), *reasons[:1]])
-
-
-def _error_lines(state: Row) -> list[str]:
-    return str(state.get("error") or "").splitlines()
-
-
-def plan_lines(study: Study) -> Iterator[str]:
-    """Yield what a study takes, in at most 15 lines."""
-    from recipes_lib.stats import planned_effect  # scipy
-
-    trainings = all_trainings(study)
-    left = [training.run for training in trainings if not is_trained(training)]
-    yield question_text(study.file.question)
-    yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
-    answers: dict[tuple[str, str], int] = {}
-    judgments = 0  # the judge's probes come on top
-    for result in evaluations(study):
-        suite = result.recipe.suite.name
-        is_new = (result.recipe.name, result.run) not in answers
-        number = answer_count(result.recipe)
-        answers[result.recipe.name, result.run] = number
-        if suite == "alpaca_eval":
-            judgments += 2 * number  # each pair in both orders
-        elif suite == "mt_bench" and is_new:
-            judgments += number
-    yield f"answers: {sum(answers.values()):,}"
-    yield f"judge requests: {judgments:,}"
-    undeclared: dict[str, None] = {}
-    for pair in combinations([ArmRuns(arm.name, ()) for arm in study.arms], 2):
-        for difference in arm_differences(*pair, study.design):
-            if difference.level == "confound":
-                undeclared[difference.what] = None
-    if undeclared:
-        yield f"differences that no factor declares: {sentence_list([*undeclared], 4)}"
-
-    # the difference on the primary metric that 80% of such studies find, where it is known
-    primary = str(study.aims.primary)
-    seeds = min(len(arm.seeds) for arm in study.arms)
-    measuring = [recipe for recipe in study.evals if full_name(recipe, primary)]
-    questions = question_count(measuring[0]) if measuring else 0
-    pairs = math.comb(len(study.arms) + study.file.include_base, 2)
-    # the primary metric's comparisons have four fifths of the level
-    least = planned_effect(primary, questions, seeds, pairs / 0.8) if pairs else None
-    if least:
-        effect = f"{100 * least:.1f} points" if least < 1 else "no difference, however large,"
-        sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
-        yield f"80% of such studies would find {effect} of {primary} ({sizes})"
-
-
-# ---- What forbids it ----
-
-
-def refuse_unmet(study: Study, fetch: bool = False) -> None:
-    """Refuse a study if its evaluations would fail later; only `fetch` asks the Hub."""
-    arms = study.arms if is_untrained(study) else ()
-    raise_all(list(unmet(study, arms, fetch)))
-
-
-def is_untrained(study: Study) -> bool:
-    """Whether there is anything left to train."""
-    return not all(map(is_trained, all_trainings(study)))
-
-
-def missing_needs_of(study: Study) -> list[RecipesError]:
-    """Return what the trainings that are left, and the judges after them, need and do not have."""
-    if not is_untrained(study):
-        return []
-    return missing_needs([arm.recipe for arm in study.arms], study.evals, Host())
-
-
-def raise_all(errors: Sequence[RecipesError]) -> None:
-    """Raise the first error and print the others; do nothing where there is none."""
-    for error in errors[1:]:
-        print_error(error)
-    if errors:
-        raise errors[0]
-
-
-def unmet(study: Study, arms: Sequence[Arm], fetch: bool = False) -> Iterator[RecipesError]:
-    """Yield errors: rows unreadable, with an eval's questions, or not held out."""
-    runs = {BASE_ARM, REFERENCE, *(training.run for training in study_trainings(study))}
-    for number, recipe in enumerate(study.evals):
-        check_questions(recipe)
-        rival = recipe.opponent(None) or BASE_ARM
-        if rival not in runs and not (runs_root() / rival / "run.json").is_file():
-            yield recipe.document.error("metrics.against", f"there is no run '{rival}'")
-        split = str(recipe.data.questions)
-        without = [arm.name for arm in arms if not getattr(arm.recipe.data.split, split, True)]
-        if without:
-            what = f"no {split} rows are held out in {', '.join(without)}: set data.split.{split}"
-            yield study.document.error(("evals", number), f"{recipe.name}: {what}")
-    by_data = {str(arm.recipe.data): arm.recipe for arm in arms}
-    for trained in by_data.values():
-        yield from check_rows(trained)
-        for name, leaks in search_recipe(trained, study.evals, fetch).items():
-            if leaks.is_error:
-                yield leak_error(name, leaks, trained)
-
-
-# ---- Doing it ----
 
 
 @contextmanager
@@ -313,9 +87,9 @@ class StudyRunner:
         stop_file = study_folder(self.study) / "STOP"
         with run_lock(study_folder(self.study)):
             stop_file.unlink(missing_ok=True)  # it asked a process that is over
-            refuse_unmet(self.study, fetch=True)
+            progress.refuse_unmet(self.study, fetch=True)
             if self.train:
-                raise_all(missing_needs_of(self.study))
+                progress.raise_all(progress.missing_needs_of(self.study))
             try:
                 with handling(self._on_signal), _heeding(stop_file):
                     self._steps()
@@ -325,15 +99,19 @@ class StudyRunner:
         for name, (code, why) in self.failed.items():
             say(f"failed: {name} (exit code {code}): {why}")
         codes = {code for code, _ in self.failed.values()}
+        if not codes:
+            return ExitCode.DONE
         if codes == {ExitCode.EVALUATION_INCOMPLETE}:
             return ExitCode.EVALUATION_INCOMPLETE
-        return ExitCode.FAILED if codes else ExitCode.DONE
+        return ExitCode.FAILED
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Hand a signal on to the trainings, which save; where none runs, all ends here."""
-        is_typed = number == signal.SIGINT
-        self._stopped.append(ExitCode.INTERRUPTED if is_typed else ExitCode.PREEMPTED)
-        for process in list(self._running):
+        reason = ExitCode.PREEMPTED
+        if number == signal.SIGINT:
+            reason = ExitCode.INTERRUPTED
+        self._stopped.append(reason)
+        for process in list(self._running):  # other threads add to it
             process.send_signal(number)
         if not self._training:
             raise KeyboardInterrupt
@@ -344,8 +122,10 @@ class StudyRunner:
         self.study = with_choices(self.study)
         for arm in self.study.arms:
             if arm.tuning and arm.tuning.chosen is None:
-                why = "diverged at every value" if arm.tuning.losses else "is not tuned yet"
-                self._fail([arm.name], RecipesError(f"{arm.tuning.key} {why}"))
+                why = "is not tuned yet"
+                if arm.tuning.losses:
+                    why = "diverged at every value"
+                self._fail(arm.name, RecipesError(f"{arm.tuning.key} {why}"))
         trainings = study_trainings(self.study)
         ready = [training for training in trainings if training.arm.name not in self.failed]
         self._train(ready)
@@ -355,13 +135,15 @@ class StudyRunner:
             try:
                 self.report(self.study)
             except RecipesError as error:
-                self._fail(["the report"], error)
+                self._fail("the report", error)
 
-    def _fail(self, names: Sequence[str], error: Exception) -> None:
+    def _fail(self, name: str, error: Exception) -> None:
         """Note that something failed; the rest goes on."""
-        code = error.exit_code if isinstance(error, RecipesError) else ExitCode.FAILED
+        code = ExitCode.FAILED
+        if isinstance(error, RecipesError):
+            code = error.exit_code
         why = str(error).partition("\n")[0] or type(error).__name__
-        self.failed |= dict.fromkeys(names, (int(code), why))
+        self.failed[name] = int(code), why
 
     def _train(self, trainings: Sequence[StudyRun]) -> None:
         """Train what is not trained; raise KeyboardInterrupt if a stop was requested."""
@@ -371,13 +153,15 @@ class StudyRunner:
                 code = int(ExitCode.FAILED)
                 why = "is not trained as the study says"
                 state = training.state
-                reasons = _error_lines(state)
+                reasons = training.error_lines
                 if state.get("state") == "failed" and reasons and not what_changed(training):
                     code = int(state.get("exit_code") or code)
                     why = reasons[0]
                 self.failed[training.run] = code, why
             return
-        devices = devices_here() if self.jobs > 1 else []
+        devices: list[str] = []  # none: each training takes what it finds
+        if self.jobs > 1:
+            devices = devices_here()
         share = len(devices) // self.jobs
         if devices and not share:
             raise RecipeError(f"--jobs {self.jobs}: only {count(len(devices), 'GPU')} here")
@@ -415,8 +199,8 @@ class StudyRunner:
             say(f"{name} had different settings ({changed}): moved to {shown_path(aside)}")
         recipe = study_folder(self.study) / "recipes" / f"{name}.yaml"
         training.recipe.write(recipe)
-        arguments = ["train", shown_path(recipe), *self.flags]
-        command = shlex.join(["recipes", *arguments])
+        arguments = ["train", shown_path(recipe)] + list(self.flags)
+        command = shlex.join(["recipes"] + arguments)
         output = None
         if self.jobs > 1:
             log = recipe.with_suffix(".log")
@@ -429,7 +213,7 @@ class StudyRunner:
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         process = subprocess.Popen(
-            [*RECIPES, *arguments],
+            RECIPES + arguments,
             stdout=output,
             stderr=output,
             env=environment,
@@ -447,41 +231,43 @@ class StudyRunner:
             self._stopped.append(ExitCode(code))
         elif not self._stopped and not is_trained(training):
             why = f"the training ended with exit code {code}"
-            state = training.state
             # an attempt that was refused leaves run.json as the one before wrote it
-            if state.get("updated") != last_update:
-                why = next(iter(_error_lines(state)), why)
+            if training.state.get("updated") != last_update and training.error_lines:
+                why = training.error_lines[0]
             self.failed[name] = max(code, int(ExitCode.FAILED)), why
 
     def _evaluate(self, trained: set[str]) -> None:
         """Evaluate what is trained and has no result; each base and judge is loaded once."""
         study = self.study
-        needed = evaluations(study)
+        needed = progress.evaluations(study)
         if any(BASE_ARM in (result.run, result.against) for result in needed):
+            # it was never evaluated: with a record of its own it gets the name of a run
             try:
-                common_base([base_recipe(study)]).record()
-                needed = evaluations(study)
+                common_base([progress.base_recipe(study)]).record()
+                needed = progress.evaluations(study)
             except RecipesError as error:
-                self._fail(["the base"], error)
-        unusable = {BASE_ARM, *(training.run for training in study_trainings(study))} - trained
-        needed = [result for result in needed if not unusable & {result.run, result.against}]
-        if all(map(is_evaluated, needed)):
+                self._fail("the base", error)
+        unusable = {training.run for training in study_trainings(study)} - trained
+        unusable.add(BASE_ARM)
+        needed = [result for result in needed if unusable.isdisjoint([result.run, result.against])]
+        if all(map(progress.is_evaluated, needed)):
             return
         lock_design(study)
         from recipes_lib.evals.run import EvalTask, evaluate_tasks  # torch
 
-        groups: dict[tuple[str, str], list[Evaluation]] = {}
+        groups: dict[tuple[str, str], list[progress.Evaluation]] = {}
         for result in needed:
             groups.setdefault((result.recipe.name, result.against), []).append(result)
-        tasks: dict[EvalTask, list[Evaluation]] = {}
+        tasks: dict[EvalTask, list[progress.Evaluation]] = {}
         for (_, against), group in groups.items():
             runs = tuple(result.run for result in group)
             tasks[EvalTask(group[0].recipe, runs, against or None)] = group
 
         def on_error(task: EvalTask, run: str, error: Exception) -> None:
-            results = [result for result in tasks[task] if run in ("", result.run)]
-            self._fail([result.title for result in results if not is_evaluated(result)], error)
+            """Note every result that a failure cost: of one run, or of the whole task."""
+            for result in tasks[task]:
+                if run in ("", result.run) and not progress.is_evaluated(result):
+                    self._fail(result.title, error)
 
-        evaluate_tasks(
-            list(tasks), remote_code="--trust-remote-code" in self.flags, on_error=on_error
-        )
+        remote_code = "--trust-remote-code" in self.flags
+        evaluate_tasks(list(tasks), remote_code=remote_code, on_error=on_error)

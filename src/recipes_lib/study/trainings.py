@@ -48,14 +48,20 @@ class StudyRun:
             return {}
         return directory.read_state()
 
+    @property
+    def error_lines(self) -> list[str]:
+        """What run.json says of why it failed; empty where it says nothing."""
+        return str(self.state.get("error") or "").splitlines()
+
     @cached_property
     def recipe(self) -> Recipe:
         """What it is trained with: the arm's recipe with name, seed and launch."""
         recipe = self.arm.recipe
         launch = self.arm.launch
         path = launch.config.path
-        is_shipped = path.parent == project_root() / "accelerate_configs"
-        name = path.stem if is_shipped else str(path.resolve())
+        name = str(path.resolve())
+        if path.parent == project_root() / "accelerate_configs":
+            name = path.stem
         section = LaunchSection(accelerate=name, gpus=launch.per_machine, nodes=launch.machines)
         run = recipe.run.model_copy(update={"name": self.run})
         train = recipe.train | {"seed": self.seed}
@@ -69,13 +75,19 @@ def study_folder(study: Study) -> Path:
 
 def study_trainings(study: Study) -> list[StudyRun]:
     """Return the runs of all arms and seeds, in order."""
-    return [StudyRun(study.name, arm, seed) for arm in study.arms for seed in arm.seeds]
+    trainings: list[StudyRun] = []
+    for arm in study.arms:
+        trainings += [StudyRun(study.name, arm, seed) for seed in arm.seeds]
+    return trainings
 
 
 def study_tunings(study: Study) -> list[StudyRun]:
     """Return the trainings of the grids that arms choose their values from."""
-    candidates = [candidate for arm in study.arms for candidate in arm.candidates]
-    return [StudyRun(study.name, arm, arm.seeds[0]) for arm in candidates]
+    trainings: list[StudyRun] = []
+    for arm in study.arms:
+        for candidate in arm.candidates:
+            trainings.append(StudyRun(study.name, candidate, candidate.seeds[0]))
+    return trainings
 
 
 def all_trainings(study: Study) -> list[StudyRun]:
@@ -104,9 +116,14 @@ def with_choices(study: Study) -> Study:
 def validation_loss(run: RunDirectory) -> float | None:
     """Return the validation loss of the weights that were kept: of the best step, or the end."""
     summary = run.read_state().get("summary") or {}
-    losses = {row["step"]: row["eval_loss"] for row in read_rows(run.metrics) if "eval_loss" in row}
-    loss = losses.get(summary.get("best_step"), summary.get("last_validation_loss"))
-    return float(loss) if loss is not None and math.isfinite(loss) else None
+    loss = summary.get("last_validation_loss")
+    for row in read_rows(run.metrics):
+        # a resumed training may have written a step twice: the last one counts
+        if "eval_loss" in row and row["step"] == summary.get("best_step"):
+            loss = row["eval_loss"]
+    if loss is None or not math.isfinite(loss):
+        return None
+    return float(loss)
 
 
 def is_trained(training: StudyRun) -> bool:
