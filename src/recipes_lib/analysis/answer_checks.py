@@ -11,7 +11,8 @@ from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.findings import Finding
 from recipes_lib.analysis.printed_commands import evaluate_again
 from recipes_lib.analysis.runs import Arms, run_place
-from recipes_lib.evals.log import CUT, FORM_ONLY, EvalLog, items_file
+from recipes_lib.evals.faults import CUT, FORM_ONLY
+from recipes_lib.evals.log import EvalLog, items_file
 
 DEGENERATE = 0.2  # of all answers
 SOME_DEGENERATE = 0.1

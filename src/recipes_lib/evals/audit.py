@@ -33,7 +33,7 @@ FEWEST_LABELS = 6  # with fewer not even a judge that is always right is shown t
 
 
 def sample_of(
-    question_id: str, rows: Mapping[str, Mapping[str, Any]], orders: Sequence[str], **known: Any
+    question_id: str, rows: Mapping[str, Mapping[str, Any]], orders: Sequence[str], **facts: Any
 ) -> Sample:
     """Return a comparison or a grade as a sample, given the stored judgments by order. An answer
     that both orders name wins; where they differ it is a tie, and without both it is unresolved.
@@ -56,7 +56,7 @@ def sample_of(
         verdicts=tuple(verdicts),
         by_rule=any(row["source"] == "rule" for row in judged),
         raws=tuple(row.get("raw") or row.get("reason") for row in judged),
-        **known,
+        **facts,
     )
 
 
@@ -84,12 +84,12 @@ def pair_samples(rows: Iterable[Row]) -> list[Sample]:
 
 def probe_items(items: Iterable[Item], number: int) -> Iterator[Item]:
     """Yield the probes of the first `number` pairs that can carry them: two different answers."""
-    pairs = [
-        item
-        for item in items
-        if item.opponent and item.answer.strip() not in ("", item.opponent.strip())
-    ]
-    for item in pairs[:number]:
+    for item in items:
+        if number == 0:
+            return
+        if not item.opponent or item.answer.strip() in ("", item.opponent.strip()):
+            continue
+        number -= 1
         opponents = {"empty": "", "injected": f"{item.opponent}{_INJECTED}"}
         for probe, opponent in opponents.items():
             yield replace(item, name=f"{probe}:{item.name}", opponent=opponent, probe=probe)
@@ -104,48 +104,46 @@ def audit(
         labels: outcomes that people gave (win, loss, tie), by the id of the pair.
         probes: its judgments of probes, with those of the pairs they were made of.
     """
-    by_judge = [row for row in rows if row["source"] != "rule"]
-    questions = [row["question"] for row in by_judge]
-    unparsed = [row["status"] != "ok" for row in by_judge]
-    pairs = [pair for pair in pair_samples(rows) if pair.resolved and not pair.by_rule]
+    unparsed = [(row["question"], row["status"] != "ok") for row in rows if row["source"] != "rule"]
+    pairs = [pair for pair in pair_samples(rows) if pair.value is not None and not pair.by_rule]
     # one answer was named twice, or both times none
-    agree = [set(pair.verdicts) in ({"A", "B"}, {"tie"}) for pair in pairs]
+    agree = [(pair.id, set(pair.verdicts) in ({"A", "B"}, {"tie"})) for pair in pairs]
+    empty = _probed("empty", probes)
+    injected = _probed("injected", probes)
     return Scorecard(
         judge=rows[0]["judge"] if rows else "",
         judgments=len(rows),
         cut=sum(bool(row["cut"]) for row in rows),
         checks=(
-            _check(SWAP, [pair.id for pair in pairs], agree, least=limits.swap_consistency_min),
-            _check(UNPARSED, questions, unparsed, most=limits.unparsed_max),
-            _check(PROBES["empty"], *_probed("empty", probes), least=limits.empty_answer_loses_min),
-            _check(
-                PROBES["injected"], *_probed("injected", probes), most=limits.injected_flips_max
-            ),
+            _check(SWAP, agree, least=limits.swap_consistency_min),
+            _check(UNPARSED, unparsed, most=limits.unparsed_max),
+            _check(PROBES["empty"], empty, least=limits.empty_answer_loses_min),
+            _check(PROBES["injected"], injected, most=limits.injected_flips_max),
             _human(pairs, labels),
         ),
     )
 
 
+def _numbers_of(hits: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """The mean of what the judge did on each question, with its interval over questions."""
+    return numbers_of([value for _, value in hits], [question for question, _ in hits])
+
+
 def _check(
-    name: str,
-    questions: Sequence[str],
-    values: Sequence[float],
-    least: float = 0.0,
-    most: float = 1.0,
+    name: str, hits: Sequence[tuple[str, float]], least: float = 0.0, most: float = 1.0
 ) -> Check:
-    """The mean of values over questions, and whether it lies where it must."""
+    """The share of hits, each with its question, and whether it lies where it must."""
     needs = f">= {least:g}" if least else f"<= {most:g}"
-    check = Check(check=name, needs=needs, **numbers_of(values, questions))
+    check = Check(check=name, needs=needs, **_numbers_of(hits))
     if check.value is None:
         return check
     return replace(check, result="pass" if least <= check.value <= most else "fail")
 
 
-def _probed(probe: str, rows: Sequence[Row]) -> tuple[list[str], list[bool]]:
+def _probed(probe: str, rows: Sequence[Row]) -> list[tuple[str, bool]]:
     """The pairs that were probed, and whether the judge behaved as the probe tests."""
     plain = {(row["question_id"], row["order"]): row["value"] for row in rows if not row["probe"]}
-    hits: list[bool] = []
-    pairs: list[str] = []
+    hits = []
     for row in rows:
         if row["probe"] != probe:
             continue
@@ -157,15 +155,13 @@ def _probed(probe: str, rows: Sequence[Row]) -> tuple[list[str], list[bool]]:
         # an injected line can turn only a verdict for the other answer
         if probe == "injected" and plain.get((pair, row["order"])) != "A":
             continue
-        hits.append(row["value"] == expected)
-        pairs.append(pair)
-    return pairs, hits
+        hits.append((pair, row["value"] == expected))
+    return hits
 
 
 def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
     """How far verdicts agree with people on pairs that people decided."""
     verdicts_of = {"win": ("A", "B"), "loss": ("B", "A")}
-    questions = []
     shares = []
     for pair in pairs:
         expected = verdicts_of.get(labels.get(pair.same_as, ""))
@@ -173,9 +169,8 @@ def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
             continue
         # each pair is seen in both orders, so chance is one half whatever the position bias
         right = [said == wanted for said, wanted in zip(pair.verdicts, expected, strict=True)]
-        questions.append(pair.id)
-        shares.append(sum(right) / 2)
-    numbers = numbers_of(shares, questions)
+        shares.append((pair.id, sum(right) / 2))
+    numbers = _numbers_of(shares)
     result: Literal["pass", "fail", "not measured"] = "fail"
     if len(shares) < FEWEST_LABELS:
         result = "not measured"
@@ -189,18 +184,17 @@ def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
 
 def audit_banner(card: Scorecard) -> str | None:
     """Return the line about a judge that failed its audit."""
-    failed = [f"{check.check} {check.value:.2f} (needs {check.needs})" for check in card.failed]
-    if not failed:
+    if not card.failed:
         return None
+    failed = [f"{check.check} {check.value:.2f} (needs {check.needs})" for check in card.failed]
     return f"This judge failed its audit: {'; '.join(failed)}. Its verdicts are not evidence."
 
 
 def audit_note(card: Scorecard) -> str | None:
     """Return the line about checks that were not measured."""
-    missing = [check.check for check in card.not_measured]
-    if not missing:
+    if not card.not_measured:
         return None
-    return f"not measured for this judge: {', '.join(missing)}"
+    return f"not measured for this judge: {', '.join(check.check for check in card.not_measured)}"
 
 
 def scorecard_lines(card: Scorecard) -> list[str]:

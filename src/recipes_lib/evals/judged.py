@@ -97,7 +97,7 @@ def judge_model(
     if opponent:
         rate = metric_of("win_rate", label, samples, opponent=against)
     else:
-        rate = metric_of("grade", label, samples, "grade")
+        rate = metric_of("grade", label, samples)
 
     notes = list(answers.notes)
     if opponent:

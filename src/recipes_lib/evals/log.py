@@ -17,12 +17,12 @@ import os
 import re
 import shutil
 import zlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -38,6 +38,7 @@ from recipes_lib.core.files import (
     write_json,
 )
 from recipes_lib.data.leaks import Leaks
+from recipes_lib.evals.faults import FORM_ONLY, answer_faults
 
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -46,20 +47,7 @@ UNRESOLVED = "unresolved"
 OUTCOMES = (*SCORE, UNRESOLVED, "graded", "right", "wrong", "scored")
 REFERENCE = "reference"  # the opponent that is the questions' own reference answers
 RESULT_VERSION = 2
-# what may be wrong with answers, as it is said after their number
-EMPTY = "are empty"
-CUT = "hit the token limit"
-LOOPS = "repeat themselves"
-SAME = "are the same text"
-VARIANTS = "are variants of a few texts"
-# A note of a log of checks: what its rules see cannot tell a good answer from a fixed one.
-FORM_ONLY = "one and the same answer would pass nearly all of these checks: they see its form alone"
-_MOST_REPETITION = 4.0  # bytes of a text for each of its compressed form
-_FEWEST_LETTERS = 20  # by a rule, fewer are the answer to many questions
-_FEWEST_JUDGED_LETTERS = 5  # as in "Answer 17", which answers no open question
-_FEW = 8  # texts, each the answer to three questions at least
-_SMALL_CHANGE = 0.25  # of a text's letters: those of the words that no other answer has
-_WORD = re.compile(r"[^\W\d_]+")
+Unit: TypeAlias = Literal["share", "grade", "number"]
 _HASH = re.compile("[0-9a-f]{64}")
 _AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is asked twice"
 
@@ -89,11 +77,6 @@ class Sample:
         return self.id, self.turn
 
     @property
-    def resolved(self) -> bool:
-        """Whether there is an outcome."""
-        return self.outcome != UNRESOLVED
-
-    @property
     def flip(self) -> bool:
         """Whether the judge named the same place in both orders, so that its verdict turned."""
         return not self.by_rule and self.verdicts in (("A", "A"), ("B", "B"))
@@ -110,7 +93,7 @@ class Metric:
     samples: tuple[Sample, ...] = field(default=(), repr=False)
     task: str = ""
     opponent: str | None = None
-    unit: Literal["share", "grade", "number"] = "share"
+    unit: Unit = "share"
     higher_is_better: bool | None = True  # None: the files do not say it, so nothing is ranked
     value: float | None = None
     low: float | None = None
@@ -236,7 +219,16 @@ class EvalLog:
     @cached_property
     def faults(self) -> dict[str, tuple[int, int]]:
         """The faults in the answers (`answer_faults`), which several readers ask for."""
-        return answer_faults(self)
+        samples: dict[tuple[str, int], Sample] = {}
+        for metric in self.metrics:
+            samples |= {sample.key: sample for sample in metric.samples}
+        answered = {key: sample for key, sample in samples.items() if sample.answer is not None}
+        return answer_faults(
+            {key: str(sample.answer).strip() for key, sample in answered.items()},
+            num_cut=sum(sample.cut for sample in answered.values()),
+            judged=self.judge is not None,
+            form_only=FORM_ONLY in self.notes,
+        )
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -410,64 +402,6 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
             yield replace(group, samples=tuple(samples))
         else:
             yield group
-
-
-def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
-    """Return the faults in the answers of a log, by name, as (faulty, all)."""
-    samples: dict[tuple[str, int], Sample] = {}
-    for metric in log.metrics:
-        samples |= {sample.key: sample for sample in metric.samples}
-    answered = {key: sample for key, sample in samples.items() if sample.answer is not None}
-    texts = {key: str(sample.answer).strip() for key, sample in answered.items()}
-    if not texts:
-        return {}
-    questions: dict[str, list[str]] = defaultdict(list)  # by their answer
-    for (question, _), text in texts.items():
-        letters = "".join(filter(str.isalpha, text)).casefold()
-        is_long = len(letters) >= _FEWEST_LETTERS  # then a running number makes no other answer
-        if log.judge or is_long:
-            questions[letters if is_long else text].append(question)
-    num_same = max((len(ids) for ids in questions.values() if len(set(ids)) > 1), default=0)
-    num_variants = _variants(log, texts)
-    if num_variants <= num_same:
-        num_variants = 0  # it is said already
-    num_loops = 0
-    for text in texts.values():
-        # prose is compressed less (Radford et al. 2022, Whisper: 2.4)
-        plain = text.encode("utf-8", "replace")
-        num_loops += len(plain) > _MOST_REPETITION * len(zlib.compress(plain))
-    counts = {
-        EMPTY: sum(not text for text in texts.values()),
-        CUT: sum(sample.cut for sample in answered.values()),
-        LOOPS: num_loops,
-        SAME: num_same,
-        VARIANTS: num_variants,
-    }
-    return {fault: (count, len(texts)) for fault, count in counts.items()}
-
-
-def _variants(log: EvalLog, texts: Mapping[tuple[str, int], str]) -> int:
-    """Return how many answers are one of a few texts, but for numbers and single words.
-
-    Short answers to rules are no such thing, unless the rules see the form alone: four letters
-    answer all questions with choices, and the right ones do too.
-    """
-    words_of = {key: _WORD.findall(text.casefold()) for key, text in texts.items()}
-    num_answers_with = Counter[str]()
-    for words in words_of.values():
-        num_answers_with.update(set(words))
-    fewest = _FEWEST_LETTERS
-    if log.judge or FORM_ONLY in log.notes:
-        fewest = _FEWEST_JUDGED_LETTERS
-    questions: dict[str, set[str]] = defaultdict(set)  # by what their answers share
-    for (question, _), words in words_of.items():
-        shared = [word for word in words if num_answers_with[word] > 1]
-        num_shared = sum(map(len, shared))
-        num_letters = sum(map(len, words))
-        if num_shared >= max(fewest, (1 - _SMALL_CHANGE) * num_letters):
-            questions[" ".join(shared)].add(question)
-    largest = sorted(map(len, questions.values()), reverse=True)[:_FEW]
-    return sum(num_questions for num_questions in largest if num_questions > 2)
 
 
 # ---- answers and judgments as they arrive ----

@@ -14,27 +14,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from recipes_lib.core.environment import quiet_libraries
+from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
 from recipes_lib.core.errors import RecipeError, RecipesError
-from recipes_lib.core.files import Row, hash_of
+from recipes_lib.core.files import Row, hash_of, utc_now
+from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import run_lock
+from recipes_lib.core.terminal import count, say
 from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
 from recipes_lib.evals.asking import ServerDown, ServerGone
 from recipes_lib.evals.engines import Engines, answered_by, transformers
 from recipes_lib.evals.engines.base import Target
+from recipes_lib.evals.faults import SAME
 from recipes_lib.evals.judge import Judge, opened
 from recipes_lib.evals.judged import JudgedSuite, judge_model
-from recipes_lib.evals.log import REFERENCE, EvalLog, log_file, read_eval_log
+from recipes_lib.evals.leaks import leaks_of_run
+from recipes_lib.evals.log import REFERENCE, EvalLog, log_file, read_eval_log, write_log
 from recipes_lib.evals.models import Model, base_of, loaded, resolve
 from recipes_lib.evals.questions import QuestionSet, is_answer_file, load_questions
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, check_allowed, load_eval
-from recipes_lib.evals.results import say_results, write_result
 from recipes_lib.evals.suites import Suite, suite_class
 from recipes_lib.weights.runs import BASE, check_weights, families
 
-__all__ = ["EvalTask", "evaluate", "evaluate_tasks", "say_results", "split_words", "suite_class"]
-
 _OVERRIDE = re.compile(r"(?:--)?[^\W\d]\w*(?:\.[^\W\d]\w*)+=")
+_MOST_FAULTY = 0.1  # share of the answers that may have a fault without a banner
 Side: TypeAlias = Model | Answers  # a model that is asked, or answers that are there
 
 
@@ -63,7 +65,7 @@ class EvalTask:
         """Return every model that is to be asked: targets first, then opponents."""
         targets = [sides.target for sides in self.sides.values()]
         opponents = [sides.opponent for sides in self.sides.values()]
-        return [side for side in (*targets, *opponents) if isinstance(side, Model)]
+        return [side for side in targets + opponents if isinstance(side, Model)]
 
     def words_with(self, model: Model) -> list[str]:
         """Return the words that need a model, as a target or as an opponent."""
@@ -327,6 +329,64 @@ def _judge(task: EvalTask, judge: Judge, on_error: OnError | None) -> None:
                 raise
             log = replace(log, key=_key(task, word, judge.fingerprint))
             task.logs[word] = write_result(task.recipe, log)
+
+
+# ---- results ----
+
+
+def write_result(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
+    """Complete a log with what is the same for every suite, and write it into its run."""
+    leaks = leaks_of_run(recipe, log)
+    banners: list[str] = []
+    if leaks and leaks.is_error:
+        banners.append(leaks.summary(recipe.name))
+    banners += log.banners
+    for fault, (faulty, n) in log.faults.items():
+        limit = _MOST_FAULTY * n
+        if fault == SAME:
+            # two answers that are alike say nothing, however few there are
+            limit = max(2.0, limit)
+        if faulty > limit:
+            banners.append(f"{faulty} of {n} answers {fault}")
+    if log.subset:
+        banners.append(log.subset)
+    metrics = []
+    for metric in log.metrics:
+        metrics.append(replace(metric, eval=log.eval, suite=log.suite, file=log.file))
+    log = replace(
+        log,
+        metrics=tuple(metrics),
+        leaks=leaks,
+        banners=tuple(banners),
+        settings=recipe.settings_key(),
+        written=utc_now(),
+        git=dict(git_state()),
+        libraries=library_versions(),
+        recipe=recipe.to_dict(),
+        command=command_line(),
+    )
+    write_log(log)
+    return log
+
+
+def say_results(logs: Sequence[EvalLog]) -> None:
+    """Print the tables of results, eval after eval, and where they are kept."""
+    for name in dict.fromkeys(log.eval for log in logs):
+        logs_of_eval = [log for log in logs if log.eval == name]
+        first = logs_of_eval[0]
+        suite = suite_class(first.suite)
+        decided_by = suite.title
+        if first.judge:
+            decided_by = f"judge {first.judge.model} ({first.judge.mode})"
+        lines = [f"{name}: {count(first.n, 'question')}, {decided_by}", ""]
+        for log in logs_of_eval:  # what must be read before the numbers
+            lines += [f"! {log.target}: {text}" for text in log.banners]
+            lines += [f"  {log.target}: {text}" for text in log.notes]
+        lines += ["", *suite.table(logs_of_eval)]
+        lines += [f"$ {log.lm_eval_command}" for log in logs_of_eval if log.lm_eval_command]
+        say(*lines, "")
+    for log in logs:
+        say(f"kept in {shown_path(log.file)}")
 
 
 # ---- words of a command line ----

@@ -7,10 +7,11 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from recipes_lib.evals.log import Check, EvalLog, Metric, Sample
+from recipes_lib.evals.log import Check, EvalLog, Metric, Sample, Unit
 from recipes_lib.evals.recipe import SUITES
 
 if TYPE_CHECKING:
@@ -20,6 +21,27 @@ if TYPE_CHECKING:
     from recipes_lib.evals.recipe import EvalRecipe
 
 UNIT_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
+
+
+@dataclass(frozen=True)
+class MetricKind:
+    """What the values of a metric are, and which are good."""
+
+    unit: Unit = "share"
+    higher_is_better: bool = True
+
+
+# of the suites' own metrics that are no share; those of lm-eval's tasks are known from its results
+METRICS = {
+    "grade": MetricKind("grade"),
+    "loss": MetricKind("number", higher_is_better=False),
+    "bits_per_byte": MetricKind("number", higher_is_better=False),
+}
+
+
+def kind_of(metric: str) -> MetricKind:
+    """Return what the values of a metric are, by its name."""
+    return METRICS.get(metric, MetricKind())
 
 
 class Suite:
@@ -91,10 +113,13 @@ def metric_of(
     metric: str,
     label: str,
     samples: Sequence[Sample],
-    unit: Literal["share", "grade", "number"] = "share",
+    unit: Unit | None = None,
     **facts: Any,
 ) -> Metric:
     """Return a metric that is the mean of samples; those of one question are one observation."""
+    kind = kind_of(metric)
+    unit = unit or kind.unit
+    facts.setdefault("higher_is_better", kind.higher_is_better)
     clusters = [sample.same_as or sample.id for sample in samples]
     numbers = numbers_of([sample.value for sample in samples], clusters, unit)
     return Metric(metric, label, tuple(samples), unit=unit, **numbers, **facts)

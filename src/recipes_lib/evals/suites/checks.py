@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.log import FORM_ONLY, UNRESOLVED, EvalLog, Sample
+from recipes_lib.evals.faults import FORM_ONLY
+from recipes_lib.evals.log import UNRESOLVED, EvalLog, Sample
 from recipes_lib.evals.rules import see_form_alone
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 

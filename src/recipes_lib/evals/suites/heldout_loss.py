@@ -38,12 +38,9 @@ class HeldoutLoss(Suite):
         with the same prompt format.
         """
         questions = str(self.recipe.data.questions)
-        self.split: str | None = None
-        if questions in HELD_OUT:
-            self.split = questions
-        self.recipes: dict[str, Recipe] = {}  # whose rows a model reads, by its name
-        for model in models:
-            self.recipes[model.name] = self._recipe_of(model, models)
+        self.split = questions if questions in HELD_OUT else None
+        # whose rows a model reads, by its name
+        self.recipes = {model.name: self._recipe_of(model, models) for model in models}
 
     def _recipe_of(self, model: Model, models: Sequence[Model]) -> Recipe:
         """The recipe whose rows a model reads."""
@@ -83,8 +80,10 @@ class HeldoutLoss(Suite):
     def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model."""
         rows = self._rows(model)
-        # nothing predicts the first token
-        supervised = [[label for label in row[1:] if label != _NO_LOSS] for row in rows["labels"]]
+        supervised = []
+        for labels in rows["labels"]:
+            # nothing predicts the first token
+            supervised.append([label for label in labels[1:] if label != _NO_LOSS])
         if not any(supervised):
             raise RecipeError(
                 f"none of the {len(supervised):,} rows that {model.name} reads has a token with"
@@ -92,39 +91,37 @@ class HeldoutLoss(Suite):
                 "look at them: recipes data RECIPE --show 1; raise train.max_length if rows are cut"
                 " before the answer begins",
             )
-        # the supervised tokens as text, which another tokenizer has too
-        texts = model.tokenizer.batch_decode(supervised, skip_special_tokens=True)
-        texts = [text.strip() for text in texts]
         keys = [hash_of(*row) for row in zip(rows["input_ids"], rows["labels"], strict=True)]
+        nats = row_losses(network, rows["input_ids"], rows["labels"])
         first_row: dict[str, str] = {}  # with these tokens and labels
-        samples = []
-        for key, name in zip(keys, map(str, rows["example_id"]), strict=True):
+        losses = []
+        for key, name, value in zip(keys, map(str, rows["example_id"]), nats, strict=True):
             earlier = first_row.setdefault(key, name)
             same_as = earlier if earlier != name else ""
-            samples.append(Sample(id=name, outcome="graded", same_as=same_as))
-        nats = row_losses(network, rows["input_ids"], rows["labels"])
+            losses.append(Sample(id=name, value=value, outcome="graded", same_as=same_as))
         loss = self._metric(
             "loss",
             "loss per token",
-            samples,
-            nats,
+            losses,
             unit="tokens",
             sizes=[len(row) for row in supervised],
             nats_of_a_unit=1.0,
             paired_by=keys,
         )
         metrics = [loss]
+        # the supervised tokens as text, which another tokenizer has too
+        texts = model.tokenizer.batch_decode(supervised, skip_special_tokens=True)
+        texts = [text.strip() for text in texts]
         if any(texts):  # else the supervised tokens are all special, and have no bytes
             bits = self._metric(
                 "bits_per_byte",
                 "bits per byte",
-                samples,
-                nats,
-                instead_of="loss",
+                losses,
                 unit="bytes",
                 sizes=[len(text.encode(errors="replace")) for text in texts],
                 nats_of_a_unit=math.log(2),
                 paired_by=texts,
+                instead_of="loss",
             )
             metrics.append(bits)
         limit = self.recipe.data.max_questions
@@ -134,7 +131,7 @@ class HeldoutLoss(Suite):
             banners = ("the validation rows chose the checkpoint: the loss on them is biased low",)
         return self.new_log(
             metrics,
-            n=len(samples),
+            n=len(losses),
             subset=f"subset, the first {limit} rows" if limit else None,
             banners=banners,
         )
@@ -143,8 +140,7 @@ class HeldoutLoss(Suite):
         self,
         name: str,
         label: str,
-        rows: Sequence[Sample],
-        nats: Sequence[float],
+        losses: Sequence[Sample],
         *,
         unit: str,
         sizes: Sequence[int],
@@ -155,21 +151,21 @@ class HeldoutLoss(Suite):
         """A metric of the losses: each row's over the mean size of a row.
 
         Args:
-            rows: as samples without a value.
+            losses: of the rows, in nats.
+            unit: of the sizes.
             sizes: tokens or bytes of each row.
             paired_by: what two models must share to be compared; its hash is in the task.
             instead_of: the metric that is compared in its place where two models share that.
         """
         mean_size = nats_of_a_unit * sum(sizes) / len(sizes)
         samples = []
-        for row, loss, size in zip(rows, nats, sizes, strict=True):
-            samples.append(replace(row, value=loss / mean_size, verdicts=(f"{size} {unit}",)))
+        for loss, size in zip(losses, sizes, strict=True):
+            value = (loss.value or 0.0) / mean_size
+            samples.append(replace(loss, value=value, verdicts=(f"{size} {unit}",)))
         return metric_of(
             name,
             f"{label} on {self.split or 'held-out'} rows",
             samples,
-            "number",
-            higher_is_better=False,
             instead_of=instead_of,
             task=f"{unit}-{hash_of(paired_by)[:8]}",
         )
