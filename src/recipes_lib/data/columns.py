@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from recipes_lib.data.errors import BadRow, BadRows, SettingError
 from recipes_lib.data.rows import DataRow, conversation_of
 from recipes_lib.data.values import checked_text, is_blank, parsed_json
 
-# The sets of fields that a prompt format can read, the best first.
+# Prompt format -> the sets of our fields that it can read, the best first.
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "dolly": (("instruction", "response"),),
     "alpaca": (("instruction", "response"),),
@@ -23,9 +22,13 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 OF_CHAT = ("system", "tools", "chat_template_kwargs")
 OF_PAIRS = ("context", "history")  # beside instruction and response; a history is read in chat
-# The names that files use for our fields.
+# Our field -> the names that files use for it, the likeliest first.
 COLUMNS = {
-    **{name: (name,) for name in ("id", "prompt", "completion", "text", "chat_template_kwargs")},
+    "id": ("id",),
+    "prompt": ("prompt",),
+    "completion": ("completion",),
+    "text": ("text",),
+    "chat_template_kwargs": ("chat_template_kwargs",),
     "instruction": ("instruction", "question"),
     "context": ("context", "input"),
     "response": ("response", "output", "answer"),
@@ -42,18 +45,24 @@ def fields_by_format(
     """Return our names -> columns, as mapped or by their usual names; and for each prompt format
     that can read such rows, the first set of fields.
     """
-    usual = {name: [each for each in COLUMNS[name] if each in present] for name in COLUMNS}
-    names = {name: known[0] for name, known in usual.items() if known} | {**columns}
-    sets = {
-        prompt_format: [fields for fields in choices if {*fields} <= names.keys()]
-        for prompt_format, choices in FIELDS.items()
-    }
-    return names, {prompt_format: fields[0] for prompt_format, fields in sets.items() if fields}
+    names: dict[str, str] = {}
+    for name, usual in COLUMNS.items():
+        column = next((column for column in usual if column in present), None)
+        if column is not None:
+            names[name] = column
+    names |= columns  # what the recipe maps wins
+    readable: dict[str, tuple[str, ...]] = {}
+    for prompt_format, choices in FIELDS.items():
+        for fields in choices:
+            if names.keys() >= set(fields):
+                readable[prompt_format] = fields
+                break
+    return names, readable
 
 
 def preference_hint(columns: Sequence[str]) -> list[str]:
     """Return what to say of columns that only preference tuning reads."""
-    if {"chosen", "rejected"} <= {*columns}:
+    if "chosen" in columns and "rejected" in columns:
         return ["chosen and rejected answers are for preference tuning, which recipes do not do"]
     return []
 
@@ -65,7 +74,10 @@ def map_columns(
     file's). Return the usable rows, and a line for each column that is left unread by surprise.
     """
     prompt_format = section.prompt_format
-    present = [*dict.fromkeys(name for row in rows for name in row.fields)]
+    seen: dict[str, None] = {}  # in the order in which they appear
+    for row in rows:
+        seen |= dict.fromkeys(row.fields)
+    present = list(seen)
     for name, column in columns.items():
         if column not in present:
             what = f"data.columns.{name}: the data has no column '{column}'"
@@ -73,22 +85,26 @@ def map_columns(
             raise SettingError("data.columns", what, *hints)
     names, fields = fields_by_format(columns, present)
     if prompt_format not in fields:
-        expected = " / ".join("+".join(each) for each in FIELDS[prompt_format])
+        expected = " / ".join("+".join(choice) for choice in FIELDS[prompt_format])
         what = f"columns are {', '.join(present)}; expected {expected}"
-        fitting = [f"data.prompt_format: {other}" for other in fields]
-        hint = " or ".join([*fitting, "data.columns: {<our name>: <your column>}"])
-        hints = [f"set {hint}", *preference_hint(present)]
-        raise SettingError("data.prompt_format", what, *hints)
-    read = {*fields[prompt_format], "id", *(OF_CHAT if prompt_format == "chat" else ())}
+        remedies = [f"data.prompt_format: {other}" for other in fields]
+        remedies.append("data.columns: {<our name>: <your column>}")
+        hint = f"set {' or '.join(remedies)}"
+        raise SettingError("data.prompt_format", what, hint, *preference_hint(present))
+    is_chat = prompt_format == "chat"
+    read = {"id", *fields[prompt_format]}
+    if is_chat:
+        read.update(OF_CHAT)
     if "instruction" in read:
-        read |= {*OF_PAIRS} if prompt_format == "chat" else {"context"}
-    names = {name: names[name] for name in names if name in read}
-    unread = _unread_columns(rows, names, {*columns} & read)
+        read.update(OF_PAIRS if is_chat else ("context",))
+    names = {name: column for name, column in names.items() if name in read}
+    unread = _unread_columns(rows, names, read.intersection(columns))
     usable = []
     for row in rows:
-        values, row.fields = row.fields, {}
+        values = row.fields
+        row.fields = {}
         try:
-            _fill(row, values, names, is_chat=prompt_format == "chat")
+            _fill(row, values, names, is_chat)
             usable.append(row)
         except BadRow as reason:
             bad.add(row, reason)
@@ -101,33 +117,38 @@ def _unread_columns(
     """Return a line for each column that looks as if it were trained on, and is not: another name
     of a field that a column fills already (unless the recipe maps the field), and a history.
     """
-    num_filled = Counter(
-        column for row in rows for column, value in row.fields.items() if not is_blank(value)
-    )
+    filled = set[str]()
+    for row in rows:
+        filled.update(column for column, value in row.fields.items() if not is_blank(value))
     lines = []
     for name, column in names.items():
-        others = [] if name in mapped else COLUMNS[name]
-        for other in others:
-            if other != column and num_filled[other]:
+        if name in mapped:
+            continue
+        for other in COLUMNS[name]:
+            if other != column and other in filled:
                 what = f"column '{other}' is not read: '{column}' is the {name}"
                 lines.append(f"{what} (to read the other: data.columns.{name}: {other})")
-    if "history" not in names and num_filled["history"]:
+    if "history" not in names and "history" in filled:
         what = "column 'history' is not read: it needs prompt_format chat"
         lines.append(f"{what}, and instruction and response")
     return lines
 
 
 def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_chat: bool) -> None:
+    """Give a row our fields; a `BadRow` says which column cannot be read."""
     fields = row.fields
     for name, column in names.items():
-        value, what = values.get(column), f"column '{column}'"
+        value = values.get(column)
+        what = f"column '{column}'"
         is_half = is_chat and name in ("prompt", "completion") and isinstance(value, list)
         if name == "id":
             row.id = str(value) if isinstance(value, str | int) else ""
         elif name in ("tools", "chat_template_kwargs"):
-            fields |= {} if is_blank(value) else {name: _json_text(name, value, what)}
+            if not is_blank(value):
+                fields[name] = _json_text(name, value, what)
         elif name == "history":
-            fields |= {} if is_blank(value) else {name: read_history(value, what)}
+            if not is_blank(value):
+                fields[name] = read_history(value, what)
         elif name == "messages" or is_half:
             fields[name] = read_messages(value, what)
         elif value is not None or name not in ("context", "system"):
@@ -145,9 +166,11 @@ def _json_text(name: str, value: Any, what: str) -> str:
     if name == "tools":
         tools = [parsed_json(tool, dict, what) for tool in parsed_json(value, list, what)]
         functions = [parsed_json(tool.get("function", tool), dict, what) for tool in tools]
-        if not all(isinstance(function.get("name"), str) for function in functions):
-            raise BadRow(f"{what}: a tool is not a function with a name")
-        value = [{"type": "function", "function": function} for function in functions]
+        value = []
+        for function in functions:
+            if not isinstance(function.get("name"), str):
+                raise BadRow(f"{what}: a tool is not a function with a name")
+            value.append({"type": "function", "function": function})
     else:
         given = parsed_json(value, dict, what)
         value = {key: inner for key, inner in given.items() if inner is not None}

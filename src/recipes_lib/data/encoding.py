@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, takewhile
@@ -22,7 +22,7 @@ import numpy as np
 
 from recipes_lib.config.recipe import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import one_line
-from recipes_lib.data.conversations import THOUGHTS
+from recipes_lib.data.conversations import THOUGHTS, Message
 from recipes_lib.data.errors import BadRow, SettingError
 from recipes_lib.data.prompts import (
     GENERATION,
@@ -76,7 +76,8 @@ class Supervision:
     @classmethod
     def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
         """Read the settings, and refuse those that cannot act."""
-        is_chat, answers_only = section.prompt_format == "chat", train.get("assistant_only_loss")
+        is_chat = section.prompt_format == "chat"
+        answers_only = train.get("assistant_only_loss")
         eos_token = train.get("eos_token") or getattr(tokenizer, "eos_token", None)
         if answers_only and not is_chat:
             key = "train.assistant_only_loss"
@@ -85,7 +86,11 @@ class Supervision:
         if not getattr(tokenizer, "is_fast", False) or not (is_chat or eos_token):
             what = "training needs a fast tokenizer (tokenizer.json), and an EOS token to end rows"
             raise SettingError("model.name_or_path", what, "set train.eos_token")
-        ends = special_ids(tokenizer) if is_chat else {tokenizer.convert_tokens_to_ids(eos_token)}
+        if is_chat:
+            ends = special_ids(tokenizer)
+        else:
+            ends = {tokenizer.convert_tokens_to_ids(eos_token)}
+        # TRL's other strategies of packing cut long rows into several, and lose no token
         splits_itself = train.get("packing") and train.get("packing_strategy", "bfd") != "bfd"
         return cls(
             section=section,
@@ -118,7 +123,8 @@ def _tokenised(section: DataSection, tokenizer: Any, text: str) -> tuple[list[in
 
 def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids of what `generation_prompt` returned, tokenised as in training."""
-    return _tokenised(section, tokenizer, prompt)[0]
+    ids, _ = _tokenised(section, tokenizer, prompt)
+    return ids
 
 
 def encode(
@@ -131,12 +137,13 @@ def encode(
         return _encode_chat(row, settings, tokenizer, template)
     section = settings.section
     prompt, completion = prompt_and_completion(row, section.prompt_format)
-    ids = _tokenised(section, tokenizer, (prompt or "") + completion)[0]
+    ids, _ = _tokenised(section, tokenizer, (prompt or "") + completion)
     ids.append(tokenizer.convert_tokens_to_ids(settings.eos_token))
-    asked = [] if prompt is None else prompt_ids(section, tokenizer, prompt)
-    start = _num_common(asked, ids)
-    encoded = _labelled(ids, [(min(start, len(ids) - 1), len(ids))], settings)
-    encoded.other_prompt = start < len(asked)
+    ids_of_prompt = [] if prompt is None else prompt_ids(section, tokenizer, prompt)
+    num_common = _num_common(ids_of_prompt, ids)
+    start = min(num_common, len(ids) - 1)  # the end token always has loss
+    encoded = _labelled(ids, [(start, len(ids))], settings)
+    encoded.other_prompt = num_common < len(ids_of_prompt)
     return encoded
 
 
@@ -150,11 +157,13 @@ def _labelled(ids: Sequence[int], spans: Sequence[Span], settings: Supervision) 
     """Label the tokens in `spans`, and cut a row that is too long."""
     tokens = np.array(ids, dtype=np.int32)
     labels = np.full_like(tokens, IGNORED)
+    answer_end = 0
     for start, end in spans:
         labels[start:end] = tokens[start:end]
-    answer_end = spans[-1][1] if spans else 0
+        answer_end = end
     prompt_tokens = int((labels == IGNORED).sum())
-    labels = tokens if settings.whole else labels
+    if settings.whole:
+        labels = tokens
     limit = settings.max_length or len(tokens)
     first = max(len(tokens) - limit, 0) if settings.keep_end else 0
     has_end = first < answer_end <= first + limit and ids[answer_end - 1] in settings.ends
@@ -171,11 +180,13 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
     section = settings.section
     messages = conversation_of(row, section.system_prompt)
     values = template_values(row, section.chat_template_kwargs)
-    own = values.keys() - {"tools"} if "chat_template_kwargs" in row.fields else ()
-    if reason := unread_argument(own, template):
-        raise reason
+    if "chat_template_kwargs" in row.fields:
+        unread = unread_argument(values.keys() - {"tools"}, template)
+        if unread:
+            raise unread
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    answers = answers[-1:] if section.chat_loss == "last" else answers
+    if section.chat_loss == "last":
+        answers = answers[-1:]
     learned = [index for index in answers if "weight" not in messages[index]]
     if not learned:
         raise BadRow("nothing to train on: every assistant turn that may be learned has weight 0")
@@ -183,22 +194,21 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
         raise BadRow("weight 0: with train.completion_only_loss: false, all of the text has loss")
 
     # messages -> text, and of each turn what is to be learned
-    chat = [{key: message[key] for key in message if key != "weight"} for message in messages]
+    chat = []
+    for message in messages:  # templates know no weight
+        chat.append({key: value for key, value in message.items() if key != "weight"})
     render = partial(render_chat, tokenizer=tokenizer, template=template, values=values)
     try:
         text, marks = render(chat)
         check_tool_calls(chat, learned, text, render)
-        prompts = {index: render(chat[:index], prompt=True)[0] for index in answers}
+        prompts = {}  # of each answer, what the model is asked with
+        for index in answers:
+            prompts[index], _ = render(chat[:index], prompt=True)
         if GENERATION.search(template):
-            turns = dict(zip(answers, _marked_turns(text, marks, [*prompts.values()]), strict=True))
+            marked = _marked_turns(text, marks, list(prompts.values()))
+            turns = dict(zip(answers, marked, strict=True))
         else:
-            turns = {}
-            for index in learned:
-                is_whole = index + 1 == len(chat)
-                prompt, until = prompts[index], text if is_whole else render(chat[: index + 1])[0]
-                if not text.startswith(until) or not until.startswith(prompt):
-                    raise BadRow(*_REWRITTEN)
-                turns[index] = [(len(prompt), len(until))]
+            turns = {index: [_turn(chat, index, text, prompts[index], render)] for index in learned}
     except BadRow:
         raise
     except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
@@ -208,23 +218,28 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
 
     # text -> tokens
     ids, offsets = _tokenised(section, tokenizer, text)
-    parts = [part for index in learned for part in turns[index]]
+    parts: list[Span] = []
+    for index in learned:
+        parts += turns[index]
     spans = _token_spans(text, parts, ids, offsets, settings.ends)
-    said = [tokenizer.decode(ids[slice(*span)], skip_special_tokens=True) for span in spans]
-    if not ((said and all(map(str.strip, said))) or row.is_empty):
+    is_silent = not spans
+    for first, last in spans:
+        is_silent |= not tokenizer.decode(ids[first:last], skip_special_tokens=True).strip()
+    if is_silent and not row.is_empty:
         what = "the chat template renders none of the assistant's text, which teaches silence"
         hint = "choose one for plain text, or one that supports tools, such as trl:qwen2_5"
         raise BadRow(what, f"{hint} (data.chat_template)")
     encoded = _labelled(ids, spans, settings)
+    last_prompt = prompts[answers[-1]]
+    comparable = offsets if text.startswith(last_prompt) else []
+    begins = _begins_with(last_prompt, ids, comparable, settings, tokenizer)
     follows = all(text.startswith(prompts[index]) for index in learned)
-    asked = prompts[answers[-1]]
-    comparable = offsets if text.startswith(asked) else []
-    begins = _begins_with(asked, ids, comparable, settings, tokenizer)
-    encoded.other_prompt = not (begins and follows)
-    words = [message.get(key, "") for message in messages for key in ("content", THOUGHTS[0])]
-    calls = [call for message in messages for call in message.get("tool_calls", ())]
-    words += [call["function"]["name"] for call in calls]
-    encoded.changed = any(word.strip() not in text for word in words)
+    encoded.other_prompt = not begins or not follows
+    said = []
+    for message in messages:
+        said += [message["content"], message.get(THOUGHTS[0], "")]
+        said += [call["function"]["name"] for call in message.get("tool_calls", ())]
+    encoded.changed = any(part.strip() not in text for part in said)
     return encoded
 
 
@@ -235,31 +250,51 @@ def _begins_with(
     tokens first: only what stands behind the prompt's last one can differ, in most rows a role.
     """
     inside = bisect_right(offsets, len(prompt), key=itemgetter(1))
-    for first in range(inside - 1, max(inside - 9, -1), -1):
-        name = prompt[slice(*offsets[first])]
-        if ids[first] in settings.ends and name == tokenizer.convert_ids_to_tokens(ids[first]):
-            tail = prompt[offsets[first][0] :]
+    most = 8  # tokens behind it: a role, or the beginning of a thought; more may be a text
+    for first in range(inside - 1, max(inside - 1 - most, -1), -1):
+        if ids[first] not in settings.ends:  # the cheap test first
+            continue
+        start, end = offsets[first]
+        # a token that is normalised or strips may stand for another text
+        if prompt[start:end] == tokenizer.convert_ids_to_tokens(ids[first]):
+            tail = prompt[start:]
             if tail not in settings.tails:
                 settings.tails[tail] = prompt_ids(settings.section, tokenizer, tail)
-            return ids[first:][: len(settings.tails[tail])] == settings.tails[tail]
-    asked = prompt_ids(settings.section, tokenizer, prompt)
-    return ids[: len(asked)] == asked
+            tail_ids = settings.tails[tail]
+            return ids[first : first + len(tail_ids)] == tail_ids
+    ids_of_prompt = prompt_ids(settings.section, tokenizer, prompt)
+    return ids[: len(ids_of_prompt)] == ids_of_prompt
 
 
 def _token_spans(
     text: str, parts: Sequence[Span], ids: Sequence[int], offsets: Sequence[Span], special: Any
 ) -> list[Span]:
     """Return the tokens of each part up to its end-of-turn token, without white space behind it."""
+    end_of = itemgetter(1)
     spans = []
-    for part in parts:
-        first, last = (bisect_right(offsets, place, key=itemgetter(1)) for place in part)
+    for start, end in parts:
+        first = bisect_right(offsets, start, key=end_of)
+        last = bisect_right(offsets, end, key=end_of)
         kept = last
         while kept > first and not text[slice(*offsets[kept - 1])].strip():
             kept -= 1
-        last = kept if kept > first and ids[kept - 1] in special else last
+        if kept > first and ids[kept - 1] in special:
+            last = kept
         if first < last:
             spans.append((first, last))
     return spans
+
+
+def _turn(
+    chat: Sequence[Message], index: int, text: str, prompt: str, render: Callable[..., Any]
+) -> Span:
+    """Return where a turn stands in the text, behind its prompt and up to its own end."""
+    until = text
+    if index + 1 < len(chat):
+        until, _ = render(chat[: index + 1])
+    if not text.startswith(until) or not until.startswith(prompt):
+        raise BadRow(*_REWRITTEN)
+    return len(prompt), len(until)
 
 
 def _marked_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> list[list[Span]]:
@@ -272,11 +307,12 @@ def _marked_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> 
     starts = [len(prompt) for prompt in prompts]
     if not all(map(text.startswith, prompts)):
         # The model is asked behind the role's tag and, say, a thought that the prompt begins.
-        own = marks[-1:] if len(prompts) == 1 else marks
-        if len(own) != len(prompts):
+        mark_of_each = marks[-1:] if len(prompts) == 1 else marks
+        if len(mark_of_each) != len(prompts):
             raise BadRow(*_REWRITTEN)
-        for number, (prompt, (first, last)) in enumerate(zip(prompts, own, strict=True)):
-            starts[number] = min(max(_num_common(text, prompt), first), last)
+        starts = []
+        for prompt, (first, last) in zip(prompts, mark_of_each, strict=True):
+            starts.append(min(max(_num_common(text, prompt), first), last))
     turns: list[list[Span]] = [[] for _ in prompts]
     for first, last in marks:
         number = bisect_left(starts, last) - 1
@@ -288,11 +324,14 @@ def _marked_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> 
 def special_ids(tokenizer: Any) -> set[int]:
     """Return the ids of all special tokens: bos, eos, unk, pad, and those that a model adds."""
     added = tokenizer.added_tokens_decoder.items()
-    return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
+    return set(tokenizer.all_special_ids) | {index for index, token in added if token.special}
 
 
 def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[Any]:
     """Return the text of a row cut where loss begins and ends, as pairs of text and `has_loss`."""
-    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    spans = groupby(zip(ids, labels, strict=True), key=lambda pair: bool(pair[1] != IGNORED))
-    return [(decode([int(token) for token, _ in span]), has_loss) for has_loss, span in spans]
+    spans = []
+    pairs = zip(ids, labels, strict=True)
+    for has_loss, span in groupby(pairs, key=lambda pair: bool(pair[1] != IGNORED)):
+        tokens = [int(token) for token, _ in span]
+        spans.append((tokenizer.decode(tokens, clean_up_tokenization_spaces=False), has_loss))
+    return spans

@@ -30,7 +30,7 @@ from recipes_lib.data.prompts import (
 from recipes_lib.data.reading import Rows, read_data
 from recipes_lib.data.rows import DataRow
 from recipes_lib.data.sources import hub_data_set, is_on_hub, listed_sources, source_hashes
-from recipes_lib.data.splits import SPLITS, TRAIN, first_in_hash_order, split_rows
+from recipes_lib.data.splits import TEST, TRAIN, VALIDATION, first_in_hash_order, split_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -72,8 +72,14 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
         raise place(recipe, error) from error.__cause__
     folder = folder_of(key)
     record = read_object(folder / _RECORD)
-    parts: dict[str, Any] = dict.fromkeys(SPLITS) | dict(load_from_disk(str(folder)))
-    return PreparedData(**parts, **record | {"audit": DataAudit(**record["audit"])})
+    sets: dict[str, Any] = dict(load_from_disk(str(folder)))
+    return PreparedData(
+        train=sets.get(TRAIN),
+        validation=sets.get(VALIDATION),
+        test=sets.get(TEST),
+        audit=DataAudit(**record.pop("audit")),
+        **record,
+    )
 
 
 # ---- the cache ----
@@ -107,7 +113,8 @@ def _key(recipe: Recipe, settings: Supervision, tokenizer: Any) -> str:
     import tokenizers
     import transformers
 
-    section, train = recipe.data, recipe.train
+    section = recipe.data
+    train = recipe.train
     parts: list[Any] = [
         [str(settings), train.get("completion_only_loss"), train.get("eval_strategy")],
         [tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()],
@@ -117,7 +124,8 @@ def _key(recipe: Recipe, settings: Supervision, tokenizer: Any) -> str:
         source_hashes(section),
     ]
     on_hub = filter(is_on_hub, listed_sources(section))
-    return hash_of(parts, [hub_data_set(source)._fingerprint for source in on_hub])[:32]
+    fingerprints = [hub_data_set(source)._fingerprint for source in on_hub]
+    return hash_of(parts, fingerprints)[:32]
 
 
 # ---- the work ----
@@ -129,21 +137,24 @@ def _prepare(
     """Return the data sets of the splits that have rows, and the rest of `PreparedData`."""
     from datasets import DatasetDict
 
-    section, bad = recipe.data, BadRows()
+    section = recipe.data
+    bad = BadRows()
 
     # files -> rows
     read = read_data(section, bad)
-    is_text = any("text" in row.fields for row in read.rows)
-    if is_text and recipe.train.get("completion_only_loss") is True:
+    has_texts = any("text" in row.fields for row in read.rows)
+    if has_texts and recipe.train.get("completion_only_loss") is True:
         what = "train.completion_only_loss: true needs prompt and completion, not texts"
         raise SettingError("train.completion_only_loss", what, "remove it: all of a text has loss")
 
     # rows -> tokens
-    template, training = None, training_template(section, tokenizer)  # TRL's: its file, its text
+    training = training_template(section, tokenizer)  # TRL's: the name of its file, its text
+    template = None
     if section.prompt_format == "chat":
         template = training[1] if training else chat_template(section, tokenizer)
-        if reason := unread_argument(section.chat_template_kwargs, template):
-            raise SettingError("data.chat_template_kwargs", f"data.{reason.what}", *reason.hints)
+        unread = unread_argument(section.chat_template_kwargs, template)
+        if unread:
+            raise SettingError("data.chat_template_kwargs", f"data.{unread.what}", *unread.hints)
     encoded: dict[str, Encoded] = {}
     for row in read.rows:
         try:
@@ -157,8 +168,8 @@ def _prepare(
 
     # tokens -> splits -> data sets
     parts = split_rows(rows, section.split)
-    for name in SPLITS:
-        parts[name] = [row for row in parts[name] if encoded[row.id].supervised]
+    for name, part in parts.items():
+        parts[name] = [row for row in part if encoded[row.id].supervised]
     parts[TRAIN] = _repeated(parts[TRAIN], read, section.split.seed)
     audit = audit_rows(rows, encoded, settings, tokenizer)
     audit.warnings += read.notes
@@ -169,18 +180,22 @@ def _prepare(
         audit.training_template = {"file": training[0], "sha256": sha256}
         what = f"trained with TRL's {training[0]} ({sha256[:12]}); the plain one is saved and"
         audit.notes.append(f"chat template: {what} used to answer")
-    counts = {"read": read.num_read, "bad": len(bad), "too_long": len(encoded) - len(rows)}
-    audit.rows = counts | {"used": len(rows)} | {name: len(part) for name, part in parts.items()}
+    num_too_long = len(encoded) - len(rows)
+    audit.rows = {"read": read.num_read, "bad": len(bad), "too_long": num_too_long}
+    audit.rows |= {"used": len(rows)} | {name: len(part) for name, part in parts.items()}
     audit.bad_rows = bad.lines()
     judge(audit, settings, recipe.train.get("eval_strategy", "no") != "no")
     splits: dict[str, Any] = {"method": section.split.method}
+    contents = {}
+    sets = {}
+    digest = hashlib.sha256()
     for name, part in parts.items():
         splits[name] = {"count": len(part), "ids": [row.id for row in part]}
-    contents = {name: [row.content.hex() for row in part] for name, part in parts.items()}
-    digest = hashlib.sha256()
-    for row in (row for part in parts.values() for row in part):
-        digest.update(encoded[row.id].ids.tobytes() + encoded[row.id].labels.tobytes())
-    sets = {name: _data_set(part, encoded, key + name) for name, part in parts.items() if part}
+        contents[name] = [row.content.hex() for row in part]
+        for row in part:
+            digest.update(encoded[row.id].ids.tobytes() + encoded[row.id].labels.tobytes())
+        if part:  # a file of no rows has no types
+            sets[name] = _data_set(part, encoded, key + name)
     return DatasetDict(sets), {
         "audit": asdict(audit),
         "splits": splits,
@@ -197,11 +212,14 @@ def _repeated(rows: Sequence[DataRow], read: Rows, seed: int) -> list[DataRow]:
     times: dict[str, int] = {}
     for number, source in enumerate(read.sources):
         whole, part = divmod(max(source.weight, 1), 1)
-        own = [row for row in rows if row.source == number]
-        times |= {row.id: int(whole) for row in own}
-        for row in first_in_hash_order(own, round(part * len(own)), seed):
+        of_source = [row for row in rows if row.source == number]
+        times |= {row.id: int(whole) for row in of_source}
+        for row in first_in_hash_order(of_source, round(part * len(of_source)), seed):
             times[row.id] += 1
-    return [row for row in rows for _ in range(times[row.id])]
+    repeated = []
+    for row in rows:
+        repeated += [row] * times[row.id]
+    return repeated
 
 
 def _data_set(rows: Sequence[DataRow], encoded: dict[str, Encoded], name: str) -> Dataset:

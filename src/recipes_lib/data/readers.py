@@ -30,11 +30,13 @@ def read_file(path: Path, bad: BadRows | None = None) -> list[DataRow]:
     without it, they are an error.
     """
     path = path.expanduser()
-    kind, file = data_format(path), shown_path(path)
+    kind = data_format(path)
+    file = shown_path(path)
     if kind is None or not path.is_file():  # or a pipe, which may never end
         what = f"not a data file; known endings: {', '.join(DATA_FORMATS)}"
         raise DataError(what if path.exists() else "no such file", file=file)
-    rows, no_rows = [], BadRows() if bad is None else bad
+    rows = []
+    no_rows = BadRows() if bad is None else bad
     try:
         for number, (line, values) in enumerate(_READERS[kind](path), 1):
             row = DataRow(file if line else f"{file} row {number}", line, {})
@@ -59,18 +61,16 @@ def read_file(path: Path, bad: BadRows | None = None) -> list[DataRow]:
 
 def _read_jsonl(path: Path) -> Iterator[Numbered]:
     with path.open("rb") as lines:
-        _refuse_list(lines.readline())
+        first = lines.readline().strip(_BEFORE_JSON)
+        # a list of numbers may be one bad row; of a list of objects, the first one or its "[" is
+        # here, and every line would be an error
+        if first.startswith(b"[") and (b"{" in first or not first.endswith(b"]")):
+            what = "a JSON list, where each line has to be an object of its own"
+            raise DataError(what, "give the file the ending .json")
         lines.seek(0)
-        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def _refuse_list(first_line: bytes) -> None:
-    """Refuse a file that is one JSON list, whose every line would be an error."""
-    text = first_line.strip(_BEFORE_JSON)
-    # a list of numbers may be one bad row; of a list of objects, the first one or its "[" is here
-    if text.startswith(b"[") and (b"{" in text or not text.endswith(b"]")):
-        what = "a JSON list, where each line has to be an object of its own"
-        raise DataError(what, "give the file the ending .json")
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, line
 
 
 def _read_json(path: Path) -> Iterator[Numbered]:
@@ -87,20 +87,15 @@ def _read_csv(path: Path) -> Iterator[Numbered]:
         sign = "\t" if data_format(path) == ".tsv" else ","
         reader = csv.DictReader(stream, delimiter=sign, strict=True)
         names = list(reader.fieldnames or [])
-        _refuse_other_separator(names, sign)
+        for other in (";", ",", "\t", "|"):
+            if len(names) == 1 and other in names[0]:
+                what = f"the header has one column, {names[0]!r}: fields are separated by {sign!r}"
+                raise DataError(what, "save the file with commas as .csv, or with tabs as .tsv")
         start = reader.line_num + 1
         for row in reader:
             is_whole = None not in row and None not in row.values()
             yield start, row if is_whole else BadRow(f"not {len(names)} fields like the header")
             start = reader.line_num + 1
-
-
-def _refuse_other_separator(names: list[str], sign: str) -> None:
-    """Refuse a header that is one name with another sign between its words."""
-    for other in (";", ",", "\t", "|"):
-        if len(names) == 1 and other in names[0]:
-            what = f"the header has one column, {names[0]!r}: fields are separated by {sign!r}"
-            raise DataError(what, "save the file with commas as .csv, or with tabs as .tsv")
 
 
 def _read_parquet(path: Path) -> Iterator[Numbered]:
@@ -114,12 +109,16 @@ def without_nulls(value: Any) -> Any:
     """Return the value without the keys that Arrow fills in with null, as another row has them."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [without_nulls(inner) for inner in value]
+    return value
 
 
 _READERS = {
-    **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
     ".json": _read_json,
-    **dict.fromkeys((".csv", ".tsv"), _read_csv),
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
