@@ -63,6 +63,11 @@ def test_one_base_serves_both_adapters_and_a_damaged_arm_takes_no_other_along(
         run(trained)
         assert load.call_count == 2  # the base, then the judge
         assert missing_of(load_study(trained)) == []
+        rows = []
+        for file in RunDirectory("x").root.glob("*/evals/*/judgments*.jsonl"):
+            rows += map(json.loads, file.read_text().splitlines())
+        probes = [row for row in rows if row.get("probe")]
+        assert (len(rows) - len(probes), len(probes)) == (48 + 32 + 24, 8)  # as the plan says
         asked = rows_of("generations"), rows_of("judgments")
         run(trained)
         assert load.call_count == 2

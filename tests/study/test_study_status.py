@@ -35,14 +35,14 @@ def test_the_plan_counts_trainings_answers_and_judge_requests_in_fifteen_lines(
     # 3 models; 8 alpaca questions and 4 of mt_bench with two turns each
     assert "trainings: 2 of 2 to do" in out and f"answers: {3 * (8 + 8)}\n" in out
     # against the reference (3 x 8 x 2 orders), with the base (2 x 8 x 2), grades of 3 x 8 turns
-    assert f"judge requests: {48 + 32 + 24}\n" in out
+    assert f"judge requests: {48 + 32 + 24} and up to 8 of the judge's audit\n" in out
     # the base meets every seed head to head, 0 too
     out = recipes("study", "plan", study_folder / "tiny.yaml", "seeds=[0, 1]")[1]
-    assert f"judge requests: {5 * 16 + 4 * 16 + 5 * 8}\n" in out
+    assert f"judge requests: {5 * 16 + 4 * 16 + 5 * 8} and up to 8 of" in out
     # questions of known sets before they are fetched: two arms of three seeds, and the base
     out = recipes("study", "plan", "lora-rank")[1]
     assert f"answers: {7 * (805 + 160):,}\n" in out
-    assert f"judge requests: {7 * 805 * 2 + 6 * 805 * 2 + 7 * 160:,}\n" in out
+    assert f"judge requests: {7 * 805 * 2 + 6 * 805 * 2 + 7 * 160:,} and up to 200 of" in out
     assert "find 13.0 points of alpaca_eval/win_rate" in out
     # no difference above 100 points is promised
     (study_folder / "q.jsonl").write_text('{"prompt": "Hi", "check": "exact", "expected": "a"}\n')

@@ -169,7 +169,8 @@ def plan_lines(study: Study) -> Iterator[str]:
     yield question_text(study.file.question)
     yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
     answers: dict[tuple[str, str], int] = {}
-    judgments = 0  # the judge's probes come on top
+    judgments = 0
+    probes: dict[tuple[str, str], int] = {}  # of the judge's audit, by eval recipe and opponent
     for result in evaluations(study):
         suite = result.recipe.suite.name
         is_new = (result.recipe.name, result.run) not in answers
@@ -177,10 +178,14 @@ def plan_lines(study: Study) -> Iterator[str]:
         answers[result.recipe.name, result.run] = number
         if suite == "alpaca_eval":
             judgments += 2 * number  # each pair in both orders
+            # two probes a pair, in both orders, of the first model that is judged
+            pairs_probed = min(number, result.recipe.metrics.probe_pairs)
+            probes[result.recipe.name, result.against] = 4 * pairs_probed
         elif suite == "mt_bench" and is_new:
             judgments += number
     yield f"answers: {sum(answers.values()):,}"
-    yield f"judge requests: {judgments:,}"
+    audit = f" and up to {sum(probes.values()):,} of the judge's audit" if probes else ""
+    yield f"judge requests: {judgments:,}{audit}"
     undeclared: list[str] = []
     for first, second in combinations([ArmRuns(arm.name, ()) for arm in study.arms], 2):
         for difference in arm_differences(first, second, study.design):
