@@ -67,8 +67,10 @@ def _causal_parts(
 
 def use_document_attention(model: Any) -> bool:
     """Switch a model from sdpa to `sdpa_by_document`; return whether it could."""
-    layers = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())}
-    if getattr(model.config, "_attn_implementation", "") != "sdpa" or layers - ATTENTION_LAYERS:
+    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if getattr(model.config, "_attn_implementation", "") != "sdpa":
+        return False
+    if not layers <= ATTENTION_LAYERS:
         return False
     AttentionInterface.register(DOCUMENTS, sdpa_by_document)
     AttentionMaskInterface.register(DOCUMENTS, sdpa_mask)  # models with windows keep theirs
@@ -97,31 +99,27 @@ def examples_are_read_by_others(model: Any) -> bool:
     the kernel would separate: by what the model hands to it.
     """
     attention = str(model.config._attn_implementation)
-    with contextlib.ExitStack() as stack:
-        needs_gpu = is_flash(attention) or "/" in attention  # one on the Hub
-        if needs_gpu and model.device.type == "cpu":
-            stack.enter_context(_stand_in_for(attention))
-        return _is_second_changed_by_first(model)
-
-
-def _is_second_changed_by_first(model: Any) -> bool:
+    kernel: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    needs_gpu = is_flash(attention) or "/" in attention  # one on the Hub
+    if needs_gpu and model.device.type == "cpu":
+        kernel = _stand_in_for(attention)
     collator = DataCollatorForLanguageModeling(0, padding_free=True)
     size = model.get_input_embeddings().weight.shape[0]
     second = [token % size for token in range(3, 3 + _PROBE_TOKENS)]
     logits = []
     was_training = model.training
     model.eval()  # no dropout, and no noise of routers: no random number is drawn
-    for start in (11, 11 + _PROBE_TOKENS):
-        first = [token % size for token in range(start, start + _PROBE_TOKENS)]
-        examples = [{"input_ids": ids, "labels": ids} for ids in (first, second)]
-        batch = collator(examples)
-        batch.pop("labels")
-        for name, value in batch.items():
-            if isinstance(value, Tensor):
-                batch[name] = value.to(model.device)
-        with torch.no_grad():
+    with kernel, torch.no_grad():
+        for start in (11, 11 + _PROBE_TOKENS):
+            first = [token % size for token in range(start, start + _PROBE_TOKENS)]
+            examples = [{"input_ids": ids, "labels": ids} for ids in (first, second)]
+            batch = collator(examples)
+            batch.pop("labels")
+            for name, value in batch.items():
+                if isinstance(value, Tensor):
+                    batch[name] = value.to(model.device)
             row = model(**batch, use_cache=False).logits[0]
-        logits.append(row[_PROBE_TOKENS:].float())
+            logits.append(row[_PROBE_TOKENS:].float())
     model.train(was_training)
     change = (logits[0] - logits[1]).abs().max()
     scale = logits[0].abs().max()
@@ -145,7 +143,7 @@ def _stand_in_for(attention: str) -> Iterator[None]:
             # transformers' flash attention looks for positions that begin again
             positions = kwargs["position_ids"].flatten().tolist()
             starts = [index for index, position in enumerate(positions) if position == 0]
-            lengths = torch.tensor([*starts, len(positions)]).diff().tolist()
+            lengths = torch.tensor(starts + [len(positions)]).diff().tolist()
         return _causal_parts(
             module, query, key, value, lengths, scaling=kwargs.get("scaling")
         ), None
@@ -233,16 +231,26 @@ def varlen_attention(
     bounds = kwargs["cu_seq_lens_q"]
     longest = int(kwargs["max_length_q"])
     window = kwargs.get("sliding_window")
-    tokens_before = -1 if window is None else window - 1  # -1 are all
+    tokens_before = -1  # all
+    if window is not None:
+        tokens_before = window - 1
     # torch casts what its own attention gets under autocast, and not what this kernel gets
     device = query.device.type
-    under_autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if under_autocast else value.dtype
-    # (1, heads, tokens, size) -> (tokens, heads, size)
-    rows = [part.squeeze(0).transpose(0, 1).to(dtype).contiguous() for part in (query, key, value)]
+    dtype = value.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+
+    def rows_of(heads: Tensor) -> Tensor:  # (1, heads, tokens, size) -> (tokens, heads, size)
+        return heads.squeeze(0).transpose(0, 1).to(dtype).contiguous()
+
     output = varlen_attn(
-        *rows,
-        *(bounds, bounds, longest, longest),
+        rows_of(query),
+        rows_of(key),
+        rows_of(value),
+        bounds,
+        bounds,
+        longest,
+        longest,
         scale=kwargs.get("scaling"),
         window_size=(tokens_before, 0),
         enable_gqa=query.shape[1] != key.shape[1],

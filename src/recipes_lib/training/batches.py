@@ -113,9 +113,11 @@ def make_loader(
 ) -> DataLoader:
     """Return a loader that draws nothing from the random state that dropout uses."""
     num_workers = args.dataloader_num_workers
-    # torch refuses the next two without workers
-    prefetch_factor = args.dataloader_prefetch_factor if num_workers else None
-    persistent_workers = bool(num_workers and args.dataloader_persistent_workers)
+    prefetch_factor = None  # torch refuses both without workers
+    persistent_workers = False
+    if num_workers:
+        prefetch_factor = args.dataloader_prefetch_factor
+        persistent_workers = args.dataloader_persistent_workers
     return DataLoader(
         rows,
         batch_sampler=batches,

@@ -21,14 +21,17 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, with_gradient: bool) -> Any:
         """Return the three, and keep the gradients of the first; logits exist tile by tile."""
-        under_autocast = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if under_autocast else weight.dtype
+        dtype = weight.dtype
+        if torch.is_autocast_enabled("cpu"):
+            dtype = torch.get_autocast_dtype("cpu")
         weight_used = weight.to(dtype)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        for_hidden = with_gradient and needs_hidden
-        for_weight = with_gradient and needs_weight
-        grad_hidden = torch.empty_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
+        grad_hidden = None
+        if with_gradient and needs_hidden:
+            grad_hidden = torch.empty_like(hidden)
+        grad_weight = None
+        if with_gradient and needs_weight:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         log_probs = torch.empty(len(hidden))
         entropy = torch.empty(len(hidden))
         is_top1 = torch.zeros(len(hidden), dtype=torch.bool)
@@ -47,7 +50,7 @@ class TokenLogProbs(torch.autograd.Function):
             log_probs[tile] = at_target - total.log()
             # H = -sum p log p = log(total) - sum p * shifted
             entropy[tile] = total.log() - torch.linalg.vecdot(exponentials, shifted) / total
-            if for_hidden or for_weight:
+            if grad_hidden is not None or grad_weight is not None:
                 # of the log-probability with respect to the logits: one at the target, less p
                 gradient = exponentials.div_(-total[:, None])
                 gradient = gradient.scatter_add_(1, target, torch.ones(target.shape)).to(dtype)
@@ -63,11 +66,13 @@ class TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Any, *_: Any) -> Any:
         """Scale the gradients; the weight's by one number, as `nll` weighs all tokens of a step."""
-        hidden = ctx.grad_hidden
-        weight = ctx.grad_weight
-        scale = grad_log_probs[:1].sum()  # 0 without tokens
-        grad_hidden = None if hidden is None else hidden * grad_log_probs[:, None]
-        grad_weight = None if weight is None else weight * scale
+        grad_hidden = ctx.grad_hidden
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_log_probs[:, None]
+        grad_weight = ctx.grad_weight
+        if grad_weight is not None:
+            scale = grad_log_probs[:1].sum()  # 0 without tokens
+            grad_weight = grad_weight * scale
         return grad_hidden, grad_weight, None, None
 
 

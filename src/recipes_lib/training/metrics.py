@@ -8,7 +8,6 @@ import contextlib
 import json
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,14 @@ def restore_lines(path: Path, checkpoint: Path | None) -> int:
             row = parsed_line(text)
             if row is not None:
                 by_key[_key(row)] = row
+    logged = []
+    if checkpoint is not None:
+        logged = read_object(checkpoint / "trainer_state.json")["log_history"]
     lines = []
     num_anew = 0
-    for logs in _history(checkpoint):
+    for logs in logged:
+        if not _is_line(logs):
+            continue
         line = _line_of(logs, logs["step"])
         written = by_key.get(_key(line), {})
         kept = {name: value for name, value in written.items() if name not in MEASURED}
@@ -50,14 +54,6 @@ def restore_lines(path: Path, checkpoint: Path | None) -> int:
     if path.is_file() or lines:
         write_text(path, "".join(lines))
     return num_anew
-
-
-def _history(checkpoint: Path | None) -> list[Row]:
-    """Return what was logged up to a checkpoint, of losses, in its order."""
-    if checkpoint is None:
-        return []
-    logged = read_object(checkpoint / "trainer_state.json")["log_history"]
-    return [logs for logs in logged if _is_line(logs)]
 
 
 def _is_line(logs: Row) -> bool:
@@ -83,8 +79,8 @@ def _line_of(logs: Row, step: int) -> Row:
 
 def tokens_so_far(state: TrainerState) -> int:
     """Return the tokens that had been trained on when the last loss was logged."""
-    logged = (row["num_tokens"] for row in state.log_history if "num_tokens" in row)
-    return int(max(logged, default=0))
+    counts = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
+    return int(max(counts, default=0))
 
 
 class MetricsCallback(TrainerCallback):
@@ -95,8 +91,10 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start the clock."""
-        self.began = self.last_log = time.monotonic()
-        self.first_step, self.last_tokens = state.global_step, tokens_so_far(state)
+        self.began = time.monotonic()
+        self.last_log = self.began
+        self.first_step = state.global_step
+        self.last_tokens = tokens_so_far(state)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Row | None = None, **_: Any
@@ -143,26 +141,31 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     num_items = max(trainer.num_items(batch), 1)
     passes = min(2, args.gradient_accumulation_steps)  # a second one meets gradients
     trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
-    options = trainer.accelerator.gradient_state.plugin_kwargs
+    options = trainer.accelerator.gradient_state.plugin_kwargs  # build.py sets it, for FSDP2
     sync_each_batch = options.get("sync_each_batch", False)
     seconds = 0.0
     _start_of_peak()
-    with _nothing_happened(trainer):
-        moments = _room_for_optimizer(trainer)
-        if args.device.type != "cpu" or trainer.is_compiled:
-            # the first pass on a GPU, or of compiled blocks, also makes kernels: it is not timed
-            trainer.training_step(model, dict(batch), num_items)
-            trainer.model.zero_grad(set_to_none=True)
-        for number in range(1, passes + 1):
-            # The last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see.
-            exchanges = sync_each_batch or number == passes
-            _wait_for_device(args.device)
-            began = time.monotonic()
-            with contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model):
+    try:
+        with keep_random_state(args.device), trainer.uncounted():
+            moments = _room_for_optimizer(trainer)
+            if args.device.type != "cpu" or trainer.is_compiled:
+                # the first pass on a GPU, or of compiled blocks, also makes kernels: not timed
                 trainer.training_step(model, dict(batch), num_items)
-            _wait_for_device(args.device)
-            seconds = time.monotonic() - began
-        del moments
+                trainer.model.zero_grad(set_to_none=True)
+            for number in range(1, passes + 1):
+                # the last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see
+                exchange = contextlib.nullcontext()
+                if number < passes and not sync_each_batch:
+                    exchange = trainer.accelerator.no_sync(model)
+                _wait_for_device(args.device)
+                began = time.monotonic()
+                with exchange:
+                    trainer.training_step(model, dict(batch), num_items)
+                _wait_for_device(args.device)
+                seconds = time.monotonic() - began
+            del moments
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
     rows_to_train = steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
     total = shown_duration(seconds / tokens * rows_to_train * sum(lengths) / len(lengths))
     return (
@@ -185,26 +188,19 @@ def keep_random_state(device: torch.device) -> contextlib.AbstractContextManager
     return torch.random.fork_rng(devices=devices)
 
 
-@contextlib.contextmanager
-def _nothing_happened(trainer: Any) -> Iterator[None]:
-    """Undo what a micro-batch leaves: random numbers, gradients, counts, metrics."""
-    try:
-        with keep_random_state(trainer.args.device), trainer.uncounted():
-            yield
-    finally:
-        trainer.model.zero_grad(set_to_none=True)
-
-
 def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
     """Hold what AdamW's two moments will take; nothing where a checkpoint has brought them."""
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if trainer.optimizer.state or "adam" not in name or "paged" in name:
         return []
-    bytes_each = 2 if "8bit" in name else 8
+    bytes_each = 8  # two moments in float32
+    if "8bit" in name:
+        bytes_each = 2
     moments = []
     for group in trainer.optimizer.param_groups:
-        for part in group["params"]:
-            shard = part.to_local() if isinstance(part, DTensor) else part
+        for shard in group["params"]:
+            if isinstance(shard, DTensor):  # of FSDP2: this rank's part
+                shard = shard.to_local()
             size = shard.numel() * bytes_each
             moments.append(torch.ones(size, dtype=torch.uint8, device=shard.device))
     return moments

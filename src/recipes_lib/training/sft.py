@@ -39,14 +39,11 @@ class SupervisedTrainer(ExactTrainer, SFTTrainer):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._choose_head()
-
-    def _choose_head(self) -> None:
-        """Take our own head on a CPU, where the logits are its products and nothing is added."""
         base = self.model
         if is_peft_model(base):
             base = base.get_base_model()
         upstream_fixes.prepare_head(base, sharded=self.is_fsdp_enabled)
+        # our own head on a CPU, where the logits are its products and nothing is added to the loss
         is_plain = families.has_plain_head(base) and base.get_output_embeddings().bias is None
         is_nll = self.args.loss_type == "nll" and not self.aux_loss_enabled
         if is_plain and is_nll and self.args.device.type == "cpu":
@@ -67,6 +64,7 @@ class SupervisedTrainer(ExactTrainer, SFTTrainer):
 
     @tokens_trained.setter
     def tokens_trained(self, tokens: int) -> None:
+        """Go on counting from those of a checkpoint."""
         self._total_train_tokens = tokens
 
     @contextlib.contextmanager
