@@ -14,17 +14,10 @@ import torch
 from transformers import TrainerState
 
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
+from recipes_lib.core import ranks
 from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import ExitCode, RecipesError, explain_fault
 from recipes_lib.core.files import Row, publish, sync, utc_now, write_json, write_text
-from recipes_lib.core.ranks import (
-    AnotherRankFailed,
-    killed_rank,
-    meet,
-    on_main_rank,
-    rank,
-    world_size,
-)
 from recipes_lib.core.run_directory import RunDirectory, State, run_lock
 from recipes_lib.core.terminal import count, next_step, say
 from recipes_lib.data.prepare import PreparedData
@@ -32,7 +25,6 @@ from recipes_lib.data.sources import source_hashes
 from recipes_lib.training import metrics, resume_guard
 from recipes_lib.training.build import count_quantized
 from recipes_lib.training.finished import damage_of_finished
-from recipes_lib.training.resume_guard import differences, set_aside
 from recipes_lib.training.stopping import EXIT_CODES, StopRequest
 from recipes_lib.training.trainer import ExactTrainer
 from recipes_lib.weights.export import write_card
@@ -62,7 +54,8 @@ class Attempt:
         """
         run = self.run
         stack.enter_context(run_lock(run.path))
-        self.earlier = run.read_state() if run.exists() else {}
+        if run.exists():
+            self.earlier = run.read_state()
         if self.earlier.get("state") == "finished":
             damage = damage_of_finished(run, self.recipe, self.earlier)
             if damage is None:
@@ -80,37 +73,53 @@ class Attempt:
         """Rank 0: return the newest complete checkpoint, or None; refuse to continue it with other
         settings, and make the run's records this attempt's.
         """
-        run, resumed = self.run, [*self.earlier.get("resumed", [])]
+        run = self.run
         newest, broken = resume_guard.find_newest(run.checkpoints)
-        begun = self.earlier.get("guard") or (newest and resume_guard.read_marker(newest)["guard"])
-        changed = differences(begun, guard) if begun else {}
+        begun_with = self.earlier.get("guard")
+        if not begun_with and newest is not None:
+            begun_with = resume_guard.read_marker(newest)["guard"]
+        changed: dict[str, tuple[object, object]] = {}
+        if begun_with:
+            changed = resume_guard.differences(begun_with, guard)
         if None in changed.get("base_weights", ()):
             # the base was not on this machine then, or is not now: its hash is not known
             del changed["base_weights"]
+        resumed = list(self.earlier.get("resumed", []))
         if newest is not None:
-            if any(key.startswith("launch.") for key in changed) or (changed and not resume_anyway):
+            is_other_launch = any(key.startswith("launch.") for key in changed)
+            if is_other_launch or (changed and not resume_anyway):
                 resume_guard.refuse_changes(run.name, changed)
             resumed.append({"from": newest.name, "changed": changed})
 
         # nothing was refused: from here on the run's files are this attempt's
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         for checkpoint, reason in broken.items():
-            aside = set_aside(checkpoint, ".incomplete")
+            aside = resume_guard.set_aside(checkpoint, ".incomplete")
             say(f"skipping {checkpoint.name}: {reason}; set aside as {aside.name}")
         num_anew = metrics.restore_lines(run.metrics, newest)
         if num_anew and newest is not None:
             lines = count(num_anew, "line")
             say(f"{run.metrics.name}: {lines} missing or damaged, written anew from {newest.name}")
         if self.earlier.get("state") == "finished" and self.weights.is_dir():
-            set_aside(self.weights, ".damaged")
+            resume_guard.set_aside(self.weights, ".damaged")
         self._write_settings()  # now with the date that its template prints
         write_json(run.path / "environment.json", environment())
         write_json(run.path / "supervision.json", vars(data.audit))
         write_json(run.path / "splits.json", data.splits)
-        recorded |= {"attempts": self.earlier.get("attempts", 0) + 1, "resumed": resumed}
-        recorded |= {"data_files": source_hashes(self.recipe.data), "guard": guard}
-        run.write_state("running", exit_code=None, error=None, steps_began=None, **recorded)
-        others = f", with changed settings: {', '.join(changed)}" if changed else ""
+        run.write_state(
+            "running",
+            exit_code=None,
+            error=None,
+            steps_began=None,
+            **recorded,
+            attempts=self.earlier.get("attempts", 0) + 1,
+            resumed=resumed,
+            data_files=source_hashes(self.recipe.data),
+            guard=guard,
+        )
+        others = ""
+        if changed:
+            others = f", with changed settings: {', '.join(changed)}"
         if newest is not None:
             say(f"resuming {newest.name}{others or ' (recipe, data, versions unchanged)'}")
         elif broken or changed:
@@ -126,7 +135,7 @@ class Attempt:
     def begin_steps(self) -> None:
         """Every rank: from now on a signal asks for a checkpoint, as run.json says."""
         self.stop.wait_for_step()
-        on_main_rank(lambda: self.run.write_state("running", steps_began=utc_now()))
+        ranks.on_main_rank(lambda: self.run.write_state("running", steps_began=utc_now()))
 
     def record_failure(self, code: int, error: str) -> None:
         """Note in run.json how this attempt ended, unless a full disk prevents it."""
@@ -134,15 +143,19 @@ class Attempt:
             return
         with suppress(OSError, RecipesError):
             if self.run.exists() and self.run.read_state()["state"] == "running":
-                state: State = "stopped" if code in EXIT_CODES.values() else "failed"
+                state: State = "failed"
+                if code in EXIT_CODES.values():
+                    state = "stopped"
                 self.run.write_state(state, exit_code=code, error=error)
 
     def record_stop(self, state: TrainerState) -> ExitCode:
         """Rank 0: record a stop whose checkpoint is written, and return the exit code."""
-        code, step, last = EXIT_CODES[self.stop.agreed], state.global_step, state.max_steps
+        code = EXIT_CODES[self.stop.agreed]
+        step = state.global_step
         self.run.stop_file.unlink(missing_ok=True)
         self.run.write_state("stopped", exit_code=int(code), step=step, error=None)
-        say(f"stopped at step {step}/{last}: checkpoint-{step} is complete (exit code {int(code)})")
+        where = f"stopped at step {step}/{state.max_steps}"
+        say(f"{where}: checkpoint-{step} is complete (exit code {int(code)})")
         return code
 
     def record_finish(self, summary: Mapping[str, Any], check: Mapping[str, Any]) -> None:
@@ -157,30 +170,30 @@ class Attempt:
         next_step("chat", run.name)
 
 
-_ENDING_S = 1.0
-
-
 @contextmanager
 def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Iterator[Attempt]:
     """Hold a run for one attempt: rank 0 has the lock, and all ranks leave together."""
     attempt = Attempt(run, recipe, stop)
-    stop.stop_file, stop.record = run.stop_file, attempt.record_failure
+    stop.stop_file = run.stop_file
+    stop.record = attempt.record_failure
     with ExitStack() as stack:
         try:
-            attempt.finished, attempt.owns_records = on_main_rank(lambda: attempt.begin(stack))
+            begun = ranks.on_main_rank(lambda: attempt.begin(stack))
+            attempt.finished, attempt.owns_records = begun
             yield attempt
-            meet()
-        except AnotherRankFailed:
+            ranks.meet()
+        except ranks.AnotherRankFailed:
             raise
         except Exception as error:
             fault = error if isinstance(error, RecipesError) else explain_fault(error)
-            if fault is None and world_size() > 1:
+            if fault is None and ranks.world_size() > 1:
                 # a lost connection: give the kernel a moment to end the rank that was killed
-                time.sleep(_ENDING_S)
-                fault = killed_rank()
-            code = int(fault.exit_code) if fault else int(ExitCode.FAILED)
-            if rank() == 0 or not getattr(error, "on_every_rank", False):
-                attempt.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))
+                time.sleep(1.0)
+                fault = ranks.killed_rank()
+            if ranks.rank() == 0 or not getattr(error, "on_every_rank", False):
+                code = fault.exit_code if fault else ExitCode.FAILED
+                reason = str(fault or f"{type(error).__name__}: {error}")
+                attempt.record_failure(int(code), reason)
             if fault is None or fault is error:
                 raise
             raise fault from error
@@ -194,7 +207,9 @@ def summarise_training(trainer: ExactTrainer, data: PreparedData) -> dict[str, o
     state = trainer.state
     tokens = trainer.tokens_trained
     seconds = trainer.seconds_so_far()
-    device = "cpu" if args.device.type == "cpu" else torch.cuda.get_device_name()
+    device = "cpu"
+    if args.device.type != "cpu":
+        device = torch.cuda.get_device_name()
     summary: dict[str, object] = {
         "steps": state.global_step,
         "training_rows": len(data.train),
@@ -208,8 +223,9 @@ def summarise_training(trainer: ExactTrainer, data: PreparedData) -> dict[str, o
         "device": device,
     }
     for name, key in (("training", "loss"), ("validation", "eval_loss")):
-        values = [row[key] for row in state.log_history if key in row] or [None]
-        summary |= {f"first_{name}_loss": values[0], f"last_{name}_loss": values[-1]}
+        losses = [row[key] for row in state.log_history if key in row] or [None]
+        summary[f"first_{name}_loss"] = losses[0]
+        summary[f"last_{name}_loss"] = losses[-1]
     if args.load_best_model_at_end and state.best_model_checkpoint:
         summary["best_step"] = int(state.best_model_checkpoint.rpartition("-")[2])
     return summary
@@ -219,23 +235,30 @@ def save_and_check(
     trainer: ExactTrainer, attempt: Attempt, summary: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Save the final weights, prove them, and only then give them their name; every rank calls."""
-    args, recipe, history = trainer.args, attempt.recipe, trainer.state.log_history
+    args = trainer.args
+    recipe = attempt.recipe
     scratch = attempt.run.path / "weights.unchecked"
-    on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    ranks.on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
     trainer.save_model(str(scratch))  # a collective under FSDP2: every rank takes part
-    only_step_at_rate_0 = [row["learning_rate"] for row in history if "loss" in row] == [0.0]
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
+    autocast = None
+    if args.bf16:
+        autocast = "bfloat16"
+    elif args.fp16:
+        autocast = "float16"
     try:
         check = check_saved(
             trainer.model,
             scratch,
             base=model_path(recipe.model),
-            base_fingerprint=on_main_rank(lambda: base_fingerprint(recipe)),
-            autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
-            may_change_nothing=trainer.state.max_steps == 1 and only_step_at_rate_0,
+            base_fingerprint=ranks.on_main_rank(lambda: base_fingerprint(recipe)),
+            autocast=autocast,
+            # a warm-up begins with a learning rate of 0
+            may_change_nothing=trainer.state.max_steps == 1 and rates == [0.0],
         )
     except RecipesError as error:
         error.hints = (*error.hints, f"the weights are kept in {scratch}")
         raise
-    on_main_rank(lambda: write_card(scratch, recipe, summary))
-    on_main_rank(lambda: publish(scratch, attempt.weights))
+    ranks.on_main_rank(lambda: write_card(scratch, recipe, summary))
+    ranks.on_main_rank(lambda: publish(scratch, attempt.weights))
     return check

@@ -26,13 +26,7 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import count
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.models import families, upstream_fixes
-from recipes_lib.training.attention import (
-    examples_are_read_by_others,
-    is_flash,
-    use_document_attention,
-    use_varlen,
-    why_no_flash,
-)
+from recipes_lib.training import attention
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.sft import SupervisedTrainer
 from recipes_lib.training.stopping import StopRequest
@@ -49,15 +43,20 @@ def read_model(
     Under FSDP2 one rank of a machine reads, and accelerate hands the others their shares; until
     then their models are on torch's meta device. Where that cannot be, each rank reads.
     """
-    asked = os.environ.get(launch.READS_ONCE_VARIABLE, "false").lower() in ("1", "true", "yes")
-    reads_once = asked and active.distributed_type == "FSDP" and one_rank_can_read(recipe)
+    requested = os.environ.get(launch.READS_ONCE_VARIABLE, "false").lower()
+    may_read_once = requested in ("1", "true", "yes") and active.distributed_type == "FSDP"
+    reads_once = may_read_once and one_rank_can_read(recipe)
     os.environ[launch.READS_ONCE_VARIABLE] = str(reads_once)  # accelerate and transformers ask it
-    empty = reads_once and os.environ["LOCAL_RANK"] != "0"
-    quantization = build_quantization_config(recipe)
-    # also of a recipe for the CPU (`train.use_cpu`) on a machine with GPUs
-    device = "cpu" if active.device == "cpu" else None
-    model = load_model(recipe, tokenizer, quantization, empty=empty, device=device)
-    buffers = {*dict(model.named_buffers())} - {*dict(model.named_non_persistent_buffers())}
+    model = load_model(
+        recipe,
+        tokenizer,
+        build_quantization_config(recipe),
+        empty=reads_once and os.environ["LOCAL_RANK"] != "0",
+        # also of a recipe for the CPU (`train.use_cpu`) on a machine with GPUs
+        device="cpu" if active.device == "cpu" else None,
+    )
+    buffers = {name for name, _ in model.named_buffers()}
+    buffers -= {name for name, _ in model.named_non_persistent_buffers()}
     if reads_once and buffers:
         # accelerate 1.15 takes every entry of the state dict, buffers too, for a parameter
         os.environ[launch.READS_ONCE_VARIABLE] = "false"
@@ -77,30 +76,35 @@ def build_trainer(
     guard: Mapping[str, object],
 ) -> SupervisedTrainer:
     """Return the trainer, with the adapter (if the recipe has one) already on the model."""
-    half = _autocast_dtype(args)
-    if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
+    autocast = _autocast_dtype(args)
+    is_half = model.dtype.itemsize == 2
+    if recipe.quantization and autocast and is_half and model.dtype != autocast:
         found = str(model.dtype).removeprefix("torch.")
-        wanted = str(half).removeprefix("torch.")
+        wanted = str(autocast).removeprefix("torch.")
         what = f"the checkpoint is {found} and autocast {wanted}: torch refuses to mix the two"
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
     joins_rows = choose_attention(recipe, args, model)
     families.prepare_for_training(model)
     lora = build_lora_config(recipe)
+    if lora is not None:
+        lora = families.settle_targets(lora, model)
     if args.router_aux_loss_coef is None and not families.adds_router_loss(model, recipe.lora):
         args.router_aux_loss_coef = 0.0
     train = data.train
     if args.shuffle_dataset:
         # not in a file beside the rows, which the next start would use unchecked
         train = train.shuffle(seed=args.seed, keep_in_memory=True, load_from_cache_file=False)
-    validation = data.validation if args.eval_strategy != "no" else None
     columns = ["input_ids", "labels"]
+    validation = None
+    if data.validation and args.eval_strategy != "no":
+        validation = data.validation.select_columns(columns)
     trainer = SupervisedTrainer(
         model=model,
         args=args,
         train_dataset=_training_rows(train.select_columns(columns), recipe, args),
-        eval_dataset=validation.select_columns(columns) if validation else None,
+        eval_dataset=validation,
         processing_class=tokenizer,
-        peft_config=lora and families.settle_targets(lora, model),
+        peft_config=lora,
         callbacks=[MetricsCallback(run.metrics)],
         stop=stop,
         row_ids=None if args.packing else list(train["example_id"]),
@@ -160,7 +164,7 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
         why = families.why_not_varlen(model)
         if why:
             raise recipe.error("model.attn_implementation", f"varlen {why}", "leave the key out")
-    if requested is not None and is_flash(requested) and not on_cpu:
+    if requested is not None and attention.is_flash(requested) and not on_cpu:
         why = _why_no_flash(requested, args, model)
         if why:
             hint = "leave the key out, or set train.bf16: true where the GPU has it"
@@ -172,21 +176,23 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
     joined_by_recipe = bool(recipe.train.get("padding_free") or args.packing)
     may_join = joined_by_recipe or args.per_device_train_batch_size > 1 or requested == VARLEN
     if on_cpu:
-        separates = use_document_attention(model)
+        separates = attention.use_document_attention(model)
     else:
         separates = may_join and _use_kernel_of_gpu(recipe, args, model, joined_by_recipe)
-    if joined_by_recipe:
-        why = _why_rows_apart(model)
-        if why:
-            key = "train.packing" if args.packing else "train.padding_free"
-            raise recipe.error(key, f"{key}: {type(model).__name__} {why}", f"set {key}: false")
+    if not joined_by_recipe and not (may_join and separates):
         return False
-    if not (may_join and separates):
-        return False
-    why = _why_rows_apart(model)
+    why = families.why_rows_apart(model)
+    # rank 0 has the weights, the others may not
+    if why is None and on_main_rank(lambda: attention.examples_are_read_by_others(model)):
+        kernel = model.config._attn_implementation
+        why = f"lets an example read those before it in its row (attention {kernel})"
+    if why and joined_by_recipe:
+        key = "train.packing" if args.packing else "train.padding_free"
+        raise recipe.error(key, f"{key}: {type(model).__name__} {why}", f"set {key}: false")
     if why:
         say_once(f"rows keep their padding: {type(model).__name__} {why}")
-    return not why
+        return False
+    return not joined_by_recipe  # TRL joins those of a recipe that says so
 
 
 def _use_kernel_of_gpu(
@@ -197,36 +203,24 @@ def _use_kernel_of_gpu(
     """
     requested = recipe.model.attn_implementation
     if requested == VARLEN:
-        use_varlen(model)
+        attention.use_varlen(model)
         return True
-    attention = str(model.config._attn_implementation)
-    if requested is not None or attention != "sdpa":
-        return is_flash(attention)
+    kernel = str(model.config._attn_implementation)
+    if requested is not None or kernel != "sdpa":
+        return attention.is_flash(kernel)
     why = families.why_not_varlen(model) or _why_no_flash(VARLEN, args, model)
     if why is None:
-        use_varlen(model)
+        attention.use_varlen(model)
         return True
     if joined_by_recipe:
         say_once(f"sdpa masks all tokens of a joined row, which takes time: varlen {why}")
     return False
 
 
-def _why_no_flash(attention: str, args: SFTConfig, model: PreTrainedModel) -> str | None:
+def _why_no_flash(kernel: str, args: SFTConfig, model: PreTrainedModel) -> str | None:
     """Why a kernel cannot compute the model on rank 0's GPU, for all ranks; or None."""
     dtype = _autocast_dtype(args) or model.dtype
-    return on_main_rank(lambda: why_no_flash(attention, model, dtype, args.device))
-
-
-def _why_rows_apart(model: PreTrainedModel) -> str | None:
-    """Why examples must not share a row of the loaded model, as the end of a sentence; or None."""
-    why = families.why_rows_apart(model)
-    if why is not None:
-        return why
-    # rank 0 has the weights, the others may not
-    if on_main_rank(lambda: examples_are_read_by_others(model)):
-        attention = model.config._attn_implementation
-        return f"lets an example read those before it in its row (attention {attention})"
-    return None
+    return on_main_rank(lambda: attention.why_no_flash(kernel, model, dtype, args.device))
 
 
 def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
@@ -247,27 +241,40 @@ def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
 
 def start_up_lines(trainer: SupervisedTrainer, launch_line: str) -> list[str]:
     """Return what is really active, the batch arithmetic and what is trained."""
-    args, model, dealt, rows = trainer.args, trainer.model, trainer.batches, len(trainer.lengths)
-    joined = ", no padding" if trainer.data_collator.padding_free else ""
-    half = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
-    precision = half or str(model.dtype).removeprefix("torch.")
-    size, ranks = dealt.global_batch, count(dealt.world_size, "rank")
-    epoch, steps = launch.planned_steps(rows, size, args.num_train_epochs, args.max_steps)
-    batch = f"{dealt.per_device} per device x {dealt.accumulation} accumulation x {ranks} = {size}"
-    rest = rows % size if steps >= epoch else 0
-    counts = [model.num_parameters(only_trainable=trained) for trained in (True, False)]
-    trained = f"{counts[0]:,} of {counts[1]:,} parameters"
-    if quantized := count_quantized(model):
-        trained += f"; base quantized in {quantized} layers"
+    args = trainer.args
+    model = trainer.model
+    batches = trainer.batches
+    num_rows = len(trainer.lengths)
+    precision = str(model.dtype).removeprefix("torch.")
+    if args.bf16:
+        precision = "bf16 mixed"
+    elif args.fp16:
+        precision = "fp16 mixed"
+    joined = ""
+    if args.packing:
+        joined = ", packed"
+    elif trainer.data_collator.padding_free:
+        joined = ", no padding"
+    size = batches.global_batch
+    epoch, steps = launch.planned_steps(num_rows, size, args.num_train_epochs, args.max_steps)
+    left_out = ""
+    if num_rows % size and steps >= epoch:
+        left_out = f"; left out because they do not fill a step: {num_rows % size}"
+    num_trained = model.num_parameters(only_trainable=True)
+    trained = f"{num_trained:,} of {model.num_parameters():,} parameters"
+    num_quantized = count_quantized(model)
+    if num_quantized:
+        trained += f"; base quantized in {num_quantized} layers"
     if trainer.aux_loss_enabled:
         trained += f"; router loss x {trainer.router_aux_loss_coef:g}"
     if isinstance(model, PeftModel):
         trained += f"; {families.describe_targets(model)}"
     lines = [
         f"launch: {launch_line}; precision {precision}; attention"
-        f" {model.config._attn_implementation}{', packed' if args.packing else joined}",
-        f"batch: {batch} examples per step; {rows:,} examples -> {epoch:,} steps per epoch,"
-        f" {steps:,} steps{f'; left out because they do not fill a step: {rest}' if rest else ''}",
+        f" {model.config._attn_implementation}{joined}",
+        f"batch: {batches.per_device} per device x {batches.accumulation} accumulation x"
+        f" {count(batches.world_size, 'rank')} = {size} examples per step;"
+        f" {num_rows:,} examples -> {epoch:,} steps per epoch, {steps:,} steps{left_out}",
         f"trains: {trained}",
     ]
     untrained = families.untrained_rows(model, getattr(model, "rows_added", 0))

@@ -136,8 +136,10 @@ def guarded_values(
     read, by dotted key; `train.py` adds the rest. A key that begins with the name of a recipe's
     section is the recipe's own (`recipe_differences`): name what comes from elsewhere otherwise.
     """
-    launch = {"launch.world_size": world_size, "launch.distribution": distribution}
-    values = _recipe_values(recipe) | {"data_fingerprint": data_fingerprint} | launch
+    values = _recipe_values(recipe)
+    values["data_fingerprint"] = data_fingerprint
+    values["launch.world_size"] = world_size
+    values["launch.distribution"] = distribution
     values |= flatten({"version": {**versions, "training": TRAINING_PROTOCOL}})
     return values
 
@@ -158,14 +160,13 @@ def _recipe_values(recipe: Recipe) -> dict[str, object]:
     schedule = recipe.train.get("lr_scheduler_type")
     keeps_best = recipe.train.get("load_best_model_at_end")
     validation_chooses = keeps_best or schedule in CHOOSING_SCHEDULES
-    guarded = {}
+    sections["train"] = {}
     for key, value in recipe.train.items():
         is_free = FREE_KEYS.match(key)
         if not validation_chooses:
             is_free = is_free or FREE_WITHOUT_CHOICE.match(key)
         if not is_free:
-            guarded[key] = value
-    sections["train"] = guarded
+            sections["train"][key] = value
     sections["run"] = {"global_batch_size": recipe.run.global_batch_size}
     del sections["launch"]
     return flatten(sections)
@@ -187,8 +188,11 @@ def differences(
     """Return {key: (before, now)} of the keys that differ; one that is missing counts as None, so a
     key that is new in this version refuses the runs before it: CHANGELOG.md says so.
     """
-    keys = sorted(before.keys() | now.keys())
-    return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
+    changed = {}
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            changed[key] = (before.get(key), now.get(key))
+    return changed
 
 
 def refuse_changes(name: str, changed: Mapping[str, tuple[object, object]]) -> None:

@@ -60,7 +60,9 @@ class StopRequest:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Note what SIGTERM, SIGUSR2 or SIGINT asks for, or end this process."""
-        request = INTERRUPT if number == signal.SIGINT else PREEMPT
+        request = PREEMPT
+        if number == signal.SIGINT:
+            request = INTERRUPT
         if os.getpid() != self.process:
             # A forked worker gets the signals of a terminal and of Slurm too. One that prepares
             # data ends; one that loads data goes on: the last step needs its rows.
@@ -72,7 +74,9 @@ class StopRequest:
         self.requested = max(self.requested, request)
         if not self.steps_began and world_size() > 1 and self.stop_file and _failures(0):
             os._exit(ExitCode.FAILED)  # a rank failed and has said why: the launcher ends all
-        answer = STOPPING if self.steps_began else str(_before_first_step(request))
+        answer = STOPPING
+        if not self.steps_began:
+            answer = str(_before_first_step(request))
         if rank() == 0 and (request == INTERRUPT or not self.steps_began):
             os.write(2, f"{answer}\n".encode())  # print may be in the middle of a line
         if not self.steps_began:
@@ -87,11 +91,11 @@ class StopRequest:
 
     def _asked_by_file(self) -> int:
         """An empty STOP file asks for preemption; `recipes train` writes INT for an interrupt."""
-        try:
-            written = self.stop_file.read_bytes().strip() if self.stop_file else None
-        except OSError:  # there is none, or the file server is away for a moment
+        if self.stop_file is None:
             return NOTHING
-        if written is None:
+        try:
+            written = self.stop_file.read_bytes().strip()
+        except OSError:  # there is none, or the file server is away for a moment
             return NOTHING
         return INTERRUPT if written == b"INT" else PREEMPT
 
@@ -132,10 +136,11 @@ def report(error: Exception, run: Path | None) -> int:
     it have the same one, or have lost their connection to it.
     """
     message = error if isinstance(error, RecipesError) else errors.explain_fault(error)
-    message = message or _as_defect(error, run)
-    is_of_rank_0 = getattr(error, "on_every_rank", False)
-    is_first = _failures(1) == 1
-    says_it = rank() == 0 if is_of_rank_0 else is_first
+    if message is None:
+        message = _as_defect(error, run)
+    says_it = _failures(1) == 1
+    if getattr(error, "on_every_rank", False):
+        says_it = rank() == 0
     if says_it:
         errors.print_error(message)
     deadline = time.monotonic() + ALL_FAIL_WITHIN_S
@@ -145,7 +150,9 @@ def report(error: Exception, run: Path | None) -> int:
         num_ended = _failures(0)
     all_ended = num_ended == world_size()
     if isinstance(error, AnotherRankFailed):  # whose exit code it is, too
-        return 0 if all_ended and EXIT_CODE_FILE in os.environ else int(ExitCode.FAILED)
+        if all_ended and EXIT_CODE_FILE in os.environ:
+            return 0
+        return int(ExitCode.FAILED)
     return exit_status(int(message.exit_code), on_every_rank=all_ended)
 
 
@@ -154,7 +161,8 @@ def _failures(more: int) -> int:
     with suppress(Exception):
         if shared_store() is not None:
             return num_failed(more)
-    return rank() + 1 if more else world_size()  # alone, or the store has ended with rank 0
+    # alone, or the store has ended with rank 0
+    return rank() + 1 if more else world_size()
 
 
 def _as_defect(error: Exception, run: Path | None) -> RecipesError:
@@ -162,7 +170,9 @@ def _as_defect(error: Exception, run: Path | None) -> RecipesError:
     where = "--debug shows where"
     if run is not None and run.is_dir():
         with suppress(OSError):
-            file = run / (f"traceback-{rank()}.txt" if rank() else "traceback.txt")
+            file = run / "traceback.txt"
+            if rank():
+                file = run / f"traceback-{rank()}.txt"
             file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             where = f"the traceback is in {file}"
     what = f"internal error: {type(error).__name__}: {errors.one_line(error)}"

@@ -71,7 +71,20 @@ class ExactTrainer(Trainer):
         if self.is_fsdp_enabled:
             upstream_fixes.reduce_in_float32(self.accelerator)
         self.lengths = self.row_lengths(self.train_dataset)
-        self.batches = self._whole_batches()
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if args.train_sampling_strategy == "sequential":
+            seed = None
+        is_grouped = args.train_sampling_strategy == "group_by_length"
+        self.batches = WholeBatches(
+            rows=len(self.lengths),
+            per_device=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            seed=seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            lengths=self.lengths if is_grouped else None,
+        )
         self.began = time.monotonic()
         self.seconds_before = 0.0  # of earlier attempts, up to the checkpoint that is resumed
         self.tokens_untimed = 0  # of earlier attempts that noted no time
@@ -107,22 +120,6 @@ class ExactTrainer(Trainer):
 
     # ---- rows ----
 
-    def _whole_batches(self) -> WholeBatches:
-        args = self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
-        if args.train_sampling_strategy == "sequential":
-            seed = None
-        is_grouped = args.train_sampling_strategy == "group_by_length"
-        return WholeBatches(
-            rows=len(self.lengths),
-            per_device=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            seed=seed,
-            rank=args.process_index,
-            world_size=args.world_size,
-            lengths=self.lengths if is_grouped else None,
-        )
-
     def get_train_dataloader(self) -> DataLoader:
         """Return whole global batches; not through accelerate, which would deal them out anew."""
         return make_loader(self.train_dataset, self.batches, self.data_collator, self.args)
@@ -154,8 +151,10 @@ class ExactTrainer(Trainer):
         if self.row_ids:
             rows = self.batches.rows_of_step((step - 1) % self.batches.steps)
             examples = f"examples {', '.join(self.row_ids[row] for row in rows[:12])}"
+        last_good = "none yet"
         saved = resume_guard.list_checkpoints(Path(self.args.output_dir))
-        last_good = saved[-1].name if saved else "none yet"
+        if saved:
+            last_good = saved[-1].name
         raise NumericsError(
             f"{what} at step {step}, learning rate {self._get_learning_rate():.3g}, {examples}",
             "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples with:"
@@ -182,8 +181,9 @@ class ExactTrainer(Trainer):
                     means = self.validation_means(self._prepare_inputs(batch))
                 num_items += in_batch
                 for name, mean in means.items():
-                    added = mean * in_batch if in_batch else 0.0  # else a mean is 0 / 0
-                    sums[name] = sums.get(name, 0.0) + added
+                    sums.setdefault(name, 0.0)
+                    if in_batch:  # else the mean is 0 / 0
+                        sums[name] += mean * in_batch
         totals = torch.tensor([*sums.values(), num_items], dtype=torch.float64)
         if dist.is_initialized():
             totals = totals.to(self.args.device)
@@ -203,7 +203,14 @@ class ExactTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint=str(resume_from_checkpoint))
         except pickle.UnpicklingError as error:
-            raise _refused_pickle(resume_from_checkpoint, error) from error
+            # torch runs no code of a pickle, and its own text advises to run it
+            name = resume_from_checkpoint.name
+            what = f"a file of {name} is not what PyTorch saves, and was not loaded"
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            if found:
+                what += f": it would run {found[1]}"
+            hint = f"remove {resume_from_checkpoint}: the same command resumes from the checkpoint"
+            raise EnvironmentFault(what, f"{hint} before it") from error
 
     def seconds_so_far(self) -> float:
         """Return the wall time since training began, with probe, validations and checkpoints, and
@@ -216,23 +223,20 @@ class ExactTrainer(Trainer):
         max_steps, _, checkpoint = args
         if checkpoint is not None:
             self._mend_loaded(Path(checkpoint))
-            self._take_counts_of(Path(checkpoint))
+            self.tokens_trained = tokens_so_far(self.state)
+            seconds = resume_guard.read_marker(Path(checkpoint)).get("seconds")
+            if seconds is None:
+                self.tokens_untimed = self.tokens_trained
+            else:
+                self.seconds_before = float(seconds)
+            best = self.state.best_global_step
+            if best:  # the Trainer forgets one that is gone or moved
+                self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{best}"
         prepared = super()._prepare_for_training(*args)
         steps_to_come = max_steps - self.state.global_step
         if steps_to_come > 0:
             say_once(probe(self, prepared[0], self.lengths, steps_to_come))
         return prepared
-
-    def _take_counts_of(self, checkpoint: Path) -> None:
-        self.tokens_trained = tokens_so_far(self.state)
-        seconds = resume_guard.read_marker(checkpoint).get("seconds")
-        if seconds is None:
-            self.tokens_untimed = self.tokens_trained
-        else:
-            self.seconds_before = float(seconds)
-        best = self.state.best_global_step
-        if best:  # the Trainer forgets one that is gone or moved
-            self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{best}"
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer (5.24) trains one step too many when it resumes from the last step."""
@@ -287,18 +291,6 @@ class ExactTrainer(Trainer):
         seconds = round(self.seconds_so_far(), 1)
         resume_guard.mark_complete(checkpoint, guard=self.guard, seconds=seconds)
         resume_guard.rotate(root, self.keep, self.state.best_model_checkpoint)
-
-
-def _refused_pickle(checkpoint: Path, error: pickle.UnpicklingError) -> EnvironmentFault:
-    """Return the error for a file that torch did not load: it runs no code of a pickle. Torch's own
-    text advises to run it.
-    """
-    what = f"a file of {checkpoint.name} is not what PyTorch saves, and was not loaded"
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if found:
-        what += f": it would run {found[1]}"
-    hint = f"remove {checkpoint}: the same command resumes from the checkpoint before it"
-    return EnvironmentFault(what, hint)
 
 
 class RunCallback(TrainerCallback):
