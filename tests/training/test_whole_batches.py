@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import TrainingArguments
 
 from recipes_lib.training.batches import WholeBatches, make_loader, validation_batches
-from recipes_lib.training.sft import FILLER, row_lengths
+from recipes_lib.training.sft import FILLER, SupervisedTrainer
 
 ROWS = 54
 LENGTHS = [3 + 7 * row % 41 for row in range(ROWS)]
@@ -72,7 +72,7 @@ def test_without_a_seed_rows_keep_their_order_and_an_error_can_name_the_rows_of_
 def test_validation_rows_are_each_evaluated_once_by_one_rank() -> None:
     rows = Dataset.from_dict({"input_ids": [[7] * length for length in LENGTHS[:11]]})
     rows = rows.add_column("labels", [[1]] * 11)
-    assert row_lengths(rows.shuffle(seed=1)) == [
+    assert SupervisedTrainer.row_lengths(rows.shuffle(seed=1)) == [
         len(row["input_ids"]) for row in rows.shuffle(seed=1)
     ]
     seen: list[int] = []

@@ -12,7 +12,7 @@ import pytest
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.weights import load
-from recipes_lib.weights.export import merge
+from recipes_lib.weights.merge import merge
 from recipes_lib.weights.runs import Family, check_base_run, finished_run, weights_damage
 
 ADAPTER = "adapter/adapter_model.safetensors"

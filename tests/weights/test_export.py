@@ -77,7 +77,7 @@ def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_fr
     assert "base_model:" not in card and "load_in_4bit=True" in card
     assert "last validation loss" in card and "rows.jsonl" in card
     source = {"hub_id": "org/tiny", "license": "apache-2.0"}
-    monkeypatch.setattr("recipes_lib.weights.export.base_file", lambda recipe, name: source)
+    monkeypatch.setattr("recipes_lib.weights.card.base_file", lambda recipe, name: source)
     files = export(recipes, "qlora", tmp_path / "known")
     config = json.loads(files["adapter_config.json"].read_text())
     assert config["base_model_name_or_path"] == "org/tiny"

@@ -13,8 +13,8 @@ from tests.families import build_family
 
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.train import main as train
-from recipes_lib.weights import export as merging
-from recipes_lib.weights.export import logits_on
+from recipes_lib.weights import merge as merging
+from recipes_lib.weights.merge import logits_on
 from recipes_lib.weights.runs import BASE, Family, families, finished_run, merge_record
 
 ROWS = [[1, 20, 40, 60, 80], [1, 9, 8, 7]]

@@ -17,7 +17,7 @@ from tests.families import build_family
 
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.train import main as train
-from recipes_lib.weights.export import logits_on
+from recipes_lib.weights.merge import logits_on
 from recipes_lib.weights.runs import Family, finished_run
 
 WHOLE = "lora.modules_to_save=[embed_tokens, lm_head]"

@@ -9,7 +9,8 @@ from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.weights.export import LOST_LIMIT, export, merge, push
+from recipes_lib.weights.export import export, push
+from recipes_lib.weights.merge import LOST_LIMIT, merge
 from recipes_lib.weights.runs import TRUST, finished_run
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -106,9 +106,7 @@ def not_quantized(config: Any) -> list[str]:
     left_alone = [rf".*\.{part}" for part in needs.images]
     if needs.because == _READS_WEIGHT:
         left_alone = list(needs.left_out) + left_alone
-    if left_alone:
-        left_alone.insert(0, "lm_head")
-    return left_alone
+    return ["lm_head"] + left_alone if left_alone else []
 
 
 # ---- rows, kernels and the head ----

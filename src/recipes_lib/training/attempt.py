@@ -27,7 +27,7 @@ from recipes_lib.training.build import count_quantized
 from recipes_lib.training.finished import damage_of_finished
 from recipes_lib.training.stopping import EXIT_CODES, StopRequest
 from recipes_lib.training.trainer import ExactTrainer
-from recipes_lib.weights.export import write_card
+from recipes_lib.weights.card import write_card
 from recipes_lib.weights.load import base_fingerprint, model_path
 from recipes_lib.weights.proof import check_saved
 
@@ -49,9 +49,7 @@ class Attempt:
         return self.run.weights(self.recipe.lora is None)
 
     def begin(self, stack: ExitStack) -> tuple[bool, bool]:
-        """Rank 0: lock the run until `stack` closes, and begin the record of a new one; return
-        `finished` and `owns_records`.
-        """
+        """Rank 0: lock the run until `stack` closes; return `finished` and `owns_records`."""
         run = self.run
         stack.enter_context(run_lock(run.path))
         if run.exists():
@@ -70,8 +68,8 @@ class Attempt:
     def continue_or_start(
         self, data: PreparedData, resume_anyway: bool, guard: dict[str, object], **recorded: Any
     ) -> Path | None:
-        """Rank 0: return the newest complete checkpoint, or None; refuse to continue it with other
-        settings, and make the run's records this attempt's.
+        """Rank 0: return the newest complete checkpoint, if any, unless its settings were others;
+        from then on the run's records are this attempt's.
         """
         run = self.run
         newest, broken = resume_guard.find_newest(run.checkpoints)
@@ -143,9 +141,7 @@ class Attempt:
             return
         with suppress(OSError, RecipesError):
             if self.run.exists() and self.run.read_state()["state"] == "running":
-                state: State = "failed"
-                if code in EXIT_CODES.values():
-                    state = "stopped"
+                state: State = "stopped" if code in EXIT_CODES.values() else "failed"
                 self.run.write_state(state, exit_code=code, error=error)
 
     def record_stop(self, state: TrainerState) -> ExitCode:

@@ -55,11 +55,9 @@ def _causal_parts(
 ) -> Tensor:
     """Return causal attention within each part of a row, whose parts have these lengths."""
     options = {name: kwargs[name] for name in ("dropout", "scaling", "softcap") if name in kwargs}
-    parts = zip(
-        query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
-    )
+    parts = [heads.split(lengths, 2) for heads in (query, key, value)]
     outputs = []
-    for part in parts:
+    for part in zip(*parts, strict=True):
         output, _ = sdpa_attention_forward(module, *part, None, is_causal=True, **options)
         outputs.append(output)
     return torch.cat(outputs, dim=1)
@@ -67,10 +65,9 @@ def _causal_parts(
 
 def use_document_attention(model: Any) -> bool:
     """Switch a model from sdpa to `sdpa_by_document`; return whether it could."""
-    layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if getattr(model.config, "_attn_implementation", "") != "sdpa":
         return False
-    if not layers <= ATTENTION_LAYERS:
+    if set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - ATTENTION_LAYERS:
         return False
     AttentionInterface.register(DOCUMENTS, sdpa_by_document)
     AttentionMaskInterface.register(DOCUMENTS, sdpa_mask)  # models with windows keep theirs
@@ -162,14 +159,9 @@ def _stand_in_for(attention: str) -> Iterator[None]:
 def why_no_flash(
     attention: str, model: Any, dtype: torch.dtype, device: torch.device
 ) -> str | None:
-    """Return why a flash kernel cannot compute a model here, as the end of a sentence that begins
-    with its name; None where it can.
-
-    Args:
-        attention: the kernel's name: varlen, flash_attention_2, or that of one on the Hub.
-        model: the loaded model.
-        dtype: what attention computes in: autocast's type, or else the model's.
-        device: where the model is trained.
+    """Return why a flash kernel (varlen, flash_attention_2, or one on the Hub) cannot compute a
+    model in this type, autocast's or else its own, on this device, as the end of a sentence that
+    begins with the kernel's name; None where it can.
     """
     config = model.config.get_text_config()
     num_heads = getattr(config, "num_attention_heads", None) or 1

@@ -54,12 +54,10 @@ class WholeBatches(Sampler[list[int]]):
             return list(range(num_used))
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         rows = torch.randperm(self.rows, generator=draw).tolist()[:num_used]
-        if self.lengths is not None:
-            rows = self._grouped(rows, self.lengths, draw)
-        return rows
-
-    def _grouped(self, rows: list[int], lengths: list[int], draw: torch.Generator) -> list[int]:
-        """Return the rows with those of like length in one step, and the steps in random order."""
+        if self.lengths is None:
+            return rows
+        # those of like length in one step, and the steps in random order
+        lengths = self.lengths
         by_length = sorted(rows, key=lambda row: -lengths[row])
         grouped: list[int] = []
         for step in torch.randperm(self.steps, generator=draw).tolist():
@@ -84,14 +82,8 @@ class WholeBatches(Sampler[list[int]]):
 def validation_batches(
     rows: Dataset, filler: Mapping[str, Any], per_device: int, rank: int, world_size: int
 ) -> tuple[Dataset, WholeBatches]:
-    """Return the rows, filled up to full batches of all processes, and the batches of one.
-
-    Args:
-        rows: the validation set.
-        filler: a row without loss.
-        per_device: rows in a batch of one process.
-        rank: of this process.
-        world_size: how many processes there are.
+    """Return the rows of a validation set, filled up with `filler`, a row without loss, to full
+    batches of all processes; and the batches of this one.
     """
     num_missing = -len(rows) % (per_device * world_size)
     if num_missing:

@@ -18,9 +18,7 @@ from recipes_lib.weights.runs import weights_damage
 
 def finished_line(run: RunDirectory, recipe: Recipe) -> str | None:
     """Return what to say of a run that is finished with this recipe and whole; None for any other.
-
-    Raises:
-        RecipeError: it is finished with other settings.
+    RecipeError where it is finished with other settings.
     """
     if is_held(run.path):  # by an attempt, which may be about to change that
         return None
@@ -37,15 +35,8 @@ def nothing_to_do(run: RunDirectory, recipe: Recipe) -> str:
 
 
 def damage_of_finished(run: RunDirectory, recipe: Recipe, state: Mapping[str, Any]) -> str | None:
-    """Return what is wrong with the weights of a finished run; None for whole ones.
-
-    Args:
-        run: the run.
-        recipe: what it is started with now.
-        state: its run.json.
-
-    Raises:
-        RecipeError: the run is finished with other settings than the recipe's.
+    """Return what is wrong with the weights of a finished run, whose run.json is `state`; None for
+    whole ones. RecipeError where it is finished with other settings than the recipe's.
     """
     changed = recipe_differences(recipe, state.get("guard", {}))
     changed |= differences(state.get("data_files", {}), source_hashes(recipe.data))

@@ -4,6 +4,7 @@ FSDP2 on CPU processes.
 
 from __future__ import annotations
 
+import argparse
 import os
 from typing import Any
 
@@ -75,23 +76,13 @@ def _asked_of_accelerate_launch() -> int:
         return 1
     if not any(word.endswith("launch") for word in command):
         return 1
-    num_processes = _flag_value(command, "--num_processes")
-    config = _flag_value(command, "--config_file")
-    if num_processes is None and config is not None:
-        return load_accelerate_config(config).num_processes
-    return int(num_processes or 1)
-
-
-def _flag_value(command: list[str], flag: str) -> str | None:
-    """Return the value of a flag, written as `--flag value` or `--flag=value`, with a hyphen for
-    each underscore or without; None where it is not there.
-    """
-    words = [part for word in command for part in word.split("=", 1)]
-    names = [word.replace("-", "_") for word in words]
-    name = flag.replace("-", "_")
-    if name not in names[:-1]:
-        return None
-    return words[names.index(name) + 1]
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--num_processes", "--num-processes", type=int)
+    flags.add_argument("--config_file", "--config-file")
+    given, _ = flags.parse_known_args(command)
+    if given.num_processes is None and given.config_file is not None:
+        return load_accelerate_config(given.config_file).num_processes
+    return given.num_processes or 1
 
 
 def check_launch(active: Active) -> str:
@@ -118,6 +109,6 @@ def shard_on_cpus() -> None:
 
     from recipes_lib.models import upstream_fixes
 
-    has_gpu = torch.accelerator.is_available()
-    if world_size() > 1 and not has_gpu and _asks_for("ACCELERATE_USE_FSDP"):
+    on_cpus = not torch.accelerator.is_available()
+    if world_size() > 1 and on_cpus and _asks_for("ACCELERATE_USE_FSDP"):
         upstream_fixes.let_fsdp_run_on_cpus()

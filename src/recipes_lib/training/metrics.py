@@ -193,9 +193,7 @@ def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if trainer.optimizer.state or "adam" not in name or "paged" in name:
         return []
-    bytes_each = 8  # two moments in float32
-    if "8bit" in name:
-        bytes_each = 2
+    bytes_each = 2 if "8bit" in name else 8  # of two moments
     moments = []
     for group in trainer.optimizer.param_groups:
         for shard in group["params"]:

@@ -7,7 +7,6 @@ its sha256 up to 1 GB), and the files are still those.
 
 from __future__ import annotations
 
-import itertools
 import re
 import shutil
 from collections.abc import Mapping
@@ -115,10 +114,10 @@ def rotate(folder: Path, keep: int | None, best: str | None) -> None:
 def set_aside(folder: Path, ending: str) -> Path:
     """Rename a folder to its name with `ending` (and a number); return the new path."""
     aside = folder.with_name(f"{folder.name}{ending}")
-    for number in itertools.count(2):
-        if not aside.exists():
-            break
+    number = 2
+    while aside.exists():
         aside = folder.with_name(f"{folder.name}{ending}-{number}")
+        number += 1
     return folder.rename(aside)
 
 

@@ -21,12 +21,6 @@ NO_LABEL = -100
 FILLER = {"input_ids": [0, 0], "labels": [NO_LABEL, NO_LABEL]}  # a row without loss
 
 
-def row_lengths(rows: Dataset) -> list[int]:
-    """Return the tokens of each row, read from arrow's offsets."""
-    tokens = rows.with_format("arrow")[:]["input_ids"]
-    return pyarrow.compute.list_value_length(tokens).to_pylist()
-
-
 class SupervisedTrainer(ExactTrainer, SFTTrainer):
     """TRL's SFTTrainer with whole global batches, a probe, exact resume and finite losses.
 
@@ -49,9 +43,11 @@ class SupervisedTrainer(ExactTrainer, SFTTrainer):
         if is_plain and is_nll and self.args.device.type == "cpu":
             score_supervised_positions(base)
 
-    def row_lengths(self, rows: Dataset) -> list[int]:
-        """Return the tokens of each row."""
-        return row_lengths(rows)
+    @staticmethod
+    def row_lengths(rows: Dataset) -> list[int]:
+        """Return the tokens of each row, read from arrow's offsets."""
+        tokens = rows.with_format("arrow")[:]["input_ids"]
+        return pyarrow.compute.list_value_length(tokens).to_pylist()
 
     def num_items(self, batch: Any) -> int:
         """Return how many tokens have a label that some token before them predicts."""

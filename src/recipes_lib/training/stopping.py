@@ -60,9 +60,7 @@ class StopRequest:
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Note what SIGTERM, SIGUSR2 or SIGINT asks for, or end this process."""
-        request = PREEMPT
-        if number == signal.SIGINT:
-            request = INTERRUPT
+        request = INTERRUPT if number == signal.SIGINT else PREEMPT
         if os.getpid() != self.process:
             # A forked worker gets the signals of a terminal and of Slurm too. One that prepares
             # data ends; one that loads data goes on: the last step needs its rows.
@@ -74,9 +72,7 @@ class StopRequest:
         self.requested = max(self.requested, request)
         if not self.steps_began and world_size() > 1 and self.stop_file and _failures(0):
             os._exit(ExitCode.FAILED)  # a rank failed and has said why: the launcher ends all
-        answer = STOPPING
-        if not self.steps_began:
-            answer = str(_before_first_step(request))
+        answer = STOPPING if self.steps_began else str(_before_first_step(request))
         if rank() == 0 and (request == INTERRUPT or not self.steps_began):
             os.write(2, f"{answer}\n".encode())  # print may be in the middle of a line
         if not self.steps_began:
@@ -91,13 +87,11 @@ class StopRequest:
 
     def _asked_by_file(self) -> int:
         """An empty STOP file asks for preemption; `recipes train` writes INT for an interrupt."""
-        if self.stop_file is None:
-            return NOTHING
-        try:
-            written = self.stop_file.read_bytes().strip()
-        except OSError:  # there is none, or the file server is away for a moment
-            return NOTHING
-        return INTERRUPT if written == b"INT" else PREEMPT
+        if self.stop_file is not None:
+            with suppress(OSError):  # there is none, or the file server is away for a moment
+                is_interrupt = self.stop_file.read_bytes().strip() == b"INT"
+                return INTERRUPT if is_interrupt else PREEMPT
+        return NOTHING
 
 
 def _before_first_step(request: int) -> RecipesError:

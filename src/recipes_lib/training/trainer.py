@@ -99,9 +99,7 @@ class ExactTrainer(Trainer):
         raise NotImplementedError
 
     def num_items(self, batch: Any) -> int:
-        """Return of how many items the loss of a batch is the mean: tokens or pairs; 0 of fillers
-        alone.
-        """
+        """Return how many items, tokens or pairs, a batch's loss is the mean of; fillers are 0."""
         raise NotImplementedError
 
     def uncounted(self) -> contextlib.AbstractContextManager[None]:
@@ -113,9 +111,7 @@ class ExactTrainer(Trainer):
         return contextlib.nullcontext()
 
     def validation_means(self, batch: Any) -> dict[str, float]:
-        """Return what is validated as means over the items of a batch, by name; the same names for
-        each batch.
-        """
+        """Return means over the items of a batch by name, the same names for each batch."""
         return {"loss": float(self.compute_loss(self.model, batch))}
 
     # ---- rows ----
@@ -151,10 +147,8 @@ class ExactTrainer(Trainer):
         if self.row_ids:
             rows = self.batches.rows_of_step((step - 1) % self.batches.steps)
             examples = f"examples {', '.join(self.row_ids[row] for row in rows[:12])}"
-        last_good = "none yet"
         saved = resume_guard.list_checkpoints(Path(self.args.output_dir))
-        if saved:
-            last_good = saved[-1].name
+        last_good = saved[-1].name if saved else "none yet"
         raise NumericsError(
             f"{what} at step {step}, learning rate {self._get_learning_rate():.3g}, {examples}",
             "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples with:"
@@ -300,7 +294,6 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, trainer: ExactTrainer) -> None:
         self.trainer = trainer
-        self.stop = trainer.stop
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """End an epoch here and not after the save of its last step; save and stop on request."""
@@ -312,7 +305,7 @@ class RunCallback(TrainerCallback):
             control.should_log |= args.logging_strategy == "epoch"
         if args.load_best_model_at_end:
             control.should_save |= control.should_evaluate  # else the best one may not be there
-        if not is_last and self.stop.agree() != NOTHING:
+        if not is_last and self.trainer.stop.agree() != NOTHING:
             control.should_save = True
             control.should_training_stop = True
         control.should_log |= control.should_save

@@ -9,14 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.config import preflight
 from recipes_lib.config.launch import Active
-from recipes_lib.config.preflight import (
-    DEQUANTIZED,
-    check_upstream,
-    local_folder,
-    no_tokenizer,
-    running_launch,
-)
+from recipes_lib.config.preflight import check_upstream, local_folder
 from recipes_lib.config.recipe import VARLEN, ModelSection, Recipe
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
@@ -61,7 +56,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     except OSError as error:
         raise explain_load_failure(recipe.model, error) from None
     except Exception as error:  # of many types; whatever it is, the files are at fault
-        raise no_tokenizer(recipe, error) from None
+        raise preflight.no_tokenizer(recipe, error) from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -71,7 +66,7 @@ def load_checked_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer after upstream's check of the recipe under the launch that runs."""
     unchecked: list[RecipeError] = []
-    launch = running_launch(active)
+    launch = preflight.running_launch(active)
     errors = check_upstream(recipe, launch=launch, remote_code=remote_code, notes=unchecked)
     if not errors:
         tokenizer = load_tokenizer(recipe)
@@ -126,7 +121,7 @@ def load_model(
             if plain:
                 plain += quantization_config.llm_int8_skip_modules or ()
                 quantization_config.llm_int8_skip_modules = sorted(set(plain))
-        elif isinstance(packed, dict) and packed.get("quant_method") == DEQUANTIZED:
+        elif isinstance(packed, dict) and packed.get("quant_method") == preflight.DEQUANTIZED:
             # without a GPU, or with its kernels, transformers would decide otherwise
             options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
         if empty and not packed:
@@ -163,9 +158,7 @@ def load_base(
     quantization = build_quantization_config(recipe)
     if quantization is None:
         base = load_model(recipe, tokenizer)
-        if merged_in is None:
-            return base.to(device_to_answer(base))
-        return base.to(device_with_room(base, dtype))
+        return base.to(device_with_room(base, dtype, required=merged_in is None))
     if not torch.cuda.is_available():
         return load_model(recipe, tokenizer, quantization)
     # transformers quantizes on the device where the layers are to be
@@ -191,43 +184,36 @@ def load_saved(
         values["dtype"] = dtype
     section = recipe.model.model_copy(update=values)
     model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
-    if on_cpu_if_full:
-        return model.to(device_with_room(model))
-    return model.to(device_to_answer(model))
+    return model.to(device_with_room(model, required=not on_cpu_if_full))
 
 
-def device_to_answer(model: PreTrainedModel) -> torch.device:
-    """Return this process's GPU, or the CPU of a machine without one; refuse a GPU without room."""
-    import torch
-
-    device = device_with_room(model)
-    # a model of billions of parameters would answer for days on the CPU beside it
-    if device.type == "cpu" and torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        needed = _ROOM * model.get_memory_footprint()
-        gib = 2**30
-        room = f"{free / gib:.1f} GiB of {total / gib:.1f} GiB is free"
-        raise EnvironmentFault(
-            f"the model needs {needed / gib:.1f} GiB of GPU memory; {room}",
-            "end what else uses the GPU (nvidia-smi), a judge's server among it; or choose another"
-            " with CUDA_VISIBLE_DEVICES=1, or the CPU with CUDA_VISIBLE_DEVICES=",
-        )
-    return device
-
-
-def device_with_room(model: PreTrainedModel, dtype: torch.dtype | None = None) -> torch.device:
+def device_with_room(
+    model: PreTrainedModel, dtype: torch.dtype | None = None, *, required: bool = False
+) -> torch.device:
     """Return this process's GPU, or the CPU where there is none with room for the model, in `dtype`
-    where it is converted there.
+    where it is converted there. `required`: refuse a GPU without room, beside which a model of
+    billions of parameters would answer for days on the CPU.
     """
     import torch
 
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
     needed = float(model.get_memory_footprint())
     if dtype is not None:
         needed = float(sum(weight.numel() * dtype.itemsize for weight in model.parameters()))
     needed *= _ROOM
-    if not torch.cuda.is_available() or needed >= torch.cuda.mem_get_info()[0]:
+    free, total = torch.cuda.mem_get_info()
+    if needed < free:
+        return torch.device("cuda", torch.cuda.current_device())
+    if not required:
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    gib = 2**30
+    room = f"{free / gib:.1f} GiB of {total / gib:.1f} GiB is free"
+    raise EnvironmentFault(
+        f"the model needs {needed / gib:.1f} GiB of GPU memory; {room}",
+        "end what else uses the GPU (nvidia-smi), a judge's server among it; or choose another"
+        " with CUDA_VISIBLE_DEVICES=1, or the CPU with CUDA_VISIBLE_DEVICES=",
+    )
 
 
 def free_memory() -> None:

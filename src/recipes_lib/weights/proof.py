@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,48 +21,20 @@ if TYPE_CHECKING:
 
 
 def check_saved(
-    model: Any, folder: Path, *, base: str, may_change_nothing: bool = False, **known: str | None
+    model: Any, folder: Path, *, base: str, may_change_nothing: bool = False, **recorded: str | None
 ) -> dict[str, Any]:
     """Prove that `folder` holds the trained model, and that its adapter names `base`; return what
     run.json says of the weights. Every rank has to call. An adapter `may_change_nothing` where no
     step had a learning rate above 0.
     """
-    compared = _compare_bytes(model, folder)
-
-    def prove() -> dict[str, Any]:
-        wrong = compared.problems or list(_name_problems(model, folder, base))
-        if wrong:
-            what = f"{wrong[0]} ({len(wrong)} in all)"
-            raise RecipesError(f"the saved weights are not the trained ones: {what}")
-        if compared.is_zero and not may_change_nothing:
-            what = f"the adapter in {folder} changes nothing: every trained tensor is zero"
-            hint = "was the learning rate 0 at every step? train more, or lower train.warmup_steps"
-            raise RecipesError(what, hint)
-        hashes = recorded_hashes(folder)
-        return {"tensors": compared.num_tensors, "sha256": hashes, "base": base, **known}
-
-    return on_main_rank(prove)
-
-
-@dataclass
-class _Compared:
-    """What a comparison of the trained tensors with the files found."""
-
-    num_tensors: int = 0
-    is_zero: bool = True  # all trained tensors are, but lora_A, which PEFT fills at random
-    problems: list[str] = field(default_factory=list)
-
-
-def _compare_bytes(model: Any, folder: Path) -> _Compared:
-    """Compare every trained tensor with the files."""
     import torch
     from safetensors import safe_open
 
-    compared = _Compared()
-    files: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")) if rank() == 0 else ():
-        opened = safe_open(file, framework="pt")
-        files |= dict.fromkeys(opened.keys(), opened)
+    files: dict[str, Any] = {}  # rank 0: the open file of each tensor
+    if rank() == 0:
+        for file in sorted(folder.glob("*.safetensors")):
+            opened = safe_open(file, framework="pt")
+            files |= dict.fromkeys(opened.keys(), opened)
     aliases: dict[int, set[str]] = defaultdict(set)  # a file needs one name of a tied parameter
     for name, parameter in _named(model):
         aliases[id(parameter)].add(name)
@@ -71,21 +42,38 @@ def _compare_bytes(model: Any, folder: Path) -> _Compared:
     for names in aliases.values():
         if not names.isdisjoint(files):
             saved_as_another |= names - files.keys()
+
+    problems: list[str] = []
+    num_tensors = 0
+    is_zero = True  # all are, but lora_A, which PEFT fills at random
     # the other ranks wait in the gathering: no error may cut it short
     for name, tensor in trained_tensors(model):
         if tensor is None:
             continue
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            compared.problems.append(f"{name} has values that are not finite")
+            problems.append(f"{name} has values that are not finite")
         elif name in files:
             if not same_bytes(tensor, files[name].get_tensor(name)):
-                compared.problems.append(f"{name} differs from the trained one")
+                problems.append(f"{name} differs from the trained one")
         elif name not in saved_as_another:
-            compared.problems.append(f"{name} was not saved")
-        compared.num_tensors += 1
+            problems.append(f"{name} was not saved")
+        num_tensors += 1
         if "lora_A" not in name and tensor.any():
-            compared.is_zero = False
-    return compared
+            is_zero = False
+
+    def prove() -> dict[str, Any]:
+        wrong = problems or list(_name_problems(model, folder, base))
+        if wrong:
+            what = f"{wrong[0]} ({len(wrong)} in all)"
+            raise RecipesError(f"the saved weights are not the trained ones: {what}")
+        if is_zero and not may_change_nothing:
+            what = f"the adapter in {folder} changes nothing: every trained tensor is zero"
+            hint = "was the learning rate 0 at every step? train more, or lower train.warmup_steps"
+            raise RecipesError(what, hint)
+        hashes = recorded_hashes(folder)
+        return {"tensors": num_tensors, "sha256": hashes, "base": base, **recorded}
+
+    return on_main_rank(prove)
 
 
 def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
@@ -95,8 +83,9 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
     from torch.distributed.fsdp import FSDPModule
 
     plain = model.get_base_model() if isinstance(model, PeftModel) else model
-    # FSDP2 puts a class of its own in front
-    kind: Any = type(plain).__mro__[2] if isinstance(plain, FSDPModule) else type(plain)
+    kind: Any = type(plain)
+    if isinstance(plain, FSDPModule):  # FSDP2 puts a class of its own in front
+        kind = kind.__mro__[2]
     if plain is model:
         _, info = kind.from_pretrained(
             folder, device_map="meta", dtype="auto", output_loading_info=True
@@ -139,13 +128,14 @@ def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
     from transformers.core_model_loading import revert_weight_conversion
 
     def whole(tensor: torch.Tensor) -> torch.Tensor | None:
-        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return gathered.detach().cpu() if rank() == 0 else None
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        return tensor.detach().cpu() if rank() == 0 else None
 
     # torch.compile puts _orig_mod into the names
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     if isinstance(model, PeftModel):
-        with_rows = True if getattr(model, "rows_added", 0) else "auto"
+        with_rows = bool(getattr(model, "rows_added", 0)) or "auto"
         state = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=with_rows)
     else:
         trained = _trained_names(model)

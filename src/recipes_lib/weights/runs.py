@@ -18,13 +18,7 @@ from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
 from recipes_lib.core.files import file_hash, hash_of, read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.models.families import ready_to_answer
-from recipes_lib.weights.load import (
-    ADAPTER_WEIGHTS,
-    attach,
-    base_fingerprint,
-    load_base,
-    load_saved,
-)
+from recipes_lib.weights import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,7 +85,7 @@ def merge_record(trained: TrainedRun) -> dict[str, Any] | None:
         record = read_object(trained.merged / RECORD)
         if changed_files(trained.merged, record["sha256"]):
             return None
-        adapter = file_hash(trained.weights / ADAPTER_WEIGHTS)
+        adapter = file_hash(trained.weights / load.ADAPTER_WEIGHTS)
         return record if record["adapter_sha256"] == adapter else None
     except (LookupError, DataError):  # absent or damaged
         return None
@@ -136,7 +130,7 @@ def check_base_run(name_or_path: str) -> None:
 def check_base_of(trained: TrainedRun) -> None:
     """Refuse a run whose base is another than it was; loads no model."""
     trained_on = trained.saved.get("base_fingerprint")
-    now = base_fingerprint(trained.recipe)
+    now = load.base_fingerprint(trained.recipe)
     if trained_on and now and trained_on != now:
         base = trained.recipe.model.name_or_path
         run = trained.run.name
@@ -194,15 +188,15 @@ class Family:
         self.adapters: dict[str, str] = {}
         tokenizer = self.tokenizers[first.run.name]
         if self.full:
-            model = load_saved(first.weights, self.recipe, tokenizer)
+            model = load.load_saved(first.weights, self.recipe, tokenizer)
         else:
-            base = load_base(self.recipe, tokenizer)
+            base = load.load_base(self.recipe, tokenizer)
             folders: dict[str, Path] = {}
             for number, (name, run) in enumerate(self.runs.items()):
                 check_base_of(run)  # now: until here its files may have been on the Hub alone
                 self.adapters[name] = f"run{number}"
                 folders[self.adapters[name]] = run.weights
-            model = attach(base, folders)
+            model = load.attach(base, folders)
         self.model = ready_to_answer(model)
 
     def prompting(self, name: str) -> tuple[DataSection, PreTrainedTokenizerBase]:
