@@ -11,19 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from recipes_lib.analysis import row_text
 from recipes_lib.analysis.aims import Aims, Design, Margin, is_named
 from recipes_lib.analysis.answer_checks import DEGENERATE_ANSWERS
 from recipes_lib.analysis.checks import EVALUATED_DIFFERENTLY, UNAUDITED, find
 from recipes_lib.analysis.differences import Difference, arm_differences
 from recipes_lib.analysis.findings import Finding
-from recipes_lib.analysis.row_text import (
-    evidence_text,
-    lengths_text,
-    near_end_text,
-    training_text,
-    values_text,
-    where_text,
-)
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.table import TableRow, TestedTable, build_table
 from recipes_lib.analysis.text import difference_text, p_text, question_text, sentence_list
@@ -83,7 +76,7 @@ class Claim:
         text = _sentence(self)
         if self.verdict in ("no verdict", "not tested"):
             return text
-        text += lengths_text(self.row)
+        text += row_text.lengths_text(self.row)
         for remark in self.remarks:
             text += f" {remark}"
         return text
@@ -168,27 +161,21 @@ class Conclusion:
 
 def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None) -> Conclusion:
     """Return the table with its findings, and what may be said; no cause without a design."""
+    aims = aims or Aims()
     findings = find(arms, design)
     errors = [finding for finding in findings if finding.severity == "error"]
     table = build_table(arms, aims, lambda row: any(error.touches(row) for error in errors))
     descriptive = _why_descriptive(design)
-    names = sentence_list([arm.name for arm in arms])
-    question = question_text(design.question) if design else f"How do {names} compare?"
+    waiting = ""
     if design is not None and design.missing and table.rows:
         # Who sees differences can still choose arms, seeds and evals by them. A win rate against
         # another arm is one.
         scores = [score for score in table.scores if score.opponent not in arms.by_name]
         without_intervals = [replace(score, interval=None) for score in scores]
+        table = TestedTable(rows=(), scores=tuple(without_intervals))
         left = count(len(design.missing), "training or result")
-        return Conclusion(
-            question=question,
-            table=TestedTable(rows=(), scores=tuple(without_intervals)),
-            findings=tuple(findings),
-            claims=(),
-            descriptive=descriptive,
-            waiting=f"Interim: {left} still missing. The arms are compared when all are there.",
-        )
-    if aims and table.rows and not descriptive:
+        waiting = f"Interim: {left} still missing. The arms are compared when all are there."
+    if table.rows and not descriptive:
         findings = _absent_metrics(table, aims) + findings
     differences: dict[tuple[str, str], list[Difference]] = {}
     for first, second in dict.fromkeys(row.arms for row in table.rows):
@@ -198,13 +185,15 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         touching = [finding for finding in findings if finding.touches(row)]
         claim = _claim(row, touching, differences[row.arms], design, descriptive)
         claims.append(replace(claim, remarks=_remarks(claim, touching)))
+    names = sentence_list([arm.name for arm in arms])
     return Conclusion(
-        question=question,
+        question=question_text(design.question) if design else f"How do {names} compare?",
         table=table,
         findings=tuple(findings),
         claims=tuple(claims),
         descriptive=descriptive,
-        margins=aims.margins if aims else {},
+        margins=aims.margins,
+        waiting=waiting,
     )
 
 
@@ -214,36 +203,33 @@ def _absent_metrics(table: TestedTable, aims: Aims) -> list[Finding]:
     It stops the answer, which would be about another metric, and no row: each is about its own.
     """
     metrics = list(dict.fromkeys(row.metric for row in table.rows))
-    remedy = f"name a metric that the table has: {sentence_list(metrics)}"
     findings = []
     for word in aims.named:
-        if any(is_named(word, metric) for metric in metrics):
-            continue
-        role = "the primary metric" if word == aims.primary else "which has a margin"
-        finding = Finding(
-            code=NO_SUCH_METRIC,
-            severity="error",
-            title=f"No row of the table is about {word}, {role}",
-            remedy=remedy,
-            metrics=(word,),
-        )
-        findings.append(finding)
+        if not any(is_named(word, metric) for metric in metrics):
+            role = "the primary metric" if word == aims.primary else "which has a margin"
+            title = f"No row of the table is about {word}, {role}"
+            remedy = f"name a metric that the table has: {sentence_list(metrics)}"
+            findings.append(_no_such_metric(word, title, remedy))
     if findings or not aims.primary:
         return findings
     with_primary = {row.arms for row in table.rows if is_named(aims.primary, row.metric)}
     for pair in dict.fromkeys(row.arms for row in table.rows):
-        if pair in with_primary:
-            continue
-        finding = Finding(
-            code=NO_SUCH_METRIC,
-            severity="error",
-            title=f"{pair[0]} and {pair[1]} share no {aims.primary}, the primary metric",
-            remedy=f"evaluate both on {aims.primary}",
-            arms=pair,
-            metrics=(aims.primary,),
-        )
-        findings.append(finding)
+        if pair not in with_primary:
+            title = f"{pair[0]} and {pair[1]} share no {aims.primary}, the primary metric"
+            remedy = f"evaluate both on {aims.primary}"
+            findings.append(_no_such_metric(aims.primary, title, remedy, arms=pair))
     return findings
+
+
+def _no_such_metric(word: str, title: str, remedy: str, arms: tuple[str, ...] = ()) -> Finding:
+    return Finding(
+        code=NO_SUCH_METRIC,
+        severity="error",
+        title=title,
+        remedy=remedy,
+        arms=arms,
+        metrics=(word,),
+    )
 
 
 def _why_descriptive(design: Design | None) -> str:
@@ -360,28 +346,28 @@ def _sentence(claim: Claim) -> str:
     row = claim.row
     first = row.first
     second = row.second
-    where = where_text(row)
+    where = row_text.where_text(row)
     if claim.verdict == "not tested":
         return f"{first} and {second} are not tested in {where}: {row.aside}."
     if claim.descriptive and row.test is not None:
         kind = claim.descriptive.partition(":")[0]
-        return f"{kind}: {first} and {second} in {where}: {values_text(row)}, no verdict."
+        return f"{kind}: {first} and {second} in {where}: {row_text.values_text(row)}, no verdict."
     if claim.verdict == "no verdict":
         why = row.why_not
         if claim.stopped_by:
             why = _inside(claim.stopped_by[0].title)
         if row.first_value is not None:
-            where = f"{where} ({values_text(row)})"
+            where = f"{where} ({row_text.values_text(row)})"
         return f"No verdict about {first} and {second} in {where}: {why}."
-    numbers = f"{values_text(row)}, {evidence_text(row)}"
+    numbers = f"{row_text.values_text(row)}, {row_text.evidence_text(row)}"
     if claim.verdict == "not shown":
         return _not_shown(claim, numbers)
     inside = ""
     if claim.within == "equivalent":
-        inside = f" The difference lies within the margin.{near_end_text(row)}"
+        inside = f" The difference lies within the margin.{row_text.near_end_text(row)}"
     if claim.verdict in ("higher", "lower"):
         score = "scored better" if claim.verdict == "higher" else "scored worse"
-        why = training_text(row)
+        why = row_text.training_text(row)
         if claim.one_recipe:
             why = " Both were trained with one recipe: the difference is chance."
         subject = f"The {first} run" if row.trainings[0] else first
@@ -394,11 +380,11 @@ def _not_shown(claim: Claim, numbers: str) -> str:
     row = claim.row
     first = row.first
     second = row.second
-    where = where_text(row)
+    where = row_text.where_text(row)
     margin = difference_text(row.margin, row.unit, signed=False)
     if row.head_to_head and row.margin is not None:
         margin = f"{margin} of 50%"
-    after = near_end_text(row) + training_text(row)
+    after = row_text.near_end_text(row) + row_text.training_text(row)
     if claim.within == "equivalent":
         return f"{first} and {second} are equivalent within {margin} in {where}: {numbers}.{after}"
     if claim.within:

@@ -7,6 +7,7 @@ arm has its best value of one grid, a `confound` anything else that may change w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -56,14 +57,18 @@ _LAUNCH = ("launch", "launch.accelerate", "launch.gpus", "launch.world_size")
 _LENGTH = ("train.num_train_epochs", "train.max_steps", "train.max_length", "train.packing")
 _OF_STEPS = (_GLOBAL_BATCH, *_DATA, *_OF_BATCH, *_LENGTH)
 NOT_RECORDED = "not recorded"
-# Every training writes these (run.json's guard and environment.json), with the keys by which a
-# factor declares them. Where a file is gone, nobody knows whether two arms were alike in them.
-_ALWAYS_RECORDED: Mapping[str, Sequence[str]] = {
+# The keys by which a factor declares what runs recorded.
+_DECLARED_BY: Mapping[str, Sequence[str]] = {
     "training data": _DATA,
+    "weights of the base": _MODEL,
     "prompt format": _PROMPT,
-    "hardware": (),
-    "torch": (),
+    "processes": _LAUNCH,
+    "distribution": _LAUNCH,
+    "optimizer steps": _OF_STEPS,
 }
+# Every training writes these (run.json's guard and environment.json). Where a file is gone, nobody
+# knows whether two arms were alike in them.
+_ALWAYS_RECORDED = ("training data", "prompt format", "hardware", "torch")
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,6 @@ class Difference:
         if self.is_unknown:
             return f"{self.what} ({NOT_RECORDED} in either arm)"
         return f"{self.what} ({self.first} against {self.second})"
-
-
-@dataclass(frozen=True)
-class _Fact:
-    """Something that a run recorded, with the keys by which a factor declares it."""
-
-    value: Any
-    keys: Sequence[str] = ()
 
 
 def arm_differences(
@@ -139,17 +136,11 @@ def _facts_of_arm(arm: ArmRuns, design: Design | None) -> dict[str, set[str]]:
     facts_by_run = [_recorded_facts(run) for run in arm.runs]
     if not facts_by_run:
         return {}
-    keys_of_fact = dict(_ALWAYS_RECORDED)
-    for facts in facts_by_run:
-        for name, fact in facts.items():
-            keys_of_fact[name] = fact.keys
     texts: dict[str, set[str]] = {}
-    for name, keys in keys_of_fact.items():
-        if design is not None and design.declares(*keys):
-            continue
-        texts[name] = set()
-        for facts in facts_by_run:
-            texts[name].add(str(facts[name].value) if name in facts else NOT_RECORDED)
+    for name in dict.fromkeys(itertools.chain(_ALWAYS_RECORDED, *facts_by_run)):
+        keys = _DATA if name.endswith(" rows") else _DECLARED_BY.get(name, ())
+        if design is None or not design.declares(*keys):
+            texts[name] = {str(facts.get(name, NOT_RECORDED)) for facts in facts_by_run}
     return texts
 
 
@@ -240,10 +231,9 @@ def code_text(git: Mapping[str, Any] | None) -> str:
     return commit
 
 
-def _recorded_facts(run: Run) -> dict[str, _Fact]:
+def _recorded_facts(run: Run) -> dict[str, Any]:
     """What a run recorded, by name."""
     guard = run.state.get("guard") or {}
-    summary = run.state.get("summary") or {}
     # of the hardware its class: the kinds of devices, whatever their number and memory
     devices = run.environment.get("devices") or []
     kinds = sorted({str(device).partition(",")[0] for device in devices})
@@ -251,21 +241,21 @@ def _recorded_facts(run: Run) -> dict[str, _Fact]:
     if code.endswith("changes"):  # nobody knows which, so no two runs have the same code
         code += f" of {run.name}"
     facts = {
-        "training data": _Fact(str(guard.get("data_fingerprint") or "")[:12], _DATA),
-        "weights of the base": _Fact(base_weights(run), _MODEL),
-        "prompt format": _Fact(str(guard.get("prompt_format_hash") or "")[:12], _PROMPT),
-        "processes": _Fact(guard.get("launch.world_size"), _LAUNCH),
-        "distribution": _Fact(guard.get("launch.distribution"), _LAUNCH),
-        "optimizer steps": _Fact(summary.get("steps"), _OF_STEPS),
-        "hardware": _Fact("; ".join(kinds)),
-        "code": _Fact(code),
+        "training data": str(guard.get("data_fingerprint") or "")[:12],
+        "weights of the base": base_weights(run),
+        "prompt format": str(guard.get("prompt_format_hash") or "")[:12],
+        "processes": guard.get("launch.world_size"),
+        "distribution": guard.get("launch.distribution"),
+        "optimizer steps": (run.state.get("summary") or {}).get("steps"),
+        "hardware": "; ".join(kinds),
+        "code": code,
     }
     for name, part in run.splits.items():
         if isinstance(part, dict) and "count" in part:
             ids = hash_of(sorted(map(str, part.get("ids", []))))[:12]
-            facts[f"{name} rows"] = _Fact(f"{part['count']} ({ids})", _DATA)
+            facts[f"{name} rows"] = f"{part['count']} ({ids})"
     for name, version in (run.environment.get("libraries") or {}).items():
         # what evaluates is compared with the evaluations
         if name not in EVALUATION_PACKAGES:
-            facts[name] = _Fact(version)
-    return {name: fact for name, fact in facts.items() if fact.value not in (None, "")}
+            facts[name] = version
+    return {name: value for name, value in facts.items() if value not in (None, "")}

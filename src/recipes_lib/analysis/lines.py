@@ -20,7 +20,8 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
         lines += ["", "What cannot be said:"]
         lines += [f"- {line}" for line in conclusion.cannot_say]
     for (first, second), claims in conclusion.pairs.items():
-        lines += ["", f"{first} against {second}", *pair_lines(claims)]
+        lines += ["", f"{first} against {second}"]
+        lines += pair_lines(claims)
     if conclusion.claims and not conclusion.descriptive:
         lines += ["", tests_text(conclusion.table)]
     if conclusion.findings:
@@ -34,7 +35,8 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
 
 def tests_text(table: TestedTable) -> str:
     """Return how many tests are corrected together, and at which level."""
-    primaries, others = table.primary_tests, table.tests - table.primary_tests
+    primaries = sum(row.is_counted and row.primary for row in table.rows)
+    others = table.tests - primaries
     if table.tests < 2:
         return f"{count(table.tests, 'test')}, at {ALPHA:.0%}."
     if not primaries or not others:
@@ -48,8 +50,8 @@ def tests_text(table: TestedTable) -> str:
 
 def pair_lines(claims: list[Claim]) -> list[str]:
     """Return the table of one pair of arms."""
-    columns = (EFFECT, "p (Holm)", "n", "verdict", "")
-    table = [("metric", *claims[0].row.arms, *columns)]
+    first, second = claims[0].row.arms
+    table = [("metric", first, second, EFFECT, "p (Holm)", "n", "verdict", "")]
     for claim in claims:
         row = claim.row
         metric = where_text(row)
@@ -72,7 +74,7 @@ def pair_lines(claims: list[Claim]) -> list[str]:
                 p,
                 items,
                 claim.says,
-                ", ".join(filter(None, [*row.flags, row.why_not])),
+                ", ".join(filter(None, (*row.flags, row.why_not))),
             )
         )
     return [f"  {line}".rstrip() for line in aligned(table)]
@@ -85,8 +87,8 @@ def score_lines(conclusion: Conclusion) -> list[str]:
         opponent = f" against {score.opponent}" if score.opponent else ""
         limits = interval_text(score.interval, score.unit, signed=False)
         value = f"{metric_text(score.value, score.unit)} {limits}".removesuffix(f" {NONE}")
-        numbers = value, f"{score.n:,}", str(score.unresolved)
-        table.append((score.arm, score.label + opponent, *numbers))
+        metric = score.label + opponent
+        table.append((score.arm, metric, value, f"{score.n:,}", str(score.unresolved)))
     return aligned(table)
 
 

@@ -4,12 +4,14 @@ questions that were not asked.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
 from recipes_lib.analysis.findings import Finding
 from recipes_lib.analysis.runs import Arms, run_place
 from recipes_lib.analysis.text import sentence_list
+from recipes_lib.evals.log import EvalLog
 
 _UNFINISHED = ("failed", "stopped", "running", "created")
 
@@ -51,17 +53,15 @@ def check_presence(arms: Arms) -> Iterator[Finding]:
 
 def check_subsets(arms: Arms) -> Iterator[Finding]:
     """Yield evaluations that asked only some of their questions."""
-    subsets: dict[str, list[str]] = defaultdict(list)
-    metrics: dict[str, list[str]] = defaultdict(list)
-    chosen: set[str] = set()
+    logs_of: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
     for arm, log in arms.logs:
-        metrics[log.eval] += [metric.name for metric in log.metrics]
-        if log.subset:
-            subsets[log.eval].append(f"{arm}: {log.subset}")
-        if (log.recipe.get("suite") or {}).get("samples"):
-            chosen.add(log.eval)
-    for name, lines in subsets.items():
-        is_chosen = name in chosen
+        logs_of[log.eval].append((arm, log))
+    for name, logs in logs_of.items():
+        subsets = [f"{arm}: {log.subset}" for arm, log in logs if log.subset]
+        if not subsets:
+            continue
+        is_chosen = any((log.recipe.get("suite") or {}).get("samples") for _, log in logs)
+        metrics = itertools.chain(*(log.metric_names for _, log in logs))
         title = f"{name} asked only some of its questions"
         remedy = "ask all of them"
         if is_chosen:
@@ -71,7 +71,7 @@ def check_subsets(arms: Arms) -> Iterator[Finding]:
             code="chosen-questions" if is_chosen else "subset",
             severity="error" if is_chosen else "warning",
             title=title,
-            evidence=tuple(dict.fromkeys(lines)),
+            evidence=tuple(dict.fromkeys(subsets)),
             remedy=remedy,
-            metrics=tuple(dict.fromkeys(metrics[name])),
+            metrics=tuple(dict.fromkeys(metrics)),
         )

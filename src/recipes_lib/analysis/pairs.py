@@ -32,23 +32,10 @@ class Training:
 class TrainingPair:
     """Two trainings, each with its results against the opponents' runs that both have met."""
 
-    first: Training
-    second: Training
-
-    @property
-    def opponents(self) -> list[str]:
-        """The opponents' runs that both were judged against."""
-        return [name for name in self.first.by_opponent if name in self.second.by_opponent]
-
-    @property
-    def first_metrics(self) -> list[Metric]:
-        """The results of the first training."""
-        return [self.first.by_opponent[name] for name in self.opponents]
-
-    @property
-    def second_metrics(self) -> list[Metric]:
-        """The results of the second training."""
-        return [self.second.by_opponent[name] for name in self.opponents]
+    first: Run
+    second: Run
+    first_metrics: list[Metric]
+    second_metrics: list[Metric]
 
 
 def trainings_of(measured: Measured) -> list[Training]:
@@ -74,32 +61,42 @@ def pair_trainings(
     Both of a pair were judged against the same runs: a stronger training of the opponent would
     else count against one of them.
     """
-    ours, theirs = trainings_of(first_runs), trainings_of(second_runs)
-    flags = []
+    first_trainings = trainings_of(first_runs)
+    second_trainings = trainings_of(second_runs)
     is_base = first.is_base or second.is_base
-    by_seed = [
-        (left, right)
-        for left, right in itertools.product(ours, theirs)
-        if left.run.seed is not None and left.run.seed == right.run.seed
-    ]
+    by_seed = []
+    for left, right in itertools.product(first_trainings, second_trainings):
+        if left.run.seed is not None and left.run.seed == right.run.seed:
+            by_seed.append((left, right))
     if by_seed and not is_base:
         sides = by_seed
-    elif second.is_base and len(theirs) == 1:
-        sides = [(training, theirs[0]) for training in ours]
-    elif first.is_base and not second.is_base and len(ours) == 1:
-        sides = [(ours[0], training) for training in theirs]
+    elif second.is_base and len(second_trainings) == 1:
+        sides = [(training, second_trainings[0]) for training in first_trainings]
+    elif first.is_base and not second.is_base and len(first_trainings) == 1:
+        sides = [(first_trainings[0], training) for training in second_trainings]
     else:
-        sides = list(zip(ours, theirs, strict=False))
-    pairs = [TrainingPair(first=left, second=right) for left, right in sides]
-    pairs = [pair for pair in pairs if pair.opponents]
-    runs = [run for pair in pairs for run in (pair.first.run, pair.second.run)]
+        sides = list(zip(first_trainings, second_trainings, strict=False))
+    pairs = []
+    runs: list[Run] = []
+    for left, right in sides:
+        opponents = [name for name in left.by_opponent if name in right.by_opponent]
+        if opponents:
+            runs += [left.run, right.run]
+            pair = TrainingPair(
+                first=left.run,
+                second=right.run,
+                first_metrics=[left.by_opponent[name] for name in opponents],
+                second_metrics=[right.by_opponent[name] for name in opponents],
+            )
+            pairs.append(pair)
+    flags = []
     have_seeds = bool(runs) and not any(run.foreign or run.seed is None for run in runs)
     if have_seeds and not (by_seed or is_base):
         flags.append("different seeds in each arm")
     paired = {identity_of(run) for run in runs}
-    trained = [training.run for training in (*ours, *theirs)]
-    names = [run.name for run in trained if identity_of(run) not in paired]
-    return pairs, [*flags, *left_out(names)]
+    trained = [training.run for training in first_trainings + second_trainings]
+    flags += left_out([run.name for run in trained if identity_of(run) not in paired])
+    return pairs, flags
 
 
 def left_out(names: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from recipes_lib.analysis.aims import Design, Margin
-from recipes_lib.analysis.runs import Arms, Run, run_place
+from recipes_lib.analysis.runs import Arms, run_place
 from recipes_lib.config.documents import read
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.project import project_root, runs_root, shown_path
@@ -37,11 +37,11 @@ def portable_command(command: str) -> str:
         >>> portable_command("/opt/bin/python3.12 /opt/bin/recipes study run mine.yaml")
         'recipes study run mine.yaml'
     """
-    shown = _RECIPES.sub("recipes", command)
-    shown = _MODULE.sub(r"python -m \1", shown)
+    text = _RECIPES.sub("recipes", command)
+    text = _MODULE.sub(r"python -m \1", text)
     for folder, name in ((runs_root(), "runs/"), (project_root(), "")):
-        shown = re.sub(rf"(?<![\w./~-]){re.escape(str(folder.resolve()))}/", name, shown)
-    return _PATH.sub(rf"{_HIDDEN}\1", shown)
+        text = re.sub(rf"(?<![\w./~-]){re.escape(str(folder.resolve()))}/", name, text)
+    return _PATH.sub(rf"{_HIDDEN}\1", text)
 
 
 def evaluate_again(log: EvalLog, design: Design | None, setting: str = "") -> str:
@@ -52,63 +52,46 @@ def evaluate_again(log: EvalLog, design: Design | None, setting: str = "") -> st
     """
     command = portable_command(log.command)
     if command.startswith(_EVAL) and _HIDDEN not in command:
-        return _with_setting(command, log, setting)
+        words = shlex.split(command)
+        evals = [word for word in words if word.endswith(_YAML)]
+        others = [word for word in evals if eval_name(Path(word)) != log.eval]
+        if len(others) < len(evals):  # a command for several evals
+            words = [word for word in words if word not in others]
+        if setting:
+            key = setting.partition("=")[0]
+            words = [word for word in words if not word.startswith(f"{key}=")]
+            words.append(setting)
+        return shlex.join(words)
     if design is not None and design.command:
-        change = f"set {setting.replace('=', ': ')} in the recipe of {log.eval}, then "
-        return f"{change if setting else ''}{design.command}"
+        if not setting:
+            return design.command
+        value = setting.replace("=", ": ")
+        return f"set {value} in the recipe of {log.eval}, then {design.command}"
     added = f", with {setting}" if setting else ""
     if log.command:
         return f"run the command in {run_place(log.file)} again{added}"
     return f"evaluate it again{added}"
 
 
-def _with_setting(command: str, log: EvalLog, setting: str) -> str:
-    """A `recipes eval` command for one of its evals, with one of its values replaced."""
-    words = shlex.split(command)
-    evals = [word for word in words if word.endswith(_YAML)]
-    others = [word for word in evals if eval_name(Path(word)) != log.eval]
-    if len(others) < len(evals):
-        words = [word for word in words if word not in others]
-    key, is_set, _ = setting.partition("=")
-    if is_set:
-        words = [word for word in words if not word.startswith(f"{key}=")]
-        words.append(setting)
-    return shlex.join(words)
-
-
 def audit_again(log: EvalLog, design: Design | None) -> str:
     """Return how to audit the judge of a result on labelled pairs."""
-    file = _judge_file(log, design)
-    if file is None:
-        return f"{_LABELS} audit the judge on them with `recipes judge audit`"
-    command = shlex.join(["recipes", "judge", "audit", "--judge", file, "--labels", "labels.jsonl"])
-    return f"{_LABELS}: {command}"
-
-
-def _judge_file(log: EvalLog, design: Design | None) -> str | None:
-    """The judge file that a result's eval recipe extends, where it lies on this machine."""
-    command = portable_command(log.command)
-    recipes = [Path(word) for word in shlex.split(command) if word.endswith(_YAML)]
+    words = shlex.split(portable_command(log.command))
+    recipes = [Path(word) for word in words if word.endswith(_YAML)]
     if design is not None:
         recipes += map(Path, design.evals)
-    shipped = project_root() / "evals" / f"{log.eval.replace('--', '/')}.yaml"
-    for recipe in (*recipes, shipped):
+    recipes.append(project_root() / "evals" / f"{log.eval.replace('--', '/')}.yaml")
+    for recipe in recipes:
         if eval_name(recipe) != log.eval or not recipe.is_file():
             continue
         with suppress(RecipesError):  # changed since
             judge = Path(read(recipe).origin(("judge", "model")).file)
-            shown = portable_command(shown_path(judge))
+            path = portable_command(shown_path(judge))
+            # It is a file of its own, which the recipe extends, on this machine.
             is_alone = judge.is_file() and judge.resolve() != recipe.resolve()
-            if is_alone and _HIDDEN not in shown:
-                return shown
-    return None
-
-
-def _typed(run: Run) -> str:
-    """Return what a user types to have a run compared."""
-    if run.foreign:
-        return str(run.given or run.folder)
-    return run.name
+            if is_alone and _HIDDEN not in path:
+                words = ["recipes", "judge", "audit", "--judge", path, "--labels", "labels.jsonl"]
+                return f"{_LABELS}: {shlex.join(words)}"
+    return f"{_LABELS} audit the judge on them with `recipes judge audit`"
 
 
 def commands(
@@ -117,19 +100,18 @@ def commands(
     """Return the commands that make this report again, whole and step by step."""
     runs = [run for arm in arms for run in arm.runs]
     if design is None:
-        words = ["recipes", "compare"]
+        names = [str(run.given or run.folder) if run.foreign else run.name for run in runs]
         # one folder may hold several runs, and one file one of several in its folder
-        words += dict.fromkeys(_typed(run) for run in runs)
+        words = ["recipes", "compare", *dict.fromkeys(names)]
         if margins:
             words.append("--margin")
         words += [f"{metric}={margin.text}" for metric, margin in margins.items()]
         return [("This table", [portable_command(shlex.join(words))])]
     trainings = []
     for run in runs:
-        typed = run.folder / "command.txt"
-        if typed.is_file():
-            lines = typed.read_text(encoding="utf-8", errors="replace").splitlines()
-            trainings += lines[-1:]
+        file = run.folder / "command.txt"
+        if file.is_file():
+            trainings += file.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
     logs = [log for run in runs for log in run.evals]
     sources = {
         "Everything": [design.command],
@@ -138,8 +120,8 @@ def commands(
         "lm-eval alone": [log.lm_eval_command or "" for log in logs],
     }
     sections = []
-    for title, some in sources.items():
-        shown = dict.fromkeys(portable_command(command) for command in some if command)
-        if shown:
-            sections.append((title, list(shown)))
+    for title, recorded in sources.items():
+        lines = dict.fromkeys(portable_command(command) for command in recorded if command)
+        if lines:
+            sections.append((title, list(lines)))
     return sections

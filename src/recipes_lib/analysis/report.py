@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,11 +32,13 @@ from recipes_lib.analysis.printed_commands import commands, portable_command
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import printable
-from recipes_lib.evals.log import ORDERS, Sample
+from recipes_lib.evals.log import ORDERS, EvalLog, Sample
 from recipes_lib.evals.suites import numbers_of
 
 TEMPLATES = Path(__file__).parent / "templates"
-MOST_CHARACTERS, LONGEST_TEXT = 330_000, 4_000
+MOST_CHARACTERS = 330_000  # of all samples of a page
+LONGEST_TEXT = 4_000
+_MOST_CATEGORIES = 50
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # a spreadsheet would calculate it
 # The correction for many tests is of p alone.
 _INTERVAL_COLUMNS = {"low": "low_95_not_corrected", "high": "high_95_not_corrected"}
@@ -46,14 +49,10 @@ def write_report(
 ) -> None:
     """Write report.html, report.md, numbers.csv and numbers.json."""
     numbers = list(number_rows(conclusion, arms))
-    texts = {
-        "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
-        "numbers.csv": _csv(numbers),
-        "report.md": report_markdown(conclusion),
-        "report.html": report_html(conclusion, arms, design),
-    }
-    for name, content in texts.items():
-        write_text(folder / name, content)
+    write_text(folder / "numbers.json", json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "numbers.csv", _csv(numbers))
+    write_text(folder / "report.md", report_markdown(conclusion))
+    write_text(folder / "report.html", report_html(conclusion, arms, design))
 
 
 def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None) -> str:
@@ -78,48 +77,45 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         "interval": lambda limits, unit: text.interval_text(limits, unit, signed=False),
         "linked": partial(_with_links, samples=samples),
     }
-    style, script = (
-        Markup((TEMPLATES / name).read_text("utf-8")) for name in ("report.css", "samples.js")
-    )
-    ours = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
-    findings = [
-        (severity, of_severity)
-        for severity in SEVERITIES
-        if (of_severity := [each for each in conclusion.findings if each.severity == severity])
-    ]
+    scores = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
+    reference = []
+    if design:
+        for arm, numbers in design.reference.items():
+            for metric, published in numbers.items():
+                reference.append((arm, metric, published, scores.get((arm, metric))))
+    # safe inside a script element
+    samples_json = json.dumps(samples, ensure_ascii=True, separators=(",", ":"))
+    for character in "<>&":
+        samples_json = samples_json.replace(character, f"\\u{ord(character):04x}")
     return environment.get_template("report.html.jinja").render(
         name=design.name if design else "comparison",
         conclusion=conclusion,
-        findings=findings,
+        severities=SEVERITIES,
         forest=Markup(plots.forest(conclusion.claims)),
         curves=Markup(plots.curves(arms)),
-        reference=[
-            (arm, metric, published, ours.get((arm, metric)))
-            for arm, numbers in (design.reference if design else {}).items()
-            for metric, published in numbers.items()
-        ],
+        reference=reference,
         answers=answer_counts(arms),
         trainings=trainings(arms),
         tuned=design.tuned if design else {},
         categories={} if conclusion.waiting else categories(arms),
-        audits=_audits(arms),
+        audited=_audited(arms),
         samples=samples,
-        sample_data=Markup(script_json(samples)),
+        sample_data=Markup(samples_json),
         commands=commands(arms, design, conclusion.margins),
         provenance=provenance(arms, design),
-        style=style,
-        script=script,
+        style=Markup((TEMPLATES / "report.css").read_text("utf-8")),
+        script=Markup((TEMPLATES / "samples.js").read_text("utf-8")),
     )
 
 
 def _with_links(line: str, samples: dict[str, Any]) -> Markup:
     """A line in which the name of a file of rows leads to these rows in the browser of samples."""
-    shown = str(escape(printable(line)))
+    html = str(escape(printable(line)))
     for number, group in enumerate(samples["groups"]):
         file = re.escape(str(escape(f"{group['folder']}/items")))
         link = rf'<a href="#samples" data-rows="{number}">\1</a>'
-        shown = re.sub(rf"((?<=\s)[^\s<>]*{file}[^\s<>]*\.jsonl)", link, shown, count=1)
-    return Markup(shown)
+        html = re.sub(rf"((?<=\s)[^\s<>]*{file}[^\s<>]*\.jsonl)", link, html, count=1)
+    return Markup(html)
 
 
 # ---- Trainings, answers, categories, audits ----
@@ -128,77 +124,89 @@ def _with_links(line: str, samples: dict[str, Any]) -> Markup:
 def trainings(arms: Arms) -> list[dict[str, Any]]:
     """Return the numbers of each training; losses are per token, of one run, and not tested."""
     rows = []
-    for arm, run in ((each, run) for each in arms for run in each.runs if not run.is_base):
-        summary = run.state.get("summary") or {}
-        if not (run.curves or summary):
-            continue
-        last = {name: curve.points[-1] for name, curve in run.curves.items()}
-        ends = [*last.values()]
-        loss, eval_loss = (last.get(name, (0, None))[1] for name in ("loss", "eval_loss"))
-        devices = run.environment.get("devices") or ["not recorded"]
-        rows.append(
-            {
+    for arm in arms:
+        for run in arm.runs:
+            summary = run.state.get("summary") or {}
+            if run.is_base or not (run.curves or summary):
+                continue
+            last_points = {name: curve.points[-1] for name, curve in run.curves.items()}
+            _, loss = last_points.get("loss", (0, None))
+            _, eval_loss = last_points.get("eval_loss", (0, None))
+            last_step = max((int(step) for step, _ in last_points.values()), default=None)
+            devices = run.environment.get("devices") or ["not recorded"]
+            hardware = devices[0]
+            if len(devices) > 1:
+                hardware = f"{len(devices)} x {devices[0]}"
+            row = {
                 "arm": arm.name,
                 "run": run.name,
                 "seed": run.seed,
-                "steps": summary.get("steps") or max((int(step) for step, _ in ends), default=None),
+                "steps": summary.get("steps") or last_step,
                 "rows": summary.get("training_rows"),
                 "loss": summary.get("last_training_loss") or loss,
                 "validation_loss": summary.get("last_validation_loss") or eval_loss,
                 "tokens_per_second": summary.get("tokens_per_second"),
                 "peak_memory_gib": summary.get("peak_memory_gib"),
-                "devices": f"{len(devices)} x {devices[0]}" if devices[1:] else devices[0],
+                "devices": hardware,
                 "file": f"{run.name}/run.json",
             }
-        )
+            rows.append(row)
     return rows
 
 
-def answer_counts(arms: Arms) -> list[tuple[str, str, dict[str, tuple[int, int]]]]:
-    """Return the faults in each arm's answers by evaluation, over all its trainings, as (faulty,
-    all).
+def answer_counts(arms: Arms) -> dict[tuple[str, str], dict[str, tuple[int, int]]]:
+    """Return the faults in the answers by arm and evaluation, over all trainings: each with the
+    number of faulty answers and of all.
     """
-    by_arm: dict[tuple[str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
+    counts: dict[tuple[str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
     for arm in arms:
-        for log in {log.file.parent: log for log in reversed(arm.logs)}.values():
-            counts = by_arm[arm.name, log.eval]
-            for what, (times, n) in log.faults.items():
-                before = counts.get(what, (0, 0))
-                counts[what] = before[0] + times, before[1] + n
-    return [(arm, name, counts) for (arm, name), counts in by_arm.items() if counts]
+        # Results against several opponents are about the same answers: the first one counts.
+        logs = {log.file.parent: log for log in reversed(arm.logs)}
+        for log in logs.values():
+            by_fault = counts[arm.name, log.eval]
+            for fault, (faulty, n) in log.faults.items():
+                faulty_before, n_before = by_fault.get(fault, (0, 0))
+                by_fault[fault] = (faulty_before + faulty, n_before + n)
+    return {key: by_fault for key, by_fault in counts.items() if by_fault}
 
 
 def categories(arms: Arms) -> dict[str, list[dict[str, Any]]]:
     """Return each arm by category, where a judged or checked evaluation has several."""
     by_title: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    metrics = ((arm, metric) for arm in arms for run in arm.runs[:1] for metric in run.metrics)
+    metrics = [(arm.name, metric) for arm in arms for run in arm.runs[:1] for metric in run.metrics]
     for arm, metric in metrics:
+        if metric.suite in ("lm_eval", "heldout_loss"):
+            continue
         samples: dict[str, list[Sample]] = defaultdict(list)
         for sample in metric.samples:
-            samples[sample.category] += [sample] if sample.value is not None else []
-        if metric.suite in ("lm_eval", "heldout_loss") or not 1 < len(samples) <= 50:
+            of_category = samples[sample.category]  # there is one too where no sample has a value
+            if sample.value is not None:
+                of_category.append(sample)
+        if not 1 < len(samples) <= _MOST_CATEGORIES:
             continue
+        title = metric.label
         opponent = arms.opponent(metric.opponent)
-        title = f"{metric.label} against {opponent}" if opponent else metric.label
-        about = {"metric": title, "arm": arm.name, "unit": metric.unit}
-        about["file"] = "/".join(metric.file.parts[-4:])
-        for name, some in samples.items():
-            known = [each.value for each in some], [each.id for each in some], metric.unit
-            unknown = dict.fromkeys(("value", "low", "high"))
-            row = {**about, "category": name, **unknown, **numbers_of(*known)}
+        if opponent:
+            title += f" against {opponent}"
+        for category, of_category in samples.items():
+            row: dict[str, Any] = {"metric": title, "arm": arm, "unit": metric.unit}
+            row["file"] = "/".join(metric.file.parts[-4:])
+            row["category"] = category
+            row |= dict.fromkeys(["value", "low", "high"])
+            values = [sample.value for sample in of_category]
+            row |= numbers_of(values, [sample.id for sample in of_category], metric.unit)
             by_title[title].append(row)
-    return {
-        title: sorted(rows, key=lambda row: str(row["category"]))
-        for title, rows in by_title.items()
-    }
+    for rows in by_title.values():
+        rows.sort(key=lambda row: str(row["category"]))
+    return by_title
 
 
-def _audits(arms: Arms) -> list[tuple[str, Any, Any]]:
-    """The audit of each judge in each evaluation: that which measured most checks."""
+def _audited(arms: Arms) -> list[EvalLog]:
+    """A log of each judge in each evaluation: that whose audit measured most checks."""
     logs = [log for _, log in arms.logs if log.judge and log.audit]
     logs.sort(key=lambda log: -len(log.audit.not_measured) if log.audit else 0)
-    audits = {(log.eval, log.judge and log.judge.fingerprint): log for log in logs}
-    return [(log.eval, log.judge, log.audit) for log in audits.values()]
+    # of several logs of one judge the last one stays
+    return list({(log.eval, log.judge and log.judge.fingerprint): log for log in logs}.values())
 
 
 # ---- Numbers ----
@@ -214,18 +222,21 @@ def number_rows(conclusion: Conclusion, arms: Arms) -> Iterator[dict[str, Any]]:
         yield _number("comparison", row | {"verdict": claim.verdict, "within": claim.within})
     for score in conclusion.table.scores:
         yield _number("score", asdict(score))
-    by_category = {} if conclusion.waiting else categories(arms)
-    for rows in by_category.values():
-        yield from (_number("category", row) for row in rows)
-    yield from (_number("training", {"n": 1, **row}) for row in trainings(arms))
-    for arm, name, faults in answer_counts(arms):
-        for what, (times, n) in faults.items():
-            known = {"arm": arm, "eval": name, "metric": what}
-            yield _number("answers", {**known, "value": times, "n": n})
-    for name, judge, card in _audits(arms):
-        for check in card.checks:
-            known = {"metric": check.check, "eval": name, "label": judge.name}
-            yield _number("judge audit", known | asdict(check))
+    if not conclusion.waiting:
+        for rows in categories(arms).values():
+            for row in rows:
+                yield _number("category", row)
+    for row in trainings(arms):
+        yield _number("training", {"n": 1, **row})
+    for (arm, eval), by_fault in answer_counts(arms).items():
+        for fault, (faulty, n) in by_fault.items():
+            row = {"arm": arm, "eval": eval, "metric": fault, "value": faulty, "n": n}
+            yield _number("answers", row)
+    for log in _audited(arms):
+        assert log.judge and log.audit
+        for check in log.audit.checks:
+            row = {"metric": check.check, "eval": log.eval, "label": log.judge.name}
+            yield _number("judge audit", row | asdict(check))
 
 
 def _number(kind: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -240,16 +251,19 @@ def _number(kind: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(out, dict.fromkeys(itertools.chain(*rows)))
     writer.writeheader()
-    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+    for row in rows:
+        writer.writerow({key: _cell(value) for key, value in row.items()})
     return out.getvalue()
 
 
 def _cell(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return ""
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return f"'{value}"
+    return value
 
 
 # ---- Where it comes from ----
@@ -257,28 +271,31 @@ def _cell(value: object) -> object:
 
 def provenance(arms: Arms, design: Design | None) -> list[tuple[str, str]]:
     """Return code, versions, devices, data, prompts and judges, as the runs recorded them."""
-    facts: dict[str, dict[str, None]] = defaultdict(dict)
-    for arm, run in ((each, run) for each in arms for run in each.runs):
-        libraries = (run.environment.get("libraries") or {}).items()
-        known = ", ".join(f"{name} {version}" for name, version in libraries if version)
-        facts["code at training"][code_text(run.environment.get("git"))] = None
-        facts["libraries"][known] = None
-        facts["devices"][", ".join(dict.fromkeys(run.environment.get("devices") or []))] = None
-        data = (run.state.get("guard") or {}).get("data_fingerprint")
-        facts["data, sha256"][str(data or "")[:16]] = None
-        facts["runs"][f"{arm.name}: {run.name}"] = None
-        for log in run.evals:
-            judge, answers = log.judge, log.answers
-            facts["code at evaluation"][code_text(log.git)] = None
-            facts["written by"][log.source] = None
-            if judge:
-                known = f"{portable_command(judge.model)}, {judge.mode}, {judge.fingerprint[:12]}"
-                facts["judges"][f"{judge.name} ({known})"] = None
-            if answers.prompt_format_hash:
-                prompt = f"{answers.prompt_format} {answers.prompt_format_hash[:12]}"
-                facts["prompt formats"][prompt] = None
-    for name, keys in (design.factors if design else {}).items():
-        facts["declared factors"][f"{name}: {', '.join(keys)}"] = None
+    facts: dict[str, dict[str, None]] = defaultdict(dict)  # by name, each value once, in order
+    for arm in arms:
+        for run in arm.runs:
+            libraries = (run.environment.get("libraries") or {}).items()
+            versions = [f"{name} {version}" for name, version in libraries if version]
+            devices = dict.fromkeys(run.environment.get("devices") or [])
+            data = (run.state.get("guard") or {}).get("data_fingerprint")
+            facts["code at training"][code_text(run.environment.get("git"))] = None
+            facts["libraries"][", ".join(versions)] = None
+            facts["devices"][", ".join(devices)] = None
+            facts["data, sha256"][str(data or "")[:16]] = None
+            facts["runs"][f"{arm.name}: {run.name}"] = None
+    for _, log in arms.logs:
+        facts["code at evaluation"][code_text(log.git)] = None
+        facts["written by"][log.source] = None
+        if log.judge:
+            model = portable_command(log.judge.model)
+            details = f"{model}, {log.judge.mode}, {log.judge.fingerprint[:12]}"
+            facts["judges"][f"{log.judge.name} ({details})"] = None
+        if log.answers.prompt_format_hash:
+            prompt = f"{log.answers.prompt_format} {log.answers.prompt_format_hash[:12]}"
+            facts["prompt formats"][prompt] = None
+    if design:
+        for name, keys in design.factors.items():
+            facts["declared factors"][f"{name}: {', '.join(keys)}"] = None
     lines = {name: "; ".join(filter(None, values)) for name, values in facts.items()}
     return [(name, line) for name, line in lines.items() if line]
 
@@ -293,25 +310,46 @@ def sample_data(arms: Arms) -> dict[str, Any]:
     category, outcome, turned, place of the input, of the answer, of the opponent's answer,
     verdicts), a verdict (order, what was said, place of its text).
     """
-    pages: list[tuple[dict[str, str], list[Sample]]] = []
-    size, places = 0, dict[str, int]()  # of all texts; a question stands there once for all arms
-    for arm, log in sorted(
+    groups: list[dict[str, str]] = []
+    samples_of_groups: list[list[Sample]] = []
+    size = 0  # of all texts, about
+    between_arms_first = sorted(
         arms.logs, key=lambda logged: arms.opponent(logged[1].against) not in arms.by_name
-    ):
+    )
+    for arm, log in between_arms_first:
+        if not log.metrics:
+            continue
         # of the comparison, else of the first metric
-        metrics = sorted(log.metrics, key=lambda metric: metric.opponent is None)[:1]
-        some = [
-            each for metric in metrics for each in metric.samples if each.answer or any(each.raws)
-        ]
+        metrics = sorted(log.metrics, key=lambda metric: metric.opponent is None)
+        samples = [sample for sample in metrics[0].samples if sample.answer or any(sample.raws)]
+        if not samples:
+            continue
         opponent = arms.opponent(log.against) or ""
-        how = f"against {opponent}" if opponent else "graded" if log.judge else "checked by rules"
-        group = {"title": f"{log.eval}: {arm} {how}", "arm": arm, "opponent": opponent}
-        group["folder"] = "/".join(log.file.parent.parts[-3:])
-        pages += [(group, some)] if some else []
-        for sample in some:
+        title = f"{log.eval}: {arm} checked by rules"
+        if opponent:
+            title = f"{log.eval}: {arm} against {opponent}"
+        elif log.judge:
+            title = f"{log.eval}: {arm} graded"
+        folder = "/".join(log.file.parent.parts[-3:])
+        groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
+        samples_of_groups.append(samples)
+        for sample in samples:
             texts = [sample.answer, sample.opponent, *sample.raws]
             size += 80 + sum(min(len(text or ""), LONGEST_TEXT) for text in texts)
+    step = max(1, math.ceil(size / MOST_CHARACTERS))
+    places: dict[str, int] = {}  # of each text; a question stands there once for all arms
+    rows = []
+    for number, samples in enumerate(samples_of_groups):
+        rows += [_sample(number, sample, places) for sample in samples[::step]]
+    return {
+        "total": sum(map(len, samples_of_groups)),
+        "groups": groups,
+        "samples": rows,
+        "texts": list(places),
+    }
 
+
+def _sample(group: int, sample: Sample, places: dict[str, int]) -> list[object]:
     def place(text: str | None) -> int | None:
         if text is None:
             return None
@@ -319,40 +357,28 @@ def sample_data(arms: Arms) -> dict[str, Any]:
             text = f"{text[:LONGEST_TEXT]}\n[cut here: {len(text):,} characters in all]"
         return places.setdefault(printable(text), len(places))
 
-    step = max(1, -(-size // MOST_CHARACTERS))
-    return {
-        "total": sum(len(some) for _, some in pages),
-        "groups": [group for group, _ in pages],
-        "samples": [
-            _sample(number, sample, place)
-            for number, (_, some) in enumerate(pages)
-            for sample in some[::step]
-        ],
-        "texts": [*places],
-    }
-
-
-def _sample(group: int, sample: Sample, place: Callable[[str | None], int | None]) -> list[object]:
     name = sample.id
     if sample.turn > 1:
-        name = f"{name}, turn {sample.turn}"
+        name += f", turn {sample.turn}"
+    outcome = sample.outcome
+    if outcome == "graded" and sample.value is not None:
+        outcome = f"grade {sample.value:g}"
+    # The texts of the page stand in the order of these calls.
+    question_place = place(sample.input or f"question {sample.id}")
+    answer_place = place(sample.answer or "")
+    opponent_place = place(sample.opponent)
     orders = ORDERS if sample.opponent is not None else ("grade",)
-    said = zip(orders, sample.verdicts, sample.raws, strict=False)
-    graded = sample.outcome == "graded" and sample.value is not None
+    verdicts = []
+    for order, verdict, raw in zip(orders, sample.verdicts, sample.raws, strict=False):
+        verdicts.append([order, printable(verdict), place(raw)])
     return [
         group,
         printable(name),
         printable(sample.category),
-        f"grade {sample.value:g}" if graded else sample.outcome,
+        outcome,
         int(sample.flip),
-        place(sample.input or f"question {sample.id}"),
-        place(sample.answer or ""),
-        place(sample.opponent),
-        [[order, printable(verdict), place(raw)] for order, verdict, raw in said],
+        question_place,
+        answer_place,
+        opponent_place,
+        verdicts,
     ]
-
-
-def script_json(value: object) -> str:
-    """Return JSON that is safe inside a script element."""
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -87,11 +87,8 @@ def lengths_text(row: TableRow) -> str:
     """Return what a sentence adds where the answers of one arm are far longer."""
     if row.first_length is None or row.second_length is None:
         return ""
-    longer, shorter = row.first, row.second
-    most, least = row.first_length, row.second_length
-    if most < least:
-        longer, shorter = shorter, longer
-        most, least = least, most
+    sides = [(row.first_length, row.first), (row.second_length, row.second)]
+    (least, shorter), (most, longer) = sorted(sides)
     factor = most / max(least, 1.0)
     if factor <= FAR_LONGER:
         return ""

@@ -160,23 +160,19 @@ class TestedTable:
         """How many tests are corrected together."""
         return sum(row.is_counted for row in self.rows)
 
-    @property
-    def primary_tests(self) -> int:
-        """How many of these are about the primary metric."""
-        return sum(row.is_counted and row.primary for row in self.rows)
 
-
-def build_table(
-    arms: Arms,
-    aims: Aims | None = None,
-    is_stopped: Callable[[TableRow], bool] = lambda row: False,
-) -> TestedTable:
+def build_table(arms: Arms, aims: Aims, is_stopped: Callable[[TableRow], bool]) -> TestedTable:
     """Return the tested table; without aims all metrics are alike.
 
     Rows that `is_stopped` names can have no verdict, and the others do not pay for their tests.
     """
-    aims = aims or Aims()
-    measured = {arm.name: _metrics_of(arms, arm) for arm in arms}
+    measured: dict[str, dict[_Key, Measured]] = {}  # by arm
+    for arm in arms:
+        measured[arm.name] = defaultdict(list)
+        for run in arm.runs:
+            for metric in run.metrics:
+                key = (metric.key, arms.opponent(metric.opponent))
+                measured[arm.name][key].append((run, metric))
     # The later arm of a pair comes first; pairs with a base model come last.
     pairs = list(itertools.combinations(sorted(arms, key=lambda arm: not arm.is_base), 2))
     pairs.sort(key=lambda pair: pair[0].is_base)
@@ -197,15 +193,6 @@ def build_table(
         for (_, opponent), results in measured[arm.name].items():
             scores.append(_score(arm, opponent, results))
     return TestedTable(tuple(rows), tuple(scores))
-
-
-def _metrics_of(arms: Arms, arm: ArmRuns) -> dict[_Key, Measured]:
-    """An arm's metrics by name and opponent, with the trainings that have them."""
-    metrics: dict[_Key, Measured] = defaultdict(list)
-    for run in arm.runs:
-        for metric in run.metrics:
-            metrics[metric.key, arms.opponent(metric.opponent)].append((run, metric))
-    return dict(metrics)
 
 
 # ---- One row ----
@@ -293,14 +280,18 @@ def _side_by_side(
     second_metrics = [metric for pair in pairs for metric in pair.second_metrics]
     metrics = first_metrics + second_metrics
     trainings = (
-        len({identity_of(pair.first.run) for pair in pairs}),
-        len({identity_of(pair.second.run) for pair in pairs}),
+        len({identity_of(pair.first) for pair in pairs}),
+        len({identity_of(pair.second) for pair in pairs}),
     )
     row = _row(first, second, metrics, trainings, opponent)
-    first_questions = {sample.id for sample in _samples(first_metrics)}
-    second_questions = {sample.id for sample in _samples(second_metrics)}
+    first_samples = _samples(first_metrics)
+    second_samples = _samples(second_metrics)
+    first_questions = {sample.id for sample in first_samples}
+    second_questions = {sample.id for sample in second_samples}
     common = first_questions & second_questions
-    items = _items(metrics, common)
+    first_samples = [sample for sample in first_samples if sample.id in common]
+    second_samples = [sample for sample in second_samples if sample.id in common]
+    items = _items(first_samples + second_samples)
     row.n = len(items)
     if not items:
         row.first_value = _mean_reported(first_metrics)
@@ -313,12 +304,8 @@ def _side_by_side(
     if len(common) < most:
         flags.append(f"{len(common)} common questions of {most}")
     row.flags = tuple(flags)
-    row.first_length = _median_length(
-        sample.answer for sample in _samples(first_metrics) if sample.id in common
-    )
-    row.second_length = _median_length(
-        sample.answer for sample in _samples(second_metrics) if sample.id in common
-    )
+    row.first_length = _median_length([sample.answer for sample in first_samples])
+    row.second_length = _median_length([sample.answer for sample in second_samples])
     values = _values_by_training([pair.first_metrics for pair in pairs], items)
     other_values = _values_by_training([pair.second_metrics for pair in pairs], items)
     is_resolved = ~(np.isnan(values) | np.isnan(other_values)).any(axis=0)
@@ -356,10 +343,11 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: Measured, turned: b
     row.head_to_head = True
     row.higher_is_better = True
     row.flags = left_out(skipped)
-    items = _items(metrics)
+    samples = _samples(metrics)
+    items = _items(samples)
     row.n = len(items)
-    answers_length = _median_length(sample.answer for sample in _samples(metrics))
-    rivals_length = _median_length(sample.opponent for sample in _samples(metrics))
+    answers_length = _median_length([sample.answer for sample in samples])
+    rivals_length = _median_length([sample.opponent for sample in samples])
     row.first_length = rivals_length if turned else answers_length
     row.second_length = answers_length if turned else rivals_length
     values = _values(metrics, items)
@@ -373,7 +361,7 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: Measured, turned: b
     return row
 
 
-def _median_length(answers: Iterable[str | None]) -> float | None:
+def _median_length(answers: Sequence[str | None]) -> float | None:
     """The median number of characters of answers; None where no text is known."""
     lengths = [len(answer) for answer in answers if answer is not None]
     return float(median(lengths)) if lengths else None
@@ -383,11 +371,7 @@ def _samples(metrics: Sequence[Metric]) -> list[Sample]:
     return [sample for metric in metrics for sample in metric.samples]
 
 
-def _items(metrics: Sequence[Metric], questions: set[str] | None = None) -> list[_Item]:
-    """The items of these metrics, each once, of all or some questions."""
-    samples = _samples(metrics)
-    if questions is not None:
-        samples = [sample for sample in samples if sample.id in questions]
+def _items(samples: Sequence[Sample]) -> list[_Item]:
     return list(dict.fromkeys(sample.key for sample in samples))
 
 
@@ -557,14 +541,11 @@ def _correct_together(rows: Sequence[TableRow]) -> None:
             row.p_margin = (below, above) if row.higher_is_better else (above, below)
 
 
-# ---- Scores ----
-
-
 def _score(arm: ArmRuns, opponent: str | None, measured: Measured) -> Score:
     metrics = [metric for _, metric in measured]
     trainings = [list(training.by_opponent.values()) for training in trainings_of(measured)]
     metric = metrics[0]
-    items = _items(metrics)
+    items = _items(_samples(metrics))
     values = _values_by_training(trainings, items)
     is_resolved = ~np.isnan(values).any(axis=0)
     table = values[:, is_resolved]

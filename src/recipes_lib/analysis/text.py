@@ -66,9 +66,11 @@ def plain_number(value: float | None, digits: int = 3, signed: bool = False) -> 
     if value is None or not math.isfinite(value):
         return NONE
     text = f"{abs(value):,.{digits}f}"
-    zero = float(text.replace(",", "")) == 0
-    sign = "" if zero else MINUS if value < 0 else "+" if signed else ""
-    return sign + text
+    if float(text.replace(",", "")) == 0:
+        return text
+    if value < 0:
+        return MINUS + text
+    return f"+{text}" if signed else text
 
 
 def metric_text(value: float | None, unit: str) -> str:
@@ -108,18 +110,19 @@ def interval_text(interval: Limits | None, unit: str, signed: bool = True) -> st
     """
     if interval is None:
         return NONE
-    low, high = interval
-    digits = _digits(max(abs(low), abs(high)), unit)
-    if unit == "share":
-        low, high, digits = 100 * low, 100 * high, 1
-    return f"[{plain_number(low, digits, signed)}, {plain_number(high, digits, signed)}]"
+    scale = 100 if unit == "share" else 1
+    digits = 1 if unit == "share" else _digits(max(map(abs, interval)), unit)
+    low, high = (plain_number(scale * end, digits, signed) for end in interval)
+    return f"[{low}, {high}]"
 
 
 def p_text(p: float | None) -> str:
     """Return p with its sign of equality."""
     if p is None:
         return "no p"
-    return "p < 0.001" if p < 0.001 else "p = 1" if p >= 0.9995 else f"p = {p:.3f}"
+    if p < 0.001:
+        return "p < 0.001"
+    return "p = 1" if p >= 0.9995 else f"p = {p:.3f}"
 
 
 def sentence_list(names: Sequence[str], most: int = 0) -> str:
@@ -129,17 +132,19 @@ def sentence_list(names: Sequence[str], most: int = 0) -> str:
         >>> sentence_list(["a"]), sentence_list(["a", "b", "c"]), sentence_list(list("abcd"), 2)
         ('a', 'a, b and c', 'a, b and 2 more')
     """
-    shown = list(names)
-    if most and len(shown) > most:
-        shown = [*shown[:most], f"{len(shown) - most} more"]
-    *before, last = shown or [""]
-    return f"{', '.join(before)} and {last}" if before else last
+    items = list(names)
+    if most and len(items) > most:
+        items = items[:most] + [f"{len(items) - most} more"]
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def setting_text(value: Any) -> str:
     """Return a value of a recipe as text of at most 60 characters."""
     text = "absent" if value is None else str(value)
-    text = text.lower() if isinstance(value, bool) else text
+    if isinstance(value, bool):
+        text = text.lower()
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
