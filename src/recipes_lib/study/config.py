@@ -171,7 +171,9 @@ def study_file(word: str) -> Path | None:
     path = recipe_path(word)
     if not path.is_file() and not path.is_dir():
         path = recipe_path(f"studies/{word}")
-    return path if path.is_file() and read(path).kind == "study" else None
+    if path.is_file() and read(path).kind == "study":
+        return path
+    return None
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -252,12 +254,12 @@ class _Reader:
             if arm not in arms:
                 what = f"{key[0]}: there is no arm '{arm}'"
                 self.add_error(key, what, *did_you_mean(arm, arms), f"arms: {', '.join(arms)}")
-        known_keys = keys_of(RecipeFile).keys() | {*_SET_BY_LAUNCH}
+        recipe_keys = keys_of(RecipeFile).keys() | set(_SET_BY_LAUNCH)
         for factor, may_change in self.keys.factors.items():
             for key_name in may_change:
-                if key_name not in known_keys:
+                if key_name not in recipe_keys:
                     what = f"factor '{factor}': there is no key '{key_name}'"
-                    hints = did_you_mean(key_name, known_keys)
+                    hints = did_you_mean(key_name, recipe_keys)
                     self.add_error(("factors", factor), what, *hints)
 
     def evals(self) -> list[EvalRecipe]:
@@ -331,7 +333,7 @@ class _Reader:
         for value in values:
             with self.collecting(key_path, f"arm '{arm.name}': "):
                 override = f"{key}={json.dumps(value)}"
-                recipe = load_recipe(arm.recipe.path, [*overrides, override])
+                recipe = load_recipe(arm.recipe.path, list(overrides) + [override])
                 check_launch(recipe, arm.launch)
                 label = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-.")
                 name = f"{arm.name}--tune-{label}"
@@ -341,7 +343,9 @@ class _Reader:
 
     def aims(self, evals: Sequence[EvalRecipe]) -> Aims:
         """Return the primary metric and the margins."""
-        metrics = [metric for recipe in evals for metric in known_metrics(recipe)]
+        metrics: list[str] = []
+        for recipe in evals:
+            metrics += known_metrics(recipe)
         hint = f"metrics: {', '.join(metrics)}"
         meant = metrics[:1]
         if self.keys.primary:
@@ -361,7 +365,9 @@ class _Reader:
                 fault = "no eval of this study measures it"
             else:
                 margins[word] = margin
-                fault = next(filter(None, map(margin.fits, measured)), "")
+                fault = ""
+                for metric in measured:
+                    fault = fault or margin.fits(metric)
             if fault:
                 self.add_error(("margins", word), f"margins: {word}: {fault}", hint)
             self.refuse_absent_metric(("margins", word), word, evals)
@@ -416,5 +422,4 @@ def full_name(recipe: EvalRecipe, word: str) -> str | None:
 
 
 def _metrics_named(word: str, evals: Sequence[EvalRecipe]) -> list[str]:
-    names = [full_name(recipe, word) for recipe in evals]
-    return [name for name in names if name]
+    return list(filter(None, [full_name(recipe, word) for recipe in evals]))

@@ -53,35 +53,46 @@ def lock_design(study: Study) -> None:
 
 def design_values(study: Study) -> dict[str, Any]:
     """Return what must not change once a result was seen."""
-    rivals = [recipe.opponent(None) for recipe in study.evals]
-    hashes: dict[str, dict[str, str]] = {}
+    arms: dict[str, str] = {}
+    seeds: dict[str, list[int]] = {}
+    data: dict[str, dict[str, str]] = {}
     for arm in study.arms:
+        arms[arm.name] = _hash_of_arm(study, arm)
+        seeds[arm.name] = sorted(arm.seeds)
         with suppress(RecipesError):  # rows that are not on this machine
-            hashes[arm.name] = source_hashes(arm.recipe.data)
+            hashes = source_hashes(arm.recipe.data)
+            if hashes:
+                data[arm.name] = hashes
+    evals: dict[str, str] = {}
+    opponents: list[str] = []
+    for recipe in study.evals:
+        evals[recipe.name] = recipe.settings_key(code=None)
+        if recipe.opponent(None):
+            opponents.append(f"{recipe.opponent(None)} {study.baseline}")
     return {
         "question": study.file.question,
         "factors": study.file.factors,
-        "arms": {arm.name: _hash_of_arm(study, arm) for arm in study.arms},
-        "data": {arm: of_rows for arm, of_rows in hashes.items() if of_rows},
-        "evals": {recipe.name: recipe.settings_key(code=None) for recipe in study.evals},
-        "opponents": [f"{rival} {study.baseline}" for rival in rivals if rival],
-        "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
+        "arms": arms,
+        "data": data,
+        "evals": evals,
+        "opponents": opponents,
+        "seeds": seeds,
         "base": study.file.include_base,
         "primary": study.aims.primary,
-        "margins": {word: margin.size for word, margin in study.aims.margins.items()},
+        "margins": {metric: margin.size for metric, margin in study.aims.margins.items()},
     }
 
 
 def _hash_of_arm(study: Study, arm: Arm) -> str:
     """Return a hash of what an arm declares; the value that tuning chose is no part of that."""
-    values = arm.resolved()
     written = flatten(arm.recipe.document.values)
-    free = set(_FREE)
-    if arm.tuning:
-        free.add(arm.tuning.key)
-    # later versions of this program add keys, empty where nobody wrote them
-    keys = [key for key in values.keys() - free if values[key] or key in written]
-    return hash_in(study.document.path.parent, {key: values[key] for key in keys})
+    declared: dict[str, Any] = {}
+    for key, value in arm.resolved().items():
+        is_free = key in _FREE or (arm.tuning is not None and key == arm.tuning.key)
+        # later versions of this program add keys, empty where nobody wrote them
+        if not is_free and (value or key in written):
+            declared[key] = value
+    return hash_in(study.document.path.parent, declared)
 
 
 # ---- Reading it ----
@@ -91,7 +102,9 @@ def read_lock(study: Study) -> Row | None:
     """Return the lock; None where there is none, or its hash is not that of its content."""
     lock = object_or_none(study_folder(study) / LOCK) or {}
     content = {key: value for key, value in lock.items() if key != "hash"}
-    return lock if content and lock.get("hash") == hash_of(content) else None
+    if content and lock.get("hash") == hash_of(content):
+        return lock
+    return None
 
 
 def changed_values(study: Study, lock: Row | None) -> list[str]:
@@ -99,11 +112,13 @@ def changed_values(study: Study, lock: Row | None) -> list[str]:
     now = design_values(study)
     if lock is None:
         return list(now)
-    # A lock of an earlier version has fewer keys. No other has: it is proven by its hash.
-    common = now.keys() & lock.keys()
-    before = {key: lock[key] for key in common}
-    after = {key: now[key] for key in common}
-    if "data" in common:  # rows that are not here cannot be compared, and cannot be trained on
+    before: dict[str, Any] = {}
+    after: dict[str, Any] = {}
+    for key in now.keys() & lock.keys():
+        # a lock of an earlier version has fewer keys; no other has: it is proven by its hash
+        before[key] = lock[key]
+        after[key] = now[key]
+    if "data" in before:  # rows that are not here cannot be compared, and cannot be trained on
         after["data"] = {arm: now["data"].get(arm, old) for arm, old in before["data"].items()}
     return list(differences(flatten(before), flatten(after)))
 
@@ -129,18 +144,23 @@ def changes(study: Study) -> tuple[str, ...]:
 
 def _early_results(study: Study, evaluated: list[Path], lock: Row) -> Iterator[str]:
     """Yield each run that was evaluated under another lock than this, or before it."""
-    for folder in evaluated + _replaced_folders(study):
-        name = folder.name
-        if folder not in evaluated:
-            name = name.rpartition("--")[0]  # without the time at which it was moved away
+    names = {folder: folder.name for folder in evaluated}
+    # evaluated runs that were trained again since; their names end with the time of that
+    starts = tuple(f"{run}--" for run in run_names(study))
+    for folder in sorted((runs_root() / REPLACED).glob("*--*")):
+        name, _, ending = folder.name.rpartition("--")
+        if folder.name.startswith(starts) and ending.isdigit() and any(folder.glob(RESULTS)):
+            names[folder] = name
+    for folder, name in names.items():
         state = object_or_none(folder / "run.json") or {}
         copies = state.get(COPIES) or {}
         copy = copies.get(study.name)
-        if copy is not None and copy != lock.get("hash"):
-            yield f"{name} was evaluated under another {LOCK}"
-        elif copy is None and copies:
+        if copy is not None:
+            if copy != lock.get("hash"):
+                yield f"{name} was evaluated under another {LOCK}"
+        elif copies:
             yield f"{name} was evaluated in the study {next(iter(copies))}"
-        elif copy is None and folder in evaluated:
+        elif folder in evaluated:
             logs = [object_or_none(file) or {} for file in folder.glob(RESULTS)]
             # times are written so that their texts have the order of the times
             if min(str(log.get("written")) for log in logs) < lock["written"]:
@@ -154,18 +174,6 @@ def evaluated_folders(study: Study) -> list[Path]:
     """Return the folders of the study's runs, dropped ones too, that have a result of any eval."""
     folders = [runs_root() / name for name in sorted(run_names(study))]
     return [folder for folder in folders if any(folder.glob(RESULTS))]
-
-
-def _replaced_folders(study: Study) -> list[Path]:
-    """Return the folders of evaluated runs that were trained again since."""
-    folders: list[Path] = []
-    for name in run_names(study):
-        for folder in (runs_root() / REPLACED).glob(f"{name}--*"):
-            # any other ending belongs to a run of a longer name
-            is_of_run = folder.name.rpartition("--")[2].isdigit()
-            if is_of_run and any(folder.glob(RESULTS)):
-                folders.append(folder)
-    return sorted(folders)
 
 
 def run_names(study: Study) -> set[str]:

@@ -66,16 +66,11 @@ def missing_needs(
             continue  # it answers, or wants a key that is not known here
         what = f"judge: {bare_address(judge.address)} does not answer: {mask_secrets(reason)}"
         hint = "start its server (docs/evaluation.md), or correct judge.base_url and the key"
-        errors.append(_fault(evaluation, "judge.base_url", what, hint))
+        errors.append(evaluation.document.fault("judge.base_url", what, hint))
     first: dict[str, RecipesError] = {}
     for error in errors:
         first.setdefault(error.args[0], error)
     return list(first.values())
-
-
-def _fault(evaluation: EvalRecipe, key: str, what: str, hint: str) -> EnvironmentFault:
-    origin = evaluation.document.origin(key)
-    return EnvironmentFault(what, hint, file=origin.file, line=origin.line)
 
 
 # ---- Trackers ----
@@ -95,7 +90,7 @@ def _missing_trackers(recipe: Recipe, host: Host) -> Iterator[RecipesError]:
         key = "train.report_to"
         what = f"{key}: wandb is not logged in, and would end the training"
         remedy = "wandb login, or set WANDB_API_KEY; without a network: WANDB_MODE=offline"
-        yield recipe.fault(key, what, remedy)
+        yield recipe.document.fault(key, what, remedy)
 
 
 def _wandb_knows_the_user(host: Host) -> bool:
@@ -138,7 +133,7 @@ def _missing_keys(evaluation: EvalRecipe, host: Host) -> Iterator[EnvironmentFau
             what = f"{name}: the environment variable {variable} is not set, or holds no key"
             remedy = f"export {variable}=...; for a server without keys"
             hint = f"{remedy}: {name}.api_key_variable: null"
-            yield _fault(evaluation, f"{name}.api_key_variable", what, hint)
+            yield evaluation.document.fault(f"{name}.api_key_variable", what, hint)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -164,10 +159,14 @@ def _ask(address: str, key: str | None) -> str | None:
         # any answer will do, "no such page" too, but one that refuses the key, or of a proxy whose
         # server is away
         with answer:
+            if answer.code == 401 and key:
+                return "it refuses the key (401)"
             if answer.code == 401:
-                return "it refuses the key (401)" if key else "it asks for a key (401)"
+                return "it asks for a key (401)"
             return f"status {answer.code}" if answer.code >= 500 else None
     except urllib.error.URLError as error:
-        return one_line(error.reason) if isinstance(error.reason, OSError) else one_line(error)
+        if isinstance(error.reason, OSError):
+            return one_line(error.reason)
+        return one_line(error)
     except (OSError, http.client.HTTPException, ValueError) as error:
         return one_line(error)

@@ -28,10 +28,9 @@ from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
 from recipes_lib.study.needs import Host, missing_needs
 from recipes_lib.study.trainings import (
-    StudyRun,
-    all_trainings,
     is_trained,
     study_trainings,
+    study_tunings,
     what_changed,
 )
 from recipes_lib.weights.load import base_fingerprint
@@ -111,12 +110,8 @@ def is_evaluated(result: Evaluation) -> bool:
     recipe = result.recipe
     with suppress(RecipesError, OSError):  # a model that is not here
         model = known_by(result.run, recipe)
-        opponent = None
-        if result.against:
-            opponent = known_by(result.against, recipe)
-        judge = None
-        if recipe.judge:
-            judge = Judge(recipe.judge, fetch=False).fingerprint
+        opponent = known_by(result.against, recipe) if result.against else None
+        judge = Judge(recipe.judge, fetch=False).fingerprint if recipe.judge else None
         return is_current(result.file, recipe.settings_key(), model, opponent, judge)
     return False
 
@@ -126,7 +121,18 @@ def is_evaluated(result: Evaluation) -> bool:
 
 def progress_of(study: Study) -> dict[str, str]:
     """Return the state of each training and result: done, missing, or what its run.json says."""
-    states = {f"training {training.run}": _state_of(training) for training in all_trainings(study)}
+    states: dict[str, str] = {}
+    for training in study_tunings(study) + study_trainings(study):
+        state = str(training.state.get("state", "missing"))
+        folder = RunDirectory(training.run).path
+        if is_trained(training):
+            state = "done"
+        elif is_held(folder):
+            state = f"running{describe_holder(folder)}"
+        else:
+            for reason in (what_changed(training) + training.error_lines)[:1]:
+                state = f"{state}: {reason}"
+        states[f"training {training.run}"] = state
     for result in evaluations(study):
         # the base is no training of the study
         is_trained_now = states.get(f"training {result.run}", "done") == "done"
@@ -148,23 +154,11 @@ def missing_of(study: Study) -> list[str]:
     return failed + missing
 
 
-def _state_of(training: StudyRun) -> str:
-    if is_trained(training):
-        return "done"
-    folder = RunDirectory(training.run).path
-    if is_held(folder):
-        return f"running{describe_holder(folder)}"
-    state = str(training.state.get("state", "missing"))
-    for reason in what_changed(training) + training.error_lines:
-        return f"{state}: {reason}"
-    return state
-
-
 def plan_lines(study: Study) -> Iterator[str]:
     """Yield what a study takes, in at most 15 lines."""
     from recipes_lib.stats import planned_effect  # scipy
 
-    trainings = all_trainings(study)
+    trainings = study_tunings(study) + study_trainings(study)
     left = [training.run for training in trainings if not is_trained(training)]
     yield question_text(study.file.question)
     yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
@@ -208,9 +202,7 @@ def plan_lines(study: Study) -> Iterator[str]:
     # the primary metric's comparisons have four fifths of the level
     least = planned_effect(primary, questions, seeds, pairs / 0.8)
     if least:
-        effect = "no difference, however large,"
-        if least < 1:
-            effect = f"{100 * least:.1f} points"
+        effect = f"{100 * least:.1f} points" if least < 1 else "no difference, however large,"
         sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
         yield f"80% of such studies would find {effect} of {primary} ({sizes})"
 
@@ -220,15 +212,13 @@ def plan_lines(study: Study) -> Iterator[str]:
 
 def refuse_unmet(study: Study, fetch: bool = False) -> None:
     """Refuse a study if its evaluations would fail later; only `fetch` asks the Hub."""
-    arms: Sequence[Arm] = ()
-    if is_untrained(study):
-        arms = study.arms
+    arms = study.arms if is_untrained(study) else ()
     raise_all(list(unmet(study, arms, fetch)))
 
 
 def is_untrained(study: Study) -> bool:
     """Whether there is anything left to train."""
-    return not all(map(is_trained, all_trainings(study)))
+    return not all(map(is_trained, study_tunings(study) + study_trainings(study)))
 
 
 def missing_needs_of(study: Study) -> list[RecipesError]:

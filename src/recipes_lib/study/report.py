@@ -1,6 +1,4 @@
-"""The end of a study: comparison, report, and the gate for CI. Until everything that a study
-declares is there, its arms are not compared.
-"""
+"""The end of a study: comparison, report, gate. Until all is there, its arms are not compared."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`recipes study run`: train and evaluate what of a study is not done. Imports no torch before it
-evaluates.
-"""
+"""`recipes study run`: does what of a study is not done. Imports no torch before it evaluates."""
 
 from __future__ import annotations
 
@@ -107,10 +105,8 @@ class StudyRunner:
 
     def _on_signal(self, number: int, frame: object) -> None:
         """Hand a signal on to the trainings, which save; where none runs, all ends here."""
-        reason = ExitCode.PREEMPTED
-        if number == signal.SIGINT:
-            reason = ExitCode.INTERRUPTED
-        self._stopped.append(reason)
+        is_typed = number == signal.SIGINT
+        self._stopped.append(ExitCode.INTERRUPTED if is_typed else ExitCode.PREEMPTED)
         for process in list(self._running):  # other threads add to it
             process.send_signal(number)
         if not self._training:
@@ -122,9 +118,7 @@ class StudyRunner:
         self.study = with_choices(self.study)
         for arm in self.study.arms:
             if arm.tuning and arm.tuning.chosen is None:
-                why = "is not tuned yet"
-                if arm.tuning.losses:
-                    why = "diverged at every value"
+                why = "diverged at every value" if arm.tuning.losses else "is not tuned yet"
                 self._fail(arm.name, RecipesError(f"{arm.tuning.key} {why}"))
         trainings = study_trainings(self.study)
         ready = [training for training in trainings if training.arm.name not in self.failed]
@@ -139,9 +133,7 @@ class StudyRunner:
 
     def _fail(self, name: str, error: Exception) -> None:
         """Note that something failed; the rest goes on."""
-        code = ExitCode.FAILED
-        if isinstance(error, RecipesError):
-            code = error.exit_code
+        code = error.exit_code if isinstance(error, RecipesError) else ExitCode.FAILED
         why = str(error).partition("\n")[0] or type(error).__name__
         self.failed[name] = int(code), why
 

@@ -1,6 +1,4 @@
-"""The trainings of a study: what they are called, and which are done: finished with the settings
-and data that the study has now.
-"""
+"""The trainings of a study: their names, and which are finished with today's settings and data."""
 
 from __future__ import annotations
 
@@ -75,10 +73,7 @@ def study_folder(study: Study) -> Path:
 
 def study_trainings(study: Study) -> list[StudyRun]:
     """Return the runs of all arms and seeds, in order."""
-    trainings: list[StudyRun] = []
-    for arm in study.arms:
-        trainings += [StudyRun(study.name, arm, seed) for seed in arm.seeds]
-    return trainings
+    return [StudyRun(study.name, arm, seed) for arm in study.arms for seed in arm.seeds]
 
 
 def study_tunings(study: Study) -> list[StudyRun]:
@@ -88,11 +83,6 @@ def study_tunings(study: Study) -> list[StudyRun]:
         for candidate in arm.candidates:
             trainings.append(StudyRun(study.name, candidate, candidate.seeds[0]))
     return trainings
-
-
-def all_trainings(study: Study) -> list[StudyRun]:
-    """Return the trainings of the grids, then those of the arms."""
-    return study_tunings(study) + study_trainings(study)
 
 
 def with_choices(study: Study) -> Study:
