@@ -14,7 +14,8 @@ from recipes_lib.config.recipe import DataSection, FiltersSection, Recipe
 from recipes_lib.core.project import project_root
 
 Method = Literal["lora", "qlora", "full"]
-_NF4 = {
+# What a QLoRA base is quantized with.
+FOUR_BITS = {
     "load_in_4bit": True,
     "bnb_4bit_quant_type": "nf4",
     "bnb_4bit_use_double_quant": True,
@@ -125,7 +126,7 @@ def _set_method(values: Values, origin: Recipe, method: Method) -> None:
     elif origin.lora is None:
         values["lora"] = dict(_NEW_ADAPTER)
     if method == "qlora":
-        values["quantization"] = origin.quantization or _NF4
+        values["quantization"] = origin.quantization or FOUR_BITS
     elif origin.quantization is not None:
         values["quantization"] = None
     rate = origin.train.get("learning_rate")

@@ -8,20 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from recipes_lib.config.documents import value_text
 from recipes_lib.config.launch import plan_launch
+from recipes_lib.config.new import FOUR_BITS
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.terminal import aligned, shown_duration
 from recipes_lib.plan.plan import Plan, plan_of
 from recipes_lib.plan.steps import ASSUMED_TOKENS
-
-FOUR_BITS = [
-    "quantization.load_in_4bit=true",
-    "quantization.bnb_4bit_quant_type=nf4",
-    "quantization.bnb_4bit_use_double_quant=true",
-    "quantization.bnb_4bit_compute_dtype=bfloat16",
-    "quantization.bnb_4bit_quant_storage=bfloat16",  # FSDP2 shares out no other
-]
 
 
 class Advice(NamedTuple):
@@ -75,7 +69,7 @@ def changed_plans(plan: Plan, overrides: Sequence[str] = ()) -> Iterator[Advice]
     """Yield every change that can be trained, smallest first."""
     for words, why in _changes(plan):
         try:
-            recipe = load_recipe(plan.recipe.path, [*overrides, *words])
+            recipe = load_recipe(plan.recipe.path, list(overrides) + words)
             launch = plan.launch
             if any(word.startswith("launch.") for word in words):
                 launch = plan_launch(recipe.launch)
@@ -105,13 +99,13 @@ def _changes(plan: Plan) -> Iterator[tuple[list[str], str]]:
         yield [off], "activations fit without computing every block twice"
         why = "activations of fewer examples fit without computing every block twice"
         for size in smaller:
-            yield [off, *batch(size)], why
+            yield [off] + batch(size), why
     for size in smaller:
         yield batch(size), "smaller micro-batches of the same step"
-    on = [] if plan.checkpointing else ["train.activation_checkpointing=true"]
-    if on:
-        why = "stores only the blocks' inputs and computes each block twice"
-        yield on + batch(1), why
+    on: list[str] = []
+    if not plan.checkpointing:
+        on = ["train.activation_checkpointing=true"]
+        yield on + batch(1), "stores only the blocks' inputs and computes each block twice"
 
     if launch.distributed_type == "MULTI_GPU" and plan.card.name != "cpu":
         sharded = ["launch.accelerate=fsdp", f"launch.gpus={launch.per_machine}"]
@@ -119,12 +113,13 @@ def _changes(plan: Plan) -> Iterator[tuple[list[str], str]]:
             sharded[0] = "launch.accelerate=fsdp_multi_node"
             sharded.append(f"launch.nodes={launch.machines}")
         why = f"weights and optimizer sharded over the same {launch.world_size} GPUs"
-        for size in (steps.per_device, *smaller):
+        for size in [steps.per_device] + smaller:
             yield sharded + batch(size), why
-    # what fits already does so without computing anything twice
-    on = [] if plan.fits else on
-    for count in (2, 4, 8) if plan.card.name != "cpu" else ():
-        if count > launch.world_size and steps.examples % count == 0:
+    if plan.fits:  # already, without computing anything twice
+        on = []
+    for count in (2, 4, 8):
+        is_larger = count > launch.world_size and plan.card.name != "cpu"
+        if is_larger and steps.examples % count == 0:
             size = 1
             if plan.fits:
                 size = math.gcd(steps.per_device, steps.examples // count)
@@ -132,7 +127,8 @@ def _changes(plan: Plan) -> Iterator[tuple[list[str], str]]:
             why = f"weights and optimizer sharded over {count} GPUs"
             yield sharded + batch(size, count) + on, why
     if recipe.lora is not None and recipe.quantization is None:
-        words = FOUR_BITS + on
+        words = [f"quantization.{key}={value_text(value)}" for key, value in FOUR_BITS.items()]
+        words += on
         if not plan.fits:
             words += batch(1)
         yield words, "QLoRA, the base in 4 bits; a different experiment"
@@ -146,60 +142,69 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[Line]:
     steps = plan.steps
     traced = plan.trace
     card = plan.card
-    name = plan.recipe.model.name_or_path
+    lines: list[Line] = []
+
+    def add(label: str, text: str, **values: Any) -> None:
+        """Add a line, with the values that `--json` prints for it."""
+        lines.append(Line(label, text, values))
+
     kind = {"NO": "one process", "FSDP": "FSDP2"}.get(plan.launch.distributed_type, "DDP")
     training = f"{plan.recipe.name}: {plan.method} on {steps.world_size} x {card.name}, {kind}"
-    of_card = {"method": plan.method, "card": card.name, "card_gib": card.memory_gib}
+    add("training", training, method=plan.method, card=card.name, card_gib=card.memory_gib)
+    name = plan.recipe.model.name_or_path
     model = f"{name}, {traced.parameters:,} parameters, {traced.trained:,} trained"
+    add("model", model, model=name, **asdict(traced))
+
     batch = f"{steps.per_device} per device x {steps.accumulation} x {steps.world_size}"
     number = f"{steps.steps:,} of {steps.examples} examples ({batch})"
-    of_steps: dict[str, Any] = asdict(steps)
+    of_steps = asdict(steps)
     if not plan.steps_known:
         of_steps["steps"] = None
         per_1000 = 1000 / steps.examples
         number = f"{per_1000:,.1f} per 1,000 rows, of {steps.examples} examples ({batch})"
+    add("steps", number, **of_steps)
     tokens = plan.rows.source
     if not plan.rows.assumed:
         tokens = f"{steps.tokens:,} ({tokens})"
+    add("tokens", tokens, rows=plan.rows.source)
+
     parts = [f"{part} {size:.1f}" for part, size in plan.memory.items() if size >= 0.05]
-    of_memory = {
-        "memory_gib": plan.memory,
-        "peak_gib": plan.needed - plan.memory["context"],
-        "needed_gib": plan.needed,
-    }
+    memory = f"{plan.needed:.1f} GiB: {', '.join(parts)}"
+    peak = plan.needed - plan.memory["context"]
+    add("memory", memory, memory_gib=plan.memory, peak_gib=peak, needed_gib=plan.needed)
     loading = ""
     if plan.load_peak > sum(plan.memory.values()):
         loading = f"loading: {plan.load_peak:.1f} GiB, the whole base in 4 bits on every card first"
+    add("", loading, load_peak_gib=plan.load_peak)
+    if traced.carries_state:
+        add("", "an upper estimate: layers with a state")
     room = f"the card has {card.memory_gib:.1f} GiB"
     if card.name == "cpu":
         room = f"{card.memory_gib:.1f} GiB of this machine's memory are free for each process"
+    add("fits" if plan.fits else "DOES NOT FIT", room, fits=plan.fits)
+
     time = "not estimated: no run here measured it, and this device's peak is unknown"
-    if plan.seconds is not None:
-        about = f"about {shown_duration(plan.seconds)}"
+    seconds = plan.seconds
+    if seconds is not None:
+        about = f"about {shown_duration(seconds)}"
         if plan.rows.assumed:
             of_1000 = shown_duration(plan.seconds_per_1000_rows or 0.0)
             about = f"about {of_1000} per 1,000 rows of {ASSUMED_TOKENS} tokens (assumed)"
         time = f"{about}; {plan.speed:,.0f} tokens/s, {plan.speed_source}"
-    of_time = {
-        "tokens_per_second": plan.speed,
-        "speed": plan.speed_source,
-        "seconds": None if plan.rows.assumed else plan.seconds,
-        "seconds_per_1000_rows": plan.seconds_per_1000_rows,
-    }
+    if plan.rows.assumed:  # also their number may be
+        seconds = None
+    add(
+        "time",
+        time,
+        tokens_per_second=plan.speed,
+        speed=plan.speed_source,
+        seconds=seconds,
+        seconds_per_1000_rows=plan.seconds_per_1000_rows,
+    )
     change = ""
     if advice is not None:
         change = f"{advice.words}  ({advice.why}; {advice.plan.needed:.1f} GiB)"
     elif not plan.fits:
         change = "no known change of this recipe makes it fit: use more memory"
-    return [
-        Line("training", training, of_card),
-        Line("model", model, {"model": name, **asdict(traced)}),
-        Line("steps", number, of_steps),
-        Line("tokens", tokens, {"rows": plan.rows.source}),
-        Line("memory", f"{plan.needed:.1f} GiB: {', '.join(parts)}", of_memory),
-        Line("", loading, {"load_peak_gib": plan.load_peak}),
-        Line("", "an upper estimate: layers with a state" if traced.carries_state else "", {}),
-        Line("fits" if plan.fits else "DOES NOT FIT", room, {"fits": plan.fits}),
-        Line("time", time, of_time),
-        Line("try", change, {"advice": advice and advice.words}),
-    ]
+    add("try", change, advice=advice and advice.words)
+    return lines

@@ -1,6 +1,4 @@
-"""The cards a plan can be made for, and the devices of this machine. Needs no torch. Peaks are the
-vendors' dense bf16 figures with float32 sums.
-"""
+"""The cards of a plan, with the vendors' dense bf16 peaks, and the devices here; no torch."""
 
 from __future__ import annotations
 
@@ -82,5 +80,9 @@ def devices_here() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     names = re.findall(r"UUID: ([^)\s]+)", done.stdout)
-    pairs = itertools.pairwise([*names, ""])  # a card that is cut stands before its slices
-    return [name for name, after in pairs if name[:4] == "MIG-" or after[:4] != "MIG-"]
+    devices = []
+    for name, after in itertools.pairwise(names + [""]):
+        # a card that is cut stands before its slices
+        if name.startswith("MIG-") or not after.startswith("MIG-"):
+            devices.append(name)
+    return devices

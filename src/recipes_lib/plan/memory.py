@@ -55,9 +55,11 @@ def _of_weights(plan: Plan) -> dict[str, float]:
             trained = FLOAT32 * traced.trained  # FSDP2 keeps them so for autocast
 
     name = str(plan.recipe.train.get("optim", ""))
-    of_adamw = 2 * trained / traced.trained
-    of_each = next((size for word, size in OPTIMIZERS.items() if word in name), of_adamw)
-    optimizer = of_each * traced.trained
+    optimizer = 2 * trained  # of AdamW
+    for word, size in OPTIMIZERS.items():
+        if word in name:
+            optimizer = size * traced.trained
+            break
     if is_full and "8bit" in name:  # bitsandbytes keeps that of embeddings in float32
         optimizer *= 1 + 2.8 * traced.vocabulary * traced.hidden / traced.trained
 

@@ -110,7 +110,9 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
     quantization = recipe.quantization or {}
     if quantization.get("load_in_4bit"):
         method = "QLoRA"
-        packed = NF4_NESTED if quantization.get("bnb_4bit_use_double_quant") else NF4
+        packed = NF4
+        if quantization.get("bnb_4bit_use_double_quant"):
+            packed = NF4_NESTED
     elif quantization:
         method = "LoRA on 8 bits"
         packed = 1.0
@@ -125,7 +127,7 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
     if speed is None and card.tflops is not None:
         # for each parameter and token: 2 operations forward, 2 for the gradients of activations, 2
         # for those of weights (LoRA's base has none), and 2 where a block is computed again
-        operations = 4 if recipe.lora is not None else 6
+        operations = 6 if recipe.lora is None else 4
         if recomputes:
             operations += 2
         peak = card.tflops * 1e12 * MFU[method] * launch.world_size
@@ -133,7 +135,7 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
         source = f"at an assumed {MFU[method]:.0%} of the card's peak (MFU)"
     seconds = None
     if speed:
-        # a validation has no backward pass
+        # a validation has no backward pass: a third of the operations, of LoRA a half
         share = 3 if recipe.lora is None else 2
         tokens = steps.tokens + steps.validation / share
         seconds = tokens / speed + AROUND_S + traced.weight_bytes / GIB
@@ -190,9 +192,10 @@ def model_config(recipe: Recipe) -> Any:
     name = recipe.model.name_or_path
     folder = local_folder(recipe)
     try:
-        config = known_config(name) if folder is None else None
-        if config is not None:
-            return config
+        if folder is None:
+            config = known_config(name)
+            if config is not None:
+                return config
         return AutoConfig.from_pretrained(folder or name, revision=recipe.model.revision)
     except OSError as error:
         raise explain_load_failure(recipe.model, error) from None
@@ -204,7 +207,7 @@ def model_config(recipe: Recipe) -> Any:
 def _measured_speed(recipe: Recipe, card: Card, launch: Launch) -> tuple[float, str] | None:
     """Return tokens per second, and whose they are, of the newest run that trained alike."""
     is_fsdp = launch.distributed_type == "FSDP"
-    wanted = [card.name, launch.world_size, is_fsdp, *_decides_speed(recipe.to_dict())]
+    wanted = [card.name, launch.world_size, is_fsdp] + _decides_speed(recipe.to_dict())
     files = list(runs_root().glob("*/run.json"))
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         with suppress(RecipesError, LookupError, TypeError):  # not finished, or damaged
@@ -213,7 +216,7 @@ def _measured_speed(recipe: Recipe, card: Card, launch: Launch) -> tuple[float, 
             device = card_named(summary["device"], card.memory_gib).name
             was_fsdp = state["guard"]["launch.distribution"] == "FSDP"
             values = _decides_speed(read(file.with_name(RECIPE_FILE)).values)
-            if wanted == [device, summary["world_size"], was_fsdp, *values]:
+            if wanted == [device, summary["world_size"], was_fsdp] + values:
                 source = f"measured by the run {file.parent.name}"
                 return float(summary["tokens_per_second"]), source
     return None

@@ -55,9 +55,11 @@ class Trace:
 def trace(config: Any, lora: peft.LoraConfig | None, *precision: Any) -> Trace:
     """Return what `trace_now` does, from the cache if it was traced before."""
     adapter: dict[str, Any] = {}
-    for key, value in lora.to_dict().items() if lora else ():
-        # the order of a set is another in every process
-        adapter[key] = sorted(value) if isinstance(value, set) else str(value)
+    if lora:
+        for key, value in lora.to_dict().items():
+            adapter[key] = str(value)
+            if isinstance(value, set):  # its order is another in every process
+                adapter[key] = sorted(value)
     versions = [version(name) for name in ("torch", "transformers", "peft")]
     # families: which layers take an adapter, and which parts are trained
     code = [Path(file).read_text("utf-8") for file in (__file__, families.__file__)]
@@ -105,7 +107,9 @@ def _trace_with(
         for parameter in trained:
             parameter.data = parameter.data.bfloat16()  # TRL's adapters on a quantized base
     # before the passes: a fake tensor has no number of its own
-    in_blocks = {id(weight) for block in blocks for weight in block.parameters()}
+    in_blocks: set[int] = set()
+    for block in blocks:
+        in_blocks.update(map(id, block.parameters()))
     quantized = _quantized(model, config) if packed else set()
     parameters = 0
     outside = 0
@@ -116,8 +120,8 @@ def _trace_with(
         parameters += weight.numel()
         if id(weight) not in in_blocks:
             outside += weight.numel()
-        of_each = packed if packed and weight in quantized else weight.itemsize
-        weight_bytes += weight.numel() * of_each
+        bytes_each = packed if packed and weight in quantized else weight.itemsize
+        weight_bytes += weight.numel() * bytes_each
     trained_count = sum(weight.numel() for weight in trained)
     trained_bytes = sum(weight.nbytes for weight in trained)
     active = _active(model, text)
@@ -173,15 +177,18 @@ def _quantized(model: Any, config: Any) -> set[torch.Tensor]:
 
 def _active(model: Any, text: Any) -> int:
     """Return the parameters that multiply a token: no look-up, of experts those it is sent to."""
-    chosen = next((getattr(text, name) for name in EXPERTS_PER_TOKEN if hasattr(text, name)), 1)
+    experts = 1  # that a token is sent to
+    for name in reversed(EXPERTS_PER_TOKEN):
+        experts = getattr(text, name, experts)
     head = set(model.get_output_embeddings().parameters())
     used = set(families.text_decoder(model).parameters()) | head
     used -= {model.get_input_embeddings().weight} - head
     used -= {weight for name, weight in model.named_parameters() if "lora_" in name}
     active = 0.0
     for weight in used:
-        # three dimensions: a matrix for each expert
-        share = min(chosen / weight.shape[0], 1.0) if weight.ndim == 3 else 1.0
+        share = 1.0
+        if weight.ndim == 3:  # a matrix for each expert
+            share = min(experts / weight.shape[0], 1.0)
         active += weight.numel() * share
     return round(active)
 
@@ -210,7 +217,9 @@ def attention_as_flash(
 
 def _dropout(given: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Keep a mask of booleans, as CUDA's dropout does; the CPU's keeps a number for each."""
-    return given * torch.empty_like(given, dtype=torch.bool) if p and training else given
+    if p and training:
+        return given * torch.empty_like(given, dtype=torch.bool)
+    return given
 
 
 transformers.AttentionInterface.register("traced", attention_as_flash)
