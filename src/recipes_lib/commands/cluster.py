@@ -52,13 +52,12 @@ def run_launch(
 
     # --evals takes what follows it
     named_evals = [word for word in evals if "=" not in word]
-    values = [*rest, *overrides, *(word for word in evals if "=" in word)]
+    values = rest + list(overrides) + [word for word in evals if "=" in word]
     for word in values:
         if "=" not in word or word.startswith("--"):
-            raise RecipeError(
-                f"recipes launch: {word} is neither an option nor section.key=value",
-                "one recipe or study at a time; put site options into the profile (sbatch)",
-            )
+            what = f"recipes launch: {word} is neither an option nor section.key=value"
+            hint = "one recipe or study at a time; put site options into the profile (sbatch)"
+            raise RecipeError(what, hint)
     if not profile:
         hint = f"profiles: {', '.join(known_profiles())}; for a new site: {NEW_PROFILE}"
         raise RecipeError("recipes launch: --profile is missing", hint)
@@ -102,9 +101,9 @@ def _submit(backend: Backend, plan: Plan) -> int:
         line = f"{job.label}: job {ids[job.label]}"
         if len(job.tasks) > 1:
             line += f" ({len(job.tasks)} arms)"
-        earlier = ", ".join([*job.after, *job.after_any])
+        earlier = job.after + job.after_any
         if earlier:
-            line += f", after {earlier}"
+            line += f", after {', '.join(earlier)}"
         say(line)
     return next_step("launch", "status", plan.name)
 
@@ -127,8 +126,9 @@ def show_status(backend: Backend, names: Sequence[str], as_json: bool = False) -
         return print_json({name: list(map(vars, tasks)) for name, tasks in states.items()})
     for name, tasks in states.items():
         say(name)
-        rows = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
-        say(*aligned([("job", "task", "what", "state", ""), *rows]))
+        rows = [("job", "task", "what", "state", "")]
+        rows += [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
+        say(*aligned(rows))
         for task in tasks:
             if task.error:
                 say(f"  {task.label}: {task.error}")
@@ -146,7 +146,7 @@ def cancel(backend: Backend, names: Sequence[str]) -> int:
         # an array is cancelled by its number, once
         active = dict.fromkeys(task.job_id for task in backend.states(folder) if task.active)
         if active:
-            backend.cancel([*active])
+            backend.cancel(list(active))
         cancelled = ", ".join(active) or "nothing: no job is queued or runs"
         say(f"{name}: cancelled {cancelled}")
     return next_step("launch", "status", names[0])
@@ -175,11 +175,11 @@ def run_prefetch(
     evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
     needs: dict[Need, None] = {}  # each once, in order
     for file in files:
-        # the values are those of the recipes, if there are any
-        is_beside_recipes = file in evals and len(evals) < len(files)
-        overrides_of_file = [] if is_beside_recipes else values
+        overrides_of_file = values
+        if file in evals and len(evals) < len(files):
+            overrides_of_file = []  # they are those of the recipes
         needs |= dict.fromkeys(prefetch_needs(file, overrides_of_file, trust_remote_code))
-    typed = [*files, *values]
+    typed = files + values
     if profile:
         typed += ["--profile", profile]
     if trust_remote_code:
@@ -190,7 +190,7 @@ def run_prefetch(
             say(f"{need.kind} {need.name}: {need.look(not check)}")
         except Exception as error:  # datasets and lm-eval have exceptions of their own
             what = f"missing: {need.kind} {need.name}: {one_line(error)}"
-            command = shlex.join(["recipes", "prefetch", *typed])
+            command = shlex.join(["recipes", "prefetch"] + typed)
             print_error(RecipesError(what, f"on a machine with a network: {command}"))
             missing += 1
     outcome = "found without a network" if check else "fetched"

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.commands import RecipeWord
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import aligned, next_step, say
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
-from recipes_lib.evals.recipe import EvalRecipe, load_eval
+from recipes_lib.evals.recipe import load_eval
 from recipes_lib.weights.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,33 +32,27 @@ def run_data(
     # `--against` takes every word that follows it, an override of the recipe too
     late_overrides = [word for word in against if "=" in word]
     eval_names = [word for word in against if "=" not in word]
-    words = [*overrides, *late_overrides]
+    words = list(overrides) + late_overrides
     loaded = load_recipe(recipe, words)
     evals = [load_eval(name) for name in eval_names]
     quiet_libraries()
     tokenizer = load_tokenizer(loaded)
     data = prepare_data(loaded, tokenizer)
     _say_audit(data.audit, data.splits["method"])
-    if evals:
-        _refuse_leaks(loaded, evals)
+    errors = []
+    for name, leaks in search_recipe(loaded, evals, fetch=True).items():
+        if leaks.found:
+            say(str(leak_error(name, leaks, loaded)))
+        else:
+            say(leaks.summary(name))
+        if leaks.is_error:
+            errors.append(leak_error(name, leaks, loaded, limit=NUM_KEPT))
+    if errors:
+        raise RecipeErrors(errors)
     for row in data.train.select(range(min(show, len(data.train)))):
         _show_row(row, tokenizer)
     say()
     return next_step("train", recipe, *words)
-
-
-def _refuse_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
-    """Say for each eval how many of its questions the training rows hold; raise where too many."""
-    errors = []
-    for name, leaks in search_recipe(recipe, evals, fetch=True).items():
-        if leaks.found:
-            say(str(leak_error(name, leaks, recipe)))
-        else:
-            say(leaks.summary(name))
-        if leaks.is_error:
-            errors.append(leak_error(name, leaks, recipe, limit=NUM_KEPT))
-    if errors:
-        raise RecipeErrors(errors)
 
 
 def _say_audit(audit: DataAudit, split_method: str) -> None:
@@ -70,10 +64,9 @@ def _say_audit(audit: DataAudit, split_method: str) -> None:
     sides = f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test"
     say(f"{sides} (split: {split_method})")
     say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}", *audit.notes)
-    columns = ["total", "median", "max"]
-    table = [["tokens", *columns]]
+    table = [["tokens", "total", "median", "max"]]
     for title, numbers in audit.tokens.items():
-        table.append([title] + [f"{numbers[column]:,}" for column in columns])
+        table.append([title] + [f"{numbers[column]:,}" for column in table[0][1:]])
     say("", *aligned(table))
     for note in audit.warnings:
         say(f"note: {note}")
@@ -85,8 +78,9 @@ def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:
 
     num_supervised = sum(label != IGNORED for label in row["labels"])
     say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
-    spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
     line = ""
-    for text, has_loss in spans:
-        line += f"[[{text}]]" if has_loss else text
+    for text, has_loss in decoded_spans(tokenizer, row["input_ids"], row["labels"]):
+        if has_loss:
+            text = f"[[{text}]]"
+        line += text
     say(line.rstrip())

@@ -39,8 +39,10 @@ def run_eval(
     with contextlib.redirect_stdout(progress):
         logs = evaluate(recipes, words, against, remote_code=trust_remote_code)
     if json:
-        results = [{**to_json(log), "file": shown_path(log.file)} for log in logs]
-        return print_json(results[0] if len(results) == 1 else {"results": results})
+        results = [to_json(log) | {"file": shown_path(log.file)} for log in logs]
+        if len(results) == 1:
+            return print_json(results[0])
+        return print_json({"results": results})
     say_results(logs)
     return next_step("compare", *dict.fromkeys(log.target for log in logs))
 
@@ -77,7 +79,7 @@ def run_compare(
     from recipes_lib.analysis.claims import conclude
     from recipes_lib.analysis.lines import conclusion_lines
     from recipes_lib.analysis.ownership import check_ownership
-    from recipes_lib.analysis.readers import complete, ours, read_results
+    from recipes_lib.analysis.readers import complete, known_forms, ours, read_results
     from recipes_lib.analysis.report import report_html
     from recipes_lib.analysis.runs import arms_of
 
@@ -85,7 +87,14 @@ def run_compare(
     for word in runs:
         results = read_results(Path(word))
         if results is None:
-            results = ours.read(_open(word))
+            try:
+                folder = open_run(word).path
+            except RecipeError:
+                if not Path(word).is_dir():
+                    raise
+                what = "this folder holds no results that can be read"
+                raise RecipeError(what, known_forms(), file=Path(word)) from None
+            results = ours.read(folder)
         for run in results:
             check_ownership(run)
         measured += results
@@ -94,7 +103,7 @@ def run_compare(
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:
         what = "none of these has an evaluation with a result"
-        command = shlex.join(["recipes", "eval", "evals/quickstart/lm_eval.yaml", *runs])
+        command = shlex.join(["recipes", "eval", "evals/quickstart/lm_eval.yaml"] + runs)
         raise RecipeError(what, f"evaluate first, for example: {command}")
     metrics = dict.fromkeys(row.metric for row in conclusion.table.rows)
     for word in aims.margins:
@@ -112,23 +121,12 @@ def run_compare(
     return next_step("compare", *runs, "--html", "report.html")
 
 
-def _open(word: str) -> Path:
-    """Return the folder of a run by its name or path."""
-    from recipes_lib.analysis.readers import known_forms
-
-    try:
-        return open_run(word).path
-    except RecipeError:
-        if not Path(word).is_dir():
-            raise
-        what = "this folder holds no results that can be read"
-        raise RecipeError(what, known_forms(), file=Path(word)) from None
-
-
 def _margin(word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
-    what = margin.fits(metric) if margin else "not METRIC=NUMBER or METRIC='NUMBER points'"
+    what = "not METRIC=NUMBER or METRIC='NUMBER points'"
+    if margin is not None:
+        what = margin.fits(metric)
     if margin is None or what:
         hint = "for example --margin win_rate='2 points' loss=0.005"
         raise RecipeError(f"--margin {word}: {what}", hint)

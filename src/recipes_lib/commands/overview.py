@@ -57,8 +57,9 @@ def _recipe_line(file: Path, folder: Path) -> Row | None:
     method = "full"
     if lora:  # LoRA r=8, QDoRA r=16
         adapter = "DoRA" if lora.get("use_dora") else "LoRA"
-        quantized = "Q" if _section(document, "quantization") else ""
-        method = f"{quantized}{adapter} r={lora.get('r', 8)}"
+        if _section(document, "quantization"):
+            adapter = f"Q{adapter}"
+        method = f"{adapter} r={lora.get('r', 8)}"
     return {
         "name": name,
         "model": str(_section(document, "model").get("name_or_path", "?")),
@@ -82,7 +83,17 @@ def run_status(
     """Print the table of all runs, or one run."""
     if run:
         return _show_run(open_run(run), json)
-    rows = [_run_line(directory) for directory in all_runs()]
+    rows: list[Row] = []
+    for directory in all_runs():
+        try:
+            facts = _facts(directory)
+        except (RecipesError, OSError):  # it costs only its own line
+            facts = {"state": "unreadable", "last": {}}
+        row = {"run": directory.name, "state": facts["state"]}
+        for key in ("step", "loss", "eval_loss", "tokens_per_second"):
+            row[key] = facts["last"].get(key)
+        row["updated"] = str(facts.get("updated") or "").removesuffix("+00:00")
+        rows.append(row)
     if json:
         return print_json(rows)
     if not rows:
@@ -93,19 +104,6 @@ def run_status(
     say(*aligned(table))
     newest = max(rows, key=lambda row: row["updated"])
     return next_step("status", newest["run"])
-
-
-def _run_line(run: RunDirectory) -> Row:
-    """Return the line of one run; a run.json that cannot be read costs only its own line."""
-    try:
-        facts = _facts(run)
-    except (RecipesError, OSError):
-        facts = {"state": "unreadable", "last": {}}
-    line = {"run": run.name, "state": facts["state"]}
-    for key in ("step", "loss", "eval_loss", "tokens_per_second"):
-        line[key] = facts["last"].get(key)
-    line["updated"] = str(facts.get("updated") or "").removesuffix("+00:00")
-    return line
 
 
 def _cell(value: object) -> str:
@@ -120,7 +118,7 @@ def _cell(value: object) -> str:
 
 def _facts(run: RunDirectory) -> Row:
     """Return run.json, with the newest value of each metric."""
-    facts: Row = {**run.read_state(), "last": {}}
+    facts: Row = run.read_state() | {"last": {}}
     for row in read_rows(run.metrics):
         facts["last"] |= row
     if facts["state"] == "running" and not is_held(run.path):  # no process holds its lock
@@ -139,7 +137,9 @@ def _show_run(run: RunDirectory, as_json: bool) -> int:
         if facts.get(key) is not None:
             say(f"  {key}: {facts[key]}")
     for key, value in (facts.get("summary") or facts["last"]).items():
-        say(f"  {key}: {value if value is not None else 'not measured'}")
+        if value is None:
+            value = "not measured"
+        say(f"  {key}: {value}")
     if state == "running":
         say("to save a checkpoint and stop:")
         return next_step(run.stop_file, program="touch")

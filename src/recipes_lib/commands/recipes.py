@@ -127,16 +127,20 @@ def run_show(
         say(*_differences(loaded, load_recipe(diff)))
         return ExitCode.DONE
     # paths are absolute in the document, so that the output is a recipe in any folder
-    values = {**loaded.document.values, "train": loaded.train}
-    values["run"] = {**values.get("run", {}), "name": loaded.name}
+    values = loaded.document.values | {"train": loaded.train}
+    values["run"] = values.get("run", {}) | {"name": loaded.name}
     lines = list(_lines(loaded, values))
     file = shown_path(loaded.path)
     say(f"# {loaded.name}: {file}")
     say(f"#   {plan_launch(loaded.launch).plain_command(file, overrides)}")
+    # a longer line does not push the comments of all others to the right
     width = max((len(text) for text, comment in lines if comment and len(text) < 60), default=0)
     for text, comment in lines:
-        say(f"{text:<{width}}  # {comment}" if comment else text)
-    say(f"# next: {shlex.join(['recipes', 'data', file, *overrides, '--show', '3'])}")
+        if comment:
+            text = f"{text:<{width}}  # {comment}"
+        say(text)
+    command = shlex.join(["recipes", "data", file, *overrides, "--show", "3"])
+    say(f"# next: {command}")
     return ExitCode.DONE
 
 
@@ -166,7 +170,7 @@ def _lines(
 ) -> Iterator[tuple[str, str]]:
     """Yield each line of YAML and the place of its value."""
     for key, value in values.items():
-        path = (*above, key)
+        path = above + (key,)
         text = f"{'  ' * len(above)}{key}:"
         if isinstance(value, dict) and value:
             yield text, ""
@@ -248,4 +252,4 @@ def _type_text(schema: JsonSchemaValue) -> str:
     type_name = words_of_yaml.get(json_type, json_type)
     signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[word]:g}" for word, sign in signs.items() if word in schema]
-    return " ".join([type_name, *bounds])
+    return " ".join([type_name] + bounds)

@@ -1,6 +1,4 @@
-"""`recipes train`: print the plain command, run it, hand signals on, and return the exit code that
-the launcher would lose.
-"""
+"""`recipes train`: run the plain command, hand signals on, return the training's exit code."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Reading YAML: the values of a file and of all that it extends, and where each was written. Needs
-no pydantic; `parsing.parse` checks the values.
-"""
+"""YAML files with all that they extend, and where each value was written. Needs no pydantic."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.project import project_root, recipe_path, shown_path
 from recipes_lib.core.terminal import holds_secret, is_secret_name
 
@@ -127,9 +125,7 @@ class Document:
         return ""
 
     def origin(self, key: str | KeyPath | int) -> Origin:
-        """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest around; or
-        of a line of the text.
-        """
+        """Return where a key (`"lora.r"`, `("lora", "r")`) or line is, else the nearest around."""
         if isinstance(key, int):
             return Origin(self.file, None if self.file == COMMAND_LINE else key)
         path = tuple(key.split(".")) if isinstance(key, str) else key
@@ -145,6 +141,11 @@ class Document:
         """Return an error at the place of a key or on a line."""
         origin = self.origin(key)
         return RecipeError(what, *hints, file=origin.file, line=origin.line)
+
+    def fault(self, key: str, what: str, *hints: str) -> EnvironmentFault:
+        """Return an error of the machine, placed where a key needs what the machine has not."""
+        origin = self.origin(key)
+        return EnvironmentFault(what, *hints, file=origin.file, line=origin.line)
 
     def absolute(self, key: str | KeyPath, name: str, *, keep_missing: bool = False) -> str:
         """Return the absolute path of a file that a key names: looked for beside the file that
@@ -174,7 +175,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     document = Document(path, text=files[-1].text)
     # two parents may extend the same file
     files_once = {part.path.resolve(): part for part in files}
-    for part in [*files_once.values(), *read_words(overrides)]:
+    for part in list(files_once.values()) + read_words(overrides):
         if isinstance(part.values, dict) and isinstance(document.values, dict):
             _merge(document, document.values, part.values, ())
         else:
@@ -187,7 +188,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Document:
 def _with_parents(path: Path, below: tuple[Path, ...]) -> list[Document]:
     """Return the files that `path` extends, then itself."""
     part = _read_file(path)
-    circle = (*below, path.resolve())
+    circle = below + (path.resolve(),)
     names = part.values.pop("extends", []) if isinstance(part.values, dict) else []
     if not isinstance(names, list):
         names = [names]
@@ -195,29 +196,30 @@ def _with_parents(path: Path, below: tuple[Path, ...]) -> list[Document]:
     for name in map(str, names):
         beside = path.parent / name
         parent = beside if beside.is_file() else recipe_path(name)
-        if ".." in Path(name).parts:
+        if ".." in Path(name).parts:  # the links among its folders are followed first
             parent = parent.parent.resolve() / parent.name
         if not parent.is_file():
             what = f"extends a file that does not exist: {name}"
             raise part.error("extends", what, *near_file(beside))
         if parent.resolve() in circle:
-            steps = " -> ".join(step.name for step in (*circle, parent))
+            steps = " -> ".join(step.name for step in circle + (parent,))
             raise part.error("extends", f"circular extends: {steps}")
         parts += _with_parents(parent, circle)
-    return [*parts, part]
+    return parts + [part]
 
 
 def _merge(document: Document, into: Values, new: Values, at: KeyPath) -> None:
     """Merge values into those of a document at a key path."""
     for key, value in new.items():
-        path = (*at, key)
+        path = at + (key,)
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(document, into[key], value, path)
             continue
         into[key] = value
         # what stood inside the replaced value stands nowhere now
-        for inner in [inner for inner in document.origins if inner[: len(path)] == path]:
-            del document.origins[inner]
+        for inner in list(document.origins):
+            if inner[: len(path)] == path:
+                del document.origins[inner]
 
 
 def read_words(words: Iterable[str]) -> list[Document]:
@@ -313,12 +315,12 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     if node.tag not in _TAGS:
         raise document.error(line, "YAML tags are not allowed")
     if isinstance(node, yaml.SequenceNode):
-        return [_build(document, item, (*at, index)) for index, item in enumerate(node.value)]
+        return [_build(document, item, at + (index,)) for index, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
         values: Values = {}
         for key_node, value_node in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "?"
-            path = (*at, key)
+            path = at + (key,)
             line = key_node.start_mark.line + 1
             if key in values:
                 what = f"duplicate key '{dotted(path)}', also at {document.origins[path]}"
@@ -363,7 +365,7 @@ def near_file(path: Path) -> list[str]:
 
 def no_such_file(path: Path) -> RecipeError:
     """Return the error for a file that does not exist, with one of a similar name."""
-    hints = [*near_file(path), _ALL_RECIPES]
+    hints = near_file(path) + [_ALL_RECIPES]
     return RecipeError("no such file or recipe", *hints, file=shown_path(path))
 
 

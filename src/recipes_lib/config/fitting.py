@@ -1,6 +1,4 @@
-"""What a recipe for other rows must change when they are the user's own, which are mostly fewer:
-a share held out, the batch, the epochs. What cannot be derived is kept, and said.
-"""
+"""What a recipe must change for the user's own rows, mostly fewer: split, batch, epochs."""
 
 from __future__ import annotations
 
@@ -108,9 +106,7 @@ def _fit_split(recipe: Recipe, num_rows: int, chosen: Set[str], fitted: Fitted) 
 def _fit_batch(
     recipe: Recipe, before: int, num_trained: int, world_size: int, fitted: Fitted
 ) -> int:
-    """Halve the batch until the training has some steps, and with it what each device takes at a
-    time; return it.
-    """
+    """Halve the batch, and a device's share of it, until the training has some steps; return it."""
     epochs = recipe.train.get("num_train_epochs", 3)
     smallest = max(_SMALLEST_BATCH, world_size)
     batch = before

@@ -1,6 +1,4 @@
-"""A launch: accelerate config, processes, machines, the plain command, and the examples of a step.
-Needs no torch.
-"""
+"""A launch: accelerate config, processes, machines, command, examples of a step. No torch."""
 
 from __future__ import annotations
 
@@ -106,12 +104,12 @@ def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[R
 
 
 def precision_conflict(train: Values, requested: str, source: str) -> list[str]:
-    """Return what is wrong and what to do if a launch requests another mixed precision than the
-    recipe's `train` section: it would silently win.
-    """
-    half = "no" if train.get("bf16") is False else "bf16"
+    """Return what is wrong where a launch would silently win over the recipe's mixed precision."""
+    half = "bf16"
     if train.get("fp16"):
         half = "fp16"
+    elif train.get("bf16") is False:
+        half = "no"
     if requested.lower() in ("no", half):
         return []
     what = f"{source} asks for mixed_precision {requested}, but the recipe for {half} (train.bf16)"
@@ -160,18 +158,18 @@ class Launch:
         if self.machines > 1:
             port = self.config.main_process_port or DEFAULT_PORT
             launch = replace(self, rank=0, address="HOST_OF_RANK_0", port=port)
-        script = ["-m", "recipes_lib.train", file, *overrides]
-        return shlex.join(["accelerate", "launch", *launch.launcher_words(), *script])
+        script = ["-m", "recipes_lib.train", file] + list(overrides)
+        return shlex.join(["accelerate", "launch"] + launch.launcher_words() + script)
 
     def command(self, script: Sequence[str]) -> list[str]:
         """Return what `recipes train` starts: `python -m` for one process, which stops cleanly."""
         if self.world_size > 1:
             accelerate = str(Path(sys.executable).with_name("accelerate"))
-            return [accelerate, "launch", *self.launcher_words(), *script]
+            return [accelerate, "launch"] + self.launcher_words() + list(script)
         # what accelerate launch would set: the training refuses another than the recipe's
         precision = f"ACCELERATE_MIXED_PRECISION={self.config.mixed_precision}"
         on_cpu = f"ACCELERATE_USE_CPU={str(self.config.use_cpu).lower()}"
-        return ["env", precision, on_cpu, sys.executable, *script]
+        return ["env", precision, on_cpu, sys.executable] + list(script)
 
 
 @dataclass(frozen=True)

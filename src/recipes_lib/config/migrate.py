@@ -108,14 +108,12 @@ class _Recipe:
                 indented = re.sub(r"(?m)^(?=.)", "  ", "\n".join(texts))
                 lines += ["", f"{section}:", indented]
         if self.left_out:
-            lines += ["", "# Left out by `recipes migrate`:", *self.left_out]
+            lines += ["", "# Left out by `recipes migrate`:"] + self.left_out
         return lines
 
 
 def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> tuple[str, list[str]]:
-    """Return the text of a flat TRL config's recipe, which will lie at `target` and begins with
-    `head`, and a line for each change.
-    """
+    """Return the recipe of a flat TRL config, which will lie at `target`, and a line per change."""
     flat = read(path)
     if flat.kind != "flat":
         raise wrong_kind(flat, "flat")
@@ -135,7 +133,7 @@ def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> tuple[s
         if why:
             if is_secret_name(key):
                 lines = [f"{key}: (not copied)"]
-            recipe.left_out += [*comments, f"# {why}:"]
+            recipe.left_out += comments + [f"# {why}:"]
             recipe.left_out += [f"#   {line}" for line in lines]
             recipe.changes.append(f"{flat.origin((key,))}: {key} left out; {why}")
         else:
@@ -143,7 +141,7 @@ def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> tuple[s
             new_value = _new_value(flat, key, value, target)
             if new_value == value and lines[0].startswith(key):
                 # as it was written
-                new_lines = [f"{name}{lines[0].removeprefix(key)}", *lines[1:]]
+                new_lines = [f"{name}{lines[0].removeprefix(key)}"] + lines[1:]
             else:
                 new_lines = re.findall(r"\s(#.*)", "\n".join(lines))
                 new_lines.append(f"{name}: {value_text(new_value)}")
@@ -152,7 +150,7 @@ def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> tuple[s
             recipe.changes.append(f"{flat.origin((key,))}: {key} -> {home}")
         comments = comments_below
     _add_defaults(recipe, flat.values, rows)
-    text = "\n".join([head, *recipe.lines(), *comments]).lstrip("\n")
+    text = "\n".join([head] + recipe.lines() + comments).lstrip("\n")
     return f"{text}\n", recipe.changes
 
 
@@ -176,7 +174,7 @@ def _lines_of(flat: Document, key: str) -> tuple[list[str], list[str]]:
     lines = flat.text.split("\n")
     start = flat.origin((key,)).line or 0
     starts = [flat.origin((name,)).line or 0 for name in flat.values]
-    end = min(line for line in [*starts, len(lines) + 1] if line > start)
+    end = min((line for line in starts if line > start), default=len(lines) + 1)
     between = lines[start - 1 : end - 1]
     # what is indented still belongs to the key
     size = len(between)
@@ -332,8 +330,9 @@ def _add_defaults(recipe: _Recipe, flat: Values, rows: _Rows) -> None:
     if rows.has_loss_on_all:
         why = "TRL learns every token of messages; true learns only the answers"
         recipe.add("train.completion_only_loss", False, why)
-    evaluates = recipe.values.get("train.eval_strategy") not in ("no", None)
-    split: Values = {"validation": 0.1} if evaluates else {"method": "none"}
+    split: Values = {"validation": 0.1}
+    if recipe.values.get("train.eval_strategy") in ("no", None):
+        split = {"method": "none"}
     recipe.add("data.split", split, "rows are held out only if the config evaluates")
     if rows.prompt_format is None:
         recipe.texts["data.prompt_format"] = _ROWS_ARE_ELSEWHERE

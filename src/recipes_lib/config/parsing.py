@@ -94,14 +94,14 @@ def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
         return document.absolute(at, value, keep_missing=marks[0].unless(value))
     if isinstance(value, list) and typing.get_origin(kind) is list:
         for index, item in enumerate(value):
-            value[index] = _absolute(arguments[0], document, item, (*at, index))
+            value[index] = _absolute(arguments[0], document, item, at + (index,))
     elif isinstance(value, dict) and typing.get_origin(kind) is dict:
         for key, item in value.items():
-            value[key] = _absolute(arguments[1], document, item, (*at, key))
+            value[key] = _absolute(arguments[1], document, item, at + (key,))
     elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, BaseModel):
         for key in value.keys() & kind.model_fields.keys():
             inner = kind.model_fields[key].rebuild_annotation()
-            value[key] = _absolute(inner, document, value[key], (*at, key))
+            value[key] = _absolute(inner, document, value[key], at + (key,))
     # what stands inside an Annotated, or the alternatives of a union
     for inner in arguments:
         value = _absolute(inner, document, value, at)
@@ -109,9 +109,7 @@ def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
 
 
 def _validated(model: type[M], values: Any) -> tuple[M | None, dict[KeyPath, list[Any]]]:
-    """Return the values as a model, or None and what it refuses, by key; of a union, what is wrong
-    in a part of it.
-    """
+    """Return the values as a model, or None and what it refuses, by key (inside a union too)."""
     try:
         return model.model_validate(values), {}
     except ValidationError as error:
@@ -125,11 +123,11 @@ def _validated(model: type[M], values: Any) -> tuple[M | None, dict[KeyPath, lis
             is_key = isinstance(inner, dict) and step in inner
             if is_key or (isinstance(inner, list) and isinstance(step, int)):
                 around.add(path)
-                path = (*path, step)
+                path += (step,)
                 inner = inner[step]
         if detail["type"] == "missing":
             around.add(path)
-            path = (*path, detail["loc"][-1])
+            path += (detail["loc"][-1],)
         refused.setdefault(path, []).append(detail)
     around.discard(())
     return None, {path: wrong for path, wrong in refused.items() if path not in around}
@@ -188,9 +186,9 @@ def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
             return [what, f"it belongs to {home}: write {home}.{key}"]
     if len(path) == 1 and key in SHORT_NAMES:
         return [what, f"write {SHORT_NAMES[key]}"]
-    near = did_you_mean(key, keys, lambda key: dotted((*path[:-1], key)))
+    near = did_you_mean(key, keys, lambda key: dotted(path[:-1] + (key,)))
     if near:
-        return [what, *near]
+        return [what] + near
     if len(keys) < _MAX_NAMES:
         return [what, f"keys: {', '.join(keys)}"]
     return [what, f"keys: recipes explain {dotted(path[:-1])}"]

@@ -29,7 +29,7 @@ from recipes_lib.config.launch import (
 )
 from recipes_lib.config.parsing import IsPath, Section, judge, parse
 from recipes_lib.config.upstream_sections import TRAIN_DEFAULTS, LoraSection, TrainSection
-from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name
 from recipes_lib.models.packaged import MODEL
@@ -233,15 +233,12 @@ class Recipe:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the base itself is changed for the adapter: no other run can share it. An adapter
-        on embeddings with new rows brings these rows.
-        """
+        """Whether the base itself is changed for the adapter, so that no other run can share it."""
         lora = self.lora or {}
-        starts_from_base = lora.get("init_lora_weights") in ("pissa", "olora")
+        takes_from_base = lora.get("init_lora_weights") in ("pissa", "olora")
         has_biases = lora.get("bias", "none") != "none"
         repeats_layers = bool(lora.get("layer_replication"))
-        has_new_rows = self.model.resize_embeddings
-        return starts_from_base or has_biases or repeats_layers or has_new_rows
+        return takes_from_base or has_biases or repeats_layers or self.model.resize_embeddings
 
     def to_dict(self) -> Values:
         """Return all resolved sections as plain nested values."""
@@ -251,7 +248,7 @@ class Recipe:
             "lora": self.lora,
             "data": self.data.model_dump(),
             "train": dict(self.train),
-            "run": {**self.run.model_dump(), "name": self.name},
+            "run": self.run.model_dump() | {"name": self.name},
             "launch": self.launch.model_dump(),
         }
 
@@ -278,11 +275,6 @@ class Recipe:
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         """Return an error placed where `key` or else its section was written."""
         return self.document.error(key, what, *hints)
-
-    def fault(self, key: str, what: str, *hints: str) -> EnvironmentFault:
-        """Return an error of the machine, placed where `key` asks for what it has not."""
-        origin = self.document.origin(key)
-        return EnvironmentFault(what, *hints, file=origin.file, line=origin.line)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -332,7 +324,7 @@ def keys_of(model: type[Section], prefix: str = "") -> dict[str, Schema]:
     def visit(schema: Schema, prefix: str) -> None:
         # the keys of a section stand where `$ref` leads, which an `anyOf` with null may hold
         for key, part in schema.get("properties", {}).items():
-            choices = [part, *part.get("anyOf", [])]
+            choices = [part] + part.get("anyOf", [])
             references = [choice["$ref"] for choice in choices if "$ref" in choice]
             inner: Schema = {}
             if len(references) == 1:
@@ -416,9 +408,7 @@ def no_model_at(name: str) -> tuple[str, ...] | None:
 
 
 def one_rank_can_read(recipe: Recipe) -> bool:
-    """Whether rank 0 can read the base for all under FSDP2: its weights are not quantized, and no
-    new row and no adapter is computed from them.
-    """
+    """Whether rank 0 can read the base for all under FSDP2: no other rank computes from it."""
     if recipe.quantization or recipe.changes_base:
         return False
     lora = recipe.lora or {}

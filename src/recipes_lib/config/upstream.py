@@ -24,6 +24,8 @@ COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
     """Return TRL's arguments for `world_size` processes on this machine; do not change them."""
+    import torch
+    from transformers import Trainer, get_scheduler
     from trl import SFTConfig
 
     # the Trainer would compile the model as a whole; `training.compiled` does it block by block
@@ -48,21 +50,14 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     config = _built(recipe, "train", lambda: SFTConfig(**values))
     # one process on several GPUs: transformers would spread each micro-batch (DataParallel)
     config._n_gpu = min(config.n_gpu, 1)
-    _check_optimizer(recipe, config)
-    return config
-
-
-def _check_optimizer(recipe: Recipe, config: SFTConfig) -> None:
-    """Let transformers refuse an optimizer or a schedule now: it would once the model is loaded."""
-    import torch
-    from transformers import Trainer, get_scheduler
-
+    # an optimizer or a schedule that transformers would refuse once the model is loaded
     if not config.optim_target_modules and "lomo" not in config.optim:  # these ask for the model
         _built(recipe, "train.optim", lambda: Trainer.get_optimizer_cls_and_kwargs(config))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
     kwargs = config.lr_scheduler_kwargs
     build = partial(get_scheduler, config.lr_scheduler_type, optimizer, 1, 10**6, kwargs)
     _built(recipe, "train.lr_scheduler_kwargs", build)
+    return config
 
 
 def build_lora_config(recipe: Recipe) -> LoraConfig | None:
@@ -106,7 +101,7 @@ def check_packages(recipe: Recipe) -> None:
     for package, key in packages.items():
         if not importlib.util.find_spec(package):
             what = f"{key}: {package} is not installed"
-            raise recipe.fault(key, what, f"pip install {package}, or remove the key")
+            raise recipe.document.fault(key, what, f"pip install {package}, or remove the key")
 
 
 def has_accelerator() -> bool:

@@ -35,9 +35,7 @@ class Need:
     look: Callable[[bool], str] = field(compare=False, repr=False)
 
 
-def prefetch_needs(
-    word: str, overrides: Sequence[str] = (), remote_code: bool = False
-) -> list[Need]:
+def prefetch_needs(word: str, overrides: Sequence[str], remote_code: bool) -> list[Need]:
     """Return what a recipe, a study or an eval needs; `remote_code` is for the tasks of lm-eval."""
     path = recipe_path(word)
     study = study_file(word)

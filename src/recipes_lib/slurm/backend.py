@@ -56,8 +56,10 @@ class Slurm:
         ids = {label: f"${{{name}}}" for label, name in names.items()}
         for job in plan.jobs:
             unit = "GPU" if job.uses_gpus else "process"
-            arms = f"{len(job.tasks)} arms, each " if len(job.tasks) > 1 else ""
-            yield f"# {job.label}: {arms}{count(job.nodes, 'node')} x {count(job.processes, unit)}"
+            size = f"{count(job.nodes, 'node')} x {count(job.processes, unit)}"
+            if len(job.tasks) > 1:
+                size = f"{len(job.tasks)} arms, each {size}"
+            yield f"# {job.label}: {size}"
             words = []
             for word in _sbatch(job, plan.folder, ids):
                 # quotes would keep bash from reading the variables in it
@@ -97,7 +99,7 @@ class Slurm:
             (plan.folder / records.JOBS_FILE).unlink()  # nothing is queued
             if ids and isinstance(error, RecipesError):
                 accepted = f"{', '.join(ids)} had been accepted, and was cancelled"
-                error.hints = (*error.hints, f"nothing is queued: {accepted}")
+                error.hints += (f"nothing is queued: {accepted}",)
             raise
         return ids
 
@@ -135,7 +137,7 @@ class Slurm:
 
     def cancel(self, job_ids: Sequence[str]) -> None:
         """End jobs that wait or run."""
-        run_slurm(["scancel", *job_ids])
+        run_slurm(["scancel"] + list(job_ids))
 
 
 def _sbatch(job: Job, folder: Path, ids: Mapping[str, str]) -> list[str]:
@@ -143,9 +145,10 @@ def _sbatch(job: Job, folder: Path, ids: Mapping[str, str]) -> list[str]:
     conditions = []
     for condition, labels in (("afterok", job.after), ("afterany", job.after_any)):
         if labels:
-            conditions.append(":".join([condition, *(ids[label] for label in labels)]))
+            conditions.append(":".join([condition] + [ids[label] for label in labels]))
     words = ["sbatch", "--parsable"]
     if conditions:
         # one whose condition cannot come true would stay in the queue for ever
         words += [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"]
-    return [*words, str(folder / f"{job.label}.sbatch")]
+    words.append(str(folder / f"{job.label}.sbatch"))
+    return words

@@ -14,9 +14,7 @@ _UNREACHABLE = re.compile("contact slurm controller|connect|configuration source
 
 
 def run_slurm(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands, without the variables of a job that this process runs in; no
-    answer of Slurm is an EnvironmentFault.
-    """
+    """Run one of Slurm's commands, as if in no job; raise EnvironmentFault if Slurm is away."""
     environment = dict(os.environ, LC_ALL="C")
     for name in os.environ:
         if name.startswith("SLURM_") and name not in _OF_THE_SITE:

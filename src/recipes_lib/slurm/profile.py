@@ -28,9 +28,9 @@ Flags = dict[Flag, str | int | bool | None]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 # What `recipes launch` decides itself, for each job.
 _OURS = {
-    *("nodes", "ntasks", "ntasks-per-node", "array", "dependency", "output", "error", "job-name"),
-    *("signal", "requeue", "no-requeue", "open-mode", "parsable", "wrap", "wait"),
-}
+    "nodes", "ntasks", "ntasks-per-node", "array", "dependency", "output", "error", "job-name",
+    "signal", "requeue", "no-requeue", "open-mode", "parsable", "wrap", "wait",
+}  # fmt: skip
 # Flags that say which nodes of a partition are wanted, or by which right.
 _OF_A_PARTITION = ("constraint", "nodelist", "exclude", "qos", "reservation")
 # Variables that are those of this process too, while it launches.
@@ -41,7 +41,7 @@ class Profile(Section):
     """One Slurm site."""
 
     kind: ClassVar[str] = "profile"
-    _document: Document | None = None
+    _document: Document  # the file with the place of each value
 
     sbatch: Flags
     """sbatch flags for every job, under their long names (partition, account, gres, time, ...).
@@ -81,7 +81,7 @@ class Profile(Section):
     def python(self) -> tuple[str, ...]:
         """The container's or the environment's Python, else the one that submits."""
         if self.setup or self.prefix:
-            return (*self.prefix, "python")
+            return tuple(self.prefix) + ("python",)
         return (sys.executable,)
 
     @property
@@ -130,7 +130,7 @@ class Profile(Section):
 
     def error(self, what: str, *hints: str) -> RecipeError:
         """Return an error placed at the flags of sbatch."""
-        return self.document.error("sbatch", what, *hints)
+        return self._document.error("sbatch", what, *hints)
 
     def doubts(self, jobs: Sequence[Job]) -> Iterator[str]:
         """Yield a warning for flags that Slurm may accept and the user hardly means."""
@@ -181,7 +181,7 @@ class Profile(Section):
             if unset:  # as $USER in a cron job: the job would take the text as it is
                 what = f"env.{name}: the variable {unset[0]} is not set here"
                 hint = "export it before the launch, or write its value"
-                raise self.document.error(("env", name), what, hint)
+                raise self._document.error(("env", name), what, hint)
             variables[name] = text
         return variables
 
@@ -191,17 +191,13 @@ class Profile(Section):
             if name in _FOLDERS:
                 os.environ[name] = value
 
-    @property
-    def document(self) -> Document:
-        """The file with the place of each value."""
-        assert self._document is not None
-        return self._document
-
 
 def known_profiles() -> dict[str, Path]:
     """Return the profiles in launch/profiles/; those of the working directory come first."""
-    folders = (project_root() / "launch/profiles", Path("launch/profiles"))
-    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    profiles: dict[str, Path] = {}
+    for folder in (project_root() / "launch/profiles", Path("launch/profiles")):
+        profiles |= {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return profiles
 
 
 def load_profile(name: str) -> Profile:
@@ -226,5 +222,5 @@ def _rules(profile: Profile, document: Document) -> Iterator[RecipeError]:
     tables |= {("stages", stage): flags for stage, flags in profile.stages.items()}
     for section, flags in tables.items():
         for name in flags.keys() & _OURS:
-            key = (*section, name)
+            key = section + (name,)
             yield document.error(key, f"{dotted(key)} is set by recipes launch")

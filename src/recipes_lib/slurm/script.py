@@ -44,8 +44,7 @@ def script_of(job: Job, folder: Path, profile: Profile) -> str:
         quoted = '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"
         lines.append(f"export {name}={quoted}")
     lines.append('[ -z "$TMPDIR" ] || mkdir -p "$TMPDIR" || environment_failed')
-    for line in profile.setup:
-        lines.append(f"{line} || environment_failed")
+    lines += [f"{line} || environment_failed" for line in profile.setup]
     lines.append("")
     lines += job_commands(job)
     lines.append("finish")
@@ -55,25 +54,20 @@ def script_of(job: Job, folder: Path, profile: Profile) -> str:
 def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
     """Return the #SBATCH lines. Slurm reads quotes as bash does, but escapes within them too."""
     log = str(folder / job.label).replace("%", "%%")
-    array: list[str] = []
+    array = f"--array=0-{len(job.tasks) - 1}"
+    if job.throttle:
+        array += f"%{job.throttle}"
     if len(job.tasks) > 1:
         log += ".%a"
-        limit = f"%{job.throttle}" if job.throttle else ""
-        array.append(f"--array=0-{len(job.tasks) - 1}{limit}")
     gpus = job.processes if job.uses_gpus else 0
-    words = [
-        f"--job-name={folder.parent.name}.{job.label}",
-        f"--nodes={job.nodes}",
-        # accelerate starts the processes of a node
-        "--ntasks-per-node=1",
-        *profile.flags(job.stage, gpus, job.processes),
-        # to the script alone, which asks the training to save
-        f"--signal=B:USR2@{profile.signal_lead_s}",
-        "--requeue",
-        "--open-mode=append",
-        f"--output={log}.log",
-        *array,
-    ]
+    words = [f"--job-name={folder.parent.name}.{job.label}", f"--nodes={job.nodes}"]
+    words.append("--ntasks-per-node=1")  # accelerate starts the processes of a node
+    words += profile.flags(job.stage, gpus, job.processes)
+    # to the script alone, which asks the training to save
+    words.append(f"--signal=B:USR2@{profile.signal_lead_s}")
+    words += ["--requeue", "--open-mode=append", f"--output={log}.log"]
+    if len(job.tasks) > 1:
+        words.append(array)
     return [f"#SBATCH {shlex.quote(word)}".replace("\\", "\\\\") for word in words]
 
 
@@ -82,7 +76,7 @@ def job_commands(job: Job) -> list[str]:
     lines = []
     for task in job.tasks:
         on_node = shlex.join(task.launcher)
-        words = [*task.launcher, *task.args]
+        words = task.launcher + task.args
         if job.stage == "train":
             # A node ignores USR2 until its training listens, and leaves its exit code in a file:
             # launchers lose it.
@@ -92,11 +86,11 @@ def job_commands(job: Job) -> list[str]:
                 'trap "" USR2; export RECIPES_EXIT_CODE_FILE="$REPORT.${SLURM_NODEID:-0}"; '
                 f'exec {on_node} "$@"'
             )
-            words = ["bash", "-c", script, job.label, *task.args]
+            words = ("bash", "-c", script, job.label) + task.args
         lines.append(f"run srun {shlex.join(words)}")
     if len(lines) == 1:
         return lines
-    cases = []
+    cases = ["case $SLURM_ARRAY_TASK_ID in"]
     for number, (line, task) in enumerate(zip(lines, job.tasks, strict=True)):
         cases.append(f"{number}) {line} ;;   # {task.title}")
-    return ["case $SLURM_ARRAY_TASK_ID in", *cases, "esac"]
+    return cases + ["esac"]

@@ -132,8 +132,9 @@ def load_model(
     except (ImportError, ValueError) as error:
         if attention is None:
             raise
-        what = f"model.attn_implementation: {attention} cannot be used: {one_line(error)}"
-        raise recipe.fault("model.attn_implementation", what, "leave the key out") from None
+        key = "model.attn_implementation"
+        what = f"{key}: {attention} cannot be used: {one_line(error)}"
+        raise recipe.document.fault(key, what, "leave the key out") from None
     for module in model.modules():
         # bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 processors in the first
         # evaluation, and outputs differ from then on (2% of the largest logit of a 135M model)
