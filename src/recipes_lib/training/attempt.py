@@ -202,7 +202,7 @@ def summarise_training(trainer: ExactTrainer, data: PreparedData) -> dict[str, o
     args = trainer.args
     state = trainer.state
     tokens = trainer.tokens_trained
-    seconds = trainer.seconds_so_far()
+    seconds_timed = (trainer.seconds_before or 0.0) + time.monotonic() - trainer.began
     device = "cpu"
     if args.device.type != "cpu":
         device = torch.cuda.get_device_name()
@@ -211,8 +211,8 @@ def summarise_training(trainer: ExactTrainer, data: PreparedData) -> dict[str, o
         "training_rows": len(data.train),
         "validation_rows": len(data.validation) if data.validation is not None else 0,
         "tokens": tokens,
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round((tokens - trainer.tokens_untimed) / seconds, 1),
+        "seconds": trainer.seconds_so_far(),
+        "tokens_per_second": round((tokens - trainer.tokens_untimed) / seconds_timed, 1),
         "quantized_layers": count_quantized(trainer.model),
         "peak_memory_gib": round(metrics.peak_memory_gib(), 2),
         "world_size": args.world_size,

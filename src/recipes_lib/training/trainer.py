@@ -86,8 +86,8 @@ class ExactTrainer(Trainer):
             lengths=self.lengths if is_grouped else None,
         )
         self.began = time.monotonic()
-        self.seconds_before = 0.0  # of earlier attempts, up to the checkpoint that is resumed
-        self.tokens_untimed = 0  # of earlier attempts that noted no time
+        self.seconds_before: float | None = 0.0  # up to the checkpoint that is resumed, if noted
+        self.tokens_untimed = 0  # up to a checkpoint that notes no time
         self.precision: dict[str, torch.dtype] = {}  # of what is trained
         self.is_compiled = False
         self.add_callback(RunCallback(self))
@@ -206,11 +206,13 @@ class ExactTrainer(Trainer):
             hint = f"remove {resume_from_checkpoint}: the same command resumes from the checkpoint"
             raise EnvironmentFault(what, f"{hint} before it") from error
 
-    def seconds_so_far(self) -> float:
-        """Return the wall time since training began, with probe, validations and checkpoints, and
-        that of earlier attempts; of those whose checkpoint says no time, nothing.
+    def seconds_so_far(self) -> float | None:
+        """Return the wall time of all steps so far, with probe, validations and checkpoints; None
+        after a checkpoint that notes no time.
         """
-        return self.seconds_before + time.monotonic() - self.began
+        if self.seconds_before is None:
+            return None
+        return round(self.seconds_before + time.monotonic() - self.began, 1)
 
     def _prepare_for_training(self, *args: Any) -> Any:
         """Add the probe, and give a checkpoint's weights the precision they were trained in."""
@@ -218,11 +220,9 @@ class ExactTrainer(Trainer):
         if checkpoint is not None:
             self._mend_loaded(Path(checkpoint))
             self.tokens_trained = tokens_so_far(self.state)
-            seconds = resume_guard.read_marker(Path(checkpoint)).get("seconds")
-            if seconds is None:
+            self.seconds_before = resume_guard.read_marker(Path(checkpoint)).get("seconds")
+            if self.seconds_before is None:
                 self.tokens_untimed = self.tokens_trained
-            else:
-                self.seconds_before = float(seconds)
             best = self.state.best_global_step
             if best:  # the Trainer forgets one that is gone or moved
                 self.state.best_model_checkpoint = f"{self.args.output_dir}/checkpoint-{best}"
@@ -282,7 +282,7 @@ class ExactTrainer(Trainer):
             sync(metrics)
             sync(metrics.parent)
         checkpoint = root / f"checkpoint-{self.state.global_step}"
-        seconds = round(self.seconds_so_far(), 1)
+        seconds = self.seconds_so_far()
         resume_guard.mark_complete(checkpoint, guard=self.guard, seconds=seconds)
         resume_guard.rotate(root, self.keep, self.state.best_model_checkpoint)
 
