@@ -73,6 +73,8 @@ class Attempt:
         """
         run = self.run
         newest, broken = resume_guard.find_newest(run.checkpoints)
+        # run.json before the checkpoint: what --resume-anyway changed is the run's from then on, in
+        # `resumed` too, even if that attempt saved nothing; a checkpoint's own for a lost run.json
         begun_with = self.earlier.get("guard")
         if not begun_with and newest is not None:
             begun_with = resume_guard.read_marker(newest)["guard"]
@@ -196,9 +198,7 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
 
 
 def summarise_training(trainer: ExactTrainer, data: PreparedData) -> dict[str, object]:
-    """Return what run.json and the card say of a training; tokens and times are of the same steps,
-    those of earlier attempts up to the checkpoints that were resumed too.
-    """
+    """Return what run.json and the card say of all steps, those of earlier attempts too."""
     args = trainer.args
     state = trainer.state
     tokens = trainer.tokens_trained
