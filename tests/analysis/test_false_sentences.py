@@ -26,8 +26,10 @@ from tests.analysis.made_up import (
 )
 
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm
+from recipes_lib.analysis.checks import find
 from recipes_lib.analysis.claims import Claim, Conclusion, conclude
 from recipes_lib.analysis.readers.ours import load_arms
+from recipes_lib.analysis.runs import Arms
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.files import model_fingerprint
 from recipes_lib.data.leaks import Leak, Leaks
@@ -892,3 +894,45 @@ def test_the_version_of_lm_eval_counts_where_lm_eval_measured(tmp_path: Path) ->
             log = read_eval_log(folders[arm][0] / "evals/checks/result.json")
             write_log(replace(log, suite=suite, libraries={"lm_eval": version}))
         assert any("lm_eval" in each.title for each in compared(folders).findings) == is_named
+
+
+class CountedText(str):
+    """A text that counts how often somebody reads it whole."""
+
+    read = 0
+
+    def split(self, *args):
+        CountedText.read += 1
+        return super().split(*args)
+
+    def strip(self, *args):
+        CountedText.read += 1
+        return super().strip(*args)
+
+
+def test_texts_are_read_once_for_a_run_and_not_for_every_pair_of_runs(tmp_path):
+    for number in range(9):
+        write_judged(write_run(tmp_path, f"arm{number}", rank=number), 4)
+    read = {}
+    for n in (3, 9):
+        arms = load_arms({f"arm{number}": [tmp_path / f"arm{number}"] for number in range(n)})
+        counted = {}
+        for arm in arms:
+            (run,) = arm.runs
+            (log,) = run.evals
+            (metric,) = log.metrics
+            samples = tuple(
+                replace(
+                    sample,
+                    input=CountedText(sample.input),
+                    answer=CountedText(sample.answer),
+                    opponent=CountedText(sample.opponent),
+                )
+                for sample in metric.samples
+            )
+            log = replace(log, metrics=(replace(metric, samples=samples),))
+            counted[arm.name] = replace(arm, runs=(replace(run, evals=(log,)),))
+        CountedText.read = 0
+        find(Arms(counted))
+        read[n] = CountedText.read
+    assert read[9] == 3 * read[3]

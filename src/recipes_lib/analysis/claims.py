@@ -13,10 +13,14 @@ from typing import Literal
 
 from recipes_lib.analysis import row_text
 from recipes_lib.analysis.aims import Aims, Design, Margin, is_named
-from recipes_lib.analysis.answer_checks import DEGENERATE_ANSWERS
-from recipes_lib.analysis.checks import EVALUATED_DIFFERENTLY, UNAUDITED, find
+from recipes_lib.analysis.checks import find
 from recipes_lib.analysis.differences import Difference, arm_differences
-from recipes_lib.analysis.findings import Finding
+from recipes_lib.analysis.findings import (
+    DEGENERATE_ANSWERS,
+    EVALUATED_DIFFERENTLY,
+    UNAUDITED,
+    Finding,
+)
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.table import TableRow, TestedTable, build_table
 from recipes_lib.analysis.text import difference_text, p_text, question_text, sentence_list

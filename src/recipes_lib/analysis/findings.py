@@ -7,13 +7,19 @@ where `claims.py` takes it up (`_remarks`). A `note` informs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 from recipes_lib.analysis.table import TableRow
+from recipes_lib.evals.log import EvalLog
 
 Severity = Literal["error", "confound", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
+# The codes of findings that stand in the sentences that they touch.
+UNAUDITED = "judge-not-audited"
+EVALUATED_DIFFERENTLY = "evaluated-differently"
+DEGENERATE_ANSWERS = "degenerate-answers"
 
 
 @dataclass(frozen=True)
@@ -41,5 +47,13 @@ class Finding:
             return False
         if self.opponent and row.opponent != self.opponent:
             return False
-        least = 1 if self.of_any else min(2, len({*self.arms}))
-        return not self.arms or len({*row.arms} & {*self.arms}) >= least
+        if not self.arms:
+            return True
+        arms = set(self.arms)
+        least = 1 if self.of_any else min(2, len(arms))
+        return len(arms.intersection(row.arms)) >= least
+
+
+def metric_names(logs: Iterable[EvalLog]) -> tuple[str, ...]:
+    """Return the names of all metrics of these results, each once."""
+    return tuple(dict.fromkeys(name for log in logs for name in log.metric_names))

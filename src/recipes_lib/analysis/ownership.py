@@ -38,12 +38,23 @@ def check_ownership(run: Run) -> None:
         if log.target and log.target != run.name:
             what = f"this is a result of {log.target}, in the folder of {run.name}"
             raise DataError(what, f"move it back, or {_again(log)}", file=log.file)
-    weights = _present_weights(run)
+    if run.is_base:
+        return
+    weights = None  # stays so where some are gone
+    with suppress(RecipesError, OSError):
+        trained = finished_run(RunDirectory(run.name, run.folder.parent), remote_code=True)
+        base = local_folder(trained.recipe)  # nothing is fetched to compare results
+        if base is not None and trained.weights.is_dir():
+            weights = model_key(trained.recipe, trained.weights)
     if weights is None:
         return
     for log in run.evals:
-        expected = _fingerprint_of_answers(log, run.name, weights)
-        if expected is not None and log.answers.fingerprint != expected:
+        engine = ENGINES.get(str(log.answers.engine))
+        if engine is None:  # not recorded
+            continue
+        # as it was written: nothing of it is judged by today's rules
+        section = GenerationSection.model_construct(**(log.recipe.get("generation") or {}))
+        if log.answers.fingerprint != engine.answered_by(section, run.name, weights):
             what = f"this is a result of other weights than {run.name} has now"
             raise DataError(what, _again(log), file=log.file)
 
@@ -51,27 +62,3 @@ def check_ownership(run: Run) -> None:
 def _again(log: EvalLog) -> str:
     """How to make a result again; the command that made it is recorded."""
     return f"evaluate again: {log.command}" if log.command else "evaluate again"
-
-
-def _present_weights(run: Run) -> str | None:
-    """Return the hash of a trained run's weights, precision and base; None where some are gone."""
-    if run.is_base:
-        return None
-    with suppress(RecipesError, OSError):
-        trained = finished_run(RunDirectory(run.name, run.folder.parent), remote_code=True)
-        base = local_folder(trained.recipe)  # nothing is fetched to compare results
-        if base is not None and trained.weights.is_dir():
-            return model_key(trained.recipe, trained.weights)
-    return None
-
-
-def _fingerprint_of_answers(log: EvalLog, name: str, weights: str) -> str | None:
-    """Return what `evals.engines.answered_by` gave for these weights when the log was written; None
-    where the log does not say which engine answered.
-    """
-    engine = ENGINES.get(str(log.answers.engine))
-    if engine is None:
-        return None
-    # as it was written: nothing of it is judged by today's rules
-    section = GenerationSection.model_construct(**(log.recipe.get("generation") or {}))
-    return engine.answered_by(section, name, weights)

@@ -136,21 +136,17 @@ def arms_of(runs: Sequence[Run]) -> Arms:
     for run in runs:
         name = run.name
         if times[name] > 1:
-            rivals = [other for other in runs if other.name == name and other is not run]
-            name = _name_with_folder(run, rivals)
+            folders = run.folder.resolve().parts
+            rivals = [other for other in runs if other.name == run.name and other is not run]
+            others = [rival.folder.resolve().parts for rival in rivals]
+            name = f"{run.name}-{run.folder.name}"
+            for depth in range(1, len(folders)):
+                ending = folders[-depth:]
+                if all(other[-depth:] != ending for other in others):
+                    name = "-".join([run.name, *ending])
+                    break
         if name in arms:
             hint = "a run compared with itself shows nothing"
             raise RecipeError(f"'{run.name}' is named twice", hint)
         arms[name] = ArmRuns(name, (run,))
     return Arms(arms)
-
-
-def _name_with_folder(run: Run, rivals: Sequence[Run]) -> str:
-    """Return a run's name with the fewest folders above it that its namesakes do not share."""
-    folders = run.folder.resolve().parts
-    others = [rival.folder.resolve().parts for rival in rivals]
-    for depth in range(1, len(folders)):
-        ending = folders[-depth:]
-        if all(other[-depth:] != ending for other in others):
-            return "-".join([run.name, *ending])
-    return f"{run.name}-{run.folder.name}"

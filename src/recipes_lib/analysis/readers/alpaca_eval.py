@@ -104,7 +104,13 @@ def _annotation_files(folder: Path) -> list[Path]:
 
 def _read_file(path: Path, given: Path) -> Run:
     """Return the run of one file; `given`, the file or its folder, tells it from its namesakes."""
-    rows = _annotations(path)
+    try:
+        rows = TypeAdapter(list[Annotation]).validate_python(parsed_json(path))
+    except ValidationError as error:
+        details = error.errors(include_url=False)[0]
+        number, *keys = details["loc"]
+        what = f"annotation {int(number) + 1}: {'.'.join(map(str, keys))}: {details['msg']}"
+        raise DataError(what, file=path) from None
     model = _only_value(rows, "generator_2", path)
     judge = _only_value(rows, "annotator", path)
     if not judge:
@@ -134,17 +140,6 @@ def _read_file(path: Path, given: Path) -> Run:
         evals=(log,),
         foreign=True,
     )
-
-
-def _annotations(path: Path) -> list[Annotation]:
-    try:
-        return TypeAdapter(list[Annotation]).validate_python(parsed_json(path))
-    except ValidationError as error:
-        details = error.errors(include_url=False)[0]
-        number, *keys = details["loc"]
-        key = ".".join(map(str, keys))
-        what = f"annotation {int(number) + 1}: {key}: {details['msg']}"
-        raise DataError(what, file=path) from None
 
 
 def _only_value(rows: Sequence[Annotation], key: str, path: Path) -> str:
@@ -181,23 +176,23 @@ def complete(runs: Sequence[Run]) -> list[Run]:
                 of_opponent = asked.setdefault(log.against, {})
                 for sample in log.metrics[0].samples:
                     of_opponent.setdefault(sample.id, sample)
-    return [_completed(run, asked) for run in runs]
-
-
-def _completed(run: Run, asked: Mapping[str | None, Mapping[str, Sample]]) -> Run:
-    if not run.evals or run.evals[0].source != SOURCE:
-        return run
-    (log,) = run.evals
-    (metric,) = log.metrics
-    here = {sample.id for sample in metric.samples}
-    missing = [sample for id, sample in asked[log.against].items() if id not in here]
-    if not missing:
-        return run
-    without_verdict = [
-        replace(sample, value=None, outcome=UNRESOLVED, answer=None) for sample in missing
-    ]
-    samples = [*metric.samples, *without_verdict]
-    whole = _win_rate(samples, str(log.against), log.file)
-    line = f"{log.file.name}: has no annotation of {len(missing)} instructions of another file"
-    completed = replace(log, n=len(samples), metrics=(whole,))
-    return replace(run, evals=(completed,), unread=(*run.unread, line))
+    completed = []
+    for run in runs:
+        if not run.evals or run.evals[0].source != SOURCE:
+            completed.append(run)
+            continue
+        (log,) = run.evals
+        (metric,) = log.metrics
+        here = {sample.id for sample in metric.samples}
+        missing = [sample for id, sample in asked[log.against].items() if id not in here]
+        if missing:
+            samples = [*metric.samples]
+            for sample in missing:
+                samples.append(replace(sample, value=None, outcome=UNRESOLVED, answer=None))
+            win_rate = _win_rate(samples, str(log.against), log.file)
+            log = replace(log, n=len(samples), metrics=(win_rate,))
+            line = f"has no annotation of {len(missing)} instructions of another file"
+            unread = (*run.unread, f"{log.file.name}: {line}")
+            run = replace(run, evals=(log,), unread=unread)
+        completed.append(run)
+    return completed

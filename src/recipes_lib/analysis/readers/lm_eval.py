@@ -12,6 +12,7 @@ commands of a model: each model is a run, with each task from the newest command
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,11 +52,6 @@ class Results:
         found = _DATE.search(self.file.stem)
         return found[0] if found else ""
 
-    @property
-    def tasks(self) -> list[str]:
-        """The tasks and groups that it has results of."""
-        return list(self.content["results"])
-
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """How the command was called."""
@@ -79,13 +75,8 @@ class Results:
     @property
     def weights_arguments(self) -> list[str]:
         """The arguments that say which weights answered, such as `revision=step2`."""
-        given = [key for key in _OF_THE_WEIGHTS if key in self.arguments]
-        return [f"{key}={self.arguments[key]}" for key in given]
-
-    @property
-    def identity(self) -> tuple[str, ...]:
-        """What tells the models of one folder apart."""
-        return (str(self.file.parent), self.model, *self.weights_arguments)
+        arguments = self.arguments
+        return [f"{key}={arguments[key]}" for key in _OF_THE_WEIGHTS if key in arguments]
 
     @cached_property
     def samples(self) -> dict[str, list[dict[str, Any]]]:
@@ -95,12 +86,6 @@ class Results:
             task = file.stem.removeprefix("samples_").removesuffix(self.date)
             rows[task] = list(read_rows(file))
         return rows
-
-    @property
-    def has_samples(self) -> bool:
-        """Whether there are rows to pair, each with the number of its document."""
-        rows = [row for of_task in self.samples.values() for row in of_task]
-        return bool(rows) and all("doc_id" in row for row in rows)
 
 
 def matches(path: Path) -> bool:
@@ -118,8 +103,11 @@ def read(path: Path) -> list[Run]:
     """
     by_model: dict[tuple[str, ...], list[Results]] = defaultdict(list)
     for file in _results_files(path) if path.is_dir() else [path]:
-        results = _read_results(file)
-        by_model[results.identity].append(results)
+        content = parsed_json(file)
+        if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
+            raise DataError("holds no results of lm-eval", _AGAIN, file=file)
+        results = Results(file, content)
+        by_model[str(file.parent), results.model, *results.weights_arguments].append(results)
     names = Counter(commands[0].model for commands in by_model.values())
     runs = []
     for commands in by_model.values():
@@ -133,23 +121,16 @@ def read(path: Path) -> list[Run]:
 
 def _results_files(folder: Path) -> list[Path]:
     """Return the files whose names are those of results, whether they can be read or not."""
-    found = []
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
-        is_named_results = file.stem.startswith("results")
-        if is_named_results or (_DATE.search(file.stem) and _is_results(file)):
-            found.append(file)
-    return found
+    files = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
+    return [
+        file
+        for file in files
+        if file.stem.startswith("results") or (_DATE.search(file.stem) and _is_results(file))
+    ]
 
 
 def _is_results(file: Path) -> bool:
     return (object_or_none(file) or {}).keys() >= _KEYS
-
-
-def _read_results(file: Path) -> Results:
-    content = parsed_json(file)
-    if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
-        raise DataError("holds no results of lm-eval", _AGAIN, file=file)
-    return Results(file, content)
 
 
 def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
@@ -159,13 +140,15 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
     logs: list[EvalLog] = []
     unread: list[str] = []
     for results in newest_first:
-        new_tasks = [task for task in results.tasks if task not in read_tasks]
-        older = [task for task in results.tasks if task in read_tasks]
+        tasks = list(results.content["results"])
+        new_tasks = [task for task in tasks if task not in read_tasks]
+        older = [task for task in tasks if task in read_tasks]
         if older:
             unread.append(f"{results.file.name}: older results of {', '.join(older)}")
         if not new_tasks:
             continue  # nothing of it is compared, so its samples are not read
-        if not results.has_samples:
+        rows = list(itertools.chain.from_iterable(results.samples.values()))
+        if not rows or any("doc_id" not in row for row in rows):  # the number of its document
             unread.append(f"{results.file.name}: {_NO_SAMPLES}")
             continue
         logs.append(_log(results, new_tasks))
@@ -189,7 +172,14 @@ def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
     settings: dict[str, Any] = {"gen_kwargs": str(results.config.get("gen_kwargs") or "none")}
     if limit:
         settings["limit"] = limit
-    chosen = _chosen_questions(results, tasks)
+    phrases = []  # how many questions of which tasks were asked, where that is not all of them
+    for task in tasks:
+        counts = (results.content.get("n-samples") or {}).get(task) or {}
+        asked = counts.get("effective")
+        existing = counts.get("original")
+        if asked is not None and existing is not None and asked < existing:
+            phrases.append(f"{asked} of {existing} questions of {task}")
+    chosen = ", ".join(phrases)
     if chosen and not limit:
         settings["samples"] = chosen
     return EvalLog(
@@ -229,47 +219,27 @@ def _metrics(results: Results) -> Iterator[Metric]:
     return with_groups(metrics)
 
 
-def _chosen_questions(results: Results, tasks: Sequence[str]) -> str:
-    """Return how many questions of which tasks were asked, where that is not all of them."""
-    phrases = []
-    for task in tasks:
-        counts = (results.content.get("n-samples") or {}).get(task) or {}
-        asked = counts.get("effective")
-        existing = counts.get("original")
-        if asked is not None and existing is not None and asked < existing:
-            phrases.append(f"{asked} of {existing} questions of {task}")
-    return ", ".join(phrases)
-
-
 def _facts(results: Results) -> dict[str, Any]:
     """Return how a command asked, apart from its tasks' settings. What lm-eval always records and
     this file does not say is "not recorded": it may be anything.
     """
     content = results.content
     config = results.config
+    arguments = results.arguments
+    other_keys = sorted(arguments.keys() - {*_OF_THE_WEIGHTS})
+    other_arguments = ", ".join(f"{key}={arguments[key]}" for key in other_keys)
+    tokenizer = arguments.get("tokenizer")
+    names = [arguments.get(key) for key in _OF_THE_WEIGHTS if key != "tokenizer"]
+    if not tokenizer or tokenizer in names:
+        tokenizer = "the model's own"
     facts = {
         "lm_eval": content.get("lm_eval_version") or _NOT_RECORDED,
         "transformers": content.get("transformers_version") or _NOT_RECORDED,
         "backend": config.get("model") or _NOT_RECORDED,
-        "model arguments": _other_arguments(results.arguments),
-        "tokenizer": _tokenizer(results.arguments),
+        "model arguments": other_arguments or "none",
+        "tokenizer": tokenizer,
         "chat template": content.get("chat_template_sha") or "none",
         "system instruction": content.get("system_instruction_sha") or "none",
         "few-shot seed": config.get("fewshot_seed"),
     }
     return {name: value for name, value in facts.items() if value is not None}
-
-
-def _other_arguments(arguments: Mapping[str, str]) -> str:
-    """Return the model's arguments apart from those that name its weights."""
-    pairs = [f"{key}={arguments[key]}" for key in sorted(arguments) if key not in _OF_THE_WEIGHTS]
-    return ", ".join(pairs) or "none"
-
-
-def _tokenizer(arguments: Mapping[str, str]) -> str:
-    """Return the tokenizer that was named, unless it is that of the weights."""
-    named = arguments.get("tokenizer")
-    of_weights = [arguments.get(key) for key in _OF_THE_WEIGHTS if key != "tokenizer"]
-    if not named or named in of_weights:
-        return "the model's own"
-    return named
