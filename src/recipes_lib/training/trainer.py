@@ -294,6 +294,7 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, trainer: ExactTrainer) -> None:
         self.trainer = trainer
+        self.stop = trainer.stop
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """End an epoch here and not after the save of its last step; save and stop on request."""
@@ -305,7 +306,7 @@ class RunCallback(TrainerCallback):
             control.should_log |= args.logging_strategy == "epoch"
         if args.load_best_model_at_end:
             control.should_save |= control.should_evaluate  # else the best one may not be there
-        if not is_last and self.trainer.stop.agree() != NOTHING:
+        if not is_last and self.stop.agree() != NOTHING:
             control.should_save = True
             control.should_training_stop = True
         control.should_log |= control.should_save
