@@ -27,6 +27,7 @@ class Curve:
 
     def add(self, step: float, value: float) -> None:
         """Add a point; of more than `MOST_POINTS` every second one is dropped."""
+        # The last point is kept as the curve's end; unless its turn had come, a newer replaces it.
         if (self.count - 1) % self.every:
             self.points.pop()
         self.points.append((step, value))

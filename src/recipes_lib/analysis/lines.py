@@ -84,10 +84,11 @@ def score_lines(conclusion: Conclusion) -> list[str]:
     """Return the scores of arms that have nothing to be compared with."""
     table = [("run", "metric", "value [95%]", "n", "without a verdict")]
     for score in conclusion.table.scores:
-        opponent = f" against {score.opponent}" if score.opponent else ""
+        metric = score.label
+        if score.opponent:
+            metric += f" against {score.opponent}"
         limits = interval_text(score.interval, score.unit, signed=False)
         value = f"{metric_text(score.value, score.unit)} {limits}".removesuffix(f" {NONE}")
-        metric = score.label + opponent
         table.append((score.arm, metric, value, f"{score.n:,}", str(score.unresolved)))
     return aligned(table)
 

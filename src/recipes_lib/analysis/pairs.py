@@ -69,16 +69,16 @@ def pair_trainings(
         if left.run.seed is not None and left.run.seed == right.run.seed:
             by_seed.append((left, right))
     if by_seed and not is_base:
-        sides = by_seed
+        matched = by_seed
     elif second.is_base and len(second_trainings) == 1:
-        sides = [(training, second_trainings[0]) for training in first_trainings]
+        matched = [(training, second_trainings[0]) for training in first_trainings]
     elif first.is_base and not second.is_base and len(first_trainings) == 1:
-        sides = [(first_trainings[0], training) for training in second_trainings]
+        matched = [(first_trainings[0], training) for training in second_trainings]
     else:
-        sides = list(zip(first_trainings, second_trainings, strict=False))
+        matched = list(zip(first_trainings, second_trainings, strict=False))
     pairs = []
     runs: list[Run] = []
-    for left, right in sides:
+    for left, right in matched:
         opponents = [name for name in left.by_opponent if name in right.by_opponent]
         if opponents:
             runs += [left.run, right.run]
@@ -101,6 +101,4 @@ def pair_trainings(
 
 def left_out(names: Sequence[str]) -> tuple[str, ...]:
     """Return the flag of a row that names what it leaves out; none where that is nothing."""
-    if not names:
-        return ()
-    return (f"left out: {sentence_list(names, 3)}",)
+    return (f"left out: {sentence_list(names, 3)}",) if names else ()

@@ -35,8 +35,9 @@ def forest(claims: Sequence[Claim]) -> str:
     top = 0
     for unit in dict.fromkeys(claim.row.unit for claim in drawn):
         of_unit = [claim for claim in drawn if claim.row.unit == unit]
-        ends = itertools.chain(*(claim.row.interval or () for claim in of_unit))
-        reach = max(map(abs, ends)) * 1.05 or 1.0  # the value at both ends of the axis
+        intervals = [claim.row.interval or () for claim in of_unit]
+        # the value at both ends of the axis
+        reach = max(map(abs, itertools.chain(*intervals))) * 1.05 or 1.0
         bottom = top + _ROW_HEIGHT * len(of_unit)
         parts.append(_line(_MIDDLE, top + 4, _MIDDLE, bottom + 4, "#999"))
         for number, claim in enumerate(of_unit):
@@ -66,7 +67,7 @@ def _x_of(value: float, reach: float) -> float:
 def curves(arms: Arms) -> str:
     """Return the training curves of all runs, a panel for each kind; nothing without one."""
     colors = {arm.name: _COLORS[number % len(_COLORS)] for number, arm in enumerate(arms)}
-    runs = [(arm.name, run.curves) for arm in arms for run in arm.runs if run.curves]
+    runs = [(arm, run.curves) for arm, run in arms.runs if run.curves]
     kinds = [kind for kind in CURVES if any(kind in of_run for _, of_run in runs)]
     if not kinds:
         return ""
@@ -90,7 +91,8 @@ def _panel(lines: Sequence[tuple[str, list[tuple[float, float]]]], x: int, y: in
     """Lines of a color each in a rectangle whose upper left corner is given."""
     bottom = y + _PANEL_HEIGHT
     right = x + _PANEL_WIDTH
-    steps, values = zip(*itertools.chain(*(points for _, points in lines)), strict=True)
+    steps = [step for _, points in lines for step, _ in points]
+    values = [value for _, points in lines for _, value in points]
     last_step = max(steps) or 1
     low = min(values)
     high = max(values)

@@ -98,7 +98,7 @@ def commands(
     arms: Arms, design: Design | None, margins: Mapping[str, Margin]
 ) -> list[tuple[str, list[str]]]:
     """Return the commands that make this report again, whole and step by step."""
-    runs = [run for arm in arms for run in arm.runs]
+    runs = [run for _, run in arms.runs]
     if design is None:
         names = [str(run.given or run.folder) if run.foreign else run.name for run in runs]
         # one folder may hold several runs, and one file one of several in its folder
@@ -112,7 +112,7 @@ def commands(
         file = run.folder / "command.txt"
         if file.is_file():
             trainings += file.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
-    logs = [log for run in runs for log in run.evals]
+    logs = [log for _, log in arms.logs]
     sources = {
         "Everything": [design.command],
         "Trainings": trainings,

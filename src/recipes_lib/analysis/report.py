@@ -124,40 +124,37 @@ def _with_links(line: str, samples: dict[str, Any]) -> Markup:
 def trainings(arms: Arms) -> list[dict[str, Any]]:
     """Return the numbers of each training; losses are per token, of one run, and not tested."""
     rows = []
-    for arm in arms:
-        for run in arm.runs:
-            summary = run.state.get("summary") or {}
-            if run.is_base or not (run.curves or summary):
-                continue
-            last_points = {name: curve.points[-1] for name, curve in run.curves.items()}
-            _, loss = last_points.get("loss", (0, None))
-            _, eval_loss = last_points.get("eval_loss", (0, None))
-            last_step = max((int(step) for step, _ in last_points.values()), default=None)
-            devices = run.environment.get("devices") or ["not recorded"]
-            hardware = devices[0]
-            if len(devices) > 1:
-                hardware = f"{len(devices)} x {devices[0]}"
-            row = {
-                "arm": arm.name,
-                "run": run.name,
-                "seed": run.seed,
-                "steps": summary.get("steps") or last_step,
-                "rows": summary.get("training_rows"),
-                "loss": summary.get("last_training_loss") or loss,
-                "validation_loss": summary.get("last_validation_loss") or eval_loss,
-                "tokens_per_second": summary.get("tokens_per_second"),
-                "peak_memory_gib": summary.get("peak_memory_gib"),
-                "devices": hardware,
-                "file": f"{run.name}/run.json",
-            }
-            rows.append(row)
+    for arm, run in arms.runs:
+        summary = run.state.get("summary") or {}
+        if run.is_base or not (run.curves or summary):
+            continue
+        last_points = {name: curve.points[-1] for name, curve in run.curves.items()}
+        _, loss = last_points.get("loss", (0, None))
+        _, eval_loss = last_points.get("eval_loss", (0, None))
+        last_step = max((int(step) for step, _ in last_points.values()), default=None)
+        devices = run.environment.get("devices") or ["not recorded"]
+        hardware = devices[0]
+        if len(devices) > 1:
+            hardware = f"{len(devices)} x {devices[0]}"
+        row = {
+            "arm": arm,
+            "run": run.name,
+            "seed": run.seed,
+            "steps": summary.get("steps") or last_step,
+            "rows": summary.get("training_rows"),
+            "loss": summary.get("last_training_loss") or loss,
+            "validation_loss": summary.get("last_validation_loss") or eval_loss,
+            "tokens_per_second": summary.get("tokens_per_second"),
+            "peak_memory_gib": summary.get("peak_memory_gib"),
+            "devices": hardware,
+            "file": f"{run.name}/run.json",
+        }
+        rows.append(row)
     return rows
 
 
 def answer_counts(arms: Arms) -> dict[tuple[str, str], dict[str, tuple[int, int]]]:
-    """Return the faults in the answers by arm and evaluation, over all trainings: each with the
-    number of faulty answers and of all.
-    """
+    """Return the faults of answers by arm and evaluation, each as (faulty answers, all)."""
     counts: dict[tuple[str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
     for arm in arms:
         # Results against several opponents are about the same answers: the first one counts.
@@ -272,17 +269,16 @@ def _cell(value: object) -> object:
 def provenance(arms: Arms, design: Design | None) -> list[tuple[str, str]]:
     """Return code, versions, devices, data, prompts and judges, as the runs recorded them."""
     facts: dict[str, dict[str, None]] = defaultdict(dict)  # by name, each value once, in order
-    for arm in arms:
-        for run in arm.runs:
-            libraries = (run.environment.get("libraries") or {}).items()
-            versions = [f"{name} {version}" for name, version in libraries if version]
-            devices = dict.fromkeys(run.environment.get("devices") or [])
-            data = (run.state.get("guard") or {}).get("data_fingerprint")
-            facts["code at training"][code_text(run.environment.get("git"))] = None
-            facts["libraries"][", ".join(versions)] = None
-            facts["devices"][", ".join(devices)] = None
-            facts["data, sha256"][str(data or "")[:16]] = None
-            facts["runs"][f"{arm.name}: {run.name}"] = None
+    for arm, run in arms.runs:
+        libraries = (run.environment.get("libraries") or {}).items()
+        versions = [f"{name} {version}" for name, version in libraries if version]
+        devices = dict.fromkeys(run.environment.get("devices") or [])
+        data = (run.state.get("guard") or {}).get("data_fingerprint")
+        facts["code at training"][code_text(run.environment.get("git"))] = None
+        facts["libraries"][", ".join(versions)] = None
+        facts["devices"][", ".join(devices)] = None
+        facts["data, sha256"][str(data or "")[:16]] = None
+        facts["runs"][f"{arm}: {run.name}"] = None
     for _, log in arms.logs:
         facts["code at evaluation"][code_text(log.git)] = None
         facts["written by"][log.source] = None
@@ -313,10 +309,8 @@ def sample_data(arms: Arms) -> dict[str, Any]:
     groups: list[dict[str, str]] = []
     samples_of_groups: list[list[Sample]] = []
     size = 0  # of all texts, about
-    between_arms_first = sorted(
-        arms.logs, key=lambda logged: arms.opponent(logged[1].against) not in arms.by_name
-    )
-    for arm, log in between_arms_first:
+    logs = sorted(arms.logs, key=lambda pair: arms.opponent(pair[1].against) not in arms.by_name)
+    for arm, log in logs:
         if not log.metrics:
             continue
         # of the comparison, else of the first metric

@@ -41,10 +41,10 @@ def values_text(row: TableRow) -> str:
         return f"win rate {effect_text(row)} {limits_text(row)}".strip()
     first = metric_text(row.first_value, row.unit)
     second = metric_text(row.second_value, row.unit)
-    both = f"{first} against {second}"
+    values = f"{first} against {second}"
     if row.test is None:
-        return both
-    return f"{both}, difference {effect_text(row)} {limits_text(row)}".strip()
+        return values
+    return f"{values}, difference {effect_text(row)} {limits_text(row)}".strip()
 
 
 def evidence_text(row: TableRow) -> str:

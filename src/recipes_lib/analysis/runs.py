@@ -80,12 +80,17 @@ class Arms:
     @cached_property
     def of_run(self) -> dict[str, str]:
         """The arm of each run's name: an opponent in a result is a run, in a report an arm."""
-        return {run.name: arm.name for arm in self for run in arm.runs}
+        return {run.name: arm for arm, run in self.runs}
+
+    @property
+    def runs(self) -> list[tuple[str, Run]]:
+        """Every run with its arm."""
+        return [(arm.name, run) for arm in self for run in arm.runs]
 
     @property
     def logs(self) -> list[tuple[str, EvalLog]]:
         """Every evaluation with its arm."""
-        return [(arm.name, log) for arm in self for log in arm.logs]
+        return [(arm, log) for arm, run in self.runs for log in run.evals]
 
     def opponent(self, run: str | None) -> str | None:
         """Return the arm of an opponent, or the opponent as it is and never under an arm's name."""
@@ -100,27 +105,28 @@ class Arms:
 
 def run_place(path: Path) -> str:
     """Return a file of a run as `runs/<run>/...`, wherever the runs lie."""
-    root, whole = runs_root().resolve(), path.resolve()
-    if whole.is_relative_to(root):
-        return f"runs/{whole.relative_to(root).as_posix()}"
+    root = runs_root().resolve()
+    if path.resolve().is_relative_to(root):
+        return f"runs/{path.resolve().relative_to(root).as_posix()}"
     return shown_path(path)
 
 
 def question_of(samples: Sequence[Sample]) -> dict[str, str]:
     """Return the question behind each id: asked again under another id it is no new evidence."""
     texts: dict[str, dict[int, str]] = {}
-    same: dict[str, str] = {}
+    recorded: dict[str, str] = {}  # where the text itself is not recorded
     for sample in samples:
+        text = " ".join((sample.input or "").split()).casefold()
         if sample.same_as:
-            same[sample.id] = sample.same_as
-        elif sample.input and sample.input.strip():
-            texts.setdefault(sample.id, {})[sample.turn] = " ".join(sample.input.split()).casefold()
+            recorded[sample.id] = sample.same_as
+        elif text:
+            texts.setdefault(sample.id, {})[sample.turn] = text
     first_id: dict[tuple[tuple[int, str], ...], str] = {}
     questions: dict[str, str] = {}
     for id, text_of_turn in texts.items():
         whole_text = tuple(sorted(text_of_turn.items()))
         questions[id] = first_id.setdefault(whole_text, id)
-    return questions | same
+    return questions | recorded
 
 
 def arms_of(runs: Sequence[Run]) -> Arms:

@@ -451,7 +451,7 @@ def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
 
 def _set_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
     """Set aside the tasks of a group that is tested as one mean, but for those that are named."""
-    metrics = {metric.name: metric for arm in arms for run in arm.runs for metric in run.metrics}
+    metrics = {metric.name: metric for _, run in arms.runs for metric in run.metrics}
     group_of: dict[tuple[tuple[str, str], str, str], str] = {}  # by arms, eval and task
     for row in rows:
         if row.is_tested:
@@ -487,7 +487,7 @@ def _set_primary(rows: Sequence[TableRow], aims: Aims) -> None:
     if not aims.primary:
         return
     marked: set[tuple[str, str]] = set()
-    for row in sorted(rows, key=lambda row: not row.is_tested):
+    for row in sorted(rows, key=lambda row: not row.is_tested):  # tested ones first
         is_about_primary = is_named(aims.primary, row.metric) and not row.aside
         if is_about_primary and row.arms not in marked:
             row.primary = True
@@ -532,9 +532,11 @@ def _correct_together(rows: Sequence[TableRow]) -> None:
             size = len(rows) - primaries
             share = OTHER_SHARE
         row.p = p
+        # at the strictest level that Holm may ask of the row
         mde = row.test.mde(ALPHA * share / size)
         row.mde = mde if mde < row.test.resolved.reach else None
         if row.margin is not None:
+            # Bonferroni: tests of margins take no part in the steps of Holm.
             below, above = row.test.p_within(row.margin)
             below = min(1.0, size / share * below)
             above = min(1.0, size / share * above)
