@@ -68,9 +68,7 @@ class Attempt:
     def continue_or_start(
         self, data: PreparedData, resume_anyway: bool, guard: dict[str, object], **recorded: Any
     ) -> Path | None:
-        """Rank 0: return the newest complete checkpoint, if any, unless its settings were others;
-        from then on the run's records are this attempt's.
-        """
+        """Rank 0: return the newest complete checkpoint, if any; refuse to mix its settings."""
         run = self.run
         newest, broken = resume_guard.find_newest(run.checkpoints)
         # run.json before the checkpoint: what --resume-anyway changed is the run's from then on, in

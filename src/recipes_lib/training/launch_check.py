@@ -88,7 +88,6 @@ def _asked_of_accelerate_launch() -> int:
 def check_launch(active: Active) -> str:
     """Return the start-up line that states what is active, once it agrees with what was asked."""
     running = active.world_size
-    kind = active.distributed_type
     requested = _asked_of_accelerate_launch()
     if world_size() != running:
         what = f"the launcher started {world_size()} processes, but each of them would train alone"
@@ -97,10 +96,10 @@ def check_launch(active: Active) -> str:
     if requested > running:
         what = f"{requested} processes were requested, but accelerate launch started {running}"
         raise RecipeError(what, DDP_ON_CPU)
-    if _asks_for("ACCELERATE_USE_FSDP") and kind != "FSDP" and running > 1:
-        what = f"FSDP was requested, but {kind} is active"
+    if _asks_for("ACCELERATE_USE_FSDP") and active.distributed_type != "FSDP" and running > 1:
+        what = f"FSDP was requested, but {active.distributed_type} is active"
         raise RecipeError(what, f"set fsdp_version: 2 in the accelerate config; {DDP_ON_CPU}")
-    return f"{kind}, world size {running}, {active.device}"
+    return f"{active.distributed_type}, world size {running}, {active.device}"
 
 
 def shard_on_cpus() -> None:

@@ -181,9 +181,7 @@ def _wait_for_device(device: torch.device) -> None:
 
 
 def keep_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Give the random numbers of the CPU and of one GPU back at the end of the block. Other GPUs of
-    the machine belong to other ranks.
-    """
+    """Give the random numbers of the CPU and of this rank's GPU back at the end of the block."""
     devices = [device] if device.type == "cuda" else []
     return torch.random.fork_rng(devices=devices)
 

@@ -46,11 +46,13 @@ def write_card(
             method += f" on the {recipe.base_format} base"
     numbers = {}
     for name, value in summary.items():
-        if isinstance(value, int | float):
-            text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-            numbers[name.replace("_", " ")] = text
-    blocks = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
+        title = name.replace("_", " ")
+        if isinstance(value, int):
+            numbers[title] = f"{value:,}"
+        elif isinstance(value, float):
+            numbers[title] = f"{value:,.4g}"
     template = Path(__file__).with_name("card.md.jinja").read_text("utf-8")
+    blocks = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
     card = blocks.from_string(template).render(
         header=header,
         recipe=recipe,

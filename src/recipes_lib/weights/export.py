@@ -23,10 +23,14 @@ def export(trained: runs.TrainedRun, to: Path, merged: bool) -> list[Path]:
     name = trained.run.name
     recipe = trained.recipe
     target = to.expanduser().resolve()
-    record = runs.merge_record(trained) if merged else None
-    if merged and not record:
-        what = f"run '{name}' has no complete merged/ of its current adapter"
-        raise RecipeError(what, f"recipes merge {name}")
+    source = trained.weights
+    record = None
+    if merged:
+        source = trained.merged
+        record = runs.merge_record(trained)
+        if not record:
+            what = f"run '{name}' has no complete merged/ of its current adapter"
+            raise RecipeError(what, f"recipes merge {name}")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         what = f"{to} is a file or is not empty, and nothing is overwritten"
         raise RecipeError(what, "give a new or empty folder")
@@ -34,9 +38,7 @@ def export(trained: runs.TrainedRun, to: Path, merged: bool) -> list[Path]:
         runs.check_base_of(trained)
     runs.check_weights(trained.run, trained.full)
 
-    source = trained.merged if merged else trained.weights
     base = public_name(recipe)
-    summary = trained.run.read_state().get("summary") or {}
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -53,7 +55,7 @@ def export(trained: runs.TrainedRun, to: Path, merged: bool) -> list[Path]:
                 values["revision"] = recipe.model.revision if is_hub_id(base) else None
             text = json.dumps(values, indent=2, ensure_ascii=False)
             file.write_text(_PATH.sub(r'"\1"', text) + "\n", encoding="utf-8")
-        write_card(scratch, recipe, summary, record)
+        write_card(scratch, recipe, trained.run.read_state().get("summary") or {}, record)
         publish(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -129,9 +129,9 @@ def _fold(
     model: Any = attach(plain.to(precision), {"default": trained.weights})
     # two layers share a weight as tied embeddings, or Zamba2's blocks: what is folded into it would
     # be in both
-    named = list(model.named_parameters(remove_duplicate=False))
-    num_uses = Counter(id(weight) for _, weight in named)
-    for name, weight in named:
+    weights = model.named_parameters(remove_duplicate=False)
+    num_uses = Counter(id(weight) for _, weight in weights)
+    for name, weight in model.named_parameters(remove_duplicate=False):
         layer = short_name(name)
         is_adapted = ".base_layer." in name and "token_adapter" not in layer
         if is_adapted and num_uses[id(weight)] > 1:
