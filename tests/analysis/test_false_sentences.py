@@ -643,6 +643,17 @@ def test_a_cause_needs_declared_keys_alone(ranks: Folders) -> None:
     assert not claim_of(compared(ranks, design=RANK)).cause
 
 
+def test_a_factor_of_many_keys_names_every_key_that_differs(ranks: Folders) -> None:
+    """ "4 more" could hide the learning rate, which may be the cause."""
+    keys = ("learning_rate", "adam_beta1", "adam_beta2", "warmup_steps", "weight_decay")
+    for folder in ranks["r32"]:
+        change(folder / "resolved.yaml", lambda row: row["train"].update(dict.fromkeys(keys, 0.5)))
+    design = replace(RANK, factors={"everything": ["lora", "train"]})
+    claim = claim_of(compared(ranks, design=design))
+    assert "so this is their joint effect" in claim.sentence
+    assert all(f"train.{key} (" in claim.sentence for key in keys)
+
+
 def test_what_differs_against_one_opponent_takes_no_cause_from_the_row_of_another(ranks) -> None:
     for arm, skill in (("r8", 0.3), ("r32", 0.8)):
         for folder in ranks[arm]:

@@ -416,7 +416,7 @@ def _cause(claim: Claim) -> str:
     tuned = [difference.text for difference in claim.cause if difference.level == "tuned"]
     if not declared:
         return ""
-    only = f"Only {sentence_list(declared, 4)} differ"
+    only = f"Only {sentence_list(declared)} differ"  # all: any of them may be the cause
     owner = "their joint"
     if len(declared) == 1:
         only += "s"
