@@ -188,7 +188,10 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
     for row in table.rows:
         touching = [finding for finding in findings if finding.touches(row)]
         claim = _claim(row, touching, differences[row.arms], design, descriptive)
-        claims.append(replace(claim, remarks=_remarks(claim, touching)))
+        remarks = _remarks(claim, touching)
+        if claim.within and design is None:  # who knows the results can choose the margin by them
+            remarks = (*remarks, "The margin was set with this command.")
+        claims.append(replace(claim, remarks=remarks))
     names = sentence_list([arm.name for arm in arms])
     return Conclusion(
         question=question_text(design.question) if design else f"How do {names} compare?",
