@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 from recipes_lib.commands import RecipeWord
 from recipes_lib.config.recipe import load_recipe
@@ -15,9 +15,6 @@ from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import load_eval
 from recipes_lib.weights.load import load_tokenizer
 
-if TYPE_CHECKING:
-    from recipes_lib.data.audit import DataAudit
-
 
 def run_data(
     recipe: RecipeWord,
@@ -27,6 +24,7 @@ def run_data(
     against: Annotated[list[str], "evals whose questions must not be in the training rows"] = [],
 ) -> int:
     """Prepare the recipe's data, print the audit and some rows."""
+    from recipes_lib.data.encoding import IGNORED, decoded_spans
     from recipes_lib.data.prepare import prepare_data
 
     # `--against` takes every word that follows it, an override of the recipe too
@@ -38,7 +36,21 @@ def run_data(
     quiet_libraries()
     tokenizer = load_tokenizer(loaded)
     data = prepare_data(loaded, tokenizer)
-    _say_audit(data.audit, data.splits["method"])
+    audit = data.audit
+    rows = audit.rows
+    filtered = ""
+    if rows["too_long"]:
+        filtered = f", {rows['too_long']} filtered by max_tokens"
+    say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
+    sides = f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test"
+    say(f"{sides} (split: {data.splits['method']})")
+    say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}", *audit.notes)
+    table = [["tokens", "total", "median", "max"]]
+    for title, numbers in audit.tokens.items():
+        table.append([title] + [f"{numbers[column]:,}" for column in table[0][1:]])
+    say("", *aligned(table))
+    for note in audit.warnings:
+        say(f"note: {note}")
     errors = []
     for name, leaks in search_recipe(loaded, evals, fetch=True).items():
         if leaks.found:
@@ -50,37 +62,12 @@ def run_data(
     if errors:
         raise RecipeErrors(errors)
     for row in data.train.select(range(min(show, len(data.train)))):
-        _show_row(row, tokenizer)
+        # text with loss in [[...]], the end token marked
+        num_supervised = sum(label != IGNORED for label in row["labels"])
+        say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
+        line = ""
+        for text, has_loss in decoded_spans(tokenizer, row["input_ids"], row["labels"]):
+            line += f"[[{text}]]" if has_loss else text
+        say(line.rstrip())
     say()
     return next_step("train", recipe, *words)
-
-
-def _say_audit(audit: DataAudit, split_method: str) -> None:
-    rows = audit.rows
-    filtered = ""
-    if rows["too_long"]:
-        filtered = f", {rows['too_long']} filtered by max_tokens"
-    say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
-    sides = f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test"
-    say(f"{sides} (split: {split_method})")
-    say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}", *audit.notes)
-    table = [["tokens", "total", "median", "max"]]
-    for title, numbers in audit.tokens.items():
-        table.append([title] + [f"{numbers[column]:,}" for column in table[0][1:]])
-    say("", *aligned(table))
-    for note in audit.warnings:
-        say(f"note: {note}")
-
-
-def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:
-    """Print one training row: text with loss in [[...]], the end token marked."""
-    from recipes_lib.data.encoding import IGNORED, decoded_spans
-
-    num_supervised = sum(label != IGNORED for label in row["labels"])
-    say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
-    line = ""
-    for text, has_loss in decoded_spans(tokenizer, row["input_ids"], row["labels"]):
-        if has_loss:
-            text = f"[[{text}]]"
-        line += text
-    say(line.rstrip())

@@ -124,7 +124,19 @@ def run_show(
     """Print the recipe as YAML with the place of every value: the output is a recipe again."""
     loaded = load_recipe(recipe, overrides)
     if diff is not None:
-        say(*_differences(loaded, load_recipe(diff)))
+        other = load_recipe(diff)
+        old_values = flatten(loaded.to_dict())
+        new_values = flatten(other.to_dict())
+        if loaded.run.name is None and other.run.name is None:  # derived names differ by nature
+            old_values["run.name"] = new_values["run.name"]
+        rows = [["", shown_path(loaded.path), shown_path(other.path)]]
+        for key, (old, new) in differences(old_values, new_values).items():
+            row = [key, _value_with_place(loaded, key, old), _value_with_place(other, key, new)]
+            rows.append(row)
+        if len(rows) == 1:
+            say("no difference")
+        else:
+            say(*aligned(rows))
         return ExitCode.DONE
     # paths are absolute in the document, so that the output is a recipe in any folder
     values = loaded.document.values | {"train": loaded.train}
@@ -142,20 +154,6 @@ def run_show(
     command = shlex.join(["recipes", "data", file, *overrides, "--show", "3"])
     say(f"# next: {command}")
     return ExitCode.DONE
-
-
-def _differences(a: Recipe, b: Recipe) -> list[str]:
-    """Return the table of the resolved values that differ, with the place of each."""
-    values = flatten(a.to_dict())
-    other_values = flatten(b.to_dict())
-    if a.run.name is None and b.run.name is None:  # derived names differ by nature
-        values["run.name"] = other_values["run.name"]
-    rows = [["", shown_path(a.path), shown_path(b.path)]]
-    for key, (value, other_value) in differences(values, other_values).items():
-        rows.append([key, _value_with_place(a, key, value), _value_with_place(b, key, other_value)])
-    if len(rows) == 1:
-        return ["no difference"]
-    return aligned(rows)
 
 
 def _value_with_place(recipe: Recipe, key: str, value: object) -> str:

@@ -235,9 +235,7 @@ def _moved_source(flat: Document, key: str, name: Any, target: Path) -> Any:
 
 
 def _parts_of_mixture(flat: Values) -> list[Any] | None:
-    """Return the parts of a mixture in a recipe's words: of the alignment handbook, in its older
-    form too (`dataset_mixer`: weights by name), and TRL's own `datasets`.
-    """
+    """Return a mixture's parts as a recipe's, of the handbook's two forms or TRL's `datasets`."""
     mixer = flat.get("dataset_mixer")
     if isinstance(mixer, dict):
         return [_part({"id": name, "weight": weight}) for name, weight in mixer.items()]

@@ -145,9 +145,7 @@ def chosen_keys(words: Sequence[str]) -> set[str]:
 
 
 def _write(into: Values, chosen: Values, resolved: Values, target: Path) -> None:
-    """Merge chosen values into others, which they replace. Paths, which are absolute in `resolved`,
-    are written as they are seen from the recipe.
-    """
+    """Merge chosen values into others; paths, absolute in `resolved`, count from the recipe."""
     for key, value in chosen.items():
         found = resolved.get(key)
         if isinstance(value, dict):

@@ -1,6 +1,4 @@
-"""What only the model's files and upstream's classes can say about a recipe, before anything is
-loaded. The architecture is built on the meta device: no weights, no memory.
-"""
+"""What the model's files and upstream's classes say of a recipe before anything is loaded."""
 
 from __future__ import annotations
 
@@ -193,9 +191,7 @@ def weight_faults(folder: Path) -> Iterator[str]:
 def check_names(
     recipe: Recipe, folder: Path, launch: Active, notes: list[RecipeError] | None = None
 ) -> Iterator[RecipeError]:
-    """Yield names that a model does not have, and what its class cannot do; no code of it runs.
-    `notes` is given what is no error and should be known.
-    """
+    """Yield names that a model lacks and what its class cannot do; `notes` gets the rest."""
     import torch
     import transformers
 

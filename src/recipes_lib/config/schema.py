@@ -1,6 +1,4 @@
-"""`make schema`: writes what the installed TRL and PEFT say (config/upstream.json), and of the
-pydantic models schema/*.schema.json, from which editors complete and check.
-"""
+"""`make schema`: writes config/upstream.json of TRL and PEFT, and schema/*.schema.json of ours."""
 
 from __future__ import annotations
 

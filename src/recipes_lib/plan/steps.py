@@ -106,9 +106,7 @@ def rows_of(recipe: Recipe) -> RowLengths:
 
 
 def known_rows(section: DataSection) -> int | None:
-    """Return the number of rows of data on the Hub, from `recipes/datasets.jsonl`, cut off at
-    `max_examples`; None where it is not known.
-    """
+    """Return the number of rows of data on the Hub (recipes/datasets.jsonl); None if not known."""
     numbers: dict[tuple[str, str], int] = {}
     for folder in (project_root() / "recipes", Path("recipes")):
         for row in read_rows(folder / "datasets.jsonl"):

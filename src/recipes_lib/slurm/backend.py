@@ -73,9 +73,7 @@ class Slurm:
                 yield f"#     {line}"
 
     def submit(self, plan: Plan) -> dict[str, str]:
-        """Write the submission's folder, submit every job, and return {label: job id}. Where Slurm
-        refuses a job, those before it are cancelled.
-        """
+        """Submit every job, or none if Slurm refuses one; return {label: job id}."""
         active = [task for task in self.states(plan.folder) if task.active]
         if active:
             jobs = ", ".join(f"{task.label} is {task.state} (job {task.job})" for task in active)

@@ -18,7 +18,7 @@ from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.evals.recipe import hash_in
-from recipes_lib.study.config import Arm, Study
+from recipes_lib.study.config import Study
 from recipes_lib.study.trainings import REPLACED, is_trained, study_folder, study_trainings
 from recipes_lib.training.resume_guard import differences, flatten
 
@@ -57,7 +57,15 @@ def design_values(study: Study) -> dict[str, Any]:
     seeds: dict[str, list[int]] = {}
     data: dict[str, dict[str, str]] = {}
     for arm in study.arms:
-        arms[arm.name] = _hash_of_arm(study, arm)
+        # the value that tuning chose is no part of what an arm declares
+        free = _FREE | ({arm.tuning.key} if arm.tuning else set())
+        written = flatten(arm.recipe.document.values)
+        declared: dict[str, Any] = {}
+        for key, value in arm.resolved().items():
+            # later versions of this program add keys, empty where nobody wrote them
+            if key not in free and (value or key in written):
+                declared[key] = value
+        arms[arm.name] = hash_in(study.document.path.parent, declared)
         seeds[arm.name] = sorted(arm.seeds)
         with suppress(RecipesError):  # rows that are not on this machine
             hashes = source_hashes(arm.recipe.data)
@@ -81,18 +89,6 @@ def design_values(study: Study) -> dict[str, Any]:
         "primary": study.aims.primary,
         "margins": {metric: margin.size for metric, margin in study.aims.margins.items()},
     }
-
-
-def _hash_of_arm(study: Study, arm: Arm) -> str:
-    """Return a hash of what an arm declares; the value that tuning chose is no part of that."""
-    written = flatten(arm.recipe.document.values)
-    declared: dict[str, Any] = {}
-    for key, value in arm.resolved().items():
-        is_free = key in _FREE or (arm.tuning is not None and key == arm.tuning.key)
-        # later versions of this program add keys, empty where nobody wrote them
-        if not is_free and (value or key in written):
-            declared[key] = value
-    return hash_in(study.document.path.parent, declared)
 
 
 # ---- Reading it ----

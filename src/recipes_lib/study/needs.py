@@ -1,6 +1,4 @@
-"""What trainings and evaluations need from elsewhere and no file shows: a judge's key and server, a
-tracker's login. It is looked at before the first training, which would be in vain without it.
-"""
+"""What work needs from elsewhere and no file shows: a judge's key and server, a tracker's login."""
 
 from __future__ import annotations
 

@@ -27,12 +27,7 @@ from recipes_lib.evals.questions import answer_count, question_count
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
 from recipes_lib.study.needs import Host, missing_needs
-from recipes_lib.study.trainings import (
-    is_trained,
-    study_trainings,
-    study_tunings,
-    what_changed,
-)
+from recipes_lib.study.trainings import is_trained, study_trainings, study_tunings, what_changed
 from recipes_lib.weights.load import base_fingerprint
 
 # ---- Evaluations ----

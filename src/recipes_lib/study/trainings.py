@@ -108,7 +108,6 @@ def validation_loss(run: RunDirectory) -> float | None:
     summary = run.read_state().get("summary") or {}
     loss = summary.get("last_validation_loss")
     for row in read_rows(run.metrics):
-        # a resumed training may have written a step twice: the last one counts
         if "eval_loss" in row and row["step"] == summary.get("best_step"):
             loss = row["eval_loss"]
     if loss is None or not math.isfinite(loss):
