@@ -37,8 +37,6 @@ _FSDP_KEYS = {
     "fsdp_sync_module_states", "fsdp_sharding_strategy",
 }  # fmt: skip
 _FIXED_FOR_FSDP = {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}
-
-
 AccelerateConfigName = Annotated[str, IsPath(unless=lambda name: not Path(name).suffix)]
 
 

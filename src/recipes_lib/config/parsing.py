@@ -52,13 +52,11 @@ class Section(BaseModel):
 
 
 M = TypeVar("M", bound=BaseModel)
-Rule = Callable[[M, Document], Iterable[RecipeError]]
+Rule = Callable[[M, Document], Iterable[RecipeError]]  # yields what is wrong between keys
 
 
 def parse(model: type[M], document: Document, *rules: Rule[M]) -> M:
-    """Return a document as `model`, or raise everything that is wrong, each at its file and line.
-    `rules` yield what is wrong between keys.
-    """
+    """Return a document as `model`, or raise all that is wrong, at file and line."""
     expected = getattr(model, "kind", "")
     if expected and document.kind not in ("", expected):
         raise wrong_kind(document, expected)

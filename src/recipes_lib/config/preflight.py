@@ -191,7 +191,7 @@ def weight_faults(folder: Path) -> Iterator[str]:
 def check_names(
     recipe: Recipe, folder: Path, launch: Active, notes: list[RecipeError] | None = None
 ) -> Iterator[RecipeError]:
-    """Yield names that a model lacks and what its class cannot do; `notes` gets the rest."""
+    """Yield names that a model lacks and what its class cannot do; `notes` gets warnings."""
     import torch
     import transformers
 
