@@ -827,6 +827,18 @@ def test_a_long_tail_against_the_mean_has_no_verdict(tmp_path: Path) -> None:
     assert claim.verdict == "no verdict" and "a few rows differ" in claim.sentence
 
 
+def test_a_table_of_repeated_rows_says_how_many_differ(tmp_path: Path) -> None:
+    """The table counts 22 rows; three of them repeat one, so the test has 20."""
+    rng = np.random.default_rng(1)
+    first = rng.normal(1.0, 0.05, 22)
+    second = first - 0.1 + rng.normal(0, 0.05, 22)
+    about = [{"input": f"Question {min(number, 19)}?"} for number in range(22)]
+    facts: dict[str, Any] = {"suite": "heldout_loss", "unit": "number", "higher": False}
+    folders = valued(tmp_path, first.tolist(), second.tolist(), about=about, **facts)
+    (claim,) = compared(folders).claims
+    assert claim.row.n == 22 and "20 different rows of 22 are fewer than the 50" in claim.sentence
+
+
 LONG = "rank-by-learning-rate-of-a-large-model--"  # 40 letters, as names of shipped studies have
 
 

@@ -411,7 +411,8 @@ def _why_not(row: TableRow) -> str:
     if questions < FEWEST_QUESTIONS:
         return f"{count(questions, 'question')} are too few to reach p <= {ALPHA:g}"
     if np.isinf(test.resolved.reach) and questions < FEWEST_LOSSES:
-        return f"{count(questions, 'row')} are fewer than the {FEWEST_LOSSES} that losses need"
+        rows = count(questions, "different row")
+        return f"{rows} of {row.n:,} are fewer than the {FEWEST_LOSSES} that losses need"
     if test.resolved.tail_against:
         return "a few rows differ far more than the others, in the other direction"
     ends = {}
