@@ -46,12 +46,14 @@ def audit_rows(
     loss_on = "whole text" if settings.whole else "completion"
     audit = DataAudit(settings.section.prompt_format, loss_on)
     special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
-    texts = re.compile("|".join(re.escape(name) for name in special if len(name) > 1) or "(?!)")
-    seen = set[bytes]()
+    escaped = [re.escape(name) for name in special if len(name) > 1]
+    special_text = re.compile("|".join(escaped) or "(?!)")  # which matches nothing
+    contents = set[bytes]()
     for row in rows:
         item = encoded[row.id]
-        was_cut, has_end = len(item.ids) < item.tokens_before, item.end_token >= 0
-        for name, is_true in {
+        was_cut = len(item.ids) < item.tokens_before
+        has_end = item.end_token >= 0
+        facts = {
             "truncated": was_cut,
             "lost_end": was_cut and not has_end,
             "no_supervised_tokens": not item.supervised,
@@ -59,22 +61,27 @@ def audit_rows(
             "empty_completions": row.is_empty,
             "changed_by_template": item.changed,
             "other_prompt": item.other_prompt,
-            "special_tokens": any(map(texts.search, row.texts)),
-            "duplicates": row.content in seen,
-        }.items():
-            audit.places.setdefault(name, []).extend([row.place] if is_true else [])
-        seen.add(row.content)
+            "special_tokens": any(map(special_text.search, row.texts)),
+            "duplicates": row.content in contents,
+        }
+        for name, is_true in facts.items():
+            places = audit.places.setdefault(name, [])
+            if is_true:
+                places.append(row.place)
+        contents.add(row.content)
     items = [encoded[row.id] for row in rows]
     ends = Counter(item.end_token for item in items if item.end_token >= 0)
     audit.end_tokens = {tokenizer.convert_ids_to_tokens(end): ends[end] for end in ends}
-    for title, lengths in (
-        ("prompt", [item.prompt_tokens for item in items]),
-        ("row, as trained", [len(item.ids) for item in items]),
-        ("with loss", [item.supervised for item in items]),
-    ):
-        counts = {"total": sum(lengths), "median": int(np.median(lengths)), "max": max(lengths)}
-        audit.tokens[title] = counts
-    if date := settings.section.template_date:
+    lengths_by_title = {
+        "prompt": [item.prompt_tokens for item in items],
+        "row, as trained": [len(item.ids) for item in items],
+        "with loss": [item.supervised for item in items],
+    }
+    for title, lengths in lengths_by_title.items():
+        median = int(np.median(lengths))
+        audit.tokens[title] = {"total": sum(lengths), "median": median, "max": max(lengths)}
+    date = settings.section.template_date
+    if date:
         what = f"prints the date, {date} in every resume, chat and evaluation of this run"
         audit.notes.append(f"chat template: {what}")
     return audit
@@ -84,31 +91,30 @@ def system_message_note(
     rows: Sequence[DataRow], section: DataSection, tokenizer: Any, template: str
 ) -> list[str]:
     """Return a note about the system message that the template puts where a row has none."""
-    without = []
-    for row in rows:
-        messages = conversation_of(row, section.system_prompt)
-        if messages[0]["role"] != "system":
-            without.append((row, messages))
+    conversations = ((row, conversation_of(row, section.system_prompt)) for row in rows)
+    without = [row for row, messages in conversations if messages[0]["role"] != "system"]
     if not without:
         return []
-    row, messages = without[0]
-    values = template_values(row, section.chat_template_kwargs)
+    messages = conversation_of(without[0], section.system_prompt)
+    values = template_values(without[0], section.chat_template_kwargs)
     default = default_system_message(messages, tokenizer, template, values)
     if not default:
         return []
-    what = (
-        f"{len(without)} of {count(len(rows), 'row')} without a system message get the template's"
-    )
+    num_rows = f"{len(without)} of {count(len(rows), 'row')}"
+    what = f"{num_rows} without a system message get the template's"
     return [f'{what}: "{default}" (data.system_prompt: another)']
 
 
 def judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
     """Write the warnings, and refuse data that cannot teach what the recipe asks for."""
-    used, places, warnings = audit.rows["used"], audit.places, audit.warnings
-    if bad := audit.rows["bad"]:
-        what = f"{bad} of {audit.rows['read']} rows cannot be used and are left out"
-        warnings += [f"{what} (on_bad_row: skip):", *audit.bad_rows[:NUM_LISTED]]
-    limit, lost = f"max_length={settings.max_length}", len(places["lost_end"])
+    used = audit.rows["used"]
+    places = audit.places
+    if audit.rows["bad"]:
+        what = f"{audit.rows['bad']} of {audit.rows['read']} rows cannot be used and are left out"
+        audit.warnings.append(f"{what} (on_bad_row: skip):")
+        audit.warnings += audit.bad_rows[:NUM_LISTED]
+    limit = f"max_length={settings.max_length}"
+    lost = len(places["lost_end"])
     longest = audit.tokens["prompt"]["max"]
     acting = "ACTING as such" if audit.prompt_format == "chat" else "read as text"
     facts = {
@@ -122,12 +128,13 @@ def judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
         "special_tokens": f"special tokens in the text, {acting}",
         "duplicates": "exact duplicates",
     }
-    for name, what in facts.items():
-        if rows := places[name]:
-            warnings.append(f"{len(rows)} of {used} rows: {what}: {listed(rows, 3)}")
+    for name, fact in facts.items():
+        rows = places[name]
+        if rows:
+            audit.warnings.append(f"{len(rows)} of {used} rows: {fact}: {listed(rows, 3)}")
     if audit.end_tokens and settings.eos_token not in audit.end_tokens:
         what = f"turns end with {listed(audit.end_tokens, 3)}, but generation stops at"
-        warnings.append(f"{what} {settings.eos_token}: set train.eos_token to the turn's end")
+        audit.warnings.append(f"{what} {settings.eos_token}: set train.eos_token to the turn's end")
     longer = "raise train.max_length above that, or set data.filters.max_tokens"
     end = "end each assistant turn with a special token, inside any {% generation %} block"
     for name, most, key, hint in (
@@ -135,7 +142,8 @@ def judge(audit: DataAudit, settings: Supervision, evaluates: bool) -> None:
         ("no_supervised_tokens", MOST_UNSUPERVISED * used, "train.max_length", longer),
         ("without_end_token", 0, "data.chat_template", end),
     ):
-        if len(rows := places[name]) > most:
+        rows = places[name]
+        if len(rows) > most:
             what = f"{len(rows)}/{used} rows: {facts[name]}"
             allowed = f"at most {math.floor(most)} of {used} rows may be so"
             raise SettingError(key, what, listed(rows, 3), f"{allowed}; {hint}")

@@ -29,14 +29,8 @@ def folder_of(key: str) -> Path:
 
 def keep_rows(key: str, make: Callable[[Path], None]) -> None:
     """Have whole rows in `folder_of(key)`: check what is there, and `make` what is missing or
-    damaged.
-
-    Args:
-        key: a hash of all that decides the rows.
-        make: writes the rows into an empty folder, the same bytes at every call.
-
-    Raises:
-        DataError: the rows are damaged and cannot be made again, for example on a read-only disk.
+    damaged; an error where it cannot, as on a read-only disk. `key` is a hash of all that decides
+    the rows, and `make` writes them into an empty folder, the same bytes at every call.
     """
     folder = folder_of(key)
     # Without the lock first: checking writes nothing, and a cache may be read-only.
@@ -49,7 +43,15 @@ def keep_rows(key: str, make: Callable[[Path], None]) -> None:
             damaged = find_damage(folder)
             if folder.exists() and not damaged:
                 return
-            _make(folder, make)
+            # made beside its place, so that the folder is whole when it has its name
+            scratch = folder.with_name("unfinished")
+            shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+            scratch.mkdir()
+            make(scratch)
+            files = sorted(path for path in scratch.rglob("*") if path.is_file())
+            hashes = {path.relative_to(scratch).as_posix(): file_hash(path) for path in files}
+            write_json(scratch / SEAL, {"files": hashes, "sha256": hash_of(hashes)})
+            publish(scratch, folder)
     except OSError as error:
         if not damaged:
             raise
@@ -76,15 +78,3 @@ def find_damage(folder: Path) -> list[str]:
         return [SEAL]
     missing = [name for name in hashes if not (folder / name).is_file()]
     return missing or [name for name in hashes if file_hash(folder / name) != hashes[name]]
-
-
-def _make(folder: Path, make: Callable[[Path], None]) -> None:
-    """Make the rows beside their folder, seal them, and put them in its place."""
-    scratch = folder.with_name("unfinished")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-    scratch.mkdir()
-    make(scratch)
-    files = sorted(path for path in scratch.rglob("*") if path.is_file())
-    hashes = {path.relative_to(scratch).as_posix(): file_hash(path) for path in files}
-    write_json(scratch / SEAL, {"files": hashes, "sha256": hash_of(hashes)})
-    publish(scratch, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
@@ -47,16 +48,15 @@ def fields_by_format(
     """
     names: dict[str, str] = {}
     for name, usual in COLUMNS.items():
-        column = next((column for column in usual if column in present), None)
-        if column is not None:
-            names[name] = column
+        there = [column for column in usual if column in present]
+        if there:
+            names[name] = there[0]
     names |= columns  # what the recipe maps wins
     readable: dict[str, tuple[str, ...]] = {}
     for prompt_format, choices in FIELDS.items():
         for fields in choices:
             if names.keys() >= set(fields):
-                readable[prompt_format] = fields
-                break
+                readable.setdefault(prompt_format, fields)
     return names, readable
 
 
@@ -74,10 +74,8 @@ def map_columns(
     file's). Return the usable rows, and a line for each column that is left unread by surprise.
     """
     prompt_format = section.prompt_format
-    seen: dict[str, None] = {}  # in the order in which they appear
-    for row in rows:
-        seen |= dict.fromkeys(row.fields)
-    present = list(seen)
+    # in the order in which they appear
+    present = list(dict.fromkeys(chain.from_iterable(row.fields for row in rows)))
     for name, column in columns.items():
         if column not in present:
             what = f"data.columns.{name}: the data has no column '{column}'"
@@ -143,12 +141,12 @@ def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_
         is_half = is_chat and name in ("prompt", "completion") and isinstance(value, list)
         if name == "id":
             row.id = str(value) if isinstance(value, str | int) else ""
+        elif name in ("tools", "chat_template_kwargs", "history") and is_blank(value):
+            continue
         elif name in ("tools", "chat_template_kwargs"):
-            if not is_blank(value):
-                fields[name] = _json_text(name, value, what)
+            fields[name] = _json_text(name, value, what)
         elif name == "history":
-            if not is_blank(value):
-                fields[name] = read_history(value, what)
+            fields[name] = read_history(value, what)
         elif name == "messages" or is_half:
             fields[name] = read_messages(value, what)
         elif value is not None or name not in ("context", "system"):

@@ -15,20 +15,22 @@ from recipes_lib.data.values import checked_text, is_blank, parsed_json
 Message = dict[str, Any]
 CALL = "function_call"  # ShareGPT's turn that is nothing but calls
 # Every name of a role -> ours: OpenAI's, and ShareGPT's, as its `from` key has them.
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", CALL), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function"), "tool"),
-}
+ROLES = (
+    dict.fromkeys(("system", "developer"), "system")
+    | dict.fromkeys(("user", "human"), "user")
+    | dict.fromkeys(("assistant", "gpt", "model", CALL), "assistant")
+    | dict.fromkeys(("tool", "observation", "function"), "tool")
+)
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 OF_TOOLS = ("tool_call_id", "name")
 
 
 def read_messages(value: Any, what: str) -> list[Message]:
     """Return messages of any spelling in ours."""
-    messages = parsed_json(value, list, what)
-    return [_read_message(each, f"{what}, message {at}") for at, each in enumerate(messages)]
+    messages = []
+    for number, message in enumerate(parsed_json(value, list, what)):
+        messages.append(_read_message(message, f"{what}, message {number}"))
+    return messages
 
 
 def _read_message(given: Any, what: str) -> Message:
@@ -39,10 +41,13 @@ def _read_message(given: Any, what: str) -> Message:
         raise BadRow(f"{what}: unknown role {speaker!r}; roles are {', '.join(ROLES)}")
     what = f"{what} ({role})"
     message: Message = {"role": role}
-    content = given["content"] if given.get("content") is not None else given.get("value")
+    content = given.get("content")
+    if content is None:
+        content = given.get("value")
     if role == "assistant":
         calls = content if speaker == CALL else given.get("tool_calls")
-        if thoughts := next((given[key] for key in THOUGHTS if given.get(key)), None):
+        thoughts = next((given[key] for key in THOUGHTS if given.get(key)), None)
+        if thoughts:
             message["reasoning_content"] = checked_text(thoughts, f"{what}: thoughts")
         if not is_blank(calls):
             message["tool_calls"] = _read_calls(calls, what)
@@ -53,15 +58,16 @@ def _read_message(given: Any, what: str) -> Message:
     weight = given.get("weight")
     if weight not in (None, 0, 1):
         raise BadRow(f"{what}: weight {weight!r}: an assistant turn may have 0 (no loss) or 1")
-    return message | ({"weight": 0} if weight == 0 and role == "assistant" else {})
+    if weight == 0 and role == "assistant":
+        message["weight"] = 0
+    return message
 
 
 def _content_text(content: Any, role: str, what: str) -> str:
     """Return the text of a content, of its parts, or of what a tool returned as JSON."""
     if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {} for part in content]
-        if all(part.get("type") == "text" for part in parts):
-            return "".join(checked_text(part.get("text"), f"{what}: a part") for part in parts)
+        if all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            return "".join(checked_text(part.get("text"), f"{what}: a part") for part in content)
         if role != "tool":
             raise BadRow(f"{what}: only content parts {{type: text, text: ...}} are read")
     if role == "tool" and isinstance(content, dict | list):
@@ -71,7 +77,8 @@ def _content_text(content: Any, role: str, what: str) -> str:
 
 def _read_calls(value: Any, what: str) -> list[dict[str, Any]]:
     """Return tool calls of any spelling (OpenAI's, `{name, arguments}`, JSON text of either)."""
-    value, calls = parsed_json(value, object, f"{what}: the tool call"), []
+    value = parsed_json(value, object, f"{what}: the tool call")
+    calls = []
     for given in value if isinstance(value, list) else [value]:
         function = given.get("function", given) if isinstance(given, dict) else None
         name = function.get("name") if isinstance(function, dict) else None
@@ -81,8 +88,8 @@ def _read_calls(value: Any, what: str) -> list[dict[str, Any]]:
         arguments = parsed_json(arguments, dict, f"{what}: the arguments of tool call '{name}'")
         called = {"name": name, "arguments": arguments}
         checked_text(json.dumps(called, ensure_ascii=False), what)
-        identity = {"id": given["id"]} if given.get("id") else {}
-        calls.append({**identity, "type": "function", "function": called})
+        call = {"type": "function", "function": called}
+        calls.append({"id": given["id"]} | call if given.get("id") else call)
     return calls
 
 
@@ -90,22 +97,23 @@ def read_history(value: Any, what: str) -> list[Message]:
     """Return earlier turns, as LLaMA-Factory writes them: pairs of a question and its answer."""
     messages: list[Message] = []
     for number, pair in enumerate(parsed_json(value, list, what)):
-        at = f"{what}, turn {number}"
-        texts = parsed_json(pair, list, at)
+        turn = f"{what}, turn {number}"
+        texts = parsed_json(pair, list, turn)
         if len(texts) != 2:
-            raise BadRow(f"{at}: expected a question and its answer, found {len(texts)} texts")
-        question, answer = texts
-        messages.append({"role": "user", "content": checked_text(question, at)})
-        messages.append({"role": "assistant", "content": checked_text(answer, at)})
+            raise BadRow(f"{turn}: expected a question and its answer, found {len(texts)} texts")
+        for role, text in zip(("user", "assistant"), texts, strict=True):
+            messages.append({"role": role, "content": checked_text(text, turn)})
     return messages
 
 
 def message_texts(message: Mapping[str, Any]) -> list[str]:
     """Return all that a message says: its thoughts, its content, and its tool calls as JSON."""
-    thoughts = [message["reasoning_content"]] if "reasoning_content" in message else []
-    calls = message.get("tool_calls", ())
-    called = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
-    return [*thoughts, message["content"], *called]
+    texts = [message["content"]]
+    if "reasoning_content" in message:
+        texts.insert(0, message["reasoning_content"])
+    for call in message.get("tool_calls", ()):
+        texts.append(json.dumps(call["function"], ensure_ascii=False))
+    return texts
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:

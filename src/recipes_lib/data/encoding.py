@@ -11,25 +11,26 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby, takewhile
-from operator import itemgetter
+from operator import eq, itemgetter
 from typing import Any
 
 import numpy as np
 
 from recipes_lib.config.recipe import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import one_line
-from recipes_lib.data.conversations import THOUGHTS, Message
+from recipes_lib.data.conversations import THOUGHTS
 from recipes_lib.data.errors import BadRow, SettingError
 from recipes_lib.data.prompts import (
     GENERATION,
+    HEADINGS,
     Span,
     check_tool_calls,
-    prompt_and_completion,
     render_chat,
+    task_prompt,
     unread_argument,
 )
 from recipes_lib.data.rows import DataRow, conversation_of, template_values
@@ -86,10 +87,7 @@ class Supervision:
         if not getattr(tokenizer, "is_fast", False) or not (is_chat or eos_token):
             what = "training needs a fast tokenizer (tokenizer.json), and an EOS token to end rows"
             raise SettingError("model.name_or_path", what, "set train.eos_token")
-        if is_chat:
-            ends = special_ids(tokenizer)
-        else:
-            ends = {tokenizer.convert_tokens_to_ids(eos_token)}
+        ends = special_ids(tokenizer) if is_chat else {tokenizer.convert_tokens_to_ids(eos_token)}
         # TRL's other strategies of packing cut long rows into several, and lose no token
         splits_itself = train.get("packing") and train.get("packing_strategy", "bfd") != "bfd"
         return cls(
@@ -123,8 +121,7 @@ def _tokenised(section: DataSection, tokenizer: Any, text: str) -> tuple[list[in
 
 def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids of what `generation_prompt` returned, tokenised as in training."""
-    ids, _ = _tokenised(section, tokenizer, prompt)
-    return ids
+    return _tokenised(section, tokenizer, prompt)[0]
 
 
 def encode(
@@ -136,7 +133,17 @@ def encode(
     if template is not None:
         return _encode_chat(row, settings, tokenizer, template)
     section = settings.section
-    prompt, completion = prompt_and_completion(row, section.prompt_format)
+    fields = row.fields
+    prompt: str | None = None  # a text has none
+    if section.prompt_format in HEADINGS:
+        context = fields.get("context", "")
+        prompt = task_prompt(section.prompt_format, fields["instruction"], context)
+        completion = fields["response"]
+    elif "text" in fields:
+        completion = fields["text"]
+    else:
+        prompt = fields["prompt"]
+        completion = fields["completion"]
     ids, _ = _tokenised(section, tokenizer, (prompt or "") + completion)
     ids.append(tokenizer.convert_tokens_to_ids(settings.eos_token))
     ids_of_prompt = [] if prompt is None else prompt_ids(section, tokenizer, prompt)
@@ -149,18 +156,16 @@ def encode(
 
 def _num_common(first: Sequence[Any], second: Sequence[Any]) -> int:
     """Return how many items both begin with."""
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return sum(1 for _ in takewhile(lambda is_same: is_same, map(eq, first, second)))
 
 
 def _labelled(ids: Sequence[int], spans: Sequence[Span], settings: Supervision) -> Encoded:
     """Label the tokens in `spans`, and cut a row that is too long."""
     tokens = np.array(ids, dtype=np.int32)
     labels = np.full_like(tokens, IGNORED)
-    answer_end = 0
     for start, end in spans:
         labels[start:end] = tokens[start:end]
-        answer_end = end
+    answer_end = spans[-1][1] if spans else 0
     prompt_tokens = int((labels == IGNORED).sum())
     if settings.whole:
         labels = tokens
@@ -194,21 +199,24 @@ def _encode_chat(row: DataRow, settings: Supervision, tokenizer: Any, template: 
         raise BadRow("weight 0: with train.completion_only_loss: false, all of the text has loss")
 
     # messages -> text, and of each turn what is to be learned
-    chat = []
-    for message in messages:  # templates know no weight
-        chat.append({key: value for key, value in message.items() if key != "weight"})
+    chat = [dict(message) for message in messages]
+    for message in chat:  # templates know no weight
+        message.pop("weight", None)
     render = partial(render_chat, tokenizer=tokenizer, template=template, values=values)
     try:
         text, marks = render(chat)
         check_tool_calls(chat, learned, text, render)
-        prompts = {}  # of each answer, what the model is asked with
-        for index in answers:
-            prompts[index], _ = render(chat[:index], prompt=True)
+        prompts = {index: render(chat[:index], prompt=True)[0] for index in answers}
         if GENERATION.search(template):
             marked = _marked_turns(text, marks, list(prompts.values()))
             turns = dict(zip(answers, marked, strict=True))
         else:
-            turns = {index: [_turn(chat, index, text, prompts[index], render)] for index in learned}
+            turns = {}
+            for index in learned:
+                until = text if index + 1 == len(chat) else render(chat[: index + 1])[0]
+                if not text.startswith(until) or not until.startswith(prompts[index]):
+                    raise BadRow(*_REWRITTEN)
+                turns[index] = [(len(prompts[index]), len(until))]
     except BadRow:
         raise
     except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
@@ -283,18 +291,6 @@ def _token_spans(
         if first < last:
             spans.append((first, last))
     return spans
-
-
-def _turn(
-    chat: Sequence[Message], index: int, text: str, prompt: str, render: Callable[..., Any]
-) -> Span:
-    """Return where a turn stands in the text, behind its prompt and up to its own end."""
-    until = text
-    if index + 1 < len(chat):
-        until, _ = render(chat[: index + 1])
-    if not text.startswith(until) or not until.startswith(prompt):
-        raise BadRow(*_REWRITTEN)
-    return len(prompt), len(until)
 
 
 def _marked_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> list[list[Span]]:

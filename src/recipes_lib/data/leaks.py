@@ -55,9 +55,9 @@ class Leak:
     begins: str = ""  # how the text begins
 
     def __str__(self) -> str:
-        how = "whole" if self.short else f"{self.share:.0%} of its {GRAM}-grams"
+        share = "whole" if self.short else f"{self.share:.0%} of its {GRAM}-grams"
         text = "question" if self.part == "question" else "answer to question"
-        return f"{self.place}: {text} {self.question} ({how}): {self.begins}"
+        return f"{self.place}: {text} {self.question} ({share}): {self.begins}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,12 @@ class Leaks:
 
     def lines(self, limit: int) -> list[str]:
         """Return the first leaks, a line each, and how many more rows there are."""
-        rest = self.leaked_rows - len({leak.row for leak in self.found[:limit]})
-        more = [f"... and {rest:,} more rows"] if rest > 0 else []
-        return [*map(str, self.found[:limit]), *more]
+        first = self.found[:limit]
+        lines = [str(leak) for leak in first]
+        num_more = self.leaked_rows - len({leak.row for leak in first})
+        if num_more > 0:
+            lines.append(f"... and {num_more:,} more rows")
+        return lines
 
 
 def find_leaks(
@@ -107,13 +110,15 @@ def find_leaks(
     num_grams: dict[tuple[str, EvalText], int] = {}
     for name, texts in evals.items():
         grams = {text: _grams(text.text, FEWEST_WORDS[text.part]) for text in texts}
-        asked = {(text.question, gram) for text in texts for gram in grams[text]}
-        times = Counter(gram for _, gram in asked)
+        pairs = set[tuple[str, tuple[str, ...]]]()  # an answer may repeat its question
         for text, of_text in grams.items():
-            # of a question that is listed twice, nothing is its own
-            own = {gram for gram in of_text if times[gram] == 1} or of_text
-            num_grams[name, text] = len(own)
-            for gram in own:
+            pairs.update((text.question, gram) for gram in of_text)
+        num_questions = Counter(gram for _, gram in pairs)
+        for text, of_text in grams.items():
+            # of a question that is listed twice, no gram is in one question only
+            signs_of_text = {gram for gram in of_text if num_questions[gram] == 1} or of_text
+            num_grams[name, text] = len(signs_of_text)
+            for gram in signs_of_text:
                 owners[gram].append((name, text))
 
     # rows -> leaks
@@ -121,14 +126,25 @@ def find_leaks(
     num_rows = 0
     for row in rows:
         num_rows += 1
-        held = {gram for said in row.texts for gram in _grams(said)}
-        signs = Counter(owner for gram in held for owner in owners.get(gram, ()))
-        for (name, text), number in signs.items():
-            share = number / num_grams[name, text]
+        grams_of_row = set[tuple[str, ...]]()
+        for row_text in row.texts:
+            grams_of_row |= _grams(row_text)
+        signs = Counter[tuple[str, EvalText]]()
+        for gram in grams_of_row:
+            for owner in owners.get(gram, ()):
+                signs[owner] += 1
+        for (name, text), num_found in signs.items():
+            share = num_found / num_grams[name, text]
             if share >= SHARE:
-                begins = shorten(text.text, 60, placeholder="...")
-                is_short = len(_WORD.findall(text.text.casefold())) < GRAM
-                leak = Leak(row.place, row.id, text.question, text.part, share, is_short, begins)
+                leak = Leak(
+                    place=row.place,
+                    row=row.id,
+                    question=text.question,
+                    part=text.part,
+                    share=share,
+                    short=len(_WORD.findall(text.text.casefold())) < GRAM,
+                    begins=shorten(text.text, 60, placeholder="..."),
+                )
                 leaks[name].append(leak)
     result = {}
     for name, of_eval in leaks.items():
@@ -147,4 +163,5 @@ def _grams(text: str, fewest: int = 1) -> set[tuple[str, ...]]:
     words = _WORD.findall(text.casefold())
     if len(words) < GRAM:
         return {tuple(words)} if len(words) >= fewest else set()
-    return {*zip(*(words[start:] for start in range(GRAM)), strict=False)}
+    shifted = [words[start:] for start in range(GRAM)]
+    return set(zip(*shifted, strict=False))

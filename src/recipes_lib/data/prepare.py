@@ -21,29 +21,23 @@ from recipes_lib.data.audit import DataAudit, audit_rows, judge, system_message_
 from recipes_lib.data.cache import folder_of, keep_rows
 from recipes_lib.data.encoding import Encoded, Supervision, encode
 from recipes_lib.data.errors import BadRow, BadRows, SettingError, place
-from recipes_lib.data.prompts import (
-    chat_template,
-    format_hash,
-    training_template,
-    unread_argument,
-)
+from recipes_lib.data.prompts import chat_template, format_hash, training_template, unread_argument
 from recipes_lib.data.reading import Rows, read_data
 from recipes_lib.data.rows import DataRow
 from recipes_lib.data.sources import hub_data_set, is_on_hub, listed_sources, source_hashes
 from recipes_lib.data.splits import TEST, TRAIN, VALIDATION, first_in_hash_order, split_rows
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
 _RECORD = "prepared.json"
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What training needs and what the run directory records.
-
-    The data sets have the columns `input_ids`, `labels` (-100 where there is no loss) and
-    `example_id`. They are truncated, and rows without supervised tokens are dropped.
+    """What training needs and what the run directory records. The data sets have the columns
+    `input_ids`, `labels` (-100 where there is no loss) and `example_id`. They are truncated, and
+    rows without supervised tokens are dropped.
     """
 
     train: Dataset
@@ -82,29 +76,18 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     )
 
 
-# ---- the cache ----
-
-
 def _keep(
     recipe: Recipe, settings: Supervision, tokenizer: Any, expected: str | None = None
 ) -> str:
-    """Have the prepared rows in this machine's cache, whole; return their key.
-
-    Args:
-        expected: the key on rank 0's machine. With another one, the ranks would train other rows.
+    """Have the prepared rows in this machine's cache, whole; return their key. `expected` is the
+    key on rank 0's machine: with another one, the ranks would train other rows.
     """
     key = _key(recipe, settings, tokenizer)
     if expected not in (None, key):
         what = "the rows of this machine would not be those of rank 0's"
         hint = "give all machines the same data files, and the same versions of the packages"
         raise DataError(f"{socket.gethostname()}: {what}", hint)
-
-    def make(folder: Path) -> None:
-        parts, record = _prepare(recipe, settings, tokenizer, key)
-        parts.save_to_disk(folder)
-        write_json(folder / _RECORD, record)
-
-    keep_rows(key, make)
+    keep_rows(key, lambda folder: _prepare(recipe, settings, tokenizer, key, folder))
     return key
 
 
@@ -128,14 +111,10 @@ def _key(recipe: Recipe, settings: Supervision, tokenizer: Any) -> str:
     return hash_of(parts, fingerprints)[:32]
 
 
-# ---- the work ----
-
-
-def _prepare(
-    recipe: Recipe, settings: Supervision, tokenizer: Any, key: str
-) -> tuple[DatasetDict, dict[str, Any]]:
-    """Return the data sets of the splits that have rows, and the rest of `PreparedData`."""
-    from datasets import DatasetDict
+def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str, folder: Path) -> None:
+    """Write the data sets of the splits that have rows, and the rest of `PreparedData`."""
+    import pyarrow
+    from datasets import Dataset, DatasetDict
 
     section = recipe.data
     bad = BadRows()
@@ -194,15 +173,23 @@ def _prepare(
         contents[name] = [row.content.hex() for row in part]
         for row in part:
             digest.update(encoded[row.id].ids.tobytes() + encoded[row.id].labels.tobytes())
-        if part:  # a file of no rows has no types
-            sets[name] = _data_set(part, encoded, key + name)
-    return DatasetDict(sets), {
+        columns = {
+            "input_ids": [encoded[row.id].ids for row in part],
+            "labels": [encoded[row.id].labels for row in part],
+            "example_id": [row.id for row in part],
+        }
+        if part:  # columns of no rows have no types
+            # without a fingerprint, `datasets` would pickle the table, in three times its memory
+            sets[name] = Dataset(pyarrow.table(columns), fingerprint=key + name)
+    DatasetDict(sets).save_to_disk(folder)
+    record = {
         "audit": asdict(audit),
         "splits": splits,
         "fingerprint": hash_of(splits, contents),
         "tokens_hash": digest.hexdigest(),
         "prompt_format_hash": format_hash(section, tokenizer, eos_token=settings.eos_token),
     }
+    write_json(folder / _RECORD, record)
 
 
 def _repeated(rows: Sequence[DataRow], read: Rows, seed: int) -> list[DataRow]:
@@ -220,16 +207,3 @@ def _repeated(rows: Sequence[DataRow], read: Rows, seed: int) -> list[DataRow]:
     for row in rows:
         repeated += [row] * times[row.id]
     return repeated
-
-
-def _data_set(rows: Sequence[DataRow], encoded: dict[str, Encoded], name: str) -> Dataset:
-    import datasets
-    import pyarrow
-
-    columns = {
-        "input_ids": [encoded[row.id].ids for row in rows],
-        "labels": [encoded[row.id].labels for row in rows],
-        "example_id": [row.id for row in rows],
-    }
-    # without a fingerprint, `datasets` would pickle the table, in three times its memory
-    return datasets.Dataset(pyarrow.table(columns), fingerprint=name)

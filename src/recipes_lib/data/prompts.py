@@ -18,7 +18,6 @@ from recipes_lib.core.errors import one_line
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import Message, with_system_prompt
 from recipes_lib.data.errors import BadRow, SettingError
-from recipes_lib.data.rows import DataRow
 
 # The prompt of a task without and with a context.
 HEADINGS = {
@@ -48,23 +47,16 @@ def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
     return heading.format(instruction=instruction, context=context)
 
 
-def prompt_and_completion(row: DataRow, prompt_format: str) -> tuple[str | None, str]:
-    """Return the two texts of a row in a plain format; the prompt is None for a text without."""
-    fields = row.fields
-    if prompt_format in HEADINGS:
-        prompt = task_prompt(prompt_format, fields["instruction"], fields.get("context", ""))
-        return prompt, fields["response"]
-    return (None, fields["text"]) if "text" in fields else (fields["prompt"], fields["completion"])
-
-
 def generation_prompt(section: DataSection, tokenizer: Any, messages: Sequence[Message]) -> str:
     """Return the prompt alone, up to where the model must start to write, exactly as in training;
     plain formats repeat their headings for each turn.
     """
     if section.prompt_format == "chat":
         messages = with_system_prompt(messages, section.system_prompt)
-        template, values = chat_template(section, tokenizer), section.chat_template_kwargs
-        return render_chat(messages, tokenizer, template, values, prompt=True)[0]
+        template = chat_template(section, tokenizer)
+        values = section.chat_template_kwargs
+        text, _ = render_chat(messages, tokenizer, template, values, prompt=True)
+        return text
     parts: list[str] = []
     for message in messages:
         text = message["content"]
@@ -86,10 +78,7 @@ def render_chat(
     prompt: bool = False,
 ) -> tuple[str, list[Span]]:
     """Return a conversation as text, and the spans of characters that `{% generation %}` marks.
-
-    Args:
-        values: what the template gets beside the messages (`rows.template_values`).
-        prompt: end where the assistant must start to write.
+    Beside the messages, the template gets `values`; a `prompt` ends where the assistant must write.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -99,13 +88,13 @@ def render_chat(
         chat_template=template,
         add_generation_prompt=prompt,
         return_assistant_tokens_mask=marked,
-        **{**tokenizer.special_tokens_map, **(values or {})},
+        **(tokenizer.special_tokens_map | dict(values or {})),
     )
     return texts[0], spans[0] if marked else []
 
 
 def check_tool_calls(
-    chat: Sequence[Message], learned: Sequence[int], text: str, render: Callable[..., Any]
+    chat: list[Message], learned: Sequence[int], text: str, render: Callable[..., Any]
 ) -> None:
     """Refuse a conversation in which the template leaves out a tool call of a turn that is learned:
     without it, the text is the same. The name of the function may well stand elsewhere in the text.
@@ -114,12 +103,12 @@ def check_tool_calls(
         message = chat[index]
         calls = message.get("tool_calls", [])
         for number, call in enumerate(calls):
-            others = [*calls[:number], *calls[number + 1 :]]
-            without = {key: message[key] for key in message if key != "tool_calls"}
+            others = calls[:number] + calls[number + 1 :]
+            without = {key: value for key, value in message.items() if key != "tool_calls"}
             if others:
                 without["tool_calls"] = others
             try:
-                other_text, _ = render([*chat[:index], without, *chat[index + 1 :]])
+                other_text, _ = render(chat[:index] + [without] + chat[index + 1 :])
             except Exception:  # a template that refuses a missing call reads calls
                 continue
             if other_text == text:
@@ -133,15 +122,13 @@ def default_system_message(
     messages: Sequence[Message], tokenizer: Any, template: str, values: Mapping[str, Any]
 ) -> str:
     """Return the system message that a template adds to a conversation without one, else "".
-
     With a mark as the system message, the template shows where such a message stands; what stands
     there without the mark is the template's own.
     """
     mark = "[the system message]"
     try:
-        given, _ = render_chat(
-            [{"role": "system", "content": mark}, *messages], tokenizer, template, values
-        )
+        marked = [{"role": "system", "content": mark}, *messages]
+        given, _ = render_chat(marked, tokenizer, template, values)
         plain, _ = render_chat(messages, tokenizer, template, values)
     except Exception:  # a template that refuses system messages adds none
         return ""
@@ -160,15 +147,16 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
 
 
 def _undated_template(section: DataSection, tokenizer: Any) -> str:
-    given, key = section.chat_template, "data.chat_template"
+    given = section.chat_template
     if given is None:
-        own = getattr(tokenizer, "chat_template", None)
-        own = own.get("default") if isinstance(own, dict) else own
-        if not own:
+        template = getattr(tokenizer, "chat_template", None)
+        if isinstance(template, dict):  # several, by name
+            template = template.get("default")
+        if not template:
             what = "prompt_format chat needs a chat template, and the tokenizer has none"
-            hint = f"set {key} to a .jinja file or to one of TRL's, such as trl:llama3"
+            hint = "set data.chat_template to a .jinja file or to one of TRL's, such as trl:llama3"
             raise SettingError("data.prompt_format", what, hint)
-        return str(own)
+        return str(template)
     if is_inline(given):
         return given
     shipped = trl_templates()
@@ -178,7 +166,8 @@ def _undated_template(section: DataSection, tokenizer: Any) -> str:
     except (OSError, UnicodeDecodeError) as error:
         what = f"{shown_path(path)} cannot be read: {one_line(error)}"
         hint = f"give a .jinja file, the template itself, or one of TRL's: {', '.join(shipped)}"
-        raise SettingError(key, what, *(did_you_mean(given, shipped) or [hint])) from None
+        hints = did_you_mean(given, shipped) or [hint]
+        raise SettingError("data.chat_template", what, *hints) from None
 
 
 def template_date(section: DataSection, tokenizer: Any, recorded: str | None) -> str | None:
@@ -210,14 +199,15 @@ def training_template(section: DataSection, tokenizer: Any) -> tuple[str, str] |
     """Return the file's name and the text of TRL's training version of a chat template: it marks
     what the assistant wrote, and renders a turn in the same way whatever follows it. None where the
     template has marks itself, TRL has none, or the recipe brings a template of its own.
-
     Source: `trl.chat_template_utils.get_training_chat_template`, which takes seconds to import.
     """
     given = section.chat_template
     if section.prompt_format != "chat" or (given is not None and not given.startswith(TRL)):
         return None
     template = _undated_template(section, tokenizer)
-    for plain in () if GENERATION.search(template) else trl_templates().values():
+    if GENERATION.search(template):
+        return None
+    for plain in trl_templates().values():
         marked = plain.with_stem(f"{plain.stem}_training")
         if not marked.is_file():
             continue
@@ -235,6 +225,7 @@ def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = No
     form: Any = HEADINGS.get(section.prompt_format, "")
     if section.prompt_format == "chat":
         form = [chat_template(section, tokenizer), section.system_prompt]
-        form += [section.chat_template_kwargs] if section.chat_template_kwargs else []
+        if section.chat_template_kwargs:
+            form.append(section.chat_template_kwargs)
     identity = [section.prompt_format, form, tokenizer.bos_token, eos_token or tokenizer.eos_token]
     return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()

@@ -16,7 +16,6 @@ from recipes_lib.data.errors import BadRows, SettingError, place
 from recipes_lib.data.readers import read_file
 from recipes_lib.data.rows import DataRow, content_hash
 from recipes_lib.data.sources import (
-    is_on_hub,
     listed_sources,
     load_rows,
     needs_hub,
@@ -49,17 +48,20 @@ def read_data(section: DataSection, bad: BadRows) -> Rows:
         if not read:
             raise bad.error() if bad else SettingError("data.source", f"0 rows in {source.source}")
         usable, unread = map_columns(read, section, source.columns or {}, bad)
-        notes += [f"{source.source}: {line}" if len(sources) > 1 else line for line in unread]
+        for line in unread:
+            notes.append(f"{source.source}: {line}" if len(sources) > 1 else line)
         for row in usable:
-            row.source, row.content = number, content_hash(row.fields)
-        taken = round(min(len(usable), source.max_examples or len(usable)) * min(source.weight, 1))
+            row.source = number
+            row.content = content_hash(row.fields)
+        most = min(len(usable), source.max_examples or len(usable))
+        taken = round(most * min(source.weight, 1))  # more than all of them: `prepare` repeats
         rows += first_in_hash_order(usable, max(taken, 1), section.split.seed)
     times = Counter[str]()
     for row in rows:  # ids are labels: the file's or a hash, numbered where they repeat
         row.id = row.id or row.content[:8].hex()
         times[row.id] += 1
-        while (number := times[row.id]) > 1:
-            row.id += f"#{number}"
+        while times[row.id] > 1:
+            row.id += f"#{times[row.id]}"
             times[row.id] += 1
     used = first_in_hash_order(rows, section.max_examples, section.split.seed)
     return Rows(rows=used, sources=sources, num_read=num_read, notes=notes)
@@ -76,12 +78,15 @@ def train_rows(section: DataSection, files: object = None) -> list[DataRow]:
 
 def check_rows(recipe: Recipe) -> list[DataError]:
     """Return the errors in rows that are all in local files, without a tokenizer."""
-    bad, section = BadRows(), recipe.data
+    section = recipe.data
+    bad = BadRows()
     try:
-        read = None if needs_hub(section) else read_data(section, bad)
-        if read and bad and (section.on_bad_row == "error" or not read.rows):
+        if needs_hub(section):
+            return []
+        read = read_data(section, bad)
+        if bad and (section.on_bad_row == "error" or not read.rows):
             raise bad.error(read.num_read)
-        if read and len(read.sources) == 1:  # of a mixture, rows may repeat
+        if len(read.sources) == 1:  # of a mixture, rows may repeat
             split_rows(read.rows, section.split, recipe.run.global_batch_size or 1)
     except DataError as error:
         return [place(recipe, error)]
@@ -90,10 +95,9 @@ def check_rows(recipe: Recipe) -> list[DataError]:
 
 def first_local_row(source: str, split: str) -> dict[str, Any] | None:
     """Return the columns of the first row of a file or folder; None where there is none here."""
-    part = SourcePart.model_construct(source=source, source_split=split)
-    if is_on_hub(part) or not Path(source).expanduser().exists():
+    if not Path(source).expanduser().exists():
         return None
-    for file in source_files(part):
+    for file in source_files(SourcePart.model_construct(source=source, source_split=split)):
         for row in read_file(file, BadRows()):
             return row.fields
     return None
@@ -101,10 +105,7 @@ def first_local_row(source: str, split: str) -> dict[str, Any] | None:
 
 def formats_of(data: Path, columns: Mapping[Any, str] | None = None) -> tuple[str, ...]:
     """Return the prompt formats that can read the first row of a file or folder, best first.
-
-    Args:
-        data: the file or folder.
-        columns: our name -> the file's name, where the user has said it.
+    `columns` are our names -> the file's, where the user has said them.
     """
     file = source_files(SourcePart.model_construct(source=str(data), source_split=TRAIN))[0]
     rows = read_file(file, BadRows())
@@ -112,8 +113,8 @@ def formats_of(data: Path, columns: Mapping[Any, str] | None = None) -> tuple[st
     formats = tuple(fields_by_format(columns or {}, names)[1])
     if not formats:
         what = f"columns {', '.join(names)} are not understood" if names else "0 rows or columns"
-        hint = "say which is which: data.columns={instruction: NAME, response: NAME}"
-        known_names = "docs/data.md lists the known names"
-        hints = [hint, known_names, *preference_hint(names)]
+        hints = ["say which is which: data.columns={instruction: NAME, response: NAME}"]
+        hints.append("docs/data.md lists the known names")
+        hints += preference_hint(names)
         raise DataError(what, *hints, file=shown_path(file), line=1)
     return formats

@@ -36,14 +36,17 @@ class DataRow:
             if isinstance(value, str):
                 texts.append(value)
             else:
-                texts += [text for message in value for text in message_texts(message)]
+                for message in value:
+                    texts += message_texts(message)
         return texts
 
     @property
     def has_weights(self) -> bool:
         """Whether the row itself says that a turn is not to be learned."""
-        conversations = [value for value in self.fields.values() if isinstance(value, list)]
-        return any("weight" in message for messages in conversations for message in messages)
+        for value in self.fields.values():
+            if isinstance(value, list) and any("weight" in message for message in value):
+                return True
+        return False
 
     @property
     def is_empty(self) -> bool:
@@ -52,15 +55,21 @@ class DataRow:
             if isinstance(self.fields.get(name), str):
                 return not self.fields[name].strip()
         messages = self.fields.get("messages") or self.fields["completion"]
-        taught = [each for each in messages if each["role"] == "assistant" and "weight" not in each]
-        return not all("".join(message_texts(message)).strip() for message in taught)
+        for message in messages:
+            is_taught = message["role"] == "assistant" and "weight" not in message
+            if is_taught and not "".join(message_texts(message)).strip():
+                return True
+        return False
 
 
 def template_values(row: DataRow, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of the template and the row's tools; the row's own arguments win."""
-    own, tools = row.fields.get("chat_template_kwargs"), row.fields.get("tools")
-    values = {**given, **json.loads(own or "{}")}
-    return {**values, "tools": json.loads(tools)} if tools else values
+    values = dict(given)
+    if row.fields.get("chat_template_kwargs"):
+        values |= json.loads(row.fields["chat_template_kwargs"])
+    if row.fields.get("tools"):
+        values["tools"] = json.loads(row.fields["tools"])
+    return values
 
 
 def conversation_of(row: DataRow, system_prompt: str | None) -> list[Message]:
@@ -73,19 +82,20 @@ def conversation_of(row: DataRow, system_prompt: str | None) -> list[Message]:
         messages = fields["messages"]
     elif isinstance(fields.get("prompt"), list):
         # as in TRL, a prompt is read but not learned, whoever speaks in it
-        prompt = [
-            {**message, "weight": 0} if message["role"] == "assistant" else message
-            for message in fields["prompt"]
-        ]
-        messages = [*prompt, *fields["completion"]]
+        messages = []
+        for message in fields["prompt"]:
+            is_answer = message["role"] == "assistant"
+            messages.append(message | {"weight": 0} if is_answer else message)
+        messages += fields["completion"]
     else:
-        names = ("prompt", "completion") if "prompt" in fields else ("instruction", "response")
-        question, answer = (fields[name] for name in names)
+        is_pair = "prompt" in fields
+        question = fields["prompt" if is_pair else "instruction"]
+        answer = fields["completion" if is_pair else "response"]
         if fields.get("context", "").strip():
             question += f"\n\n{fields['context']}"
-        asked = {"role": "user", "content": question}
-        answered = {"role": "assistant", "content": answer}
-        messages = [*fields.get("history", ()), asked, answered]
+        messages = list(fields.get("history", ()))
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
     return with_system_prompt(messages, fields.get("system") or system_prompt)
 
 
@@ -96,11 +106,16 @@ def content_hash(fields: Mapping[str, Any]) -> bytes:
     parts: list[Any] = []
     for name, value in sorted(fields.items()):
         if isinstance(value, str):
-            parts += [[name, text]] if (text := _normalised(value)) else []
+            text = _normalised(value)
+            if text:
+                parts.append([name, text])
             continue
-        turns = [[message["role"], *map(_normalised, message_texts(message))] for message in value]
-        for turn, message in zip(turns, value, strict=True):
-            turn += [0] if "weight" in message else []
+        turns = []
+        for message in value:
+            turn = [message["role"], *map(_normalised, message_texts(message))]
+            if "weight" in message:
+                turn.append(0)
+            turns.append(turn)
         parts.append([name, turns])
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()
 

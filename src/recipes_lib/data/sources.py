@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.documents import near_file
 from recipes_lib.config.recipe import DATA_FORMATS, HUB_ID, DataSection, SourcePart, data_format
@@ -19,8 +19,6 @@ from recipes_lib.data.rows import DataRow
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-_SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
 
 def listed_sources(section: DataSection) -> list[SourcePart]:
@@ -35,9 +33,13 @@ def listed_sources(section: DataSection) -> list[SourcePart]:
     shared = section.model_dump(include={"subset", "source_split", "revision"})
     sources = []
     for part in [section.source] if isinstance(section.source, str) else section.source:
-        own = {"source": part} if isinstance(part, str) else part.model_dump(exclude_none=True)
-        columns = section.columns | (getattr(part, "columns", None) or {})
-        sources.append(SourcePart.model_construct(**{**shared, **own, "columns": columns}))
+        keys: dict[str, Any] = {"source": part}
+        columns = section.columns
+        if isinstance(part, SourcePart):
+            keys = part.model_dump(exclude_none=True)
+            columns = columns | (part.columns or {})
+        keys = shared | keys | {"columns": columns}
+        sources.append(SourcePart.model_construct(**keys))
     return sources
 
 
@@ -55,9 +57,12 @@ def needs_hub(section: DataSection) -> bool:
 def load_rows(source: SourcePart, bad: BadRows | None = None) -> list[DataRow]:
     """Return the rows of one source, as `read_file` returns them."""
     if not is_on_hub(source):
-        return [row for file in source_files(source) for row in read_file(file, bad)]
-    rows = enumerate(map(without_nulls, hub_data_set(source)), 1)
-    return [DataRow(f"{source.source} row {number}", None, row) for number, row in rows]
+        rows = []
+        for file in source_files(source):
+            rows += read_file(file, bad)
+        return rows
+    numbered = enumerate(map(without_nulls, hub_data_set(source)), 1)
+    return [DataRow(f"{source.source} row {number}", None, row) for number, row in numbered]
 
 
 def source_files(source: SourcePart) -> list[Path]:
@@ -70,32 +75,34 @@ def source_files(source: SourcePart) -> list[Path]:
     path = Path(source.source).expanduser()
     if path.exists():
         return [path] if path.is_file() else data_files(path, source.source_split or "train")
-    hints = [*near_file(path), f"looked in {shown_path(path.parent.resolve())}"]
-    raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
+    folder = f"looked in {shown_path(path.parent.resolve())}"
+    what = f"no such file or folder: {shown_path(path)}"
+    raise SettingError("data.source", what, *near_file(path), folder)
 
 
 def source_hashes(section: DataSection) -> dict[str, str]:
     """Return the SHA-256 of each local file of a recipe's rows, by its number and name."""
-    return {
-        f"data {number} {file.name}": remembered_hash(file)
-        for number, source in enumerate(listed_sources(section), 1)
-        if not is_on_hub(source)
-        for file in source_files(source)
-    }
+    hashes = {}
+    for number, source in enumerate(listed_sources(section), 1):
+        files = [] if is_on_hub(source) else source_files(source)
+        for file in files:
+            hashes[f"data {number} {file.name}"] = remembered_hash(file)
+    return hashes
 
 
 def data_files(folder: Path, split: str) -> list[Path]:
     """Return a folder's data files of a split, as `datasets` tells them by their names."""
     from datasets.data_files import DataFilesDict, get_data_patterns
 
-    if any((folder / name).is_file() for name in _SAVED_TO_DISK):
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         what = "the files of datasets' save_to_disk, which are not data files"
         hint = "write the rows as Parquet: datasets.load_from_disk(FOLDER).to_parquet(FILE)"
         raise DataError(what, hint, file=shown_path(folder))
-    place, kinds = str(folder.resolve()), list(DATA_FORMATS)
+    root = str(folder.resolve())
+    kinds = list(DATA_FORMATS)
     try:
-        patterns = get_data_patterns(place)
-        files = DataFilesDict.from_patterns(patterns, place, allowed_extensions=kinds)
+        patterns = get_data_patterns(root)
+        files = DataFilesDict.from_patterns(patterns, root, allowed_extensions=kinds)
     except OSError:  # there is none
         files = {}
     by_split = {str(name): sorted(map(Path, paths)) for name, paths in files.items() if paths}
@@ -110,9 +117,10 @@ def hub_data_set(source: SourcePart) -> Dataset:
     """Return a Hub data set as `datasets` loads it, from its cache where it is offline."""
     import datasets
 
-    name, keys = source.source, {"split": source.source_split, "revision": source.revision}
+    name = source.source
+    options = {"split": source.source_split, "revision": source.revision}
     try:
-        return datasets.load_dataset(name, source.subset, **keys)
+        return datasets.load_dataset(name, source.subset, **options)
     except Exception as error:  # the Hub's client raises many types; each becomes one line
         what = f"'{name}' is not a file or folder, nor found on the Hub: {one_line(error)}"
         hint = f"check the name (private: hf auth login), or put a file at {name}/train.jsonl"

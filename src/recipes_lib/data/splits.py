@@ -10,39 +10,50 @@ from recipes_lib.config.recipe import SplitSection
 from recipes_lib.data.errors import SettingError
 from recipes_lib.data.rows import DataRow
 
-TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+TRAIN = "train"
+VALIDATION = "validation"
+TEST = "test"
 
 
 def split_rows(
     rows: Sequence[DataRow], section: SplitSection, least: int = 1
 ) -> dict[str, list[DataRow]]:
     """Return the rows of each split, in file order; `least` of them have to train."""
-    sides, both = [TRAIN] * len(rows), round(section.validation + section.test, 6)
+    sides = [TRAIN] * len(rows)
     if section.method == "published":  # two calls, as the original study's script
         from datasets import Dataset
 
+        both = round(section.validation + section.test, 6)
         if not (section.validation and section.test and both < 1):
             raise SettingError("data.split", "published needs validation, test and training rows")
-        first = Dataset.from_dict({"row": range(len(rows))}).train_test_split(
-            both, seed=section.seed
-        )
-        tested = math.ceil(round(len(first["test"]) * section.test / both, 6))
-        second = first["test"].train_test_split(tested, seed=section.seed)
-        for name, part in ((VALIDATION, second["train"]), (TEST, second["test"])):
-            for number in part["row"]:
-                sides[number] = name
+        numbers = Dataset.from_dict({"row": range(len(rows))})
+        held_out = numbers.train_test_split(both, seed=section.seed)["test"]
+        num_test = math.ceil(round(len(held_out) * section.test / both, 6))
+        halves = held_out.train_test_split(num_test, seed=section.seed)
+        for number in halves["train"]["row"]:
+            sides[number] = VALIDATION
+        for number in halves["test"]["row"]:
+            sides[number] = TEST
     elif section.method == "hash":
-        places = [unit_interval(row.content.hex(), str(section.seed)) for row in rows]
-        low, high = section.validation, 1 - section.test
-        if low and len({*places}) > 1:  # a small data set has a validation and a test row, too
-            low = max(low, math.nextafter(min(places), 1))
-        if section.test and len({*places}) > (2 if low else 1):
-            high = min(high, max(places))
-        sides = [VALIDATION if at < low else TEST if at >= high else TRAIN for at in places]
-    divided: dict[str, list[DataRow]] = {name: [] for name in SPLITS}
+        positions = [unit_interval(row.content.hex(), str(section.seed)) for row in rows]
+        num_positions = len(set(positions))
+        low = section.validation
+        high = 1 - section.test
+        # a small data set has a validation and a test row, too; equal texts have one position
+        if low and num_positions > 1:
+            low = max(low, math.nextafter(min(positions), 1))
+        if section.test and num_positions > (2 if low else 1):
+            high = min(high, max(positions))
+        for number, position in enumerate(positions):
+            if position < low:
+                sides[number] = VALIDATION
+            elif position >= high:
+                sides[number] = TEST
+    divided: dict[str, list[DataRow]] = {TRAIN: [], VALIDATION: [], TEST: []}
     for row, side in zip(rows, sides, strict=True):
         divided[side].append(row)
-    if (left := len(divided[TRAIN])) < least:
+    left = len(divided[TRAIN])
+    if left < least:
         what = f"{left} rows are left for training, of {len(rows)}; a step needs {least}"
         hint = "lower run.global_batch_size or data.split.validation; raise data.filters.max_tokens"
         raise SettingError("data.split", what, hint)
@@ -50,13 +61,9 @@ def split_rows(
 
 
 def unit_interval(key: str, salt: str) -> float:
-    """Return a number in [0, 1) that depends on the key and the salt alone.
-
-    Example:
-        >>> round(unit_interval("row-1", "42"), 3), round(unit_interval("row-1", "43"), 3)
-        (0.501, 0.853)
-    """
-    return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode()).digest()[:8], "big") / 2**64
+    """Return a number in [0, 1) that depends on the key and the salt alone."""
+    digest = hashlib.sha256(f"{salt}:{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def first_in_hash_order(rows: Sequence[DataRow], limit: int | None, seed: int) -> list[DataRow]:
@@ -65,6 +72,6 @@ def first_in_hash_order(rows: Sequence[DataRow], limit: int | None, seed: int) -
     """
     if limit is None or len(rows) <= limit:
         return list(rows)
-    places = [unit_interval(row.content.hex(), f"order:{seed}") for row in rows]
-    first = sorted(range(len(rows)), key=places.__getitem__)[:limit]
-    return [rows[index] for index in sorted(first)]
+    positions = [unit_interval(row.content.hex(), f"order:{seed}") for row in rows]
+    first = sorted(range(len(rows)), key=positions.__getitem__)[:limit]
+    return [rows[number] for number in sorted(first)]

@@ -13,10 +13,12 @@ NOT_UTF8 = "save the file as UTF-8, for example: iconv -f latin1 -t utf-8 OLD > 
 def parsed_json(value: Any, kind: type, what: str) -> Any:
     """Return a value of the kind (list or dict), or what it is as JSON text; or raise a BadRow."""
     try:
-        value = json.loads(value) if isinstance(value, str | bytes) else value
+        if isinstance(value, str | bytes):
+            value = json.loads(value)
+    except UnicodeDecodeError as error:
+        raise BadRow(f"{what}: not JSON ({error})", NOT_UTF8) from None
     except (ValueError, RecursionError) as error:
-        hints = [NOT_UTF8] if isinstance(error, UnicodeDecodeError) else []
-        raise BadRow(f"{what}: not JSON ({error})", *hints) from None
+        raise BadRow(f"{what}: not JSON ({error})") from None
     if not isinstance(value, kind):
         raise BadRow(f"{what}: expected {kind.__name__}, found {type(value).__name__}")
     return value
