@@ -57,8 +57,8 @@ class Answers:
         """What must be said of them beside a result."""
         if not self.unanswered:
             return ()
-        counts = Counter(self.unanswered.values()).items()
-        reasons = ", ".join(f"{number} {reason}" for reason, number in counts)
+        counts = Counter(self.unanswered.values())
+        reasons = ", ".join(f"{number} {reason}" for reason, number in counts.items())
         missing = f"{len(self.unanswered)} of {len(self.texts)} requests"
         return (f"{self.name} has no answer to {missing} ({reasons}): they have no verdict",)
 
@@ -70,10 +70,8 @@ def answer_all(
     questions: Sequence[Question],
     gone: ServerDown | None = None,
 ) -> Answers:
-    """Return a model's answers to all turns of all questions; each is stored as it arrives.
-
-    Args:
-        gone: why the engine's server is not asked any more.
+    """Return a model's answers to all turns of all questions; each is stored as it arrives. None is
+    asked for where the engine's server is `gone`.
     """
     section = recipe.generation
     fingerprint = answered_by(section, model.served_name, model.weights)

@@ -48,7 +48,7 @@ def ask_missing(
 
     Args:
         requests: by the key of their row.
-        complete: an engine; errors are completions. It takes a request when it sends it.
+        complete: of an engine.
         read: makes a reply the row.
         noun: what a row is (answer, judgment), and `name` what it is about.
         gone: that ended the asking of the same server before: what is stored is enough, or fails.

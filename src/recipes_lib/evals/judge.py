@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -33,17 +33,8 @@ from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import free_memory, load_base, load_tokenizer, model_path
 
 # the keys of a judge that decide what it says, beside its weights
-_FINGERPRINT = {
-    "model",
-    "revision",
-    "dtype",
-    "engine",
-    "extra_body",
-    "mode",
-    "prompt_style",
-    "temperature",
-    "max_new_tokens",
-}
+_OF_ITS_MODEL = {"model", "revision", "dtype", "engine", "extra_body"}
+_OF_ITS_TEXT = {"mode", "prompt_style", "temperature", "max_new_tokens"}
 _JUDGE_START_S = 1800  # the limit of launch/with_judge.sh where JUDGE_START_S does not say another
 _SCRIPT_ENDS_S = 60  # what the script may take beyond its limit, to stop the server and to end
 _JUDGE_LOG_HINT = "the server's log stands beside the job's; run the same command to continue"
@@ -80,7 +71,9 @@ class Judge:
             if fetch and local_folder(self._recipe) is None:
                 self.count_tokens("")  # which fetches it: the fingerprint has its commit
             self.weights = model_fingerprint(model_path(model), section.revision)
-        self.fingerprint = hash_of(self.weights, section.model_dump(include=_FINGERPRINT))
+        self.fingerprint = hash_of(
+            self.weights, section.model_dump(include=_OF_ITS_MODEL | _OF_ITS_TEXT)
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -88,19 +81,19 @@ class Judge:
         if not self.section.is_served:
             return load_tokenizer(self._recipe)
         # The server is not asked (/tokenize): what is cut, and so the key of a stored judgment,
-        # would depend on whether it answers just now.
-        try:
-            if local_folder(self._recipe) is None:
-                return None
-            return load_tokenizer(self._recipe)
-        except RecipesError:  # a path on the server's machine, or a folder without a tokenizer
-            return None
+        # would depend on whether it answers just now. An error is of a path on its machine, or of a
+        # folder without a tokenizer.
+        with suppress(RecipesError):
+            if local_folder(self._recipe) is not None:
+                return load_tokenizer(self._recipe)
+        return None
 
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
         section = self.section
         address = None
-        if section.is_served:  # as the recipe has it: with_judge.sh takes another port
+        if section.is_served:
+            # as the recipe has it: with_judge.sh takes another port
             address = bare_address(str(section.base_url))
         return JudgeFacts(
             name=section.model,
@@ -133,10 +126,8 @@ class Judge:
             rendered = map(self._render, weighed)
             with_lead = [replace(request, ids=(*request.ids, *lead_ids)) for request in rendered]
             return self._engine.weigh(with_lead, tokens)
-        sampling = Sampling(
-            max_new_tokens=self.section.max_new_tokens,
-            temperature=self.section.temperature,
-        )
+        limit = self.section.max_new_tokens
+        sampling = Sampling(max_new_tokens=limit, temperature=self.section.temperature)
         return self._engine.complete(map(self._render, requests), sampling)
 
     def close(self) -> None:
@@ -186,10 +177,8 @@ class Judge:
 
 
 def _wait_for_server(wanted: Path) -> None:
-    """Ask launch/with_judge.sh for the judge's server, and return once it answers.
-
-    Raises:
-        EnvironmentFault: the script ended, or gave no answer within its own limit (JUDGE_START_S).
+    """Ask launch/with_judge.sh for the judge's server, and return once it answers; an error where
+    the script ended, or gave no answer within its own limit (JUDGE_START_S).
     """
     answers = wanted.with_name(f"{wanted.name}.answers")
     limit = float(os.environ.get("JUDGE_START_S", _JUDGE_START_S)) + _SCRIPT_ENDS_S

@@ -20,6 +20,8 @@ from recipes_lib.evals.questions import TURNED, PairTexts, Question, pair_texts,
 from recipes_lib.evals.recipe import load_judge_file
 from recipes_lib.evals.suites import Suite, metric_of
 
+_NOT_IN_NAMES = re.compile(r"[^\w.-]+")
+
 
 class JudgedSuite(Suite):
     """A suite that a judge decides: it says how the judge is asked about an answer."""
@@ -87,17 +89,19 @@ def judge_model(
     card = audit(rows, recipe.thresholds, _labels(items, chosen.labels), probes)
 
     judged = by_item(rows)
-    samples = [
-        sample_of(item.question_id, judged[item.name], item.orders, **item.sample) for item in items
-    ]
-    metric = "win rate" if opponent else "mean grade (1-5)"
-    label = f"{metric} on {recipe.name}"
-    if chosen.published:  # else the number is not that of the benchmark
-        label = f"{suite.title} {metric}"
-    if opponent:
-        rate = metric_of("win_rate", label, samples, opponent=against)
-    else:
-        rate = metric_of("grade", label, samples)
+    samples = []
+    for item in items:
+        judgments = judged[item.name]
+        samples.append(sample_of(item.question_id, judgments, item.orders, **item.sample))
+    metric = "win_rate"
+    title = "win rate"
+    if opponent is None:
+        metric = "grade"
+        title = "mean grade (1-5)"
+    label = f"{title} on {recipe.name}"
+    if chosen.published:
+        # else the number is not that of the benchmark
+        label = f"{suite.title} {title}"
 
     notes = list(answers.notes)
     if opponent:
@@ -110,7 +114,7 @@ def judge_model(
         num = count(len(ungraded), "question")
         notes.append(f"{num} graded without the reference needed: {', '.join(ungraded[:8])}")
     log = suite.new_log(
-        [rate],
+        [metric_of(metric, label, samples, opponent=against)],
         target=answers.name,
         against=against,
         n=len(chosen.questions),
@@ -132,12 +136,12 @@ def _labels(items: Sequence[Item], outcomes: Mapping[PairTexts, str]) -> dict[st
     labels: dict[str, str] = {}
     for item in items:
         instruction, answer, other = pair_texts(item.instruction, item.answer, str(item.opponent))
-        label = outcomes.get((instruction, answer, other))
         turned = outcomes.get((instruction, other, answer))
-        if label:
-            labels[item.name] = label
-        elif turned:
+        if turned:
             labels[item.name] = TURNED[turned]
+        # a pair that was labelled in both orders has the same label in both (`read_labels`)
+        if (instruction, answer, other) in outcomes:
+            labels[item.name] = outcomes[instruction, answer, other]
     return labels
 
 
@@ -181,8 +185,8 @@ def audit_on_labels(
         Item(name=name, instruction=instruction, answer=answer, opponent=opponent)
         for name, (instruction, answer, opponent) in chosen.items()
     ]
-    names = [re.sub(r"[^\w.-]+", "-", path.stem) for path in (Path(judge), labels)]
-    folder = runs_root() / f"judge--{names[0]}" / names[1]
+    judge_name = _NOT_IN_NAMES.sub("-", Path(judge).stem)
+    folder = runs_root() / f"judge--{judge_name}" / _NOT_IN_NAMES.sub("-", labels.stem)
     with run_lock(folder, wait=True), opened(file.judge) as opened_judge:
         store = Store(folder / "judgments.jsonl", JudgmentRow)
         rows = ask(items, opened_judge, store, "labelled pairs")

@@ -87,6 +87,7 @@ def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest
             if item.opponent is not None:
                 answers = (item.answer, item.opponent)
             if order == "BA":
+                # the candidate is Response B
                 answers = answers[::-1]
             decided = _decided_by_rule(item, answers)
             prompt = build_prompt(
@@ -101,15 +102,10 @@ def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest
                 max_tokens=section.max_prompt_tokens,
             )
             # all that decides a judgment; in the prompt the answers may be cut
-            answer_hashes = [text_hash(answer) for answer in answers]
-            key: list[Any] = [
-                item.name,
-                order,
-                judge.fingerprint,
-                text_hash(prompt.text),
-                answer_hashes,
-            ]
-            if item.unanswered:  # an empty answer that was written loses by rule
+            hashes = [text_hash(answer) for answer in answers]
+            key: list[Any] = [item.name, order, judge.fingerprint, text_hash(prompt.text), hashes]
+            if item.unanswered:
+                # an empty answer that was written has another judgment: it loses by rule
                 key.append(item.unanswered)
             row = {
                 "key": text_hash(json.dumps(key)),
@@ -130,12 +126,11 @@ def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest
 
 
 def _decided_by_rule(item: Item, answers: Sequence[str]) -> Row | None:
-    """The verdict, or why there is none, where no judge is needed: an empty answer loses, and
-    identical ones tie.
-    """
+    """The verdict where no judge is needed: an empty answer loses, and identical ones tie."""
     if item.unanswered:
         return verdict_row("refused", f"there is no answer: {item.unanswered}")
-    if item.probe:  # of the judge, even where the answer is empty
+    if item.probe:
+        # whether the judge lets an empty answer lose is what is asked
         return None
     texts = [answer.strip() for answer in answers]
     if all(texts) and len(set(texts)) == len(texts):

@@ -180,9 +180,8 @@ class Scorecard:
     @property
     def not_measured(self) -> tuple[Check, ...]:
         """The checks that a judge must pass and that nothing measured."""
-        return tuple(
-            check for check in self.checks if check.needs and check.result == "not measured"
-        )
+        unknown = [check for check in self.checks if check.result == "not measured"]
+        return tuple(check for check in unknown if check.needs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +254,8 @@ def write_log(log: EvalLog) -> None:
     items = items_file(log.file)
     key = str((object_or_none(log.file) or {}).get("key") or "")
     if key and key != log.key:
-        if not _HASH.fullmatch(key):  # of a damaged file: it may be any path
+        if not _HASH.fullmatch(key):
+            # of a damaged file: it may be any path
             key = text_hash(key)
         folder = log.file.parent / "earlier" / key[:12]
         folder.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,8 @@ def write_log(log: EvalLog) -> None:
             shutil.copyfile(file, folder / file.name)
     rows: list[Row] = []
     for metric in log.metrics:
-        if metric.parts:  # of its tasks, where they are stored
+        if metric.parts:
+            # its samples are those of its tasks, where they are stored
             continue
         for sample in metric.samples:
             values = _schema(Sample).dump_python(sample, exclude_defaults=True)
@@ -334,13 +335,8 @@ def read_eval_log(file: Path) -> EvalLog:
         samples[key].append(sample)
     metrics = []
     for metric in log.metrics:
-        metric = replace(
-            metric,
-            samples=tuple(samples[metric.metric, metric.task]),
-            eval=name,
-            suite=log.suite,
-            file=file,
-        )
+        stored = tuple(samples[metric.metric, metric.task])
+        metric = replace(metric, samples=stored, eval=name, suite=log.suite, file=file)
         _check_samples(metric)
         metrics.append(metric)
     return replace(log, metrics=tuple(with_groups(metrics)))

@@ -21,6 +21,7 @@ import re
 import runpy
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +86,7 @@ class JudgePrompt:
 
 
 def load_template(path: Path, kind: str) -> Template:
-    """Read a prompt file, a Jinja template.
-
-    Args:
-        kind: relative (two answers) or absolute (one).
-    """
+    """Read a prompt file, a Jinja template; its kind is relative (two answers) or absolute."""
     text = _read(path)
     needed = {"code", "instruction", "criterion", "answer_1"}
     if kind == "relative":
@@ -138,9 +135,8 @@ def build_prompt(
     count_tokens: Callable[[str], int] | None = None,
     max_tokens: int = 0,
 ) -> JudgePrompt:
-    """Return the prompt for one answer (absolute) or two (relative), cut to fit.
-
-    Both answers are cut at the same length; the instruction, the reference and the rubric never.
+    """Return the prompt for one answer (absolute) or two (relative), cut to fit: both answers at
+    the same length; the instruction, the reference and the rubric never.
 
     Args:
         code: from `fence_code`.
@@ -222,6 +218,7 @@ def published_template(kind: str) -> Template:
 
 def template_of(constants: Mapping[str, str], kind: str) -> Template:
     """Turn the package's constants into a template: the form with a reference, or without."""
+    # as the package's own examples fill it
     rubric = "[{{ criterion }}]\n{{ scores }}"
     opening = "The"
     if kind == "relative":
@@ -233,7 +230,7 @@ def template_of(constants: Mapping[str, str], kind: str) -> Template:
         "response_A": "{{ answer_1 }}",
         "response_B": "{{ answer_2 }}",
         "reference_answer": "{{ reference }}",
-        "rubric": rubric,  # as the package's own examples fill it
+        "rubric": rubric,
     }
     fence = (
         f"5. {opening} response stands between a line that opens and a line that closes it, both"
@@ -282,14 +279,14 @@ def parse_verdict(
     if not text.strip():
         return verdict_row("empty", "the judge wrote nothing")
     plain = _EMPHASIS.sub("", text)
+    values: set[str] = set()
     if not as_json:
         values = _at_the_end(plain, allowed)
     else:
-        try:
+        # what is in none of these forms has no verdict
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             result = json.loads(plain.removeprefix("json"))["result"]  # ```json, without its marks
             values = {str(result).strip().upper()}
-        except (ValueError, KeyError, TypeError, RecursionError):
-            values = set()
     if len(values) > 1:
         return verdict_row("unparsed", f"conflict: {', '.join(sorted(values))}")
     value = next(iter(values), "")

@@ -72,12 +72,12 @@ class QuestionSet:
     @property
     def without_reference(self) -> list[str]:
         """The ids of questions with a turn that lacks the reference it should be graded against."""
-        return [
-            question.id
-            for question in self.questions
-            if question.category in NEEDS_REFERENCE
-            and len(question.reference or ()) < len(question.turns)
-        ]
+        ids = []
+        for question in self.questions:
+            num_references = len(question.reference or ())
+            if question.category in NEEDS_REFERENCE and num_references < len(question.turns):
+                ids.append(question.id)
+        return ids
 
 
 def load_questions(recipe: EvalRecipe) -> QuestionSet:
@@ -88,7 +88,7 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
     if not questions:
         raise DataError("0 questions", file=shown_path(path))
     counts = Counter(question.id for question in questions)
-    repeated = [name for name, count in counts.items() if count > 1]
+    repeated = [name for name, number in counts.items() if number > 1]
     if repeated:
         what = f"question ids occur twice: {', '.join(repeated[:8])}"
         raise DataError(what, file=shown_path(path))
@@ -198,8 +198,7 @@ def _instruction_row(row: Row, number: int) -> Question:
 
 def _id_of(row: Row, number: int) -> str:
     """The id of a row, or its number."""
-    name = row.get("id")
-    return str(number if name is None else name)
+    return str(number if row.get("id") is None else row["id"])
 
 
 def _with_input(row: Row) -> str:
@@ -230,7 +229,7 @@ def _prompt_row(row: Row, number: int) -> Question:
         beside = ("check", "expected", "tolerance")
         checks = [{key: row[key] for key in beside if row.get(key) is not None}]
     are_objects = isinstance(checks, list) and all(isinstance(check, dict) for check in checks)
-    if not are_objects or not checks:
+    if not checks or not are_objects:
         raise DataError("'checks' must be a list of checks")
     return Question(
         id=_id_of(row, number + 1),
@@ -290,14 +289,19 @@ def read_answer_file(
         name = id_of_instruction.get(answer.question, answer.question)
         for turn, text in enumerate(answer.turns, 1):
             texts[name, turn] = text
-    places: list[tuple[str, int]] = []
+    chosen: dict[tuple[str, int], str] = {}
+    missing = []
     for question in questions:
-        places += [(question.id, turn) for turn, _ in enumerate(question.turns, 1)]
-    missing = [f"{name}/{turn}" for name, turn in places if (name, turn) not in texts]
+        for turn in range(1, len(question.turns) + 1):
+            if (question.id, turn) in texts:
+                chosen[question.id, turn] = texts[question.id, turn]
+            else:
+                missing.append(f"{question.id}/{turn}")
     if missing:
-        what = f"{len(missing)} of {len(places)} answers are missing: {', '.join(missing[:8])}"
+        num_turns = len(missing) + len(chosen)
+        what = f"{len(missing)} of {num_turns} answers are missing: {', '.join(missing[:8])}"
         raise DataError(what, "is it for another question set?", file=shown_path(path))
-    return {place: texts[place] for place in places}, models[0]
+    return chosen, models[0]
 
 
 def pair_texts(instruction: str, answer: str, opponent: str) -> PairTexts:

@@ -9,7 +9,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -134,8 +133,8 @@ def see_form_alone(checks: Sequence[Sequence[AnswerRule]], passing: Sequence[str
     """
     if len(checks) < _FEWEST_QUESTIONS:
         return False
-    alike = Counter(str(rules) for rules in checks)
-    if alike.most_common(1)[0][1] >= _NEARLY_ALL * len(checks):
+    num_questions_of = Counter(str(rules) for rules in checks)
+    if max(num_questions_of.values()) >= _NEARLY_ALL * len(checks):
         return True
     expected = Counter[str]()
     for rules in checks:
@@ -145,8 +144,12 @@ def see_form_alone(checks: Sequence[Sequence[AnswerRule]], passing: Sequence[str
     candidates += list(dict.fromkeys(passing))[:_TRIED]
     may_fail = len(checks) - math.ceil(_NEARLY_ALL * len(checks))
     for text in candidates:
-        failed = (rules for rules in checks if not all(rule.passes(text) for rule in rules))
-        # lazily: most candidates have failed too often after a few questions
-        if len(list(islice(failed, may_fail + 1))) <= may_fail:
+        num_failed = 0
+        for rules in checks:
+            num_failed += not all(rule.passes(text) for rule in rules)
+            # most candidates have failed too often after a few questions
+            if num_failed > may_fail:
+                break
+        else:
             return True
     return False

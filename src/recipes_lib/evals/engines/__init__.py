@@ -13,9 +13,8 @@ if TYPE_CHECKING:
     from recipes_lib.evals.recipe import ServerSection
 
 # by their name in a recipe; the first is the default
-ENGINES: dict[str, EngineType] = {
-    engine.name: engine for engine in (transformers.ENGINE, server.ENGINE)
-}
+_ALL = (transformers.ENGINE, server.ENGINE)
+ENGINES: dict[str, EngineType] = {engine.name: engine for engine in _ALL}
 
 
 class Engines(ExitStack):
@@ -37,11 +36,5 @@ class Engines(ExitStack):
 
 
 def answered_by(section: ServerSection, name: str, weights: str | None) -> str:
-    """Return what answers are known by: the hash of the weights, and of what else decides them.
-
-    Args:
-        section: of the eval recipe.
-        name: of the model on a server.
-        weights: their hash; None where only a server knows them.
-    """
+    """Return what answers are known by, with the arguments of `EngineType.answered_by`."""
     return ENGINES[section.engine].answered_by(section, name, weights)

@@ -117,24 +117,16 @@ EngineOf: TypeAlias = "Callable[[ServerSection, Target], Engine]"
 
 @dataclass(frozen=True, kw_only=True)
 class EngineType:
-    """What is known of an engine before it is opened. Needs no torch.
+    """What is known of an engine before it is opened. Needs no torch."""
 
-    Attributes:
-        name: in a recipe and in a log.
-        opened: a context for models of one base, in which their engines can be made. What it lets
-            go at the end belongs into `finally`: an error of the evaluation goes through it.
-        answered_by: what answers are known by, given the section of the recipe, the model's name on
-            a server, and the hash of its weights (None where only a server knows them).
-        in_process: whether the network is in this process, as suites without questions need it.
-        is_server: whether it asks an address, which the recipe has to name.
-        gives_probabilities: whether it can `weigh`.
-        writes_json: whether it can be held to a schema of JSON.
-    """
-
-    name: str
+    name: str  # in a recipe and in a log
+    # A context for models of one base, in which their engines can be made. What it lets go at the
+    # end belongs into `finally`: an error of the evaluation goes through it.
     opened: Callable[[Sequence[Target]], AbstractContextManager[EngineOf]]
+    # What answers are known by, given the section of the recipe, the model's name on a server, and
+    # the hash of its weights (None where only a server knows them).
     answered_by: Callable[[ServerSection, str, str | None], str]
-    in_process: bool = False
-    is_server: bool = False
-    gives_probabilities: bool = False
-    writes_json: bool = False
+    in_process: bool = False  # so is the network, as suites without questions need it
+    is_server: bool = False  # it asks an address, which the recipe has to name
+    gives_probabilities: bool = False  # it can `weigh`
+    writes_json: bool = False  # it can be held to a schema of JSON

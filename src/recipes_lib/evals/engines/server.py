@@ -52,11 +52,7 @@ _WITHHELD = "content_filter"  # OpenAI's finish reason of an answer that it with
 
 
 class ServerEngine(Engine):
-    """Answers through a server.
-
-    Args:
-        model: the name it serves the model under.
-    """
+    """Answers through a server, which serves the model under the name `model`."""
 
     def __init__(self, server: ServerSection, model: str) -> None:
         import openai  # half a second, which stored judgments do without

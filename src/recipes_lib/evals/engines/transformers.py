@@ -100,11 +100,7 @@ class TransformersEngine(Engine):
     def _in_batches(
         self, requests: Iterable[Request], new_tokens: int, work: Work
     ) -> Generator[Completion]:
-        """Yield what `work` makes of requests, in batches that fit.
-
-        Args:
-            new_tokens: that it writes at most, in each row.
-        """
+        """Yield what `work` makes of requests, of `new_tokens` a row, in batches that fit."""
         import torch
 
         waiting = sorted(requests, key=lambda request: -len(request.ids))
@@ -119,7 +115,10 @@ class TransformersEngine(Engine):
                     if len(longest.ids) >= _context(network):
                         done = [Completion(key=longest.key, finish_reason=TOO_LONG)]
                     else:
-                        batch = waiting[: self._rows(network, width)]
+                        tokens = self.batch_tokens or _BATCH_TOKENS.get(network.device.type, 8192)
+                        tokens = min(tokens, _FITTING.get(network, tokens))
+                        num_rows = min(MAX_ROWS, tokens // max(width, 1))
+                        batch = waiting[: max(num_rows, 1)]
                         done = work(network, batch)
             except RuntimeError as error:
                 # without a network it was the loading that failed
@@ -139,12 +138,6 @@ class TransformersEngine(Engine):
             answered = {completion.key for completion in done}
             waiting = [request for request in waiting if request.key not in answered]
             yield from done
-
-    def _rows(self, model: Any, width: int) -> int:
-        """Return how many rows of a width a batch may have."""
-        tokens = self.batch_tokens or _BATCH_TOKENS.get(model.device.type, 8192)
-        tokens = min(tokens, _FITTING.get(model, tokens))
-        return max(1, min(MAX_ROWS, tokens // max(width, 1)))
 
     def _weigh(
         self, model: Any, batch: Sequence[Request], verdicts: Mapping[str, int]
@@ -232,11 +225,8 @@ class TransformersEngine(Engine):
 
 def facts_of(recipe: Recipe) -> EngineFacts:
     """Return what a log says of a model that is loaded in this process."""
-    return EngineFacts(
-        engine=NAME,
-        dtype=recipe.model.dtype,
-        quantized=recipe.quantization is not None,
-    )
+    quantized = recipe.quantization is not None
+    return EngineFacts(engine=NAME, dtype=recipe.model.dtype, quantized=quantized)
 
 
 def _context(model: Any) -> int:
