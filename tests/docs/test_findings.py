@@ -39,7 +39,10 @@ def _constants_of(module: ast.Module) -> dict[str, str]:
 def _codes_in(module: ast.Module, constants: dict[str, str]) -> Iterator[str]:
     """Yield the codes of the findings that a module makes, written as text or as a constant."""
     for node in ast.walk(module):
-        if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "Finding":
+        if not isinstance(node, ast.Call):
+            continue
+        # `finding` is a partial of it, with what several findings of a function share
+        if getattr(node.func, "id", "") not in ("Finding", "finding"):
             continue
         given = node.args[:1] + [each.value for each in node.keywords if each.arg == "code"]
         for part in ast.walk(given[0]):

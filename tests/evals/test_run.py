@@ -282,7 +282,8 @@ def test_a_judgment_that_a_server_refuses_for_good_has_no_verdict_and_holds_noth
         assert len(server.bodies) == asked
     assert again.metrics == log.metrics
     assert outcomes(log).count("unresolved") == 1 and metric(log, "win_rate").n == 3
-    (lost,) = (sample for sample in metric(log, "win_rate").samples if not sample.resolved)
+    samples = metric(log, "win_rate").samples
+    (lost,) = (sample for sample in samples if sample.outcome == "unresolved")
     assert "truncated" in lost.verdicts and any("prompt too long" in str(it) for it in lost.raws)
 
 

@@ -54,7 +54,8 @@ def check_ownership(run: Run) -> None:
             continue
         # as it was written: nothing of it is judged by today's rules
         section = GenerationSection.model_construct(**(log.recipe.get("generation") or {}))
-        if log.answers.fingerprint != engine.answered_by(section, run.name, weights):
+        answered_by = engine.answered_by(section, run.name, weights)
+        if log.answers.fingerprint != answered_by:
             what = f"this is a result of other weights than {run.name} has now"
             raise DataError(what, _again(log), file=log.file)
 
