@@ -11,9 +11,10 @@ from recipes_lib.cli import VERBS
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCE = PROJECT / "src" / "recipes_lib"
 
-# Lines of Python with docstrings and comments: room for what the issues ask for, and air.
-MOST_SOURCE_LINES = 26_000
-MOST_TEST_LINES = 21_000
+# Lines of Python with docstrings and comments, and the room that each later feature was granted.
+ROOM_FOR = {"results of any program": 700, "looks and rankings": 700, "preference tuning": 900}
+MOST_SOURCE_LINES = 26_000 + sum(ROOM_FOR.values())
+MOST_TEST_LINES = 21_000 + sum(ROOM_FOR.values())
 # A longer file has more than one job.
 MOST_LINES_OF_A_FILE = 600
 KNOWN_VERBS = {
