@@ -19,6 +19,7 @@ LIGHT = [
     *([], ["--help"], ["--version"], ["ls"], ["status"], ["check", "recipes"]),
     *(["explain", "train"], ["show", RECIPE], ["show", RECIPE, "--diff", RECIPE]),
     *([verb, "--help"] for verb in cli.VERBS),
+    *(["help", verb] for verb in cli.VERBS),
     *([verb, "nonsense"] for verb in ("plan", "train", "chat", "merge")),
     *(["plan", RECIPE, "--gpu", "nonsense"], ["study", "status", "quickstart"]),
 ]
@@ -59,6 +60,25 @@ def test_without_arguments_the_verbs_are_listed_in_groups_and_each_documents_its
         assert text[1:] in printed  # names keep their capitals
         takes_values = verb not in ("migrate", "ls", "status", "doctor", "explain")
         assert takes_values or "section.key=value" not in printed, verb
+
+
+def test_help_is_a_spelling_of_the_flag_before_and_behind_a_verb_and_an_action(capsys):
+    def printed(*words: str) -> str:
+        assert cli.main(words) == 0, words
+        return capsys.readouterr().out
+
+    for same in (["help"], ["-h"], ["--help"], ["help", "help"], ["help", "--help"]):
+        assert printed(*same) == printed(), same
+    for verb in cli.VERBS:
+        wanted = printed(verb, "--help")
+        for words in (["help", verb], ["--help", verb], [verb, "help"], ["--debug", "help", verb]):
+            assert printed(*words) == wanted, words
+    for words in (["help", "study", "run"], ["study", "help", "run"], ["study", "run", "help"]):
+        assert printed(*words) == printed("study", "run", "--help"), words
+    assert cli.main(["help", "chek"]) == 2
+    assert "did you mean recipes check?" in capsys.readouterr().err
+    assert cli.main(["plan", "help", "train.seed=1"]) == 2  # it may be a name here
+    assert "help: no such file or recipe" in capsys.readouterr().err
 
 
 WRONG = [

@@ -63,6 +63,7 @@ MORE = {
     "doctor": ("overview", "check versions, device, disk and token, and say what to fix"),
 }
 VERBS = {**START_HERE, **MORE}
+_HELP = ("help", "-h", "--help")
 ACTIONS = {"study": ("plan", "run", "status", "report"), "judge": ("audit",)}
 
 
@@ -119,9 +120,8 @@ def announce_slurm_job() -> None:
 
 
 def _run(words: Sequence[str], debug: bool) -> int:
-    if words[:1] == ["help"] and len(words) > 1:
-        words = [*words[1:], "--help"]
-    if not words or words[0] in ("-h", "--help", "help"):
+    words = _with_help(words)
+    if words[0] == "--help":
         lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
         for group, verbs in (("start here", START_HERE), ("more", MORE)):
             lines += ["", group]
@@ -142,6 +142,18 @@ def _run(words: Sequence[str], debug: bool) -> int:
     if "typed" in parameters(function):
         arguments["typed"] = list(words)
     return int(function(**arguments))
+
+
+def _with_help(words: Sequence[str]) -> Sequence[str]:
+    """Return the words, a call for help as `--help` at their end: `help VERB`, `VERB help`."""
+    if not words:
+        return ["--help"]
+    num_names = 2 if words[0] in ACTIONS else 1
+    is_named = words[0] in _HELP or "help" in words[:num_names]
+    # behind other words, help may be the name of a run
+    if is_named or words[num_names:] == ["help"]:
+        return [word for word in words if word not in _HELP] + ["--help"]
+    return words
 
 
 def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], dict[str, object]]:

@@ -137,7 +137,8 @@ def test_explain_says_type_default_and_documentation(said):
         # names that other programs give, one of which is a key of lm-eval's too
         ("lr", ["train.learning_rate: number > 0"]),
         ("learning rate", ["train.learning_rate: number > 0"]),
-        ("batch_size", ["train.per_device_train_batch_size: integer >= 1"]),
+        ("batch_size", ["train.per_device_train_batch_size: integer", "run.global_batch_size"]),
+        ("batch-size", ["did you mean train.per_device_eval", "eval.suite.batch_size?"]),
         ("train.activation_checkpointing", ["default false (project default"]),
         ("data.split.method", ["hash", "published", "none"]),
         ("train", ["trl.SFTConfig", "learning_rate", "packing"]),
@@ -147,6 +148,7 @@ def test_explain_says_type_default_and_documentation(said):
         out = said("explain", key)
         assert not [word for word in words if word not in " ".join(out.split())], out
         assert out.splitlines()[-1].startswith("next: recipes explain "), out
+    assert "did you mean" not in said("explain", "train.per_device_train_batch_size")
     assert said("explain", "seeds").endswith("next: recipes explain study\n")
     sections = "model quantization lora data train run launch eval study profile"
     assert [line.split()[0] for line in said("explain").splitlines()[:-1]] == sections.split()

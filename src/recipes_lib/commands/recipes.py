@@ -190,7 +190,8 @@ def run_explain(
     for model in (EvalRecipe, StudyFile, Profile):
         keys[model.kind] = {"description": model.__doc__}
         keys |= keys_of(model, f"{model.kind}.")
-    name = _full_name(key, keys) if key else ""
+    word_typed = key.replace("-", "_").replace(" ", "_")
+    name = _full_name(word_typed, keys) if key else ""
     inner = [key for key in keys if key.rpartition(".")[0] == name]
     if inner:
         if name:
@@ -214,13 +215,16 @@ def run_explain(
         say(f"  default {value_text(schema.get('default'))}{source}")
     text = schema.get("description") or "no documentation upstream"
     say(f"  {' '.join(text.split())}")
+    endings = (f".{word_typed}", f"_{word_typed}")
+    others = [other for other in keys if other.endswith(endings) and other != name]
+    if others:
+        say(f"  or did you mean {', '.join(others)}?")
     return next_step("explain", name.rpartition(".")[0])  # its neighbours
 
 
 def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
     """Return a key's dotted name, completed if only one section (first, of a recipe) has it."""
-    plain = word.replace("-", "_").replace(" ", "_")
-    plain = SHORT_NAMES.get(plain, plain)
+    plain = SHORT_NAMES.get(word, word)
     for candidates in (keys_of(RecipeFile), keys):
         if plain in candidates:
             return plain
