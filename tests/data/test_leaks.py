@@ -92,3 +92,17 @@ def test_every_leaked_answer_is_named_and_very_short_ones_are_no_sign() -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": LONG}]
     row = DataRow("rows.jsonl", 1, {"messages": turns}, id="a")
     assert find_leaks([row], {"eval": asked(LONG)})["eval"].is_error
+
+
+def test_leaks_are_named_in_the_order_of_the_rows_and_their_texts() -> None:
+    gold = [f"{number} of them: {LONG[:-1]}, said {number}" for number in range(120)]
+    leaks = found(asked(*gold), " ".join(gold[60:]), " ".join(gold[:60]))
+    numbers = [*range(61, 121), *range(1, 41)]  # the first 100
+    assert [leak.question for leak in leaks.found] == [str(number) for number in numbers]
+
+
+def test_a_long_question_behind_a_hundred_short_ones_is_an_error() -> None:
+    many = asked("Why is the sky blue?", LONG, *(f"What is {n}?" for n in range(300)))
+    leaks = found(many, *["Why is the sky blue?"] * 101, LONG)
+    assert leaks.is_error and leaks.leaked_questions == 2
+    assert leaks.lines(1)[0].startswith("rows.jsonl:102: question 2")

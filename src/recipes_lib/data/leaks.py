@@ -126,7 +126,7 @@ def find_leaks(
     num_rows = 0
     for row in rows:
         num_rows += 1
-        grams_of_row = set[tuple[str, ...]]()
+        grams_of_row: dict[tuple[str, ...], None] = {}
         for row_text in row.texts:
             grams_of_row |= _grams(row_text)
         signs = Counter[tuple[str, EvalText]]()
@@ -148,6 +148,7 @@ def find_leaks(
                 leaks[name].append(leak)
     result = {}
     for name, of_eval in leaks.items():
+        of_eval.sort(key=lambda leak: leak.short)  # long ones first: one of them is an error
         result[name] = Leaks(
             rows=num_rows,
             questions=len({text.question for text in evals[name]}),
@@ -158,10 +159,12 @@ def find_leaks(
     return result
 
 
-def _grams(text: str, fewest: int = 1) -> set[tuple[str, ...]]:
-    """Return the 13-grams of a text, or a shorter one as a whole; none for less than `fewest`."""
+def _grams(text: str, fewest: int = 1) -> dict[tuple[str, ...], None]:
+    """Return the 13-grams of a text, or a shorter one as a whole; none for less than `fewest`.
+    They are keys, because a set of texts has another order in each process.
+    """
     words = _WORD.findall(text.casefold())
     if len(words) < GRAM:
-        return {tuple(words)} if len(words) >= fewest else set()
+        return {tuple(words): None} if len(words) >= fewest else {}
     shifted = [words[start:] for start in range(GRAM)]
-    return set(zip(*shifted, strict=False))
+    return dict.fromkeys(zip(*shifted, strict=False))
