@@ -58,7 +58,7 @@ MORE = {
     "status": ("overview", "show the state of runs"),
     "merge": ("weights", "merge an adapter into its base model"),
     "judge": ("evaluate", "audit a judge on labelled pairs; print a scorecard"),
-    "compare": ("evaluate", "compare any runs, or results of lm-eval and alpaca_eval"),
+    "compare": ("evaluate", "compare runs, or results of other programs and tables"),
     "prefetch": ("cluster", "download models, data and judges for offline nodes"),
     "doctor": ("overview", "check versions, device, disk and token, and say what to fix"),
 }

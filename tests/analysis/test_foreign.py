@@ -328,7 +328,7 @@ def test_a_format_is_a_module_with_three_names(tmp_path: Path, monkeypatch) -> N
     file = tmp_path / "x.toy"
     file.write_text("1")
     assert read_one(file).name == "toy"
-    other = tmp_path / "x.csv"
+    other = tmp_path / "x.txt"
     other.write_text("1")
     with pytest.raises(DataError, match="toy: a file that ends in"):
         read_results(other)

@@ -100,7 +100,7 @@ def commands(
     """Return the commands that make this report again, whole and step by step."""
     runs = [run for _, run in arms.runs]
     if design is None:
-        names = [str(run.given or run.folder) if run.foreign else run.name for run in runs]
+        names = [run.given or str(run.folder) if run.foreign else run.name for run in runs]
         # one folder may hold several runs, and one file one of several in its folder
         words = ["recipes", "compare", *dict.fromkeys(names)]
         if margins:

@@ -5,7 +5,6 @@ The readers in `analysis/readers/` make runs out of files; nothing here reads on
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +32,8 @@ class Run:
     unfinished: tuple[str, ...] = ()  # evaluations with judgments or answers and no result
     seed: int | None = None
     foreign: bool = False  # another program's files
-    given: Path | None = None  # the path that a user gave to have them read
+    given: str = ""  # the word that a user gave to have it read
+    arm: str = ""  # of which it is one training among several; else it is an arm of its own
     unread: tuple[str, ...] = ()  # results that lie beside those that were read, and why not
 
     @property
@@ -130,29 +130,40 @@ def question_of(samples: Sequence[Sample]) -> dict[str, str]:
 
 
 def arms_of(runs: Sequence[Run]) -> Arms:
-    """Return each run as an arm of its own.
+    """Return the arms of runs: those that name one arm and were read together, else each alone.
 
-    Runs of one name are told apart by their folders, as far up as it takes.
+    Arms of one name are told apart by their folders, as far up as it takes.
 
     Raises:
         RecipeError: one run was given twice.
     """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for number, run in enumerate(runs):
+        key = (run.arm, run.given) if run.arm else ("", str(number))
+        groups.setdefault(key, []).append(run)
     arms: dict[str, ArmRuns] = {}
-    times = Counter(run.name for run in runs)
-    for run in runs:
-        name = run.name
-        if times[name] > 1:
-            folders = run.folder.resolve().parts
-            rivals = [other for other in runs if other.name == run.name and other is not run]
-            others = [rival.folder.resolve().parts for rival in rivals]
-            name = f"{run.name}-{run.folder.name}"
-            for depth in range(1, len(folders)):
-                ending = folders[-depth:]
-                if all(other[-depth:] != ending for other in others):
-                    name = "-".join([run.name, *ending])
-                    break
+    for key, group in groups.items():
+        first = group[0]
+        namesakes = []
+        for other_key, (other, *_) in groups.items():
+            if other_key != key and (other.arm or other.name) == (first.arm or first.name):
+                namesakes.append(other.folder)
+        name = _told_apart(first.arm or first.name, first.folder, namesakes)
         if name in arms:
             hint = "a run compared with itself shows nothing"
-            raise RecipeError(f"'{run.name}' is named twice", hint)
-        arms[name] = ArmRuns(name, (run,))
+            raise RecipeError(f"'{first.arm or first.name}' is named twice", hint)
+        arms[name] = ArmRuns(name, tuple(group))
     return Arms(arms)
+
+
+def _told_apart(name: str, folder: Path, namesakes: Sequence[Path]) -> str:
+    """Return a name with as much of its folder as its namesakes' folders do not share."""
+    if not namesakes:
+        return name
+    parts = folder.resolve().parts
+    others = [namesake.resolve().parts for namesake in namesakes]
+    for depth in range(1, len(parts)):
+        ending = parts[-depth:]
+        if all(other[-depth:] != ending for other in others):
+            return "-".join([name, *ending])
+    return f"{name}-{folder.name}"

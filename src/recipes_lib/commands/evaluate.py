@@ -15,8 +15,14 @@ from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, print_json, say
+
+# The forms that the readers take (`FORM` of each), without importing them for --help.
+_RESULTS = (
+    "evaluated runs, or results of other programs: folders of lm-eval, annotations of alpaca_eval,"
+    " tables (.csv, .tsv, .jsonl, .parquet) with the columns question, score and, as needed, arm,"
+    " seed, metric, text, higher_is_better"
+)
 
 
 def run_eval(
@@ -68,36 +74,26 @@ def run_judge_audit(
 
 
 def run_compare(
-    runs: Annotated[list[str], "evaluated runs, lm-eval folders, alpaca_eval annotations"],
+    runs: Annotated[list[str], _RESULTS],
     *,
     margin: Annotated[list[str], "negligible differences: win_rate='2 points' loss=0.005"] = [],
     html: Annotated[Path | None, "write the report as one self-contained file"] = None,
     json: Annotated[bool, "print one JSON object: rows, scores, findings"] = False,
 ) -> int:
-    """Print the tested table of runs, lm-eval folders or alpaca_eval files."""
+    """Print the tested table of runs, or of results of other programs."""
     # numpy, which `recipes compare --help` does without
     from recipes_lib.analysis.claims import conclude
     from recipes_lib.analysis.lines import conclusion_lines
     from recipes_lib.analysis.ownership import check_ownership
-    from recipes_lib.analysis.readers import complete, known_forms, ours, read_results
+    from recipes_lib.analysis.readers import complete, read_word
     from recipes_lib.analysis.report import report_html
     from recipes_lib.analysis.runs import arms_of
 
     measured = []
     for word in runs:
-        results = read_results(Path(word))
-        if results is None:
-            try:
-                folder = open_run(word).path
-            except RecipeError:
-                if not Path(word).is_dir():
-                    raise
-                what = "this folder holds no results that can be read"
-                raise RecipeError(what, known_forms(), file=Path(word)) from None
-            results = ours.read(folder)
-        for run in results:
-            check_ownership(run)
-        measured += results
+        measured += read_word(word)
+    for run in measured:
+        check_ownership(run)
     arms = arms_of(complete(measured))
     aims = Aims(margins=dict(map(_margin, margin)))
     conclusion = conclude(arms, aims)

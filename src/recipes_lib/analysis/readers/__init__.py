@@ -10,9 +10,10 @@ A reader is a module with three names:
 and, where a row that is missing may be a loss that somebody deleted, a fourth:
 
     complete(runs)  all runs that are compared, those of its format with the questions that only
-                    another of them has, without a verdict
+                    another of them has, without a verdict (`files.with_open_questions`)
 
-A new format is a module and its name in `READERS`; the first that matches reads.
+A new format is a module and its name in `READERS`; the first that matches reads. A plain table is
+the last: any file with its ending matches.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from recipes_lib.analysis.readers import alpaca_eval, lm_eval, ours
+from recipes_lib.analysis.readers import alpaca_eval, lm_eval, ours, plain_table
 from recipes_lib.analysis.runs import Run
-from recipes_lib.core.errors import DataError
+from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.core.run_directory import open_run
 
-READERS: tuple[ModuleType, ...] = (ours, lm_eval, alpaca_eval)
+READERS: tuple[ModuleType, ...] = (ours, lm_eval, alpaca_eval, plain_table)
 
 
 def read_results(path: Path) -> list[Run] | None:
@@ -37,10 +39,30 @@ def read_results(path: Path) -> list[Run] | None:
     """
     for reader in READERS:
         if reader.matches(path):
-            return [replace(run, given=path) for run in reader.read(path)]
+            return [replace(run, given=str(path)) for run in reader.read(path)]
     if path.is_file():
         raise DataError("holds no results that can be read", known_forms(), file=path)
     return None
+
+
+def read_word(word: str) -> list[Run]:
+    """Return the runs of a word of the command line: a run's name, or a file or folder of results.
+
+    Raises:
+        RecipesError: it is neither, or cannot be read.
+    """
+    path = Path(word)
+    runs = read_results(path)
+    if runs is not None:
+        return runs
+    try:
+        folder = open_run(word).path
+    except RecipeError:
+        if not path.is_dir():
+            raise
+        what = "this folder holds no results that can be read"
+        raise RecipeError(what, known_forms(), file=path) from None
+    return ours.read(folder)
 
 
 def complete(runs: Sequence[Run]) -> list[Run]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
-from recipes_lib.analysis.readers.files import arm_name, parsed_json
+from recipes_lib.analysis.readers.files import arm_name, parsed_json, with_open_questions
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
 from recipes_lib.evals.log import (
@@ -26,6 +26,7 @@ from recipes_lib.evals.suites import metric_of
 
 FORM = "alpaca_eval: its annotations.json"
 SOURCE = "alpaca_eval"
+complete = partial(with_open_questions, source=SOURCE)
 _KEYS = {"instruction", "preference", "output_2"}
 _OUTCOMES = {None: UNRESOLVED, 1.0: "win", 0.5: "tie", 0.0: "loss"}
 
@@ -161,38 +162,3 @@ def _win_rate(samples: Sequence[Sample], opponent: str, path: Path) -> Metric:
         suite=SOURCE,
         file=path,
     )
-
-
-def complete(runs: Sequence[Run]) -> list[Run]:
-    """Return runs in which an instruction that only another file has is one without a verdict.
-
-    A row that is missing may be a loss that was deleted, so it counts like an annotation of null:
-    both ways.
-    """
-    asked: dict[str | None, dict[str, Sample]] = {}  # by the opponent and the id
-    for run in runs:
-        for log in run.evals:
-            if log.source == SOURCE:
-                of_opponent = asked.setdefault(log.against, {})
-                for sample in log.metrics[0].samples:
-                    of_opponent.setdefault(sample.id, sample)
-    completed = []
-    for run in runs:
-        if not run.evals or run.evals[0].source != SOURCE:
-            completed.append(run)
-            continue
-        (log,) = run.evals
-        (metric,) = log.metrics
-        here = {sample.id for sample in metric.samples}
-        missing = [sample for id, sample in asked[log.against].items() if id not in here]
-        if missing:
-            samples = [*metric.samples]
-            for sample in missing:
-                samples.append(replace(sample, value=None, outcome=UNRESOLVED, answer=None))
-            win_rate = _win_rate(samples, str(log.against), log.file)
-            log = replace(log, n=len(samples), metrics=(win_rate,))
-            line = f"has no annotation of {len(missing)} instructions of another file"
-            unread = (*run.unread, f"{log.file.name}: {line}")
-            run = replace(run, evals=(log,), unread=unread)
-        completed.append(run)
-    return completed

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
+from recipes_lib.evals.log import UNRESOLVED, AnswerFacts, EvalLog, Metric, Sample
 
 
 def parsed_json(path: Path) -> Any:
@@ -26,3 +31,85 @@ def arm_name(model: str, folder: Path) -> str:
     """Return a model's name as the name of an arm: letters, digits, dots and dashes."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
     return name or folder.name
+
+
+def foreign_run(
+    source: str,
+    file: Path,
+    model: str,
+    metrics: Sequence[Metric],
+    *,
+    seed: int | None = None,
+    unread: Sequence[str] = (),
+    **facts: Any,
+) -> Run:
+    """Return the run of one model: without a training seed a model as it is.
+
+    Args:
+        source: the program that wrote the file; its evaluations and metrics are named after it.
+        facts: of the `EvalLog`, how it asked.
+    """
+    placed = [replace(metric, eval=source, suite=source, file=file) for metric in metrics]
+    log = EvalLog(
+        suite=source,
+        eval=source,
+        file=file,
+        target=model,
+        n=sum(len(metric.samples) for metric in placed),
+        metrics=tuple(placed),
+        source=source,
+        **{"answers": AnswerFacts(name=model, models=(model,))} | facts,
+    )
+    arm = arm_name(model, file.parent)
+    run = Run(
+        name=arm,
+        folder=file,
+        state={"kind": "answers"},
+        evals=(log,),
+        foreign=True,
+        unread=tuple(unread),
+    )
+    if seed is None:
+        return run
+    return replace(run, name=f"{arm}-seed{seed}", state={}, arm=arm, seed=seed)
+
+
+def with_open_questions(runs: Sequence[Run], source: str) -> list[Run]:
+    """Return runs in which a question that only another run of a program has is without a value.
+
+    A row that is missing may be a loss that somebody deleted, so it counts both ways.
+    """
+    asked: dict[tuple[str, str | None], dict[tuple[str, int], Sample]] = defaultdict(dict)
+    for log in (log for run in runs for log in run.evals if log.source == source):
+        for metric in log.metrics:
+            for sample in metric.samples:
+                asked[metric.name, metric.opponent].setdefault(sample.key, sample)
+    completed = []
+    for run in runs:
+        logs = []
+        unread = list(run.unread)
+        for log in run.evals:
+            whole = log
+            if log.source == source:
+                metrics = [
+                    _with(metric, asked[metric.name, metric.opponent]) for metric in log.metrics
+                ]
+                whole = replace(log, metrics=tuple(metrics))
+            for metric, completed_metric in zip(log.metrics, whole.metrics, strict=True):
+                gone = len(completed_metric.samples) - len(metric.samples)
+                if gone:
+                    line = f"no {metric.metric} of {gone} questions that another run has"
+                    unread.append(f"{log.file.name}: {line}")
+            logs.append(whole)
+        completed.append(replace(run, evals=tuple(logs), unread=tuple(unread)))
+    return completed
+
+
+def _with(metric: Metric, asked: Mapping[tuple[str, int], Sample]) -> Metric:
+    """Return a metric with a sample without a value for each item that it lacks."""
+    here = {sample.key for sample in metric.samples}
+    samples = list(metric.samples)
+    for key, sample in asked.items():
+        if key not in here:
+            samples.append(replace(sample, value=None, outcome=UNRESOLVED, answer=None))
+    return replace(metric, samples=tuple(samples))
