@@ -39,7 +39,7 @@ def train(
     # and `--help` needs none of this.
     import torch
 
-    from recipes_lib.config.upstream import build_sft_config, check_packages
+    from recipes_lib.config.upstream import build_train_config, check_packages
     from recipes_lib.core.environment import library_versions
     from recipes_lib.core.ranks import say_once
     from recipes_lib.data.prepare import prepare_data
@@ -55,7 +55,7 @@ def train(
     # recipe -> arguments. The processes meet here; what is refused now leaves no run behind.
     launch_check.check_request(recipe, torch.cuda.device_count())
     launch_check.shard_on_cpus()
-    args = build_sft_config(recipe, run.checkpoints, world_size())
+    args = build_train_config(recipe, run.checkpoints, world_size())
     active = launch_check.what_runs()
     launch_line = launch_check.check_launch(active)
 

@@ -150,7 +150,7 @@ def test_explain_says_type_default_and_documentation(said):
         assert out.splitlines()[-1].startswith("next: recipes explain "), out
     assert "did you mean" not in said("explain", "train.per_device_train_batch_size")
     assert said("explain", "seeds").endswith("next: recipes explain study\n")
-    sections = "model quantization lora data train run launch eval study profile"
+    sections = "stage model quantization lora data train run launch eval study profile"
     assert [line.split()[0] for line in said("explain").splitlines()[:-1]] == sections.split()
     for key, words in (
         ("train.lerning_rate", "did you mean train.learning_rate?"),

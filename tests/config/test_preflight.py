@@ -42,16 +42,16 @@ def no_accelerator(monkeypatch):
 def test_sft_config_gets_the_recipe_and_what_the_machine_decides(write_with, tmp_path):
     words = ["run.global_batch_size=64", "train.per_device_train_batch_size=4"]
     recipe = load_recipe(write_with("train", "learning_rate: 3e-4"), words)
-    args = upstream.build_sft_config(recipe, tmp_path / "out", world_size=2)
+    args = upstream.build_train_config(recipe, tmp_path / "out", world_size=2)
     assert (args.learning_rate, args.seed, args.gradient_accumulation_steps) == (3e-4, 1, 8)
     assert (args.use_cpu, args.bf16, args.activation_checkpointing) == (True, True, False)
     assert (args.output_dir, args.run_name) == (str(tmp_path / "out"), recipe.name)
     assert args.logging_nan_inf_filter is False
     # rows arrive truncated, and TRL would refuse a limit that it does not apply
     recipe = load_recipe(recipe.path, ["train.padding_free=true", "train.max_length=128"])
-    assert upstream.build_sft_config(recipe, tmp_path, 1).max_length is None
+    assert upstream.build_train_config(recipe, tmp_path, 1).max_length is None
     packed = dataclasses.replace(recipe, train={**recipe.train, "packing": True})
-    assert upstream.build_sft_config(packed, tmp_path, 1).max_length == 128
+    assert upstream.build_train_config(packed, tmp_path, 1).max_length == 128
 
 
 def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, monkeypatch):
@@ -61,7 +61,7 @@ def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, m
     monkeypatch.setattr(upstream, "has_accelerator", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     recipe = load_recipe(write_with("train", "bf16: false"))
-    args = upstream.build_sft_config(recipe, tmp_path, 1)
+    args = upstream.build_train_config(recipe, tmp_path, 1)
     assert (args.use_cpu, args.n_gpu) == (False, 1)
 
 

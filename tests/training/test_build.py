@@ -21,7 +21,7 @@ def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
     """torch cannot unscale bfloat16 gradients on a GPU, and TRL makes these adapters bfloat16."""
     from recipes_lib.config import upstream
 
-    build, found = upstream.build_sft_config, []
+    build, found = upstream.build_train_config, []
 
     def build_config(*args: Any, **kwargs: Any) -> Any:
         config = build(*args, **kwargs)
@@ -34,7 +34,7 @@ def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
         )
         raise RecipesError("seen")
 
-    monkeypatch.setattr(upstream, "build_sft_config", build_config)
+    monkeypatch.setattr(upstream, "build_train_config", build_config)
     monkeypatch.setattr(SupervisedTrainer, "train", look)
     dtype = "float16" if fp16 else "bfloat16"
     assert main([str(tiny_recipe), NF4, f"model.dtype={dtype}", "train.bf16=false"]) == 1

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.runs import ArmRuns, Run
 from recipes_lib.analysis.text import setting_text
-from recipes_lib.config.recipe import RecipeFile, keys_of
+from recipes_lib.config.recipe import DPO, RecipeFile, keys_of, preference_file
 from recipes_lib.core.environment import EVALUATION_PACKAGES
 from recipes_lib.core.files import DataError, hash_of, read_object
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
@@ -201,10 +201,11 @@ def _value(key: str, values: KeyValues) -> Any:
     """The value of a key, its default where it is absent; None in a section that is absent."""
     if values.get(key) is not None:
         return values[key]
-    section = key.partition(".")[0]
-    if not any(name.startswith(f"{section}.") for name in values):
+    section, dot, _ = key.partition(".")
+    if dot and not any(name.startswith(f"{section}.") for name in values):
         return None
-    return keys_of(RecipeFile).get(key, {}).get("default")
+    model = preference_file() if values.get("stage") == DPO else RecipeFile
+    return keys_of(model).get(key, {}).get("default")
 
 
 # ---- What runs recorded ----

@@ -18,8 +18,22 @@ from recipes_lib.config.fitting import fit_to_rows
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.migrate import migrate
 from recipes_lib.config.new import Method, chosen_keys, copy_of, new_recipe, schema_line
-from recipes_lib.config.recipe import Recipe, RecipeFile, keys_of, load_recipe
-from recipes_lib.config.upstream_sections import CLASSES, TRAIN_DEFAULTS, LoraSection, TrainSection
+from recipes_lib.config.recipe import (
+    Recipe,
+    RecipeFile,
+    all_keys,
+    keys_of,
+    load_recipe,
+    preference_file,
+)
+from recipes_lib.config.upstream_sections import (
+    CLASSES,
+    PREFERENCE_CLASS,
+    TRAIN_DEFAULTS,
+    LoraSection,
+    TrainSection,
+    preference_section,
+)
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, recipe_path, shown_path
@@ -185,7 +199,7 @@ def run_explain(
     from recipes_lib.slurm.profile import Profile
     from recipes_lib.study.config import StudyFile
 
-    keys = dict(keys_of(RecipeFile))
+    keys = all_keys()
     # those of other files stand under their kind: eval.suite.name
     for model in (EvalRecipe, StudyFile, Profile):
         keys[model.kind] = {"description": model.__doc__}
@@ -208,24 +222,31 @@ def run_explain(
     source = ""
     if section == "train" and word in TRAIN_DEFAULTS:
         source = " (project default, not TRL's)"
-    elif section in CLASSES:
+    elif name in keys_of(RecipeFile) and section in CLASSES:
         source = f" ({CLASSES[section]})"
+    elif section in CLASSES:
+        source = f" ({PREFERENCE_CLASS}, in stage dpo)"
     say(f"{name}: {_type_text(schema)}")
     if source or "default" in schema:
         say(f"  default {value_text(schema.get('default'))}{source}")
+    in_dpo = keys_of(preference_file()).get(name, {})
+    if section == "train" and not in_dpo:
+        say(f"  not in stage dpo: {preference_section().gone[word]}")
+    elif section == "train" and in_dpo.get("default") != schema.get("default"):
+        say(f"  in stage dpo: default {value_text(in_dpo.get('default'))} ({PREFERENCE_CLASS})")
     text = schema.get("description") or "no documentation upstream"
     say(f"  {' '.join(text.split())}")
     endings = (f".{word_typed}", f"_{word_typed}")
     others = [other for other in keys if other.endswith(endings) and other != name]
     if others:
         say(f"  or did you mean {', '.join(others)}?")
-    return next_step("explain", name.rpartition(".")[0])  # its neighbours
+    return next_step("explain", name.rpartition(".")[0] or "train")  # its neighbours
 
 
 def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
     """Return a key's dotted name, completed if only one section (first, of a recipe) has it."""
     plain = SHORT_NAMES.get(word, word)
-    for candidates in (keys_of(RecipeFile), keys):
+    for candidates in (all_keys(), keys):
         if plain in candidates:
             return plain
         ending = [key for key in candidates if key.endswith(f".{plain}")]
@@ -236,7 +257,7 @@ def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
     containing = [key for key in keys if plain in key][:8]
     if containing:
         hints = [f"keys: {', '.join(containing)}"]
-    for section in (LoraSection, TrainSection):
+    for section in (LoraSection, preference_section(), TrainSection):
         last = plain.rpartition(".")[2]
         if last in section.gone:
             hints = [section.gone[last]]

@@ -21,6 +21,7 @@ KeyPath = tuple[str | int, ...]
 Values = dict[str, Any]  # of a YAML mapping
 COMMAND_LINE = "command line"
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
+STAGE = "stage"  # the one top-level key of a recipe that is no section
 # Sections whose keys go to a server as they are, and into every record of what was asked.
 _SECTIONS_OF_SERVERS = ("judge", "generation")
 
@@ -39,7 +40,7 @@ for _name, _pattern in {
 
 # What configs of other programs have, and those of other kinds of training.
 _FOREIGN_KEYS = (
-    "base_model", "finetuning_type", "stage", "checkpointer", "peft", "beta", "reward_funcs",
+    "base_model", "finetuning_type", "checkpointer", "peft", "beta", "reward_funcs",
     "num_generations", "max_completion_length", "max_prompt_length",
 )  # fmt: skip
 # Kind of a file -> its top-level keys. A file is of the first kind that has one of its keys.
@@ -121,7 +122,8 @@ class Document:
             raise RecipeError("is not a mapping of keys", _ROWS, file=self.file)
         for kind, keys in KINDS.items():
             if not self.values.keys().isdisjoint(keys):
-                return kind
+                is_of_another_program = kind == "flat" and STAGE in self.values
+                return "foreign" if is_of_another_program else kind
         return ""
 
     def origin(self, key: str | KeyPath | int) -> Origin:

@@ -63,7 +63,7 @@ def check_upstream(
         train = {key: recipe.train[key] for key in recipe.train.keys() - {"fp16", "tf32"}}
         checkable = replace(recipe, train=train)
     for build in (
-        lambda: upstream.build_sft_config(checkable, "unused", launch.world_size),
+        lambda: upstream.build_train_config(checkable, "unused", launch.world_size),
         lambda: upstream.build_lora_config(recipe),
         lambda: upstream.build_quantization_config(recipe),
         lambda: upstream.check_packages(recipe),

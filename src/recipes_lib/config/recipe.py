@@ -11,15 +11,15 @@ import importlib.util
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, create_model
 from pydantic.json_schema import JsonSchemaValue as Schema
 
-from recipes_lib.config.documents import Document, Origin, Values, dotted, read
+from recipes_lib.config.documents import STAGE, Document, Origin, Values, dotted, read
 from recipes_lib.config.launch import (
     Launch,
     LaunchSection,
@@ -28,13 +28,23 @@ from recipes_lib.config.launch import (
     solve_batch,
 )
 from recipes_lib.config.parsing import IsPath, Section, judge, parse
-from recipes_lib.config.upstream_sections import TRAIN_DEFAULTS, LoraSection, TrainSection
+from recipes_lib.config.upstream_sections import (
+    ACTS_WITH,
+    OF_MICRO_BATCHES,
+    TRAIN_DEFAULTS,
+    LoraSection,
+    TrainSection,
+    preference_section,
+)
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name
 from recipes_lib.models.packaged import MODEL
 
 RECIPE_FILE = "resolved.yaml"
+Stage = Literal["sft", "dpo"]
+SFT: Stage = "sft"
+DPO: Stage = "dpo"
 A_MODEL = "a model is a folder with config.json, safetensors and a tokenizer"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TRL = "trl:"  # before the name of a chat template that TRL ships
@@ -73,7 +83,9 @@ _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Kernel = r"^(sdpa|eager|varlen|flex_attention|flash_attention_[234]|[^/]+/[^/]+)$"
 _OfTexts = Literal["id", "instruction", "context", "response"]
 _OfPairs = Literal["prompt", "completion", "text"]
-_Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_template_kwargs"]
+_OfPreferences = Literal["chosen", "rejected"]
+_OfChat = Literal["messages", "system", "tools", "chat_template_kwargs"]
+_Column = _OfTexts | _OfPairs | _OfPreferences | _OfChat
 # A mapping of a base is added to; null takes it away, as it does any other value.
 _NullIsEmpty = BeforeValidator(
     lambda value: {} if value is None else value, json_schema_input_type=dict[str, Any] | None
@@ -193,6 +205,8 @@ class RecipeFile(Section):
 
     kind: ClassVar = "recipe"
 
+    stage: Stage = SFT
+    """What is learnt: sft, the answers of rows; dpo, to prefer the chosen one of two answers."""
     model: ModelSection
     quantization: QuantizationSection | None = None
     lora: LoraSection | None = None
@@ -201,6 +215,23 @@ class RecipeFile(Section):
     train: TrainSection = TrainSection()
     run: RunSection = RunSection()
     launch: LaunchSection = LaunchSection()
+
+
+@cache
+def preference_file() -> type[RecipeFile]:
+    """Return the model of a recipe in stage dpo, whose `train` is another class of TRL."""
+    train = preference_section()
+    model = create_model("PreferenceFile", __base__=RecipeFile, train=(train, train()))
+    model.__doc__ = RecipeFile.__doc__
+    return model
+
+
+def file_model(document: Document) -> type[RecipeFile]:
+    """Return the model of a recipe's file, by its stage."""
+    values = document.values
+    if isinstance(values, dict) and values.get(STAGE) == DPO:
+        return preference_file()
+    return RecipeFile
 
 
 @dataclass(frozen=True)
@@ -216,6 +247,7 @@ class Recipe:
     train: Values
     lora: Values | None
     quantization: Values | None
+    stage: Stage = SFT
 
     @property
     def path(self) -> Path:
@@ -242,7 +274,9 @@ class Recipe:
 
     def to_dict(self) -> Values:
         """Return all resolved sections as plain nested values."""
-        return {
+        # as the recipes of runs that were begun when there was one stage
+        stage = {} if self.stage == SFT else {STAGE: self.stage}
+        return stage | {
             "model": self.model.model_dump(),
             "quantization": self.quantization,
             "lora": self.lora,
@@ -280,14 +314,15 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load and check a recipe, a file or the short name of a shipped one, without torch."""
     document = read(path, overrides)
-    return recipe_of(parse(RecipeFile, document, recipe_rules), document)
+    return recipe_of(parse(file_model(document), document, recipe_rules), document)
 
 
 def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeError]]:
     """Return the errors that `recipes check` prints; a base may omit required keys."""
+    model = file_model(document)
     if not document.is_base:
-        return judge(RecipeFile, document, recipe_rules, machine_rules)
-    file, errors = judge(RecipeFile, document)
+        return judge(model, document, recipe_rules, machine_rules)
+    file, errors = judge(model, document)
     return file, [error for error in errors if not error.what.endswith(" is missing")]
 
 
@@ -312,6 +347,7 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
         train=train,
         lora=document.values.get("lora"),
         quantization=document.values.get("quantization"),
+        stage=file.stage,
     )
 
 
@@ -334,6 +370,11 @@ def keys_of(model: type[Section], prefix: str = "") -> dict[str, Schema]:
 
     visit(root, prefix)
     return keys
+
+
+def all_keys() -> dict[str, Schema]:
+    """Return `keys_of` of a recipe in any stage; a key of several is that of the first, sft."""
+    return keys_of(preference_file()) | keys_of(RecipeFile)
 
 
 # torch 2.13's modes of torch.compile; the blocks of a model are compiled one by one, and their
@@ -374,6 +415,44 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
         what = f"{key} is {train['eval_strategy']}, but data.split holds out no validation rows"
         hint = "set data.split.validation, or train.eval_strategy: no"
         yield document.error(key, what, hint)
+    if recipe.stage == DPO:
+        yield from _preference_rules(recipe, document)
+
+
+def _preference_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
+    """Yield what must not hold between keys where pairs of answers are learnt."""
+    train = recipe.train.model_dump(exclude_unset=True)
+    losses = train.get("loss_type", "sigmoid")
+    if isinstance(losses, str):
+        losses = [losses]
+    for loss in set(losses).intersection(OF_MICRO_BATCHES):
+        what = f"train.loss_type: {loss} depends on which pairs share a micro-batch, so that ranks"
+        hint = f"use another loss; one on the chosen answers alone is stage {SFT}"
+        yield document.error("train.loss_type", f"{what} and accumulation change it", hint)
+    values = {"loss_type": losses, "f_divergence_type": [train.get("f_divergence_type")]}
+    for key, (owner, needed) in ACTS_WITH.items():
+        if key in train and not set(values[owner]).intersection(needed):
+            what = f"train.{key} acts only with train.{owner}: {' or '.join(needed)}"
+            yield document.error(f"train.{key}", what, f"remove it, or set train.{owner}")
+    if "exo_pair" in losses and not train.get("label_smoothing"):
+        what = "train.loss_type: exo_pair needs train.label_smoothing above 0"
+        yield document.error("train.loss_type", what, "its paper recommends 0.001")
+    weights = train.get("loss_weights")
+    if weights is not None and len(weights) != len(losses):
+        what = f"{len(weights)} train.loss_weights for {len(losses)} of train.loss_type"
+        yield document.error("train.loss_weights", what, "give one weight for each loss")
+    if recipe.model.attn_implementation == VARLEN:
+        key = "model.attn_implementation"
+        what = f"{key}: pairs are padded, and varlen would silently become sdpa"
+        yield document.error(key, what, "leave it out, or set flash_attention_2")
+    lora = recipe.lora.model_dump(exclude_unset=True) if recipe.lora else {}
+    if lora.get("layer_replication"):
+        key = "lora.layer_replication"
+        what = f"{key}: the reference would be another model than the one that training begins with"
+        yield document.error(key, what, "write the model with its layers repeated, and train that")
+    if recipe.data.split.method == "published":
+        what = "data.split.method: published divides rows, and a prompt of several pairs with them"
+        yield document.error("data.split.method", what, "use hash, which divides prompts")
 
 
 def machine_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:

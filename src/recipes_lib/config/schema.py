@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.documents import Values
-from recipes_lib.config.recipe import RecipeFile
-from recipes_lib.config.upstream_sections import UPSTREAM_FILE
+from recipes_lib.config.recipe import DPO, RecipeFile
+from recipes_lib.config.upstream_sections import UPSTREAM_FILE, preference_section
 from recipes_lib.core.project import project_root
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.slurm.profile import Profile
@@ -40,24 +40,45 @@ def generated_files() -> dict[Path, str]:
                 part.pop("required", None)
             names = {"type": "array", "items": {"type": "string"}}
             schema["properties"]["extends"] = {"anyOf": [{"type": "string"}, names]}
+        if model is RecipeFile:
+            _add_stages(schema)
         contents[project_root() / "schema" / f"{model.kind}.schema.json"] = schema
     writer = json.JSONEncoder(indent=1, ensure_ascii=False)
     return {path: writer.encode(content) + "\n" for path, content in contents.items()}
 
 
+def _add_stages(schema: Values) -> None:
+    """Let the value of `stage` decide what an editor offers in `train`."""
+    of_pairs = preference_section().model_json_schema()
+    schema["$defs"][of_pairs["title"]] = of_pairs
+    of_sft = schema["properties"].pop("train")
+    schema["properties"]["train"] = {}  # a property of both
+    schema["if"] = {"properties": {"stage": {"const": DPO}}, "required": ["stage"]}
+    schema["then"] = {"properties": {"train": {"$ref": f"#/$defs/{of_pairs['title']}"}}}
+    schema["else"] = {"properties": {"train": of_sft}}
+
+
 def upstream_sections() -> Values:
-    """Return key -> type as Python writes it, text and default, of the two upstream sections."""
+    """Return key -> type as Python writes it, text and default, of the upstream sections; of dpo
+    what differs from `train`, null for what DPOConfig lacks.
+    """
     import torch
     from peft import LoraConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
     train = _fields(SFTConfig)
     trackers = f"Literal{['none', *sorted(INTEGRATION_TO_CALLBACK)]}"
     train["report_to"]["type"] = f"{trackers} | list[{trackers}]"
     backends = torch.compiler.list_backends(exclude_tags=())
     train["torch_compile_backend"]["type"] = f"Literal{backends} | None"
-    return {"train": train, "lora": _fields(LoraConfig)}
+    of_pairs = _fields(DPOConfig)
+    of_pairs["loss_type"]["default"] = "sigmoid"  # TRL's, a list of one
+    dpo: Values = {key: None for key in train if key not in of_pairs}
+    for key, field in of_pairs.items():
+        if key not in train or field.get("default") != train[key].get("default"):
+            dpo[key] = field
+    return {"train": train, "dpo": dpo, "lora": _fields(LoraConfig)}
 
 
 def _fields(cls: Any) -> Values:

@@ -10,23 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from recipes_lib.config.recipe import Recipe, accumulation_steps
+from recipes_lib.config.recipe import DPO, Recipe, accumulation_steps
 from recipes_lib.core.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
 _Built = TypeVar("_Built")
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
-def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
+def build_train_config(
+    recipe: Recipe, output_dir: str | Path, world_size: int
+) -> SFTConfig | DPOConfig:
     """Return TRL's arguments for `world_size` processes on this machine; do not change them."""
     import torch
     from transformers import Trainer, get_scheduler
-    from trl import SFTConfig
+    from trl import DPOConfig, SFTConfig
 
     # the Trainer would compile the model as a whole; `training.compiled` does it block by block
     values = {key: value for key, value in recipe.train.items() if key not in COMPILE_KEYS}
@@ -35,19 +37,24 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
         what = "train.fp16 does nothing on a CPU: it would silently train in float32"
         raise recipe.error("train.fp16", what, "use train.bf16: true")
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
-    # the labels say it already; TRL looks for conversations in the rows
-    values["assistant_only_loss"] = False
-    if values.get("padding_free") and not values.get("packing"):
-        # rows arrive truncated; TRL refuses a limit that it would not apply
-        values["max_length"] = None
+    config_class: type[SFTConfig | DPOConfig] = SFTConfig
+    if recipe.stage == DPO:
+        config_class = DPOConfig
+        values["max_length"] = None  # rows arrive truncated
+    else:
+        # the labels say it already; TRL looks for conversations in the rows
+        values["assistant_only_loss"] = False
+        values["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        if values.get("padding_free") and not values.get("packing"):
+            # rows arrive truncated; TRL refuses a limit that it would not apply
+            values["max_length"] = None
     values |= {
-        "dataset_kwargs": {"skip_prepare_dataset": True},
         "output_dir": str(output_dir),
         "run_name": recipe.name,
         # our own rotation keeps that many; it never deletes the last complete checkpoint
         "save_total_limit": None,
     }
-    config = _built(recipe, "train", lambda: SFTConfig(**values))
+    config = _built(recipe, "train", lambda: config_class(**values))
     # one process on several GPUs: transformers would spread each micro-batch (DataParallel)
     config._n_gpu = min(config.n_gpu, 1)
     # an optimizer or a schedule that transformers would refuse once the model is loaded

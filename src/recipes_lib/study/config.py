@@ -18,7 +18,7 @@ from recipes_lib.analysis.differences import OF_RUN
 from recipes_lib.config.documents import COMMAND_LINE, Document, KeyPath, did_you_mean, read
 from recipes_lib.config.launch import AccelerateConfigName, Launch, plan_launch
 from recipes_lib.config.parsing import Section, parse
-from recipes_lib.config.recipe import Recipe, RecipeFile, check_launch, keys_of, load_recipe
+from recipes_lib.config.recipe import Recipe, all_keys, check_launch, load_recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.evals.lm_eval_files import metrics_of_task
@@ -254,7 +254,7 @@ class _Reader:
             if arm not in arms:
                 what = f"{key[0]}: there is no arm '{arm}'"
                 self.add_error(key, what, *did_you_mean(arm, arms), f"arms: {', '.join(arms)}")
-        recipe_keys = keys_of(RecipeFile).keys() | set(_SET_BY_LAUNCH)
+        recipe_keys = all_keys().keys() | set(_SET_BY_LAUNCH)
         for factor, may_change in self.keys.factors.items():
             for key_name in may_change:
                 if key_name not in recipe_keys:

@@ -147,7 +147,7 @@ def recipe_differences(
     recipe: Recipe, before: Mapping[str, object]
 ) -> dict[str, tuple[object, object]]:
     """Return what the recipe itself would change of a run's guarded values; reads no data."""
-    sections = ("model", "quantization", "lora", "data", "train", "run")
+    sections = ("stage", "model", "quantization", "lora", "data", "train", "run")
     of_recipe = {key: before[key] for key in before if key.partition(".")[0] in sections}
     return differences(of_recipe, _recipe_values(recipe))
 
