@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.config.recipe import DataSection
+from recipes_lib.config.recipe import SFT, DataSection, Stage
 from recipes_lib.core.errors import RecipeError
 
 
@@ -21,6 +21,7 @@ class DataRecipe:
 
     data: DataSection
     train: dict[str, Any] = field(default_factory=dict)
+    stage: Stage = SFT
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         line = 1 + ("data", "train", "model").index(key.split(".")[0])
@@ -31,9 +32,12 @@ class DataRecipe:
 def recipe_for():
     """Build a recipe from a source and keys of `data`; `train` holds the training keys."""
 
-    def build(source: Any, *, train: dict[str, Any] | None = None, **data: Any) -> DataRecipe:
+    def build(
+        source: Any, *, train: dict[str, Any] | None = None, stage: Stage = SFT, **data: Any
+    ) -> DataRecipe:
         source = str(source) if isinstance(source, Path) else source
-        return DataRecipe(DataSection(source=source, **data), {"max_length": 1024} | (train or {}))
+        section = DataSection(source=source, **data)
+        return DataRecipe(section, {"max_length": 1024} | (train or {}), stage)
 
     return build
 

@@ -155,10 +155,10 @@ def test_preference_rows_are_named_as_such(read, write_jsonl):
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     with pytest.raises(SettingError) as caught:
         read([row], "chat")
-    assert "preference tuning" in caught.value.hints[-1]
+    assert "stage: dpo" in caught.value.hints[-1]
     with pytest.raises(DataError) as caught:
         formats_of(write_jsonl([row]))
-    assert "preference tuning" in caught.value.hints[-1]
+    assert "stage: dpo" in caught.value.hints[-1]
 
 
 def test_what_cannot_be_used_is_described_with_its_lines(read):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
 
 from recipes_lib.commands import RecipeWord
 from recipes_lib.config.recipe import load_recipe
@@ -11,6 +11,7 @@ from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import aligned, next_step, say
 from recipes_lib.data.leaks import NUM_KEPT
+from recipes_lib.data.rows import PAIR
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import load_eval
 from recipes_lib.weights.load import load_tokenizer
@@ -62,12 +63,26 @@ def run_data(
     if errors:
         raise RecipeErrors(errors)
     for row in data.train.select(range(min(show, len(data.train)))):
-        # text with loss in [[...]], the end token marked
-        num_supervised = sum(label != IGNORED for label in row["labels"])
-        say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
-        line = ""
-        for text, has_loss in decoded_spans(tokenizer, row["input_ids"], row["labels"]):
-            line += f"[[{text}]]" if has_loss else text
-        say(line.rstrip())
+        for title, ids, labels in _shown_sides(row):
+            # text with loss in [[...]], the end token marked
+            num_supervised = sum(label != IGNORED for label in labels)
+            say(f"\n-- {title}: {len(ids)} tokens, {num_supervised} with loss")
+            line = ""
+            for text, has_loss in decoded_spans(tokenizer, ids, labels):
+                line += f"[[{text}]]" if has_loss else text
+            say(line.rstrip())
     say()
     return next_step("train", recipe, *words)
+
+
+def _shown_sides(row: dict[str, Any]) -> Iterator[tuple[str, list[int], list[int]]]:
+    """Yield a title, the tokens and their labels of a row, or of both answers of a pair."""
+    from recipes_lib.data.encoding import IGNORED
+
+    if "labels" in row:
+        yield row["example_id"], row["input_ids"], row["labels"]
+        return
+    prompt = row["prompt_ids"]
+    for name in PAIR:
+        answer = row[f"{name}_ids"]
+        yield f"{row['example_id']}, {name}", prompt + answer, [IGNORED] * len(prompt) + answer

@@ -21,6 +21,7 @@ from recipes_lib.config.new import Method, chosen_keys, copy_of, new_recipe, sch
 from recipes_lib.config.recipe import (
     Recipe,
     RecipeFile,
+    Stage,
     all_keys,
     keys_of,
     load_recipe,
@@ -73,7 +74,7 @@ def run_new(
         new_recipe, name, target, origin, model=model, method=method, words=overrides
     )
     if data is not None:
-        return _new_with_rows(data, target, new_text, overrides)
+        return _new_with_rows(data, target, new_text, overrides, origin.stage)
     text = new_text()
     write_text(target, text)
     say(f"wrote {file}:\n{text.rstrip()}")
@@ -81,19 +82,24 @@ def run_new(
 
 
 def _new_with_rows(
-    data: Path, target: Path, new_text: Callable[..., str], overrides: Sequence[str]
+    data: Path,
+    target: Path,
+    new_text: Callable[..., str],
+    overrides: Sequence[str],
+    stage: Stage,
 ) -> int:
     """Write a recipe for the user's own rows, fitted to their number; name those that are bad."""
     columns: dict[str, str] = {}
     for document in read_words(overrides):
         columns |= document.values.get("data", {}).get("columns") or {}
-    new_text = functools.partial(new_text, data=data, formats=formats_of(data, columns))
+    formats = formats_of(data, columns, stage)
+    new_text = functools.partial(new_text, data=data, formats=formats)
     write_text(target, new_text())
     bad = BadRows()
     try:
         # the origin's batch may be larger than all of the rows
         recipe = load_recipe(target, ["run.global_batch_size=null"])
-        reading = read_data(recipe.data, bad)
+        reading = read_data(recipe.data, bad, recipe.stage)
         if not reading.rows:
             raise bad.error(reading.num_read)
         longest = max(len(json.dumps(row.fields)) for row in reading.rows)

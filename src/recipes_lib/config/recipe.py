@@ -291,11 +291,13 @@ class Recipe:
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
     def reading(self, file: str) -> Recipe:
-        """Return the recipe with all rows of another file, of which none is held out."""
+        """Return the recipe with all rows of another file, of one answer, of which none is held
+        out.
+        """
         values = {"source": file, "split": SplitSection(method="none"), "max_examples": None}
         # no split is wanted of the file, so no validation may be asked for
         train = self.train | {"eval_strategy": "no", "load_best_model_at_end": False}
-        return replace(self, data=self.data.model_copy(update=values), train=train)
+        return replace(self, data=self.data.model_copy(update=values), train=train, stage=SFT)
 
     def origin_of(self, key: str) -> Origin:
         """Return where the value of a dotted key was written, or that it is a default."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +16,14 @@ import numpy as np
 from recipes_lib.config.recipe import DataSection
 from recipes_lib.core.terminal import count
 from recipes_lib.data.encoding import Encoded, Supervision, special_ids
+from recipes_lib.data.encoding_pairs import EncodedPair
 from recipes_lib.data.errors import NUM_LISTED, SettingError, listed
 from recipes_lib.data.prompts import default_system_message
-from recipes_lib.data.rows import DataRow, conversation_of, template_values
+from recipes_lib.data.rows import PAIR, DataRow, answer_row, conversation_of, template_values
 
 MOST_UNSUPERVISED = 0.05  # of the rows
+# Of the medians of chosen and rejected answers; above it a model may learn the length alone.
+MOST_LONGER = 1.2
 
 
 @dataclass
@@ -40,10 +43,16 @@ class DataAudit:
 
 
 def audit_rows(
-    rows: list[DataRow], encoded: dict[str, Encoded], settings: Supervision, tokenizer: Any
+    rows: list[DataRow],
+    encoded: Mapping[str, Encoded | EncodedPair],
+    settings: Supervision,
+    tokenizer: Any,
 ) -> DataAudit:
     """Return what the rows that are used, and their tokens, show."""
+    are_pairs = isinstance(encoded[rows[0].id], EncodedPair) if rows else False
     loss_on = "whole text" if settings.whole else "completion"
+    if are_pairs:
+        loss_on = "chosen against the rejected answer"
     audit = DataAudit(settings.section.prompt_format, loss_on)
     special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
     escaped = [re.escape(name) for name in special if len(name) > 1]
@@ -51,16 +60,16 @@ def audit_rows(
     contents = set[bytes]()
     for row in rows:
         item = encoded[row.id]
-        was_cut = len(item.ids) < item.tokens_before
-        has_end = item.end_token >= 0
+        cut = [side for side in item.sides if len(side.ids) < side.tokens_before]
+        without_end = [side for side in item.sides if side.end_token < 0]
         facts = {
-            "truncated": was_cut,
-            "lost_end": was_cut and not has_end,
+            "truncated": bool(cut),
+            "lost_end": any(side.end_token < 0 for side in cut),
             "no_supervised_tokens": not item.supervised,
-            "without_end_token": not was_cut and not has_end,
+            "without_end_token": any(side not in cut for side in without_end),
             "empty_completions": row.is_empty,
-            "changed_by_template": item.changed,
-            "other_prompt": item.other_prompt,
+            "changed_by_template": any(side.changed for side in item.sides),
+            "other_prompt": any(side.other_prompt for side in item.sides),
             "special_tokens": any(map(special_text.search, row.texts)),
             "duplicates": row.content in contents,
         }
@@ -70,16 +79,17 @@ def audit_rows(
                 places.append(row.place)
         contents.add(row.content)
     items = [encoded[row.id] for row in rows]
-    ends = Counter(item.end_token for item in items if item.end_token >= 0)
+    ends = Counter(side.end_token for item in items for side in item.sides if side.end_token >= 0)
     audit.end_tokens = {tokenizer.convert_ids_to_tokens(end): ends[end] for end in ends}
-    lengths_by_title = {
-        "prompt": [item.prompt_tokens for item in items],
-        "row, as trained": [len(item.ids) for item in items],
-        "with loss": [item.supervised for item in items],
-    }
+    lengths_by_title: dict[str, list[int]] = {}
+    for item in items:
+        for title, length in item.lengths.items():
+            lengths_by_title.setdefault(title, []).append(length)
     for title, lengths in lengths_by_title.items():
         median = int(np.median(lengths))
         audit.tokens[title] = {"total": sum(lengths), "median": median, "max": max(lengths)}
+    if are_pairs:
+        _compare_lengths(audit)
     date = settings.section.template_date
     if date:
         what = f"prints the date, {date} in every resume, chat and evaluation of this run"
@@ -87,10 +97,25 @@ def audit_rows(
     return audit
 
 
+def _compare_lengths(audit: DataAudit) -> None:
+    """Say how long chosen and rejected answers are: a model learns a difference first."""
+    medians = [audit.tokens[name]["median"] for name in PAIR]
+    longer = medians[0] / max(medians[1], 1)
+    what = f"median length: chosen {medians[0]:,} tokens, rejected {medians[1]:,}"
+    if 1 / MOST_LONGER <= longer <= MOST_LONGER:
+        audit.notes.append(what)
+        return
+    kind = "longer" if longer > 1 else "shorter"
+    hint = "compare answers of equal length, or the loss per token (train.loss_type: sigmoid_norm)"
+    audit.warnings.append(f"{what}: DPO may learn to write {kind} answers; {hint}")
+
+
 def system_message_note(
     rows: Sequence[DataRow], section: DataSection, tokenizer: Any, template: str
 ) -> list[str]:
     """Return a note about the system message that the template puts where a row has none."""
+    # of a pair, the two conversations begin alike
+    rows = [answer_row(row, PAIR[0]) if PAIR[0] in row.fields else row for row in rows]
     conversations = ((row, conversation_of(row, section.system_prompt)) for row in rows)
     without = [row for row, messages in conversations if messages[0]["role"] != "system"]
     if not without:

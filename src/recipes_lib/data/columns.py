@@ -8,10 +8,11 @@ from itertools import chain
 from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
-from recipes_lib.config.recipe import DataSection
+from recipes_lib.config.recipe import DPO, SFT, DataSection, Stage
 from recipes_lib.data.conversations import check_roles, read_history, read_messages
 from recipes_lib.data.errors import BadRow, BadRows, SettingError
-from recipes_lib.data.rows import DataRow, conversation_of
+from recipes_lib.data.preferences import settle_pair
+from recipes_lib.data.rows import PAIR, DataRow, answer_row, conversation_of
 from recipes_lib.data.values import checked_text, is_blank, parsed_json
 
 # Prompt format -> the sets of our fields that it can read, the best first.
@@ -21,6 +22,13 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "raw": (("prompt", "completion"), ("text",)),
     "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
 }
+# The same of pairs. Without a prompt, it is what both conversations begin with.
+FIELDS_OF_PAIRS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "dolly": (("instruction", *PAIR),),
+    "alpaca": (("instruction", *PAIR),),
+    "raw": (("prompt", *PAIR),),
+    "chat": (("prompt", *PAIR), ("instruction", *PAIR), PAIR),
+}
 OF_CHAT = ("system", "tools", "chat_template_kwargs")
 OF_PAIRS = ("context", "history")  # beside instruction and response; a history is read in chat
 # Our field -> the names that files use for it, the likeliest first.
@@ -29,6 +37,8 @@ COLUMNS = {
     "prompt": ("prompt",),
     "completion": ("completion",),
     "text": ("text",),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
     "chat_template_kwargs": ("chat_template_kwargs",),
     "instruction": ("instruction", "question"),
     "context": ("context", "input"),
@@ -41,7 +51,7 @@ COLUMNS = {
 
 
 def fields_by_format(
-    columns: Mapping[Any, str], present: Sequence[str]
+    columns: Mapping[Any, str], present: Sequence[str], stage: Stage
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
     """Return our names -> columns, as mapped or by their usual names; and for each prompt format
     that can read such rows, the first set of fields.
@@ -53,22 +63,33 @@ def fields_by_format(
             names[name] = there[0]
     names |= columns  # what the recipe maps wins
     readable: dict[str, tuple[str, ...]] = {}
-    for prompt_format, choices in FIELDS.items():
+    for prompt_format, choices in _field_sets(stage).items():
         for fields in choices:
             if names.keys() >= set(fields):
                 readable.setdefault(prompt_format, fields)
     return names, readable
 
 
-def preference_hint(columns: Sequence[str]) -> list[str]:
-    """Return what to say of columns that only preference tuning reads."""
-    if "chosen" in columns and "rejected" in columns:
-        return ["chosen and rejected answers are for preference tuning, which recipes do not do"]
+def _field_sets(stage: Stage) -> dict[str, tuple[tuple[str, ...], ...]]:
+    return FIELDS_OF_PAIRS if stage == DPO else FIELDS
+
+
+def stage_hint(columns: Sequence[str], stage: Stage) -> list[str]:
+    """Return what to say of columns that another stage reads."""
+    has_pairs = set(PAIR) <= set(columns)
+    if has_pairs and stage == SFT:
+        return ["chosen and rejected answers are read in preference tuning: stage: dpo"]
+    if stage == DPO and not has_pairs:
+        return ["rows of one answer train in stage sft; pairs have a chosen and a rejected one"]
     return []
 
 
 def map_columns(
-    rows: Sequence[DataRow], section: DataSection, columns: Mapping[Any, str], bad: BadRows
+    rows: Sequence[DataRow],
+    section: DataSection,
+    columns: Mapping[Any, str],
+    bad: BadRows,
+    stage: Stage = SFT,
 ) -> tuple[list[DataRow], list[str]]:
     """Give the rows of one source our fields in place of its columns (`columns`: our name -> the
     file's). Return the usable rows, and a line for each column that is left unread by surprise.
@@ -81,14 +102,14 @@ def map_columns(
             what = f"data.columns.{name}: the data has no column '{column}'"
             hints = did_you_mean(column, present) or [f"columns are {', '.join(present)}"]
             raise SettingError("data.columns", what, *hints)
-    names, fields = fields_by_format(columns, present)
+    names, fields = fields_by_format(columns, present, stage)
     if prompt_format not in fields:
-        expected = " / ".join("+".join(choice) for choice in FIELDS[prompt_format])
+        expected = " / ".join("+".join(choice) for choice in _field_sets(stage)[prompt_format])
         what = f"columns are {', '.join(present)}; expected {expected}"
         remedies = [f"data.prompt_format: {other}" for other in fields]
         remedies.append("data.columns: {<our name>: <your column>}")
         hint = f"set {' or '.join(remedies)}"
-        raise SettingError("data.prompt_format", what, hint, *preference_hint(present))
+        raise SettingError("data.prompt_format", what, hint, *stage_hint(present, stage))
     is_chat = prompt_format == "chat"
     read = {"id", *fields[prompt_format]}
     if is_chat:
@@ -135,10 +156,13 @@ def _unread_columns(
 def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_chat: bool) -> None:
     """Give a row our fields; a `BadRow` says which column cannot be read."""
     fields = row.fields
+    optional = {"context", "system"}
+    if "chosen" in names:  # both conversations may begin with the prompt
+        optional |= {"prompt", "instruction"}
     for name, column in names.items():
         value = values.get(column)
         what = f"column '{column}'"
-        is_half = is_chat and name in ("prompt", "completion") and isinstance(value, list)
+        is_half = name in ("prompt", "completion", *PAIR) and isinstance(value, list)
         if name == "id":
             row.id = str(value) if isinstance(value, str | int) else ""
         elif name in ("tools", "chat_template_kwargs", "history") and is_blank(value):
@@ -147,10 +171,16 @@ def _fill(row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], is_
             fields[name] = _json_text(name, value, what)
         elif name == "history":
             fields[name] = read_history(value, what)
-        elif name == "messages" or is_half:
+        elif name == "messages" or (is_chat and is_half):
             fields[name] = read_messages(value, what)
-        elif value is not None or name not in ("context", "system"):
+        elif value is not None or name not in optional:
             fields[name] = checked_text(value, what)
+    if "chosen" in fields:
+        settle_pair(fields, is_chat)
+        for name in PAIR:
+            if is_chat:
+                check_roles(conversation_of(answer_row(row, name), None))
+        return
     if isinstance(fields.get("prompt"), list) != isinstance(fields.get("completion"), list):
         raise BadRow("prompt and completion: one is text, the other a list of messages")
     if is_chat:

@@ -61,6 +61,25 @@ class Encoded:
         """Number of tokens with loss."""
         return int((self.labels != IGNORED).sum())
 
+    @property
+    def sides(self) -> list[Encoded]:
+        """The row itself; a pair has two."""
+        return [self]
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """What a trainer reads of the row."""
+        return {"input_ids": self.ids, "labels": self.labels}
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """How many tokens the audit counts, by title."""
+        return {
+            "prompt": self.prompt_tokens,
+            "row, as trained": len(self.ids),
+            "with loss": self.supervised,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:

@@ -8,18 +8,20 @@ import hashlib
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.recipe import DPO, Recipe
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import file_hash, hash_of, read_object, write_json
 from recipes_lib.core.ranks import meet, on_main_rank, rank, world_size
 from recipes_lib.data.audit import DataAudit, audit_rows, judge, system_message_note
 from recipes_lib.data.cache import folder_of, keep_rows
 from recipes_lib.data.encoding import Encoded, Supervision, encode
+from recipes_lib.data.encoding_pairs import EncodedPair, encode_pair
 from recipes_lib.data.errors import BadRow, BadRows, SettingError, place
 from recipes_lib.data.prompts import chat_template, format_hash, training_template, unread_argument
 from recipes_lib.data.reading import Rows, read_data
@@ -36,8 +38,9 @@ _RECORD = "prepared.json"
 @dataclass(frozen=True)
 class PreparedData:
     """What training needs and what the run directory records. The data sets have the columns
-    `input_ids`, `labels` (-100 where there is no loss) and `example_id`. They are truncated, and
-    rows without supervised tokens are dropped.
+    `input_ids`, `labels` (-100 where there is no loss) and `example_id`; of pairs `prompt_ids`,
+    `chosen_ids`, `rejected_ids` and `example_id`. They are truncated, and rows without supervised
+    tokens are dropped.
     """
 
     train: Dataset
@@ -56,7 +59,10 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
 
     disable_progress_bars()
     try:
-        settings = Supervision.of(recipe.data, recipe.train, tokenizer)
+        section = recipe.data
+        if recipe.stage == DPO:  # what stands before the two answers is their prompt
+            section = section.model_copy(update={"chat_loss": "last"})
+        settings = Supervision.of(section, recipe.train, tokenizer)
         key = on_main_rank(lambda: _keep(recipe, settings, tokenizer))
         if world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", "1")):  # several machines
             if rank() != 0 and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -100,6 +106,7 @@ def _key(recipe: Recipe, settings: Supervision, tokenizer: Any) -> str:
     train = recipe.train
     parts: list[Any] = [
         [str(settings), train.get("completion_only_loss"), train.get("eval_strategy")],
+        recipe.stage,
         [tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()],
         [format_hash(section, tokenizer), training_template(section, tokenizer)],
         [tokenizers.__version__, transformers.__version__],
@@ -120,24 +127,28 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str, fo
     bad = BadRows()
 
     # files -> rows
-    read = read_data(section, bad)
+    read = read_data(section, bad, recipe.stage)
     has_texts = any("text" in row.fields for row in read.rows)
     if has_texts and recipe.train.get("completion_only_loss") is True:
         what = "train.completion_only_loss: true needs prompt and completion, not texts"
         raise SettingError("train.completion_only_loss", what, "remove it: all of a text has loss")
 
     # rows -> tokens
-    training = training_template(section, tokenizer)  # TRL's: the name of its file, its text
+    training = None
+    encode_row: Callable[..., Encoded | EncodedPair] = encode_pair
+    if recipe.stage != DPO:
+        encode_row = encode
+        training = training_template(section, tokenizer)  # TRL's: the name of its file, its text
     template = None
     if section.prompt_format == "chat":
         template = training[1] if training else chat_template(section, tokenizer)
         unread = unread_argument(section.chat_template_kwargs, template)
         if unread:
             raise SettingError("data.chat_template_kwargs", f"data.{unread.what}", *unread.hints)
-    encoded: dict[str, Encoded] = {}
+    encoded: dict[str, Encoded | EncodedPair] = {}
     for row in read.rows:
         try:
-            encoded[row.id] = encode(row, settings, tokenizer, template)
+            encoded[row.id] = encode_row(row, settings, tokenizer, template)
         except BadRow as reason:
             bad.add(row, reason)
     if len(bad) and (section.on_bad_row == "error" or not encoded):
@@ -163,6 +174,9 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str, fo
     audit.rows = {"read": read.num_read, "bad": len(bad), "too_long": num_too_long}
     audit.rows |= {"used": len(rows)} | {name: len(part) for name, part in parts.items()}
     audit.bad_rows = bad.lines()
+    if recipe.stage == DPO:
+        for what, number in Counter(reason.what for reason in bad).most_common():
+            audit.notes.append(f"left out: {number} x {what}")
     judge(audit, settings, recipe.train.get("eval_strategy", "no") != "no")
     splits: dict[str, Any] = {"method": section.split.method}
     contents = {}
@@ -171,13 +185,12 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str, fo
     for name, part in parts.items():
         splits[name] = {"count": len(part), "ids": [row.id for row in part]}
         contents[name] = [row.content.hex() for row in part]
+        columns: dict[str, list[Any]] = {}
         for row in part:
-            digest.update(encoded[row.id].ids.tobytes() + encoded[row.id].labels.tobytes())
-        columns = {
-            "input_ids": [encoded[row.id].ids for row in part],
-            "labels": [encoded[row.id].labels for row in part],
-            "example_id": [row.id for row in part],
-        }
+            for column, values in encoded[row.id].columns.items():
+                digest.update(values.tobytes())
+                columns.setdefault(column, []).append(values)
+        columns["example_id"] = [row.id for row in part]
         if part:  # columns of no rows have no types
             # without a fingerprint, `datasets` would pickle the table, in three times its memory
             sets[name] = Dataset(pyarrow.table(columns), fingerprint=key + name)

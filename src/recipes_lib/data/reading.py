@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.recipe import DataSection, Recipe, SourcePart
+from recipes_lib.config.recipe import SFT, DataSection, Recipe, SourcePart, Stage
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.columns import fields_by_format, map_columns, preference_hint
+from recipes_lib.data.columns import fields_by_format, map_columns, stage_hint
 from recipes_lib.data.errors import BadRows, SettingError, place
 from recipes_lib.data.readers import read_file
 from recipes_lib.data.rows import DataRow, content_hash
@@ -35,7 +35,7 @@ class Rows:
     notes: list[str]  # about columns that are not read
 
 
-def read_data(section: DataSection, bad: BadRows) -> Rows:
+def read_data(section: DataSection, bad: BadRows, stage: Stage = SFT) -> Rows:
     """Read, check and name the rows of all sources; those that cannot be used go to `bad`."""
     rows: list[DataRow] = []
     notes: list[str] = []
@@ -47,7 +47,7 @@ def read_data(section: DataSection, bad: BadRows) -> Rows:
         num_read += len(read) + len(bad) - num_bad
         if not read:
             raise bad.error() if bad else SettingError("data.source", f"0 rows in {source.source}")
-        usable, unread = map_columns(read, section, source.columns or {}, bad)
+        usable, unread = map_columns(read, section, source.columns or {}, bad, stage)
         for line in unread:
             notes.append(f"{source.source}: {line}" if len(sources) > 1 else line)
         for row in usable:
@@ -67,13 +67,14 @@ def read_data(section: DataSection, bad: BadRows) -> Rows:
     return Rows(rows=used, sources=sources, num_read=num_read, notes=notes)
 
 
-def train_rows(section: DataSection, files: object = None) -> list[DataRow]:
+def train_rows(recipe: Recipe, files: object = None) -> list[DataRow]:
     """Return the usable rows that train, without a tokenizer, and so before `max_tokens`; an error
     where the files are not those that a run recorded (`source_hashes`).
     """
+    section = recipe.data
     if files is not None and source_hashes(section) != files:
         raise DataError("the data has changed since the run was trained")
-    return split_rows(read_data(section, BadRows()).rows, section.split)[TRAIN]
+    return split_rows(read_data(section, BadRows(), recipe.stage).rows, section.split)[TRAIN]
 
 
 def check_rows(recipe: Recipe) -> list[DataError]:
@@ -83,7 +84,7 @@ def check_rows(recipe: Recipe) -> list[DataError]:
     try:
         if needs_hub(section):
             return []
-        read = read_data(section, bad)
+        read = read_data(section, bad, recipe.stage)
         if bad and (section.on_bad_row == "error" or not read.rows):
             raise bad.error(read.num_read)
         if len(read.sources) == 1:  # of a mixture, rows may repeat
@@ -103,18 +104,20 @@ def first_local_row(source: str, split: str) -> dict[str, Any] | None:
     return None
 
 
-def formats_of(data: Path, columns: Mapping[Any, str] | None = None) -> tuple[str, ...]:
+def formats_of(
+    data: Path, columns: Mapping[Any, str] | None = None, stage: Stage = SFT
+) -> tuple[str, ...]:
     """Return the prompt formats that can read the first row of a file or folder, best first.
     `columns` are our names -> the file's, where the user has said them.
     """
     file = source_files(SourcePart.model_construct(source=str(data), source_split=TRAIN))[0]
     rows = read_file(file, BadRows())
     names = list(rows[0].fields) if rows else []
-    formats = tuple(fields_by_format(columns or {}, names)[1])
+    formats = tuple(fields_by_format(columns or {}, names, stage)[1])
     if not formats:
         what = f"columns {', '.join(names)} are not understood" if names else "0 rows or columns"
         hints = ["say which is which: data.columns={instruction: NAME, response: NAME}"]
         hints.append("docs/data.md lists the known names")
-        hints += preference_hint(names)
+        hints += stage_hint(names, stage)
         raise DataError(what, *hints, file=shown_path(file), line=1)
     return formats

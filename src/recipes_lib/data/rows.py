@@ -6,10 +6,12 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from recipes_lib.data.conversations import Message, message_texts, with_system_prompt
+
+PAIR = ("chosen", "rejected")  # the answers of a pair; its prompt is what the other fields say
 
 
 @dataclass(slots=True)
@@ -21,7 +23,7 @@ class DataRow:
     fields: dict[str, Any]  # our names -> text or messages; tools and template arguments are JSON
     source: int = 0  # position of its source in the mixture
     id: str = ""  # unique label in splits.json
-    content: bytes = b""  # SHA-256 of the normalised texts, which alone decides the split
+    content: bytes = b""  # SHA-256 of the normalised texts
 
     @property
     def place(self) -> str:
@@ -49,8 +51,20 @@ class DataRow:
         return False
 
     @property
+    def split_key(self) -> bytes:
+        """What alone decides the split: the texts; of a pair its prompt's, so that all pairs of a
+        prompt are on one side.
+        """
+        if "chosen" not in self.fields:
+            return self.content
+        prompt = conversation_of(answer_row(self, "chosen"), None)[:-1]
+        return content_hash({"prompt": prompt})
+
+    @property
     def is_empty(self) -> bool:
-        """Whether a text that the row should teach is empty."""
+        """Whether a text that the row should teach is empty; such a pair is not read."""
+        if "chosen" in self.fields:
+            return False
         for name in ("response", "completion", "text"):
             if isinstance(self.fields.get(name), str):
                 return not self.fields[name].strip()
@@ -60,6 +74,13 @@ class DataRow:
             if is_taught and not "".join(message_texts(message)).strip():
                 return True
         return False
+
+
+def answer_row(row: DataRow, name: str) -> DataRow:
+    """Return a pair with one of its answers alone, which is a row of stage sft."""
+    fields = {key: value for key, value in row.fields.items() if key not in PAIR}
+    fields["response" if "instruction" in fields else "completion"] = row.fields[name]
+    return replace(row, fields=fields)
 
 
 def template_values(row: DataRow, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Which rows train, and which are held out for validation and test: by a hash of their texts."""
+"""Which rows train, and which are held out for validation and test: by a hash of their texts, of
+pairs by that of their prompts.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def split_rows(
         for number in halves["test"]["row"]:
             sides[number] = TEST
     elif section.method == "hash":
-        positions = [unit_interval(row.content.hex(), str(section.seed)) for row in rows]
+        positions = [unit_interval(row.split_key.hex(), str(section.seed)) for row in rows]
         num_positions = len(set(positions))
         low = section.validation
         high = 1 - section.test

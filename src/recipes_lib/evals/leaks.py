@@ -47,7 +47,7 @@ def search_recipe(
     try:
         if not fetch and needs_hub(recipe.data):
             raise DataError(f"the rows are {_OF_HUB}")
-        return leaks | find_leaks(train_rows(recipe.data), texts)
+        return leaks | find_leaks(train_rows(recipe), texts)
     except RecipesError as error:
         return leaks | dict.fromkeys(texts, Leaks(why=error.what))
 
@@ -86,7 +86,7 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
         texts = _texts_of(recipe, trained, True, log.file.parent / "samples")
         key = str(fingerprint), hash_of([[text.question, text.part, text.text] for text in texts])
         if key not in _SEARCHED:
-            rows = train_rows(trained.data, state.get("data_files", {}))
+            rows = train_rows(trained, state.get("data_files", {}))
             _SEARCHED[key] = find_leaks(rows, {"": texts})[""]
     except RecipesError as error:
         return Leaks(why=error.what)

@@ -84,7 +84,7 @@ def rows_of(recipe: Recipe) -> RowLengths:
         )
     else:
         try:
-            texts = [row.texts for row in read_data(section, BadRows()).rows]
+            texts = [row.texts for row in read_data(section, BadRows(), recipe.stage).rows]
         except DataError as error:
             raise place(recipe, error) from None
         lengths = [sum(map(len, parts)) // CHARACTERS_PER_TOKEN + 1 for parts in texts]

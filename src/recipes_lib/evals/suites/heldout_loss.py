@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.recipe import DPO, Recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import hash_of
 from recipes_lib.core.terminal import aligned
@@ -66,6 +66,11 @@ class HeldoutLoss(Suite):
     def _rows(self, model: Model) -> dict[str, list[Any]]:
         """The rows that a model reads, tokenized for it, by column."""
         source = self.recipes[model.name]
+        if self.split and source.stage == DPO:
+            raise RecipeError(
+                f"the {self.split} rows of {model.name} are pairs, whose loss is not that of rows",
+                "name a file of rows with one answer (data.questions)",
+            )
         if self.split is None:
             source = source.reading(str(self.recipe.path_of("data.questions")))
         rows = getattr(prepare_data(source, model.tokenizer), self.split or TRAIN)
