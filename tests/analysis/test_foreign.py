@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shlex
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.analysis.made_up import change_lines
 
 from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.printed_commands import commands
@@ -98,8 +99,8 @@ def test_other_few_shots_stop_the_verdict_and_other_arguments_are_named(tmp_path
     conclusion = compared(first, shots)
     assert conclusion.claims[0].verdict == "no verdict"
     assert any("few-shot" in line for line in conclusion.findings[0].evidence)
-    half = lm_eval(tmp_path / "c", values, config={"model_args": "pretrained=c"})
-    assert any("model arguments" in each.title for each in compared(first, half).findings)
+    half = lm_eval(tmp_path / "c", values[::-1], config={"model_args": "pretrained=c"})
+    assert "different model arguments" in compared(first, half).claims[0].sentence
     sampled = lm_eval(tmp_path / "d", values, config={"gen_kwargs": {"temperature": 1}})
     assert "gen_kwargs" in compared(first, sampled).claims[0].sentence
 
@@ -220,24 +221,58 @@ def test_a_task_that_only_one_model_has_says_nothing_about_the_others(tmp_path: 
     assert not codes & {"evaluated-differently", "protocol-differs"}
 
 
-def test_how_lm_eval_asked_is_compared_as_far_as_it_is_recorded(tmp_path: Path) -> None:
+def test_another_question_stops_the_verdict_and_another_computation_is_said(tmp_path) -> None:
     values = [1.0] * 200 + [0.0] * 100
-    first = lm_eval(tmp_path / "a", values)
-    others = {
+    base: dict[str, Any] = {"system_instruction_sha": None, "chat_template_sha": None}
+    base |= {"transformers_version": "5.0.0", "n-shot": {"arc_easy": 5}}
+    config = {"model": "hf", "fewshot_seed": 1234, "model_args": "pretrained=a,dtype=bfloat16"}
+    first = lm_eval(tmp_path / "a", values, config=config, **base)
+    asked = {
         "system instruction": {"system_instruction_sha": "abc"},
-        "backend": {"config": {"model": "vllm", "model_args": "pretrained=b,dtype=bfloat16"}},
-        "tokenizer": {"config": {"model_args": "pretrained=b,dtype=bfloat16,tokenizer=other"}},
-        "few-shot seed": {"config": {"fewshot_seed": 7, "model_args": "dtype=bfloat16"}},
-        "lm_eval": {"lm_eval_version": None},
-        "prompts": {"prompt": "other"},
+        "chat template": {"chat_template_sha": "abc"},
+        "few-shot seed": {"config": {"fewshot_seed": 7}},
+        "prompts": {},
     }
-    base = {"model": "hf", "fewshot_seed": 1234, "model_args": "pretrained=a,dtype=bfloat16"}
-    first = lm_eval(tmp_path / "a", values, config=base)
-    for name, content in others.items():
-        config = base | content.get("config", {})
-        second = lm_eval(tmp_path / name, values, **(content | {"config": config}))
-        titles = [finding.title for finding in compared(first, second).findings]
-        assert any(f"different {name} in lm_eval" in title for title in titles), (name, titles)
+    computed = {
+        "backend": {"config": {"model": "vllm"}},
+        "tokenizer": {"config": {"model_args": "pretrained=b,dtype=bfloat16,tokenizer=other"}},
+        "model arguments": {"config": {"model_args": "pretrained=b,dtype=bfloat16,max_length=9"}},
+        "precision of the answers": {"config": {"model_args": "pretrained=b,dtype=float16"}},
+        "lm_eval": {"lm_eval_version": None},
+    }
+
+    def other(name: str, content: dict[str, Any], **more: Any) -> Any:
+        content = base | content | {"config": config | content.get("config", {})} | more
+        return compared(first, lm_eval(tmp_path / name, values[::-1], **content)).claims[0]
+
+    for name, content in asked.items():
+        claim = other(name, content, prompt="other")
+        assert claim.verdict == "no verdict" and name in claim.sentence, claim.sentence
+        if name != "prompts":  # which the equal prompts show to have had no effect
+            claim = other(f"{name} in vain", content)
+            assert "differently" not in claim.sentence and claim.row.is_tested
+    for name, content in computed.items():
+        claim = other(name, content)
+        assert claim.row.is_tested and f"different {name}" in claim.sentence.replace(
+            "different model arguments and ", "different "
+        ), claim.sentence
+
+
+def test_only_the_rows_of_a_task_that_was_asked_differently_are_stopped(tmp_path: Path) -> None:
+    values = [1.0] * 200 + [0.0] * 100
+    for name in ("a", "b"):
+        folder = lm_eval(tmp_path / name, values)
+        lm_eval(folder, values, LATER, task="hellaswag", prompt=name)
+    claims = compared(tmp_path / "a", tmp_path / "b").claims
+    stopped = {claim.row.metric: bool(claim.stopped_by) for claim in claims}
+    assert stopped == {"lm_eval/hellaswag/acc": True, "lm_eval/arc_easy/acc": False}
+
+
+def test_what_the_files_do_not_say_is_named(tmp_path: Path) -> None:
+    values = [1.0] * 20 + [0.0] * 10
+    conclusion = compared(lm_eval(tmp_path / "a", values), lm_eval(tmp_path / "b", values))
+    (title,) = [each.title for each in conclusion.findings if each.code == "not-recorded"]
+    assert "a and b" in title and "chat template" in title and "backend" in title
 
 
 def test_questions_chosen_by_hand_have_no_verdict(tmp_path: Path) -> None:
@@ -248,7 +283,14 @@ def test_questions_chosen_by_hand_have_no_verdict(tmp_path: Path) -> None:
     assert conclusion.claims[0].verdict == "no verdict"
     assert conclusion.findings[0].code == "chosen-questions"
     assert "30 of 300 questions of arc_easy" in conclusion.findings[0].evidence[0]
+    for n in (29, 30):  # the first n of both, or of one
+        for name in ("limited a", "limited b"):
+            lm_eval(tmp_path / name, [1.0] * n, **counts, config={"limit": n})
+        pair = [tmp_path / "limited a", tmp_path / "limited b"]
+        codes = {finding.code for finding in compared(*pair).findings}
+        assert ("other-subset" in codes) == (n == 29), n
     whole = lm_eval(tmp_path / "c", [1.0] * 300)  # its other prompts are to other questions
+    assert "other-subset" in {finding.code for finding in compared(pair[0], whole).findings}
     codes = {finding.code for finding in compared(first, whole).findings}
     assert "chosen-questions" in codes and "evaluated-differently" not in codes
 
@@ -304,18 +346,6 @@ def test_the_command_of_a_report_names_what_was_read(tmp_path: Path, monkeypatch
         assert shlex.split(line) == ["recipes", "compare", *map(str, paths)]
 
 
-def test_a_format_may_say_which_questions_of_another_file_a_run_lacks(monkeypatch) -> None:
-    from recipes_lib.analysis import readers
-
-    def complete_toy(runs: list[Run]) -> list[Run]:
-        return [replace(run, unread=("q7 is missing",)) for run in runs]
-
-    toy = SimpleNamespace(FORM="toy", matches=None, read=None, complete=complete_toy)
-    monkeypatch.setattr(readers, "READERS", (*readers.READERS, toy))
-    (run,) = complete([Run("toy", Path(), foreign=True)])
-    assert run.unread == ("q7 is missing",)
-
-
 def test_a_format_is_a_module_with_three_names(tmp_path: Path, monkeypatch) -> None:
     from recipes_lib.analysis import readers
 
@@ -332,3 +362,76 @@ def test_a_format_is_a_module_with_three_names(tmp_path: Path, monkeypatch) -> N
     other.write_text("1")
     with pytest.raises(DataError, match="toy: a file that ends in"):
         read_results(other)
+
+
+def change_rows(folder: Path, how: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    for file in folder.rglob("samples*.jsonl"):
+        change_lines(file, how)
+
+
+def test_a_folder_of_samples_alone_is_compared_and_says_what_it_lacks(tmp_path: Path) -> None:
+    values = [1.0] * 200 + [0.0] * 100
+    for name in ("a", "b"):
+        folder = lm_eval(tmp_path / name, values)
+        change_rows(folder, lambda row: row | {"metrics": ["acc", "brier"], "brier": [0, [1.0]]})
+        (results,) = folder.rglob("results*.json")
+        results.unlink()
+    conclusion = compared(tmp_path / "a", tmp_path / "b/some__model")
+    (claim,) = conclusion.claims
+    assert claim.row.test and claim.row.n == 300 and claim.row.first_value == 200 / 300
+    assert claim.row.higher_is_better
+    unread = next(each for each in conclusion.findings if each.code == "not-read")
+    assert "brier" in unread.evidence[0]
+    assert any("not recorded" in each.title.lower() for each in conclusion.findings)
+
+
+def test_samples_of_a_command_without_results_are_named(tmp_path: Path) -> None:
+    folder = lm_eval(tmp_path / "a", [1.0] * 10)
+    lm_eval(folder, [1.0] * 10, LATER, task="hellaswag")
+    (folder / f"some__model/results{LATER}.json").unlink()
+    assert read_one(folder).unread == (
+        f"samples_hellaswag{LATER}.jsonl: its command has no results file here",
+    )
+
+
+def test_the_path_that_lm_eval_was_given_is_read(tmp_path: Path) -> None:
+    folder = lm_eval(tmp_path / "a", [1.0] * 10, model_folder="", name="res")
+    assert read_one(folder / "res.json").evals == read_one(folder).evals
+    assert read_results(folder / "gone.json") is None
+
+
+def test_one_model_with_and_without_a_chat_template_is_two_arms(tmp_path: Path) -> None:
+    folder = lm_eval(tmp_path / "a", [1.0] * 10)
+    lm_eval(folder, [0.0] * 10, LATER, chat_template_sha="abc")
+    arms = arms_of(read_results(folder) or []).by_name
+    assert list(arms) == ["a-pretrained-a", "a-pretrained-a-chat"]
+
+
+def test_rows_that_one_side_lost_count_both_ways(tmp_path: Path) -> None:
+    values = [1.0] * 100 + [0.0] * 100
+    first = lm_eval(tmp_path / "a", values)
+    second = lm_eval(tmp_path / "b", values)
+    for folder in (first, second):
+        next(folder.rglob("results*")).unlink()
+        change_rows(folder, lambda row: row | {"metrics": ["acc"]})
+    (samples,) = second.rglob("samples*")
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:100]))
+    (claim,) = compared(first, second).claims
+    assert claim.row.test.unresolved == 100 and claim.verdict == "not shown"
+
+
+def test_questions_that_differ_in_digits_only_are_a_doubt_in_the_sentence(tmp_path: Path) -> None:
+    folders = [lm_eval(tmp_path / name, [1.0, 0.0] * 40) for name in ("a", "b")]
+    assert "no-texts" in {each.code for each in compared(*folders).findings}
+
+    def with_text(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"arguments": {"gen_args_0": {"arg_0": f"Again ({row['doc_id']}): why?"}}}
+
+    for folder in folders:
+        change_rows(folder, with_text)
+    conclusion = compared(*folders)
+    assert "no-texts" not in {each.code for each in conclusion.findings}
+    assert "79 of 80 questions of arc_easy differ" in conclusion.claims[0].sentence
+    for folder in folders:
+        change_rows(folder, lambda row: with_text(row | {"doc_id": 1}) | {"doc_id": row["doc_id"]})
+    assert compared(*folders).claims[0].row.test.resolved.questions == 1

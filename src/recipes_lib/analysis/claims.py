@@ -18,6 +18,7 @@ from recipes_lib.analysis.differences import Difference, arm_differences
 from recipes_lib.analysis.findings import (
     DEGENERATE_ANSWERS,
     EVALUATED_DIFFERENTLY,
+    REPEATED_QUESTIONS,
     UNAUDITED,
     Finding,
 )
@@ -313,7 +314,7 @@ def _why_no_cause(touching: Sequence[Finding], differences: Sequence[Difference]
 
 def _remarks(claim: Claim, touching: Sequence[Finding]) -> tuple[str, ...]:
     """What a reader of the sentence alone must know; "no cause is named" has its reasons."""
-    codes = {DEGENERATE_ANSWERS}
+    codes = {DEGENERATE_ANSWERS, REPEATED_QUESTIONS}
     if not claim.no_cause:
         codes.add(EVALUATED_DIFFERENTLY)
     remarks = [f"{finding.title}." for finding in touching if finding.code in codes]

@@ -20,6 +20,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 UNAUDITED = "judge-not-audited"
 EVALUATED_DIFFERENTLY = "evaluated-differently"
 DEGENERATE_ANSWERS = "degenerate-answers"
+REPEATED_QUESTIONS = "repeated-questions"
 
 
 @dataclass(frozen=True)

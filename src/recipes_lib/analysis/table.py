@@ -269,7 +269,11 @@ def _side_by_side(
     first_runs: Measured,
     second_runs: Measured,
 ) -> TableRow:
-    """Both arms on the same items; what only one of them has counts as without a verdict."""
+    """Both arms on the same items; what only one of them has counts as without a verdict.
+
+    In files of other programs that holds for whole questions: a row that is missing may be a loss
+    that somebody deleted.
+    """
     pairs, flags = pair_trainings(first, second, first_runs, second_runs)
     if not pairs:
         row = _row(first, second, [metric for _, metric in first_runs], (0, 0), opponent)
@@ -289,8 +293,11 @@ def _side_by_side(
     first_questions = {sample.id for sample in first_samples}
     second_questions = {sample.id for sample in second_samples}
     common = first_questions & second_questions
-    first_samples = [sample for sample in first_samples if sample.id in common]
-    second_samples = [sample for sample in second_samples if sample.id in common]
+    kept = common
+    if common and all(run.foreign for pair in pairs for run in (pair.first, pair.second)):
+        kept = first_questions | second_questions
+    first_samples = [sample for sample in first_samples if sample.id in kept]
+    second_samples = [sample for sample in second_samples if sample.id in kept]
     items = _items(first_samples + second_samples)
     row.n = len(items)
     if not items:
@@ -300,7 +307,7 @@ def _side_by_side(
         if first_questions and second_questions:
             row.why_not = "the two arms answered different questions"
         return row
-    most = max(len(first_questions), len(second_questions))
+    most = max(len(first_questions), len(second_questions), len(kept))
     if len(common) < most:
         flags.append(f"{len(common)} common questions of {most}")
     row.flags = tuple(flags)

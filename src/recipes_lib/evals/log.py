@@ -46,6 +46,7 @@ UNRESOLVED = "unresolved"
 # of pairs; of grades, losses and checks; of lm-eval's items
 OUTCOMES = (*SCORE, UNRESOLVED, "graded", "right", "wrong", "scored")
 REFERENCE = "reference"  # the opponent that is the questions' own reference answers
+NOT_RECORDED = "not recorded"  # a fact that the files of another program could say and do not
 RESULT_VERSION = 2
 Unit: TypeAlias = Literal["share", "grade", "number"]
 _HASH = re.compile("[0-9a-f]{64}")
@@ -217,7 +218,12 @@ class EvalLog:
 
     @cached_property
     def faults(self) -> dict[str, tuple[int, int]]:
-        """The faults in the answers (`answer_faults`), which several readers ask for."""
+        """The faults in the answers (`answer_faults`), which several readers ask for.
+
+        None of lm-eval: a task may well want one letter, again and again.
+        """
+        if self.suite == "lm_eval":
+            return {}
         samples: dict[tuple[str, int], Sample] = {}
         for metric in self.metrics:
             samples |= {sample.key: sample for sample in metric.samples}

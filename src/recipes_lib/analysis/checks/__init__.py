@@ -6,7 +6,7 @@ A check is a function that yields findings. What it is about decides its file.
 from __future__ import annotations
 
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.checks import answers, asking, copies, judges, trainings
+from recipes_lib.analysis.checks import answers, asking, copies, judges, questions, trainings
 from recipes_lib.analysis.findings import SEVERITIES, Finding
 from recipes_lib.analysis.runs import Arms
 
@@ -20,7 +20,9 @@ _CHECKS = (
     answers.check_answers,
     answers.check_cut_answers,
     asking.check_asking,
-    asking.check_subsets,
+    questions.check_subsets,
+    questions.check_repeats,
+    questions.check_records,
     trainings.check_differences,
     trainings.check_base,
     trainings.check_leaks,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,11 +27,14 @@ _ONE_FORMAT = (
     " factors: {format: [data.prompt_format]}"
 )
 # Parts of an eval recipe that say how fast or where it runs; the judge has its own check, and which
-# engine answered is among the facts of `_computing_facts`.
+# engine answered is among the facts of `computing_facts`.
 _FREE = re.compile(
     r"name|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine"
     r"|base_url|api_key_variable|concurrency|timeout_s|max_retries)"
 )
+
+# What a prompt has in it: where all common prompts are known and equal, these differ in vain.
+_IN_PROMPTS = ("chat template", "system instruction", "few-shot seed", "few-shots as turns")
 
 _Facts = Mapping[str, Any]
 _Texts = Mapping[Any, int]  # hashes, by item; an item without a text has none
@@ -97,7 +100,7 @@ def _evaluation(arms: Arms, arm: str, log: EvalLog, design: Design) -> _Evaluati
     prompts = {}
     for metric in log.metrics:
         for sample in metric.samples:
-            if sample.input is not None:
+            if sample.input is not None and not sample.prompt:
                 questions[metric.key, sample.key] = hash(sample.input.strip())
             if sample.opponent is not None:
                 opponent_answers[metric.key, sample.key] = hash(sample.opponent.strip())
@@ -109,16 +112,16 @@ def _evaluation(arms: Arms, arm: str, log: EvalLog, design: Design) -> _Evaluati
         opponent=arms.opponent(log.against) or "",
         metrics={metric.key for metric in log.metrics},
         grades={metric.key for metric in log.metrics if metric.opponent is None},
-        settings=_settings(log, of_prompt=not design.declares(*_PROMPT)),
-        facts=_computing_facts(log, of_precision=not design.declares(*_PRECISION)),
+        settings=settings_of(log, of_prompt=not design.declares(*_PROMPT)),
+        facts=computing_facts(log, of_precision=not design.declares(*_PRECISION)),
         questions=questions,
         opponent_answers=opponent_answers,
         prompts=prompts,
     )
 
 
-def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
-    """How an evaluation asked, by dotted key."""
+def settings_of(log: EvalLog, of_prompt: bool = True) -> dict[str, Any]:
+    """Return how an evaluation asked, by dotted key."""
     recipe = flatten(dict(log.recipe))
     values = {key: value for key, value in recipe.items() if not _FREE.fullmatch(key)}
     for metric in log.metrics:
@@ -136,8 +139,8 @@ def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
     return values
 
 
-def _computing_facts(log: EvalLog, of_precision: bool) -> dict[str, Any]:
-    """What computed the answers and the verdicts; what is not known is absent."""
+def computing_facts(log: EvalLog, of_precision: bool = True) -> dict[str, Any]:
+    """Return what computed the answers and the verdicts; what is not known is absent."""
     facts: dict[str, Any] = dict(log.libraries)
     if log.suite != "lm_eval":
         facts.pop("lm_eval", None)  # it is installed, and measured nothing here
@@ -166,41 +169,68 @@ def _differences(
     both = f"{first.arm} and {second.arm}"
     where = first.log.eval
     finding = partial(Finding, arms=(first.arm, second.arm), metrics=metrics, opponent=opponent)
-    settings = _unequal(first, second, first.settings, second.settings)
-    if settings:
-        is_format = "prompt format" in settings
-        title = f"{both} were asked differently in {where}: {sentence_list([*settings], 3)}"
-        evidence = tuple(settings.values())
-        remedy = _ONE_FORMAT if is_format else "evaluate both with one eval recipe"
-        yield finding("protocol-differs", "error", title, evidence=evidence, remedy=remedy)
+    for task, lines in _asked_by_task(first, second).items():
+        is_format = "prompt format" in lines
+        title = f"{both} were asked differently in {where}: {sentence_list([*lines], 3)}"
+        evidence = tuple(lines.values())
+        remedy = "evaluate both with one eval recipe"
+        if is_format:
+            remedy = _ONE_FORMAT
+        elif first.log.source:
+            remedy = "ask both in the same way"
+        about = finding("protocol-differs", "error", title, evidence=evidence, remedy=remedy)
+        of_task = [
+            metric.name
+            for metric in (*first.log.metrics, *second.log.metrics)
+            if task == metric.task or task in metric.parts
+        ]
+        yield replace(about, metrics=tuple(dict.fromkeys(of_task))) if task else about
     other_questions = _differing(first.questions, second.questions)
     differing = {"the question": other_questions}
     if first.log.against == second.log.against:
         answers = _differing(first.opponent_answers, second.opponent_answers)
         differing[f"the answer of {first.log.against}"] = answers - other_questions
-    lines = []
+    other_texts = []
     for text, items in differing.items():
         ids = {sample_key[0] for _, sample_key in items}
         if ids:
-            lines.append(f"{text} differs for {len(ids)} ids, such as {min(ids)}")
-    if lines:
+            other_texts.append(f"{text} differs for {len(ids)} ids, such as {min(ids)}")
+    if other_texts:
         title = f"{both} were asked different texts under the same ids in {where}"
-        evidence = tuple(lines)
+        evidence = tuple(other_texts)
         remedy = "evaluate both with the same questions and reference answers"
         yield finding("texts-differ", "error", title, evidence=evidence, remedy=remedy)
     facts = _unequal(first, second, first.facts, second.facts)
-    prompts = _differing(first.prompts, second.prompts)
-    if prompts:
-        task, id = min(prompts)
-        common = len(first.prompts.keys() & second.prompts.keys())
-        counts = f"{len(prompts)} of {common} questions"
-        example = f"{task} {id.partition(':')[0]}"
-        facts["prompts"] = f"the prompts of {counts} differ, such as {example}"
     if facts:
         title = f"{both} were evaluated with different {sentence_list([*facts], 3)} in {where}"
         evidence = tuple(facts.values())
         remedy = "evaluate both in the same way"
         yield finding(EVALUATED_DIFFERENTLY, "confound", title, evidence=evidence, remedy=remedy)
+
+
+def _asked_by_task(first: _Evaluation, second: _Evaluation) -> dict[str, dict[str, str]]:
+    """A line for each difference of asking, by the task whose rows it touches; "" is all of them.
+
+    Prompts are compared where both have the question. What is part of a prompt touches the tasks
+    whose prompts differ, or where no prompts are known all.
+    """
+    tasks = {metric.task for metric in (*first.log.metrics, *second.log.metrics)}
+    common = Counter(task for task, _ in first.prompts.keys() & second.prompts.keys())
+    other_prompts: dict[str, list[str]] = defaultdict(list)
+    for task, id in sorted(_differing(first.prompts, second.prompts)):
+        other_prompts[task].append(id.partition(":")[0])
+    lines: dict[str, dict[str, str]] = defaultdict(dict)
+    for key, line in _unequal(first, second, first.settings, second.settings).items():
+        task = key.partition(": ")[0]
+        touched = [task if task in tasks else ""]
+        if key in _IN_PROMPTS and common:
+            touched = list(other_prompts)
+        for task in touched:
+            lines[task][key] = line
+    for task, ids in other_prompts.items():
+        count = f"{len(ids)} of {common[task]} questions of {task}"
+        lines[task][f"{task}: prompts"] = f"the prompts of {count} differ, such as {ids[0]}"
+    return lines
 
 
 def _unequal(
@@ -224,24 +254,3 @@ def _differing(texts: _Texts, others: _Texts) -> set[Any]:
     if texts == others:  # as most are; the fastest way to see it
         return set()
     return {item for item in texts.keys() & others.keys() if texts[item] != others[item]}
-
-
-def check_subsets(arms: Arms, design: Design | None) -> Iterator[Finding]:
-    """Yield evaluations that asked only some of their questions."""
-    logs: dict[str, list[EvalLog]] = defaultdict(list)
-    subsets: dict[str, list[str]] = defaultdict(list)
-    for arm, log in arms.logs:
-        logs[log.eval].append(log)
-        if log.subset:
-            subsets[log.eval].append(f"{arm}: {log.subset}")
-    for name, lines in subsets.items():
-        evidence = tuple(dict.fromkeys(lines))
-        finding = partial(Finding, evidence=evidence, metrics=metric_names(logs[name]))
-        if any((log.recipe.get("suite") or {}).get("samples") for log in logs[name]):
-            title = f"The questions of {name} were chosen"
-            remedy = "ask all of them: who can choose the questions can choose the answer"
-            yield finding("chosen-questions", "error", title, remedy=remedy)
-        else:
-            title = f"{name} asked only some of its questions"
-            remedy = "ask all of them"
-            yield finding("subset", "warning", title, remedy=remedy)

@@ -1,4 +1,4 @@
-"""Reads results of lm-eval: the folder of `--output_path` or one of its results files.
+"""Reads results of lm-eval: the folder or the file of `--output_path`, or one of its results files.
 
 A command of lm-eval writes one results file and, with `--log_samples`, a samples file per task, all
 with the date of its end in their names:
@@ -7,7 +7,8 @@ with the date of its end in their names:
     DIR/NAME_DATE.json            DIR/samples_TASK_DATE.jsonl         --output_path DIR/NAME.json
 
 (lm_eval 0.4.13, loggers/evaluation_tracker.py.) A folder may hold several models and several
-commands of a model: each model is a run, with each task from the newest command that has it.
+commands of a model: each model is a run, with each task from the newest command that has it. What
+is not read is listed in `Run.unread`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from recipes_lib.analysis.readers.files import arm_name, parsed_json
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import object_or_none, read_rows
-from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, with_groups
-from recipes_lib.evals.suites.lm_eval import metrics_of
+from recipes_lib.core.files import object_or_none, parsed_line, read_rows
+from recipes_lib.evals.log import NOT_RECORDED, AnswerFacts, EvalLog, Metric, with_groups
+from recipes_lib.evals.suites.lm_eval import is_share, metrics_of
 
 FORM = "lm-eval: the folder of --output_path"
 SUITE = "lm_eval"
@@ -36,21 +38,22 @@ _KEYS = {"results", "configs"}
 # Arguments that say which weights answer. They are what is compared, so no difference of asking.
 _OF_THE_WEIGHTS = ("pretrained", "peft", "path", "model", "tokenizer", "delta", "revision")
 _NO_SAMPLES = "no samples beside it, so nothing can be paired"
-_NOT_RECORDED = "not recorded"
+# What a task's configuration says about asking and scoring that its prompts do not show.
+_OF_THE_TASK = ("generation_kwargs", "repeats", "filter_list", "metric_list")
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function, another one in every process
 
 
 @dataclass(frozen=True)
 class Results:
     """One results file, with the samples of the same command."""
 
-    file: Path
+    file: Path  # where it has none, one of its samples files
     content: Mapping[str, Any] = field(repr=False)
 
     @property
     def date(self) -> str:
         """When the command ended, as its file name says; it sorts by time."""
-        found = _DATE.search(self.file.stem)
-        return found[0] if found else ""
+        return _date_of(self.file)
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -73,26 +76,46 @@ class Results:
         return str(name or self.file.parent.name)
 
     @property
-    def weights_arguments(self) -> list[str]:
-        """The arguments that say which weights answered, such as `revision=step2`."""
+    def identity(self) -> list[str]:
+        """What tells the models of one name apart: their weights, and the form they are asked in.
+
+        As words for the name of an arm, such as `revision=step2`.
+        """
         arguments = self.arguments
-        return [f"{key}={arguments[key]}" for key in _OF_THE_WEIGHTS if key in arguments]
+        words = [f"{key}={arguments[key]}" for key in _OF_THE_WEIGHTS if key in arguments]
+        if self.config.get("model_sha"):
+            words.append(f"sha={str(self.config['model_sha'])[:12]}")
+        if self.content.get("chat_template_sha"):
+            words.append("chat")
+        if self.content.get("system_instruction_sha"):
+            words.append(f"system={self.content['system_instruction_sha'][:8]}")
+        return words
+
+    @cached_property
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """How many questions of each task were asked and how many there are, where recorded."""
+        counts = {}
+        for task, count in (self.content.get("n-samples") or {}).items():
+            if isinstance(count.get("effective"), int) and isinstance(count.get("original"), int):
+                counts[task] = (count["effective"], count["original"])
+        return counts
 
     @cached_property
     def samples(self) -> dict[str, list[dict[str, Any]]]:
         """The rows of the samples files, by task; a task without a file has none."""
         rows: dict[str, list[dict[str, Any]]] = {}
         for file in sorted(self.file.parent.glob(f"samples_*{self.date}.jsonl")):
-            task = file.stem.removeprefix("samples_").removesuffix(self.date)
-            rows[task] = list(read_rows(file))
+            if _date_of(file) == self.date:
+                task = file.stem.removeprefix("samples_").removesuffix(self.date)
+                rows[task] = list(read_rows(file))
         return rows
 
 
 def matches(path: Path) -> bool:
-    """Whether a file holds results of lm-eval, or a folder has such files in it or one below."""
+    """Whether a file holds results of lm-eval, or a folder has its files in it or one below."""
     if path.is_dir():
-        return bool(_results_files(path))
-    return path.suffix == ".json" and _is_results(path)
+        return bool(_results_files(path) or _samples_files(path))
+    return path.suffix == ".json" and (_is_results(path) or bool(_of_output_path(path)))
 
 
 def read(path: Path) -> list[Run]:
@@ -102,21 +125,60 @@ def read(path: Path) -> list[Run]:
         DataError: a damaged file, or results without samples, which nothing can be paired with.
     """
     by_model: dict[tuple[str, ...], list[Results]] = defaultdict(list)
-    for file in _results_files(path) if path.is_dir() else [path]:
-        content = parsed_json(file)
-        if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
-            raise DataError("holds no results of lm-eval", _AGAIN, file=file)
-        results = Results(file, content)
-        by_model[str(file.parent), results.model, *results.weights_arguments].append(results)
+    for results in _commands(path):
+        by_model[str(results.file.parent), results.model, *results.identity].append(results)
     names = Counter(commands[0].model for commands in by_model.values())
     runs = []
     for commands in by_model.values():
         folder = path if len(by_model) == 1 else commands[0].file.parent
         name = commands[0].model
         if names[name] > 1:
-            name = "-".join([name, *commands[0].weights_arguments])
+            name = "-".join([name, *commands[0].identity])
         runs.append(_run(name, folder, commands))
     return runs
+
+
+def _commands(path: Path) -> list[Results]:
+    """Return the commands that wrote the files at a path."""
+    files = [path]
+    if path.is_dir():
+        files = _results_files(path)
+    elif not path.exists():
+        files = _of_output_path(path)
+    commands = []
+    for file in files:
+        content = parsed_json(file)
+        if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
+            raise DataError("holds no results of lm-eval", _AGAIN, file=file)
+        commands.append(Results(file, content))
+    if not files:
+        first_files: dict[tuple[Path, str], Path] = {}
+        for file in _samples_files(path):
+            first_files.setdefault((file.parent, _date_of(file)), file)
+        for file in first_files.values():
+            commands.append(Results(file, _shown_by(Results(file, {}).samples)))
+    return commands
+
+
+def _shown_by(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return what a results file would say of these rows, as far as they show it."""
+    results: dict[str, dict[str, float]] = {}
+    higher_is_better: dict[str, dict[str, bool]] = {}
+    unread: dict[str, None] = {}
+    for task, rows in samples.items():
+        values: dict[tuple[str, str], list[float]] = defaultdict(list)
+        for row in rows:
+            for metric in row.get("metrics") or ():
+                if isinstance(row.get(metric), int | float):
+                    values[metric, row.get("filter", "none")].append(row[metric])
+                else:
+                    unread[
+                        f"samples of {task}: {metric} is no number, and no results file is here"
+                    ] = None
+        results[task] = {f"{metric},{pipe}": fmean(of) for (metric, pipe), of in values.items()}
+        # of other metrics nothing says which values are good
+        higher_is_better[task] = {metric: True for metric, _ in values if is_share(metric)}
+    return {"results": results, "higher_is_better": higher_is_better, "unread": [*unread]}
 
 
 def _results_files(folder: Path) -> list[Path]:
@@ -129,8 +191,30 @@ def _results_files(folder: Path) -> list[Path]:
     ]
 
 
+def _samples_files(folder: Path) -> list[Path]:
+    """Return the files of rows of lm-eval: their first row has the number of its document."""
+    found = []
+    for file in sorted([*folder.glob("samples_*.jsonl"), *folder.glob("*/samples_*.jsonl")]):
+        with file.open("rb") as lines:
+            row = parsed_line(lines.readline()) or {}
+        if "doc_id" in row:
+            found.append(file)
+    return found
+
+
+def _of_output_path(path: Path) -> list[Path]:
+    """Return the results files of `--output_path DIR/NAME.json`, which lm-eval gives a date."""
+    files = sorted(path.parent.glob(f"{path.stem}_*.json"))
+    return [file for file in files if path.stem + _date_of(file) == file.stem]
+
+
 def _is_results(file: Path) -> bool:
     return (object_or_none(file) or {}).keys() >= _KEYS
+
+
+def _date_of(file: Path) -> str:
+    found = _DATE.search(file.stem)
+    return found[0] if found else ""
 
 
 def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
@@ -151,10 +235,20 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
         if not rows or any("doc_id" not in row for row in rows):  # the number of its document
             unread.append(f"{results.file.name}: {_NO_SAMPLES}")
             continue
+        unread += results.content.get("unread") or ()
+        for task, (asked, _) in results.counts.items():
+            num_rows = len({row["doc_id"] for row in results.samples.get(task, ())})
+            if task in new_tasks and 0 < num_rows < asked:
+                unread.append(f"{results.file.name}: {num_rows} rows of {asked} asked in {task}")
         logs.append(_log(results, new_tasks))
         read_tasks.update(new_tasks)
     if not logs:
         raise DataError(f"it has {_NO_SAMPLES}", _AGAIN, file=newest_first[0].file)
+    place = newest_first[0].file.parent
+    dates = {_date_of(file) for file in _results_files(place)}
+    for file in _samples_files(place):
+        if dates and _date_of(file) not in dates and file.parent == place:
+            unread.append(f"{file.name}: its command has no results file here")
     return Run(
         name=arm_name(name, folder),
         folder=folder,
@@ -169,19 +263,14 @@ def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
     """Return what one command says about some of its tasks."""
     metrics = [metric for metric in _metrics(results) if metric.task in tasks]
     limit = results.config.get("limit")
-    settings: dict[str, Any] = {"gen_kwargs": str(results.config.get("gen_kwargs") or "none")}
-    if limit:
-        settings["limit"] = limit
-    phrases = []  # how many questions of which tasks were asked, where that is not all of them
-    for task in tasks:
-        counts = (results.content.get("n-samples") or {}).get(task) or {}
-        asked = counts.get("effective")
-        existing = counts.get("original")
-        if asked is not None and existing is not None and asked < existing:
+    part = {"limit": limit} if limit else {}
+    phrases = []
+    for task, (asked, existing) in results.counts.items():
+        if task in tasks and asked < existing:
             phrases.append(f"{asked} of {existing} questions of {task}")
     chosen = ", ".join(phrases)
     if chosen and not limit:
-        settings["samples"] = chosen
+        part["samples"] = chosen
     return EvalLog(
         suite=SUITE,
         eval=SUITE,
@@ -193,9 +282,9 @@ def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
         answers=AnswerFacts(
             name=results.model,
             models=(results.model,),
-            dtype=results.arguments.get("dtype"),
+            dtype=results.config.get("model_dtype") or results.arguments.get("dtype"),
         ),
-        recipe={"suite": settings},
+        recipe=_asked(results, tasks) | {"suite": part},
         libraries=_facts(results),
         git={"commit": results.content.get("git_hash")},
         source="lm-eval",
@@ -205,24 +294,67 @@ def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
 def _metrics(results: Results) -> Iterator[Metric]:
     metrics = []
     for metric in metrics_of(results.content, results.samples):
-        prompts = {
-            str(row["doc_id"]): str(row.get("prompt_hash") or "")
-            for row in results.samples.get(metric.task, ())
-        }
-        samples = tuple(
+        pipeline = metric.metric.partition(",")[2] or "none"
+        rows = {}
+        for row in results.samples.get(metric.task, ()):
+            if row.get("filter", "none") == pipeline:
+                rows[str(row["doc_id"])] = row
+        samples = []
+        for sample in metric.samples:
             # metrics_of begins an id with the document's number
-            replace(sample, prompt=prompts[sample.id.partition(":")[0]])
-            for sample in metric.samples
-        )
-        placed = replace(metric, samples=samples, eval=SUITE, suite=SUITE, file=results.file)
+            row = rows[sample.id.partition(":")[0]]
+            prompt = str(row.get("prompt_hash") or "")
+            question, answer = _texts(row)
+            samples.append(replace(sample, prompt=prompt, input=question, answer=answer))
+        placed = replace(metric, samples=tuple(samples), eval=SUITE, suite=SUITE, file=results.file)
         metrics.append(placed)
     return with_groups(metrics)
 
 
-def _facts(results: Results) -> dict[str, Any]:
-    """Return how a command asked, apart from its tasks' settings. What lm-eval always records and
-    this file does not say is "not recorded": it may be anything.
+def _texts(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return what a model was given for a row, a prompt with the choices, and what it generated."""
+    requests = row.get("arguments") or ()
+    if isinstance(requests, Mapping):  # gen_args_0, gen_args_1, ...; lists before 0.4.3
+        requests = requests.values()
+    texts: dict[str, None] = {}
+    is_generated = False
+    for request in requests:
+        for part in request.values() if isinstance(request, Mapping) else request:
+            if isinstance(part, str):
+                texts[part] = None
+            else:  # the settings of a generation
+                is_generated = True
+    answer = row.get("resps")
+    while isinstance(answer, list) and answer:  # the first of several
+        answer = answer[0]
+    question = "\n".join(texts) or None
+    return question, str(answer) if is_generated and answer is not None else None
+
+
+def _asked(results: Results, tasks: Sequence[str]) -> dict[str, Any]:
+    """Return how a command asked and scored. What lm-eval always records and this file does not
+    say is "not recorded": it may be anything.
     """
+    content = results.content
+    settings: dict[str, Any] = {}
+    for key in ("chat template", "system instruction"):
+        recorded = f"{key.replace(' ', '_')}_sha"
+        settings[key] = content[recorded] or "none" if recorded in content else NOT_RECORDED
+    settings["gen_kwargs"] = str(results.config.get("gen_kwargs") or "none")
+    shots = content.get("n-shot") or {}
+    if any(shots.get(task) for task in tasks):  # else no seed chose an example
+        settings["few-shot seed"] = results.config.get("fewshot_seed", NOT_RECORDED)
+        settings["few-shots as turns"] = content.get("fewshot_as_multiturn") or False
+    for task in tasks:
+        configuration = (content.get("configs") or {}).get(task) or {}
+        for key in _OF_THE_TASK:
+            if key in configuration:
+                settings[f"{task}: {key}"] = _ADDRESS.sub("", str(configuration[key]))
+    return settings
+
+
+def _facts(results: Results) -> dict[str, Any]:
+    """Return how the answers of a command were computed, or that this is not recorded."""
     content = results.content
     config = results.config
     arguments = results.arguments
@@ -232,14 +364,13 @@ def _facts(results: Results) -> dict[str, Any]:
     names = [arguments.get(key) for key in _OF_THE_WEIGHTS if key != "tokenizer"]
     if not tokenizer or tokenizer in names:
         tokenizer = "the model's own"
-    facts = {
-        "lm_eval": content.get("lm_eval_version") or _NOT_RECORDED,
-        "transformers": content.get("transformers_version") or _NOT_RECORDED,
-        "backend": config.get("model") or _NOT_RECORDED,
+    if "model_args" not in config:
+        other_arguments = NOT_RECORDED
+        tokenizer = NOT_RECORDED
+    return {
+        "lm_eval": content.get("lm_eval_version") or NOT_RECORDED,
+        "transformers": content.get("transformers_version") or NOT_RECORDED,
+        "backend": config.get("model") or NOT_RECORDED,
         "model arguments": other_arguments or "none",
         "tokenizer": tokenizer,
-        "chat template": content.get("chat_template_sha") or "none",
-        "system instruction": content.get("system_instruction_sha") or "none",
-        "few-shot seed": config.get("fewshot_seed"),
     }
-    return {name: value for name, value in facts.items() if value is not None}

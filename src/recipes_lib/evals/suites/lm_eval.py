@@ -280,7 +280,7 @@ def _metric_of(
     facts: dict[str, Any] = {
         "metric": name,
         "label": f"{task} {name.replace(',', ', ')}",
-        "unit": "share" if _SHARE.search(metric) and in_range else "number",
+        "unit": "share" if is_share(metric) and in_range else "number",
         "task": task,
         "higher_is_better": (fact("higher_is_better") or {}).get(metric),
         "parts": tuple(_parts_of(results, task)),
@@ -294,6 +294,11 @@ def _metric_of(
     if isinstance(error, int | float):
         facts |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
     return Metric(value=value, n=(fact("n-samples") or {}).get("effective", 0), **facts)
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a metric of lm-eval is a share of right answers, by its name."""
+    return bool(_SHARE.search(metric))
 
 
 def _parts_of(results: Mapping[str, Any], group: str) -> list[str]:
