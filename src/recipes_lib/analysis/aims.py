@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from recipes_lib.analysis.looks import Look
 from recipes_lib.evals.suites import UNIT_SCALES, kind_of
 
 WIDEST_MARGIN = 0.25  # of the scale
@@ -102,6 +103,8 @@ class Aims:
 
     primary: str | None = None
     margins: Mapping[str, Margin] = field(default_factory=dict)
+    baseline: str | None = None  # the arm that no other may be worse than, where there is one
+    look: Look | None = None  # which test of a study with several it is
 
     @property
     def named(self) -> list[str]:
@@ -128,6 +131,7 @@ class Design:
     reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # never tested
     command: str = ""  # what runs the study
     evals: tuple[str, ...] = ()  # the files of its eval recipes
+    went_on: str = ""  # what the look before this one left open
 
     def factor_of(self, key: str) -> str | None:
         """Return the factor that may change a dotted key; None where a difference is a confound."""

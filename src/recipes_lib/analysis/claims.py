@@ -22,6 +22,7 @@ from recipes_lib.analysis.findings import (
     UNAUDITED,
     Finding,
 )
+from recipes_lib.analysis.looks import FUTILE_BELOW, Look
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.table import TableRow, TestedTable, build_table
 from recipes_lib.analysis.text import difference_text, p_text, question_text, sentence_list
@@ -76,6 +77,24 @@ class Claim:
         return self.verdict in ("worse", "lower") or self.within == "not better"
 
     @property
+    def is_futile(self) -> bool:
+        """Whether a study that stops here for it would hardly have shown anything."""
+        chance = self.row.chance
+        return self.verdict == "not shown" and chance is not None and chance < FUTILE_BELOW
+
+    def is_decided(self, baseline: str | None) -> bool:
+        """Return whether more seeds need not be trained for this row.
+
+        Between an arm and the baseline "not worse" is an answer, between two others it is half of
+        one. What an error finding stops is not mended by seeds.
+        """
+        if self.stopped_by or self.is_futile or self.within == "equivalent":
+            return True
+        if self.verdict in ("better", "worse", "higher", "lower"):
+            return True
+        return baseline in self.row.arms and self.not_worse_than(str(baseline))
+
+    @property
     def sentence(self) -> str:
         """The claim as a sentence."""
         text = _sentence(self)
@@ -98,6 +117,8 @@ class Conclusion:
     descriptive: str = ""
     margins: Mapping[str, Margin] = field(default_factory=dict)
     waiting: str = ""  # for what a study is not complete without: its arms are not compared yet
+    look: Look | None = None  # which of a study's tests this is
+    baseline: str | None = None
 
     @property
     def pairs(self) -> dict[tuple[str, str], list[Claim]]:
@@ -108,8 +129,31 @@ class Conclusion:
         return pairs
 
     @property
+    def undecided(self) -> list[tuple[str, str]]:
+        """The pairs of arms for which more seeds are worth their trainings."""
+        pairs = []
+        for pair, claims in self.pairs.items():
+            tested = [claim for claim in claims if not claim.row.aside]
+            if tested and not tested[0].is_decided(self.baseline):
+                pairs.append(pair)
+        return pairs
+
+    @property
+    def look_text(self) -> str:
+        """At which look the study ended, and its level; nothing of a study with one test."""
+        look = self.look
+        if look is None or self.waiting or self.descriptive:
+            return ""
+        level = f"tested at {100 * self.table.alpha:g}%, its share of {100 * ALPHA:g}%"
+        if look.is_last:
+            return f"Ended at {look.place}; {level}."
+        return f"Stopped at {look.place}; {level}. {count(look.saved, 'training')} saved."
+
+    @property
     def answer(self) -> list[str]:
-        """One sentence for each pair of arms, about the primary metric; none about another."""
+        """One sentence for each pair of arms, about the primary metric and no other; then the look
+        that they come from.
+        """
         if self.waiting:
             return [self.waiting]
         absent = [finding for finding in self.findings if finding.code == NO_SUCH_METRIC]
@@ -124,6 +168,8 @@ class Conclusion:
                 sentences.append(f"No answer: {of_pair[pair].title}.")
             elif tested:
                 sentences.append(tested[0].sentence)
+        if self.look_text:
+            sentences.append(self.look_text)
         return sentences
 
     @property
@@ -156,7 +202,8 @@ class Conclusion:
             "question": self.question,
             "answer": self.answer,
             "cannot_say": self.cannot_say,
-            "alpha": ALPHA,
+            "alpha": self.table.alpha,
+            "look": asdict(self.look) if self.look else None,
             "tests": self.table.tests,
             "rows": rows,
             "scores": [asdict(score) for score in self.table.scores],
@@ -180,6 +227,8 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         table = TestedTable(rows=(), scores=tuple(without_intervals))
         left = count(len(design.missing), "training or result")
         waiting = f"Interim: {left} still missing. The arms are compared when all are there."
+        if design.went_on:
+            waiting += f" {design.went_on}"
     if table.rows and not descriptive:
         findings = _absent_metrics(table, aims) + findings
     differences: dict[tuple[str, str], list[Difference]] = {}
@@ -202,6 +251,8 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         descriptive=descriptive,
         margins=aims.margins,
         waiting=waiting,
+        look=aims.look,
+        baseline=aims.baseline,
     )
 
 
@@ -399,13 +450,16 @@ def _not_shown(claim: Claim, numbers: str) -> str:
         word = "worse" if claim.within == "not worse" else "better"
         bound = f"by more than {margin} in {where}"
         return f"{first} is not {word} than {second} {bound}: {numbers}.{after}"
-    if row.test and row.test.p <= ALPHA:
+    if row.test and row.test.p <= row.alpha:
         return (
             f"Not enough for a verdict about {first} and {second} in {where}: {numbers}."
             f" On its own it has {p_text(row.test.p)}; this table has {count(row.tests, 'test')}."
         )
     power = ""
-    if row.mde is not None:
+    if claim.is_futile:
+        seeds = count(row.seeds_left, "remaining seed")
+        power = f" With the {seeds} the chance of showing one was under {FUTILE_BELOW:.0%}."
+    elif row.mde is not None:
         size = difference_text(row.mde, row.unit, signed=False)
         effect = f"win rate {size} from 50%" if row.head_to_head else f"true difference of {size}"
         power = f" 80% of such studies would find a {effect}."

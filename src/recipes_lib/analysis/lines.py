@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from recipes_lib.analysis.claims import Claim, Conclusion
-from recipes_lib.analysis.row_text import effect_text, limits_text, where_text
+from recipes_lib.analysis.row_text import (
+    confidence_text,
+    effect_text,
+    limits_text,
+    where_text,
+)
 from recipes_lib.analysis.table import TestedTable
 from recipes_lib.analysis.text import NONE, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import aligned, count, printable
-from recipes_lib.stats import ALPHA, OTHER_SHARE, PRIMARY_SHARE
-
-# The correction is of p alone: an interval speaks of its own row.
-EFFECT = "effect [95%, not corrected]"
+from recipes_lib.stats import OTHER_SHARE, PRIMARY_SHARE
 
 
 def conclusion_lines(conclusion: Conclusion) -> list[str]:
@@ -37,21 +39,28 @@ def tests_text(table: TestedTable) -> str:
     """Return how many tests are corrected together, and at which level."""
     primaries = sum(row.is_counted and row.primary for row in table.rows)
     others = table.tests - primaries
+    level = f"{100 * table.alpha:g}%"
     if table.tests < 2:
-        return f"{count(table.tests, 'test')}, at {ALPHA:.0%}."
+        return f"{count(table.tests, 'test')}, at {level}."
     if not primaries or not others:
-        return f"{table.tests} tests, corrected together (Holm), at {ALPHA:.0%}."
+        return f"{table.tests} tests, corrected together (Holm), at {level}."
     return (
         f"{table.tests} tests, corrected together (Holm):"
-        f" {primaries} of the primary metric at {ALPHA * PRIMARY_SHARE:.0%},"
-        f" {count(others, 'other')} at {ALPHA * OTHER_SHARE:.0%}."
+        f" {primaries} of the primary metric at {100 * table.alpha * PRIMARY_SHARE:g}%,"
+        f" {count(others, 'other')} at {100 * table.alpha * OTHER_SHARE:g}%."
     )
+
+
+def effect_title(alpha: float) -> str:
+    """Return the head of a column of effects: an interval speaks of its own row, p is corrected."""
+    return f"effect [{confidence_text(alpha)}, not corrected]"
 
 
 def pair_lines(claims: list[Claim]) -> list[str]:
     """Return the table of one pair of arms."""
     first, second = claims[0].row.arms
-    table = [("metric", first, second, EFFECT, "p (Holm)", "n", "verdict", "")]
+    effect = effect_title(claims[0].row.alpha)
+    table = [("metric", first, second, effect, "p (Holm)", "n", "verdict", "")]
     for claim in claims:
         row = claim.row
         metric = where_text(row)

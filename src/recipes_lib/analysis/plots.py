@@ -8,7 +8,7 @@ from html import escape
 
 from recipes_lib.analysis.claims import Claim
 from recipes_lib.analysis.curves import CURVES
-from recipes_lib.analysis.row_text import where_text
+from recipes_lib.analysis.row_text import confidence_text, where_text
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.text import difference_text, plain_number
 from recipes_lib.core.terminal import printable
@@ -27,7 +27,7 @@ _VERDICT_COLORS = {"better": "#2c7a43", "worse": "#b03a1e"}
 
 
 def forest(claims: Sequence[Claim]) -> str:
-    """Return every tested difference with its 95% interval, a panel for each unit, or nothing."""
+    """Return every tested difference with its interval, a panel for each unit, or nothing."""
     drawn = [claim for claim in claims if claim.row.interval and not claim.row.aside][:_MOST_ROWS]
     if not drawn:
         return ""
@@ -56,7 +56,8 @@ def forest(claims: Sequence[Claim]) -> str:
             label = difference_text(value, unit)
             parts.append(_text(_x_of(value, reach), bottom + 20, label, anchor, 11))
         top = bottom + 38
-    return _svg(top, parts, "differences with 95% intervals")
+    level = confidence_text(drawn[0].row.alpha)
+    return _svg(top, parts, f"differences with {level} intervals")
 
 
 def _x_of(value: float, reach: float) -> float:

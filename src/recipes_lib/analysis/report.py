@@ -27,21 +27,20 @@ from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.claims import Conclusion
 from recipes_lib.analysis.differences import code_text
 from recipes_lib.analysis.findings import SEVERITIES
-from recipes_lib.analysis.lines import report_markdown, tests_text
+from recipes_lib.analysis.lines import effect_title, report_markdown, tests_text
 from recipes_lib.analysis.printed_commands import commands, portable_command
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import printable
 from recipes_lib.evals.log import ORDERS, EvalLog, Sample
 from recipes_lib.evals.suites import numbers_of
+from recipes_lib.stats import ALPHA
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_CHARACTERS = 330_000  # of all samples of a page
 LONGEST_TEXT = 4_000
 _MOST_CATEGORIES = 50
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # a spreadsheet would calculate it
-# The correction for many tests is of p alone.
-_INTERVAL_COLUMNS = {"low": "low_95_not_corrected", "high": "high_95_not_corrected"}
 
 
 def write_report(
@@ -91,6 +90,8 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         name=design.name if design else "comparison",
         conclusion=conclusion,
         severities=SEVERITIES,
+        effect_title=effect_title(conclusion.table.alpha),
+        level=row_text.confidence_text(conclusion.table.alpha),
         forest=Markup(plots.forest(conclusion.claims)),
         curves=Markup(plots.curves(arms)),
         reference=reference,
@@ -242,7 +243,10 @@ def _number(kind: str, values: dict[str, Any]) -> dict[str, Any]:
         values["low"], values["high"] = values.pop("interval") or (None, None)
     if "files" in values:
         values["file"] = " ".join(values.pop("files"))
-    named = {_INTERVAL_COLUMNS.get(key, key): value for key, value in values.items()}
+    # The correction for many tests is of p alone.
+    level = row_text.confidence_text(values.get("alpha", ALPHA)).removesuffix("%")
+    ends = {end: f"{end}_{level}_not_corrected" for end in ("low", "high")}
+    named = {ends.get(key, key): value for key, value in values.items()}
     return {"kind": kind, **named}
 
 

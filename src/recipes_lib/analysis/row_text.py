@@ -5,6 +5,7 @@ from __future__ import annotations
 from recipes_lib.analysis.table import TableRow
 from recipes_lib.analysis.text import difference_text, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import count
+from recipes_lib.stats import ALPHA
 
 FAR_LONGER = 1.5  # times as long, by the median
 NEAR_END = 0.02  # from 0% or 100%
@@ -26,13 +27,29 @@ def effect_text(row: TableRow) -> str:
 
 
 def limits_text(row: TableRow) -> str:
-    """Return the interval of `effect_text`; nothing where there is none."""
+    """Return the interval of `effect_text`, with its level where that is not 95%; nothing where
+    there is none.
+    """
     interval = row.interval
     if interval is None:
         return ""
     if row.head_to_head:
-        return interval_text((interval[0] + 0.5, interval[1] + 0.5), row.unit, signed=False)
-    return interval_text(interval, row.unit)
+        limits = interval_text((interval[0] + 0.5, interval[1] + 0.5), row.unit, signed=False)
+    else:
+        limits = interval_text(interval, row.unit)
+    if row.alpha == ALPHA:
+        return limits
+    return f"[{confidence_text(row.alpha)}: {limits[1:]}"
+
+
+def confidence_text(alpha: float) -> str:
+    """Return the level of an interval.
+
+    Example:
+        >>> confidence_text(0.05), confidence_text(0.005)
+        ('95%', '99.5%')
+    """
+    return f"{100 * (1 - alpha):g}%"
 
 
 def values_text(row: TableRow) -> str:
@@ -51,8 +68,13 @@ def evidence_text(row: TableRow) -> str:
     """Return p, the number of questions and of trainings."""
     assert row.test is not None
     evidence = p_text(row.p)
+    corrections = []
     if row.tests > 1:
-        evidence += " (Holm)"
+        corrections.append("Holm")
+    if row.alpha != ALPHA:
+        corrections.append("looks")
+    if corrections:
+        evidence += f" ({', '.join(corrections)})"
     unit = "row" if row.suite == "heldout_loss" else "question"
     evidence += f", n = {count(row.test.resolved.questions, unit)}"
     if row.test.unresolved:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipes_lib.analysis.aims import Aims, is_named, metric_parts
+from recipes_lib.analysis.futility import Target, chance
 from recipes_lib.analysis.pairs import (
     Measured,
     identity_of,
@@ -74,9 +75,12 @@ class TableRow:
     is_stopped: bool = False  # by an error among the findings: it can have no verdict
     primary: bool = False
     margin: float | None = None
-    p: float | None = None  # corrected over the table
+    alpha: float = ALPHA  # the level that all tests of the table have together
+    p: float | None = None  # corrected over the table and over looks: 5% is the limit
     p_margin: Limits | None = None  # the same of not being worse, and of not being better
     mde: float | None = None  # the difference that it finds with 80% probability
+    seeds_left: int = 0  # until the last look
+    chance: float | None = None  # that the last look shows anything; None at the last look
     tests: int = 0
     flags: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
@@ -113,8 +117,8 @@ class TableRow:
 
     @property
     def interval(self) -> Limits | None:
-        """The 95% interval of the difference."""
-        return self.test.interval() if self.test else None
+        """The interval of the difference: of 95%, at a look of the look's level."""
+        return self.test.interval(self.alpha) if self.test else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain values."""
@@ -154,6 +158,7 @@ class TestedTable:
 
     rows: tuple[TableRow, ...]
     scores: tuple[Score, ...]
+    alpha: float = ALPHA  # of all tests together
 
     @property
     def tests(self) -> int:
@@ -185,14 +190,14 @@ def build_table(arms: Arms, aims: Aims, is_stopped: Callable[[TableRow], bool]) 
     _set_margins(rows, aims)
     _set_primary(rows, aims)
     _refuse_few_of_many(rows)
-    _correct(rows)
+    _correct(rows, aims)
     pair_order = list(dict.fromkeys(row.arms for row in rows))
     rows.sort(key=lambda row: (pair_order.index(row.arms), not row.primary, bool(row.aside)))
     scores = []
     for arm in arms:
         for (_, opponent), results in measured[arm.name].items():
             scores.append(_score(arm, opponent, results))
-    return TestedTable(tuple(rows), tuple(scores))
+    return TestedTable(tuple(rows), tuple(scores), _alpha(aims))
 
 
 # ---- One row ----
@@ -513,18 +518,23 @@ def _refuse_few_of_many(rows: Sequence[TableRow]) -> None:
             row.why_not = f"fewer than {FEWEST_OF_MANY} questions are too few for {together} tests"
 
 
-def _correct(rows: Sequence[TableRow]) -> None:
-    """Correct p over the table, and set what each row would find."""
+def _alpha(aims: Aims) -> float:
+    return ALPHA * aims.look.share if aims.look else ALPHA
+
+
+def _correct(rows: Sequence[TableRow], aims: Aims) -> None:
+    """Correct p over the table and over looks, and set what each row would find."""
     counted = [row for row in rows if row.is_counted]
     for row in rows:
         row.tests = len(counted)
+        row.alpha = _alpha(aims)
     # A stopped row keeps the p that it would have as one of the tests: the gate of a study reads
     # it. The others are corrected as if it were not there.
-    _correct_together([row for row in rows if row.is_tested])
-    _correct_together(counted)
+    _correct_together([row for row in rows if row.is_tested], aims)
+    _correct_together(counted, aims)
 
 
-def _correct_together(rows: Sequence[TableRow]) -> None:
+def _correct_together(rows: Sequence[TableRow], aims: Aims) -> None:
     """Correct the p of these rows: of primary ones at 4% and others at 1%, or all at 5%."""
     primaries = sum(row.primary for row in rows)
     has_both = 0 < primaries < len(rows)
@@ -539,16 +549,34 @@ def _correct_together(rows: Sequence[TableRow]) -> None:
         elif has_both:
             size = len(rows) - primaries
             share = OTHER_SHARE
-        row.p = p
+        over_looks = ALPHA / row.alpha
+        row.p = min(1.0, p * over_looks)
         # at the strictest level that Holm may ask of the row
-        mde = row.test.mde(ALPHA * share / size)
+        mde = row.test.mde(row.alpha * share / size)
         row.mde = mde if mde < row.test.resolved.reach else None
         if row.margin is not None:
             # Bonferroni: tests of margins take no part in the steps of Holm.
             below, above = row.test.p_within(row.margin)
-            below = min(1.0, size / share * below)
-            above = min(1.0, size / share * above)
+            below = min(1.0, size / share * over_looks * below)
+            above = min(1.0, size / share * over_looks * above)
             row.p_margin = (below, above) if row.higher_is_better else (above, below)
+        if aims.look and not aims.look.is_last:
+            target = Target(
+                seeds=aims.look.declared,
+                alpha=ALPHA * aims.look.last_share * share / size,
+                margin=row.margin,
+                favour=_favour(row, aims.baseline),
+            )
+            row.chance = chance(row.test, target)
+            row.seeds_left = aims.look.declared - aims.look.seeds
+
+
+def _favour(row: TableRow, baseline: str | None) -> int:
+    """Return the sign of differences in favour of the arm that is compared with the baseline."""
+    if baseline not in row.arms:
+        return 0
+    sign = 1 if row.higher_is_better else -1
+    return sign if row.second == baseline else -sign
 
 
 def _score(arm: ArmRuns, opponent: str | None, measured: Measured) -> Score:
