@@ -24,7 +24,8 @@ from recipes_lib.analysis.findings import (
 )
 from recipes_lib.analysis.looks import FUTILE_BELOW, Look
 from recipes_lib.analysis.runs import Arms
-from recipes_lib.analysis.table import TableRow, TestedTable, build_table
+from recipes_lib.analysis.table import TestedTable, build_table
+from recipes_lib.analysis.table_row import TableRow
 from recipes_lib.analysis.text import difference_text, p_text, question_text, sentence_list
 from recipes_lib.core.terminal import count
 from recipes_lib.stats import ALPHA

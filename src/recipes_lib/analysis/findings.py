@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recipes_lib.analysis.table import TableRow
+from recipes_lib.analysis.table_row import TableRow
 from recipes_lib.evals.log import EvalLog
 
 Severity = Literal["error", "confound", "warning", "note"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recipes_lib.analysis.table import TableRow
+from recipes_lib.analysis.table_row import TableRow
 from recipes_lib.analysis.text import difference_text, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import count
 from recipes_lib.stats import ALPHA

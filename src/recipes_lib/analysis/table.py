@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recipes_lib.analysis.aims import Aims, is_named, metric_parts
-from recipes_lib.analysis.futility import Target, chance
+from recipes_lib.analysis.corrections import alpha_of, correct, refuse_few_of_many
 from recipes_lib.analysis.pairs import (
     Measured,
     identity_of,
@@ -26,113 +26,22 @@ from recipes_lib.analysis.pairs import (
     trainings_of,
 )
 from recipes_lib.analysis.runs import ArmRuns, Arms, question_of
+from recipes_lib.analysis.table_row import TableRow
 from recipes_lib.core.terminal import count
 from recipes_lib.evals.log import Metric, Sample
 from recipes_lib.evals.suites import UNIT_SCALES
 from recipes_lib.stats import (
     ALPHA,
-    OTHER_SHARE,
-    PRIMARY_SHARE,
-    Comparison,
     Limits,
-    adjust,
     compare,
     mean_interval,
 )
 
 FEWEST_QUESTIONS = 6  # five that all agree have p = 0.06
 FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample
-MANY_TESTS = 20
-FEWEST_OF_MANY = 30  # questions of a row, where many tests are corrected together
 _Key = tuple[tuple[str, str, str], str | None]  # eval, task, metric; opponent
 _Item = tuple[str, int]  # question, turn
 _Values: TypeAlias = NDArray[np.float64]
-
-
-@dataclass(kw_only=True)
-class TableRow:
-    """Two arms on one metric, filled while the table is built."""
-
-    metric: str
-    label: str
-    eval: str
-    suite: str
-    first: str
-    second: str
-    unit: str
-    higher_is_better: bool | None
-    opponent: str | None = None
-    head_to_head: bool = False
-    first_value: float | None = None
-    second_value: float | None = None
-    first_length: float | None = None  # median characters of the first arm's answers
-    second_length: float | None = None
-    test: Comparison | None = None
-    n: int = 0
-    trainings: tuple[int, int] = (0, 0)  # of each arm; 0 of a model not trained here
-    why_not: str = ""  # why it has no verdict
-    aside: str = ""  # why it is shown and not tested
-    is_stopped: bool = False  # by an error among the findings: it can have no verdict
-    primary: bool = False
-    margin: float | None = None
-    alpha: float = ALPHA  # the level that all tests of the table have together
-    p: float | None = None  # corrected over the table and over looks: 5% is the limit
-    p_margin: Limits | None = None  # the same of not being worse, and of not being better
-    mde: float | None = None  # the difference that it finds with 80% probability
-    seeds_left: int = 0  # until the last look
-    chance: float | None = None  # that the last look shows anything; None at the last look
-    tests: int = 0
-    flags: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-
-    @property
-    def arms(self) -> tuple[str, str]:
-        """Both arms."""
-        return self.first, self.second
-
-    @property
-    def is_tested(self) -> bool:
-        """Whether the row has a test that could carry a verdict."""
-        return self.test is not None and not self.why_not and not self.aside
-
-    @property
-    def is_counted(self) -> bool:
-        """Whether the row is one of the tests that are corrected together."""
-        return self.is_tested and not self.is_stopped
-
-    @property
-    def has_several_trainings(self) -> bool:
-        """Whether each trained arm of the row was trained at least twice, and one was trained.
-
-        How far apart two seeds lie is known from two trainings on. A base was never trained here,
-        so beside a trained arm it needs none. Of two models not trained here nobody knows.
-        """
-        trained = [number for number in self.trainings if number > 0]
-        return bool(trained) and min(trained) > 1
-
-    @property
-    def difference(self) -> float | None:
-        """The first arm minus the second; head to head its win rate minus one half."""
-        return self.test.resolved.value if self.test else None
-
-    @property
-    def interval(self) -> Limits | None:
-        """The interval of the difference: of 95%, at a look of the look's level."""
-        return self.test.interval(self.alpha) if self.test else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as plain values."""
-        values = dict(vars(self))
-        test = values.pop("test")
-        low, high = self.interval or (None, None)
-        return values | {
-            "difference": self.difference,
-            "low": low,
-            "high": high,
-            "p_alone": test.p if self.is_tested else None,
-            "questions": test.resolved.questions if test else None,
-            "unresolved": test.unresolved if test else None,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +98,15 @@ def build_table(arms: Arms, aims: Aims, is_stopped: Callable[[TableRow], bool]) 
     _set_asides(rows, arms, aims)  # first: what is set aside has no margin and is not primary
     _set_margins(rows, aims)
     _set_primary(rows, aims)
-    _refuse_few_of_many(rows)
-    _correct(rows, aims)
+    refuse_few_of_many(rows)
+    correct(rows, aims)
     pair_order = list(dict.fromkeys(row.arms for row in rows))
     rows.sort(key=lambda row: (pair_order.index(row.arms), not row.primary, bool(row.aside)))
     scores = []
     for arm in arms:
         for (_, opponent), results in measured[arm.name].items():
             scores.append(_score(arm, opponent, results))
-    return TestedTable(tuple(rows), tuple(scores), _alpha(aims))
+    return TestedTable(tuple(rows), tuple(scores), alpha_of(aims))
 
 
 # ---- One row ----
@@ -505,78 +414,6 @@ def _set_primary(rows: Sequence[TableRow], aims: Aims) -> None:
         if is_about_primary and row.arms not in marked:
             row.primary = True
             marked.add(row.arms)
-
-
-def _refuse_few_of_many(rows: Sequence[TableRow]) -> None:
-    """Refuse a verdict to rows of few questions where many tests are corrected together."""
-    counted = [row for row in rows if row.is_counted]
-    primaries = sum(row.primary for row in counted)
-    for row in counted:
-        assert row.test is not None
-        together = primaries if row.primary else len(counted)
-        if together >= MANY_TESTS and row.test.resolved.questions < FEWEST_OF_MANY:
-            row.why_not = f"fewer than {FEWEST_OF_MANY} questions are too few for {together} tests"
-
-
-def _alpha(aims: Aims) -> float:
-    return ALPHA * aims.look.share if aims.look else ALPHA
-
-
-def _correct(rows: Sequence[TableRow], aims: Aims) -> None:
-    """Correct p over the table and over looks, and set what each row would find."""
-    counted = [row for row in rows if row.is_counted]
-    for row in rows:
-        row.tests = len(counted)
-        row.alpha = _alpha(aims)
-    # A stopped row keeps the p that it would have as one of the tests: the gate of a study reads
-    # it. The others are corrected as if it were not there.
-    _correct_together([row for row in rows if row.is_tested], aims)
-    _correct_together(counted, aims)
-
-
-def _correct_together(rows: Sequence[TableRow], aims: Aims) -> None:
-    """Correct the p of these rows: of primary ones at 4% and others at 1%, or all at 5%."""
-    primaries = sum(row.primary for row in rows)
-    has_both = 0 < primaries < len(rows)
-    adjusted = adjust([row.test.p for row in rows if row.test], [row.primary for row in rows])
-    for row, p in zip(rows, adjusted, strict=True):
-        assert row.test is not None
-        size = len(rows)
-        share = 1.0  # of alpha
-        if has_both and row.primary:
-            size = primaries
-            share = PRIMARY_SHARE
-        elif has_both:
-            size = len(rows) - primaries
-            share = OTHER_SHARE
-        over_looks = ALPHA / row.alpha
-        row.p = min(1.0, p * over_looks)
-        # at the strictest level that Holm may ask of the row
-        mde = row.test.mde(row.alpha * share / size)
-        row.mde = mde if mde < row.test.resolved.reach else None
-        if row.margin is not None:
-            # Bonferroni: tests of margins take no part in the steps of Holm.
-            below, above = row.test.p_within(row.margin)
-            below = min(1.0, size / share * over_looks * below)
-            above = min(1.0, size / share * over_looks * above)
-            row.p_margin = (below, above) if row.higher_is_better else (above, below)
-        if aims.look and not aims.look.is_last:
-            target = Target(
-                seeds=aims.look.declared,
-                alpha=ALPHA * aims.look.last_share * share / size,
-                margin=row.margin,
-                favour=_favour(row, aims.baseline),
-            )
-            row.chance = chance(row.test, target)
-            row.seeds_left = aims.look.declared - aims.look.seeds
-
-
-def _favour(row: TableRow, baseline: str | None) -> int:
-    """Return the sign of differences in favour of the arm that is compared with the baseline."""
-    if baseline not in row.arms:
-        return 0
-    sign = 1 if row.higher_is_better else -1
-    return sign if row.second == baseline else -sign
 
 
 def _score(arm: ArmRuns, opponent: str | None, measured: Measured) -> Score:

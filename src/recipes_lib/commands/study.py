@@ -13,6 +13,7 @@ from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.study import progress
 from recipes_lib.study.config import Study, load_study
+from recipes_lib.study.lock import current_part
 from recipes_lib.study.run import StudyRunner
 from recipes_lib.study.trainings import study_folder, study_trainings, with_choices
 
@@ -24,7 +25,7 @@ def run_study_plan(study: _StudyWord, overrides: Sequence[str]) -> int:
     """Show what is left to do and what it takes; change nothing."""
     loaded = with_choices(load_study(study, overrides))
     progress.refuse_unmet(loaded)
-    for need in progress.missing_needs_of(loaded):
+    for need in progress.missing_needs_of(current_part(loaded)):
         print_error(f"warning: {need}")
     say(*progress.plan_lines(loaded))
     return _next("run", loaded)
@@ -58,11 +59,15 @@ def run_study_run(
 def run_study_status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
     """Show every training and result that is not done."""
     loaded = with_choices(load_study(study, overrides))
-    states = progress.progress_of(loaded)
+    part = current_part(loaded)
+    states = progress.progress_of(part)
     if json:
         return print_json({"study": loaded.name, "states": states})
     remaining = [(name, state) for name, state in states.items() if state != "done"]
-    say(f"{len(states) - len(remaining)} of {len(states)} trainings and results done")
+    done = f"{len(states) - len(remaining)} of {len(states)} trainings and results done"
+    if part.aims.look:
+        done += f" of {part.aims.look.place}"
+    say(done)
     if not remaining:
         return _next("report", loaded)
     say(*aligned(remaining))

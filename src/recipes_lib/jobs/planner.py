@@ -122,6 +122,9 @@ class Planner:
         if any(arm.tuning for arm in study.arms):
             what = f"study '{study.name}' tunes its arms: what they train is known only afterwards"
             raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
+        if study.looks:
+            what = f"study '{study.name}' has looks: what it trains is known only afterwards"
+            raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
         refuse_unmet(study)
         plan = self._empty_plan(study.name)
         if "train" in stages:

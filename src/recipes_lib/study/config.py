@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field
 
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
+from recipes_lib.analysis.looks import Look, looks_after
 from recipes_lib.config.documents import COMMAND_LINE, Document, KeyPath, did_you_mean, read
 from recipes_lib.config.launch import AccelerateConfigName, Launch, plan_launch
 from recipes_lib.config.parsing import Section, parse
@@ -83,6 +84,9 @@ class StudyFile(LaunchKeys):
     between arms is a confound."""
     arms: dict[ArmName, AnyArm] = Field(min_length=1)
     """Name -> arm."""
+    looks: list[int] | None = None
+    """Numbers of seeds after which the study is tested, [3, 5]: it trains on only if a pair of arms
+    is undecided. Rising, the first at least 2, the last all seeds. Default: one test of all."""
     include_base: bool = True
     """Also evaluate the arms' base model, as the arm `base`; once, however many arms there are."""
     evals: list[str] = Field(min_length=1)
@@ -148,6 +152,20 @@ class Study:
         return self.file.baseline or first
 
     @property
+    def looks(self) -> tuple[Look, ...]:
+        """Its tests in their order; none of a study that is tested once."""
+        if not self.file.looks:
+            return ()
+        return looks_after(self.file.looks, len(self.arms))
+
+    def at(self, look: Look | None) -> Study:
+        """Return the study with the seeds that it has at a look."""
+        if look is None:
+            return self
+        arms = [replace(arm, seeds=arm.seeds[: look.seeds]) for arm in self.arms]
+        return replace(self, arms=tuple(arms), aims=replace(self.aims, look=look))
+
+    @property
     def design(self) -> Design:
         """What it declares, as far as conclusions depend on it."""
         command = ["recipes", "study", "run", self.document.file, *self.overrides]
@@ -186,11 +204,12 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     reader = _Reader(document, parse(StudyFile, document), of_recipes)
     reader.check_names()
     arms = reader.arms()
+    reader.check_looks(arms)
     evals = reader.evals()
     aims = reader.aims(evals)
     if reader.errors:
         raise RecipeErrors({str(error): error for error in reader.errors}.values())
-    return Study(
+    study = Study(
         name=document.path.stem,
         document=document,
         file=reader.keys,
@@ -199,6 +218,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         aims=aims,
         overrides=tuple(overrides),
     )
+    return replace(study, aims=replace(aims, baseline=study.baseline))
 
 
 def _key_of(override: str) -> str:
@@ -286,6 +306,27 @@ class _Reader:
             self.add_error(("include_base",), what, hint)
         return arms
 
+    def check_looks(self, arms: Sequence[Arm]) -> None:
+        """Check the numbers of seeds after which the study is tested."""
+        looks = self.keys.looks
+        if looks is None or not arms:
+            return
+        key: KeyPath = ("looks",)
+        hint = "as looks: [3, 5] with five seeds; without looks a study is tested once"
+        if len(looks) < 2 or looks != sorted(set(looks)):
+            self.add_error(key, "looks: must be two or more rising numbers of seeds", hint)
+        elif looks[0] < 2:
+            what = "looks: the first is after at least 2 seeds: one says nothing about a recipe"
+            self.add_error(key, what, hint)
+        for arm in arms:
+            if arm.seeds != arms[0].seeds:
+                what = f"looks: {arm.name} has other seeds than {arms[0].name}, or another order"
+                self.add_error(key, what, "give all arms one list: seeds of the study")
+        declared = len(arms[0].seeds)
+        if looks and looks[-1] != declared:
+            what = f"looks: the last is after {looks[-1]} seeds, and {declared} are declared"
+            self.add_error(key, what, "the last look has all seeds")
+
     def arm(self, name: str, section: ArmSection) -> Arm:
         """Return an arm, with the candidates of its grid."""
 
@@ -371,7 +412,7 @@ class _Reader:
             if fault:
                 self.add_error(("margins", word), f"margins: {word}: {fault}", hint)
             self.refuse_absent_metric(("margins", word), word, evals)
-        return Aims(meant[0] if meant else None, margins)
+        return Aims(primary=meant[0] if meant else None, margins=margins)
 
     def refuse_absent_metric(
         self, key: tuple[str, ...], word: str, evals: Sequence[EvalRecipe]

@@ -2,7 +2,8 @@
 
 `runs/<study>/design.json` is written before the first evaluation, with a hash of its own. Every run
 that is evaluated afterwards keeps a copy of that hash in its run.json. So a lock that is lost, cut
-or exchanged is seen, and leaves a study without verdicts instead of free.
+or exchanged is seen, and leaves a study without verdicts instead of free. Beside the locked content
+stand the looks that were taken: whether the study went on, and a hash of the results that it saw.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.analysis.looks import FUTILE_BELOW, Look
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import Row, hash_of, object_or_none, utc_now, write_json
 from recipes_lib.core.project import runs_root
@@ -25,6 +27,7 @@ from recipes_lib.training.resume_guard import differences, flatten
 LOCK = "design.json"
 RESULTS = "evals/*/result*.json"  # in a run's folder
 COPIES = "design_locks"  # in run.json: the name of a study -> the hash of its lock
+SHOWN = "shown"  # in the lock, outside of its hash: the looks that were taken
 # Where a job runs makes no other arm; seeds are listed.
 _FREE = {"train.seed", "launch.accelerate", "launch.gpus", "launch.nodes"}
 
@@ -66,7 +69,8 @@ def design_values(study: Study) -> dict[str, Any]:
             if key not in free and (value or key in written):
                 declared[key] = value
         arms[arm.name] = hash_in(study.document.path.parent, declared)
-        seeds[arm.name] = sorted(arm.seeds)
+        # at looks the first seeds are tested alone
+        seeds[arm.name] = list(arm.seeds) if study.looks else sorted(arm.seeds)
         with suppress(RecipesError):  # rows that are not on this machine
             hashes = source_hashes(arm.recipe.data)
             if hashes:
@@ -77,6 +81,11 @@ def design_values(study: Study) -> dict[str, Any]:
         evals[recipe.name] = recipe.settings_key(code=None)
         if recipe.opponent(None):
             opponents.append(f"{recipe.opponent(None)} {study.baseline}")
+    looks: dict[str, object] = {}
+    if study.looks:
+        looks["after"] = [look.seeds for look in study.looks]
+        looks["shares"] = [look.share for look in study.looks]
+        looks["futile_below"] = FUTILE_BELOW
     return {
         "question": study.file.question,
         "factors": study.file.factors,
@@ -85,6 +94,7 @@ def design_values(study: Study) -> dict[str, Any]:
         "evals": evals,
         "opponents": opponents,
         "seeds": seeds,
+        "looks": looks,
         "base": study.file.include_base,
         "primary": study.aims.primary,
         "margins": {metric: margin.size for metric, margin in study.aims.margins.items()},
@@ -97,7 +107,7 @@ def design_values(study: Study) -> dict[str, Any]:
 def read_lock(study: Study) -> Row | None:
     """Return the lock; None where there is none, or its hash is not that of its content."""
     lock = object_or_none(study_folder(study) / LOCK) or {}
-    content = {key: value for key, value in lock.items() if key != "hash"}
+    content = {key: value for key, value in lock.items() if key not in ("hash", SHOWN)}
     if content and lock.get("hash") == hash_of(content):
         return lock
     return None
@@ -108,6 +118,7 @@ def changed_values(study: Study, lock: Row | None) -> list[str]:
     now = design_values(study)
     if lock is None:
         return list(now)
+    lock = {"looks": {}} | lock  # one without the key was written before there were looks
     before: dict[str, Any] = {}
     after: dict[str, Any] = {}
     for key in now.keys() & lock.keys():
@@ -161,6 +172,42 @@ def _early_results(study: Study, evaluated: list[Path], lock: Row) -> Iterator[s
             # times are written so that their texts have the order of the times
             if min(str(log.get("written")) for log in logs) < lock["written"]:
                 yield f"{name} was evaluated before the design was locked"
+
+
+# ---- The looks that were taken ----
+
+
+def shown_looks(study: Study) -> dict[int, Row]:
+    """Return what was noted of each look, by its number."""
+    lock = read_lock(study) or {}
+    return {record["look"]: record for record in lock.get(SHOWN, [])}
+
+
+def note_look(study: Study, look: Look, results: str, stops: bool) -> None:
+    """Note that a look was taken, with the hash of the results that it saw; the first hash stays,
+    whatever is seen later.
+    """
+    lock = read_lock(study)
+    if lock is None:
+        return
+    shown = shown_looks(study)
+    record = {"look": look.number, "seeds": look.seeds, "results": results, "written": utc_now()}
+    record |= shown.get(look.number, {})
+    record["stops"] = stops
+    if record != shown.get(look.number):
+        shown[look.number] = record
+        records = [shown[number] for number in sorted(shown)]
+        write_json(study_folder(study) / LOCK, lock | {SHOWN: records})
+
+
+def current_part(study: Study) -> Study:
+    """Return the study with the seeds that it needs now: those of the look where it stands."""
+    shown = shown_looks(study)
+    for look in study.looks:
+        record = shown.get(look.number)
+        if record is None or record["stops"]:
+            return study.at(look)
+    return study
 
 
 # ---- The runs that were looked at ----

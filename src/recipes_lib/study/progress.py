@@ -26,6 +26,7 @@ from recipes_lib.evals.models import evaluated_bases, known_by
 from recipes_lib.evals.questions import answer_count, question_count
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import BASE_ARM, Arm, Study, full_name
+from recipes_lib.study.lock import current_part
 from recipes_lib.study.needs import Host, missing_needs
 from recipes_lib.study.trainings import is_trained, study_trainings, study_tunings, what_changed
 from recipes_lib.weights.load import base_fingerprint
@@ -151,16 +152,19 @@ def missing_of(study: Study) -> list[str]:
 
 def plan_lines(study: Study) -> Iterator[str]:
     """Yield what a study takes, in at most 15 lines."""
-    from recipes_lib.stats import planned_effect  # scipy
+    from recipes_lib.stats import PRIMARY_SHARE, planned_effect  # scipy
 
-    trainings = study_tunings(study) + study_trainings(study)
+    part = current_part(study)
+    trainings = study_tunings(part) + study_trainings(part)
     left = [training.run for training in trainings if not is_trained(training)]
     yield question_text(study.file.question)
-    yield f"trainings: {len(left)} of {len(trainings)} to do  {sentence_list(left, 3)}".rstrip()
+    where = f", for {part.aims.look.place}" if part.aims.look else ""
+    names = sentence_list(left, 3)
+    yield f"trainings: {len(left)} of {len(trainings)} to do{where}  {names}".rstrip()
     answers: dict[tuple[str, str], int] = {}
     judgments = 0
     probes: dict[tuple[str, str], int] = {}  # of the judge's audit, by eval recipe and opponent
-    for result in evaluations(study):
+    for result in evaluations(part):
         suite = result.recipe.suite.name
         is_new = (result.recipe.name, result.run) not in answers
         number = answer_count(result.recipe)
@@ -195,11 +199,48 @@ def plan_lines(study: Study) -> Iterator[str]:
     if not pairs:
         return
     # the primary metric's comparisons have four fifths of the level
-    least = planned_effect(primary, questions, seeds, pairs / 0.8)
+    least = planned_effect(primary, questions, seeds, pairs / PRIMARY_SHARE)
     if least:
         effect = f"{100 * least:.1f} points" if least < 1 else "no difference, however large,"
         sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
         yield f"80% of such studies would find {effect} of {primary} ({sizes})"
+    yield from _look_lines(study, primary, questions, least or 0.0)
+
+
+def _look_lines(study: Study, primary: str, questions: int, effect: float) -> Iterator[str]:
+    """Yield how many trainings a study with looks takes, as far as the spread is known."""
+    if not study.looks:
+        return
+    from recipes_lib.analysis.futility import expected_seeds  # scipy
+    from recipes_lib.stats import PRIMARY_SHARE
+
+    looks = [look.seeds for look in study.looks]
+    arms = len(study.arms)
+    pairs = math.comb(arms + study.file.include_base, 2)
+    expected = []
+    factors = [0.0]
+    if 0 < effect < 1:
+        factors += [1.0, 1.5]
+    for factor in factors:
+        seeds = expected_seeds(
+            looks=looks,
+            metric=primary,
+            questions=questions,
+            effect=factor * effect,
+            arms=max(2, arms),
+            comparisons=pairs / PRIMARY_SHARE,
+        )
+        if seeds is not None:
+            expected.append(f"{arms * seeds:.1f}")
+    numbers = sentence_list([str(number) for number in looks])
+    line = f"looks after {numbers} seeds"
+    if expected:
+        line += f": about {expected[0]} of {arms * looks[-1]} trainings without a difference"
+    for factor, trainings in zip(factors[1:], expected[1:], strict=True):
+        line += f", {trainings} at {100 * factor * effect:.1f} points"
+    yield line
+    if study.file.include_base and looks[0] < 4:
+        yield "  pairs with the base are not in it: a look under 4 seeds seldom decides one"
 
 
 # ---- What forbids it ----

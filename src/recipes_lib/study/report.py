@@ -3,54 +3,112 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.analysis.aims import Design, is_named
 from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.findings import Finding
+from recipes_lib.analysis.looks import Look
 from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.analysis.report import write_report
 from recipes_lib.analysis.runs import ArmRuns, Arms
+from recipes_lib.analysis.text import sentence_list
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.files import write_json
+from recipes_lib.core.files import hash_of, write_json
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evals.log import EvalLog
 from recipes_lib.study import progress
 from recipes_lib.study.config import BASE_ARM, Study
-from recipes_lib.study.lock import changes, lock_design, run_names
+from recipes_lib.study.lock import changes, lock_design, note_look, run_names, shown_looks
 from recipes_lib.study.trainings import is_trained, study_folder, study_trainings
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A study at a look, or at its only test: what was measured, declared, and may be said."""
+
+    look: Look | None
+    arms: Arms
+    design: Design
+    conclusion: Conclusion
+
+    @property
+    def stops(self) -> bool:
+        """Whether nothing more is to be trained for this study."""
+        is_last = self.look is None or self.look.is_last
+        return is_last or not self.conclusion.undecided
+
+
+def results_hash(arms: Arms) -> str:
+    """Return the hash of every value that a test can see."""
+    values = []
+    for _, run in arms.runs:
+        for metric in run.metrics:
+            items = [[sample.id, sample.turn, sample.value] for sample in metric.samples]
+            values.append([run.name, metric.name, metric.opponent, metric.value, items])
+    return hash_of(sorted(values, key=str))
+
+
+def standings(study: Study) -> list[Standing]:
+    """Return the study at each look that it came to: it goes on from one that left a pair open."""
+    changed = changes(study)
+    shown = shown_looks(study)
+    reached: list[Standing] = []
+    went_on = ""
+    for look in study.looks or (None,):
+        part = study.at(look)
+        missing = tuple(progress.missing_of(part))
+        design = replace(part.design, missing=missing, changed=changed, went_on=went_on)
+        arms = measured_arms(part)
+        if design.missing:
+            # a win rate between two arms would be a verdict before its time
+            arms = without_duels(arms)
+        record = shown.get(look.number) if look else None
+        if look and record and not missing and record["results"] != results_hash(arms):
+            changed += (f"what {look.place} saw changed since {record['written'][:10]}",)
+            design = replace(design, changed=changed)
+        standing = Standing(look, arms, design, conclude(arms, part.aims, design))
+        reached.append(standing)
+        if look is None or missing or standing.stops:
+            break
+        pairs = [f"{first} and {second}" for first, second in standing.conclusion.undecided]
+        went_on = f"{look.place.capitalize()}, left {sentence_list(pairs, 3)} undecided."
+    return reached
 
 
 def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     """Return what was measured, what the study declares, and what may be said."""
-    missing = tuple(progress.missing_of(study))
-    design = replace(study.design, missing=missing, changed=changes(study))
-    arms = measured_arms(study)
-    if design.missing:
-        # a win rate between two arms would be a verdict before its time
-        arms = without_duels(arms)
-    conclusion = conclude(arms, study.aims, design)
-    # runs that an earlier version of the study file had trained
+    standing = standings(study)[-1]
+    return standing.arms, standing.design, _with_dropped(study, standing.conclusion)
+
+
+def _with_dropped(study: Study, conclusion: Conclusion) -> Conclusion:
+    """Return a conclusion that names runs which an earlier version of the study had trained."""
     names = run_names(study) - {training.run for training in study_trainings(study)}
     dropped = [name for name in sorted(names) if RunDirectory(name).exists()]
     if dropped:
         title = "Trained for this study, now dropped from it: the choice may follow the results"
         finding = Finding("dropped-training", "warning", title, tuple(dropped))
         conclusion = replace(conclusion, findings=conclusion.findings + (finding,))
-    return arms, design, conclusion
+    return conclusion
 
 
 def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
     """Write the report, and the design's lock before a first result; return what is missing too."""
     lock_design(study)
-    arms, design, conclusion = conclude_study(study)
+    reached = standings(study)
+    for standing in reached:
+        if standing.look and not standing.design.missing:
+            note_look(study, standing.look, results_hash(standing.arms), standing.stops)
+    last = reached[-1]
+    conclusion = _with_dropped(study, last.conclusion)
     folder = study_folder(study)
     write_json(folder / "comparison.json", conclusion.to_dict())
-    write_report(folder / "report", conclusion, arms, design)
-    return conclusion, design.missing
+    write_report(folder / "report", conclusion, last.arms, last.design)
+    return conclusion, last.design.missing
 
 
 def measured_arms(study: Study) -> Arms:

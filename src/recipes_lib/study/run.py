@@ -25,7 +25,7 @@ from recipes_lib.evals.recipe import check_allowed
 from recipes_lib.plan.cards import devices_here
 from recipes_lib.study import progress
 from recipes_lib.study.config import BASE_ARM, Study
-from recipes_lib.study.lock import lock_design
+from recipes_lib.study.lock import current_part, lock_design, shown_looks
 from recipes_lib.study.trainings import (
     REPLACED,
     StudyRun,
@@ -87,7 +87,7 @@ class StudyRunner:
             stop_file.unlink(missing_ok=True)  # it asked a process that is over
             progress.refuse_unmet(self.study, fetch=True)
             if self.train:
-                progress.raise_all(progress.missing_needs_of(self.study))
+                progress.raise_all(progress.missing_needs_of(current_part(self.study)))
             try:
                 with handling(self._on_signal), _heeding(stop_file):
                     self._steps()
@@ -120,12 +120,33 @@ class StudyRunner:
             if arm.tuning and arm.tuning.chosen is None:
                 why = "diverged at every value" if arm.tuning.losses else "is not tuned yet"
                 self._fail(arm.name, RecipesError(f"{arm.tuning.key} {why}"))
-        trainings = study_trainings(self.study)
+        for look in self.study.looks or (None,):
+            part = self.study.at(look)
+            if not self.train and self._only_awaits_trainings(part):
+                return
+            self._take(part)
+            # the report noted what the look showed; one with failures cannot be taken
+            record = shown_looks(self.study).get(look.number) if look else None
+            if self.failed or record is None or record["stops"]:
+                return
+
+    def _only_awaits_trainings(self, part: Study) -> bool:
+        """Whether a later look has none of its own trainings yet, which other jobs will make."""
+        look = part.aims.look
+        if look is None or look.number == 1:
+            return False
+        before = set(part.arms[0].seeds[: self.study.looks[look.number - 2].seeds])
+        added = [training for training in study_trainings(part) if training.seed not in before]
+        return not any(map(is_trained, added))
+
+    def _take(self, part: Study) -> None:
+        """Train and evaluate the study, or what it has at a look, and write the report."""
+        trainings = study_trainings(part)
         ready = [training for training in trainings if training.arm.name not in self.failed]
         self._train(ready)
         trained = {training.run for training in ready if is_trained(training)}
         if trained:
-            self._evaluate(trained)
+            self._evaluate(part, trained)
             try:
                 self.report(self.study)
             except RecipesError as error:
@@ -228,9 +249,8 @@ class StudyRunner:
                 why = training.error_lines[0]
             self.failed[name] = max(code, int(ExitCode.FAILED)), why
 
-    def _evaluate(self, trained: set[str]) -> None:
+    def _evaluate(self, study: Study, trained: set[str]) -> None:
         """Evaluate what is trained and has no result; each base and judge is loaded once."""
-        study = self.study
         needed = progress.evaluations(study)
         if any(BASE_ARM in (result.run, result.against) for result in needed):
             # it was never evaluated: with a record of its own it gets the name of a run
@@ -244,7 +264,7 @@ class StudyRunner:
         needed = [result for result in needed if unusable.isdisjoint([result.run, result.against])]
         if all(map(progress.is_evaluated, needed)):
             return
-        lock_design(study)
+        lock_design(self.study)
         from recipes_lib.evals.run import EvalTask, evaluate_tasks  # torch
 
         groups: dict[tuple[str, str], list[progress.Evaluation]] = {}
