@@ -88,8 +88,8 @@ def test_what_to_read_is_a_link_to_the_rows(tmp_path: Path) -> None:
     (line,) = (line for line in conclusion.cannot_say if "same text" in line)
     assert "Fix: read some of them: " in line and line.endswith(f"{file}.")
     page = report_html(conclusion, arms)
-    links = re.findall(r'<a href="#samples" data-rows="(\d)">[^<]*' + re.escape(file), page)
-    groups = json.loads(page.split('id="sample-data">')[1].split("</script>")[0])["groups"]
+    links = re.findall(r'<a href="#questions" data-rows="(\d)">[^<]*' + re.escape(file), page)
+    groups = json.loads(page.split('id="question-data">')[1].split("</script>")[0])["groups"]
     assert len(links) == 2 and groups[int(links[0])]["arm"] == "two"  # beside the answer too
 
 

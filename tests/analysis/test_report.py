@@ -87,20 +87,38 @@ def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(folders) -> Non
     assert not any(name.startswith("on") for _, attrs in tags for name in attrs)
 
 
-# Loads the report at the width of a phone, goes to the next sample, and writes what is there.
+# Loads the report at the width of a phone, turns a page by button and key, asks for questions that
+# r32 answers better, and writes what is there.
 READER = """<iframe src="report/report.html" width="390" height="800"></iframe><pre></pre><script>
 onload = () => setTimeout(() => {
   const page = document.querySelector("iframe").contentDocument;
   const place = () => page.getElementById("place").textContent;
+  const choose = (name, value) => {
+    const select = page.getElementById("filters")[name];
+    select.value = value;
+    select.dispatchEvent(new Event("change"));
+  };
   const seen = [place(), page.documentElement.scrollWidth <= 390, page.images.length];
   page.getElementById("next").click();
-  document.querySelector("pre").textContent = [...seen, place()].join(", ");
+  seen.push(place());
+  page.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
+  seen.push(place(), page.querySelectorAll("#question .sides .text:not(.raw)").length);
+  choose("better", "r32");
+  choose("worse", "r8");
+  seen.push(place().replace("1 of ", ""));
+  choose("better", "r8");
+  choose("worse", "r32");
+  seen.push(place().replace("1 of ", ""));
+  document.querySelector("pre").textContent = seen.join(", ");
 }, 500);</script>"""
 
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_in_a_browser_samples_can_be_paged_and_a_phone_shows_all_of_it(folders, tmp_path) -> None:
+def test_in_a_browser_questions_can_be_paged_and_filtered_by_who_answers_better(
+    folders, tmp_path
+) -> None:
+    """And a phone shows all of it."""
     browser = shutil.which("chromium")
     if browser is None:
         pytest.fail("no chromium") if os.environ.get("CI") else pytest.skip("no chromium")
@@ -114,7 +132,18 @@ def test_in_a_browser_samples_can_be_paged_and_a_phone_shows_all_of_it(folders, 
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
     command = [browser, *flags, "--virtual-time-budget=5000", "--dump-dom", "reader.html"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert "<pre>1 of 60, true, 0, 2 of 60</pre>" in done.stdout, done.stdout
+    values = {arm: win_rate_values(folder) for arm, (folder,) in folders.items()}
+    better = sum(values["r32"][id] > values["r8"][id] for id in values["r8"])
+    worse = sum(values["r32"][id] < values["r8"][id] for id in values["r8"])
+    assert better > worse > 0
+    # two arms and the reference that both were judged against
+    expected = f"<pre>1 of 60, true, 0, 2 of 60, 3 of 60, 3, {better}, {worse}</pre>"
+    assert expected in done.stdout, done.stdout
+
+
+def win_rate_values(folder: Path) -> dict[str, float]:
+    log = read_eval_log(folder / "evals/alpaca_eval/result.json")
+    return {sample.id: sample.value or 0 for sample in log.metrics[0].samples}
 
 
 def test_every_number_has_its_n_and_its_file(folders, tmp_path) -> None:

@@ -29,16 +29,15 @@ from recipes_lib.analysis.differences import code_text
 from recipes_lib.analysis.findings import SEVERITIES
 from recipes_lib.analysis.lines import effect_title, report_markdown, tests_text
 from recipes_lib.analysis.printed_commands import commands, portable_command
+from recipes_lib.analysis.questions import question_data
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import printable
-from recipes_lib.evals.log import ORDERS, EvalLog, Sample
+from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.suites import numbers_of
 from recipes_lib.stats import ALPHA
 
 TEMPLATES = Path(__file__).parent / "templates"
-MOST_CHARACTERS = 330_000  # of all samples of a page
-LONGEST_TEXT = 4_000
 _MOST_CATEGORIES = 50
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # a spreadsheet would calculate it
 
@@ -56,7 +55,7 @@ def write_report(
 
 def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None) -> str:
     """Return the page."""
-    samples = sample_data(arms)
+    questions = question_data(arms)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -74,7 +73,7 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         "where": row_text.where_text,
         "tests": tests_text,
         "interval": lambda limits, unit: text.interval_text(limits, unit, signed=False),
-        "linked": partial(_with_links, samples=samples),
+        "linked": partial(_with_links, groups=questions["groups"]),
     }
     scores = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
     reference = []
@@ -83,9 +82,9 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
             for metric, published in numbers.items():
                 reference.append((arm, metric, published, scores.get((arm, metric))))
     # safe inside a script element
-    samples_json = json.dumps(samples, ensure_ascii=True, separators=(",", ":"))
+    questions_json = json.dumps(questions, ensure_ascii=True, separators=(",", ":"))
     for character in "<>&":
-        samples_json = samples_json.replace(character, f"\\u{ord(character):04x}")
+        questions_json = questions_json.replace(character, f"\\u{ord(character):04x}")
     return environment.get_template("report.html.jinja").render(
         name=design.name if design else "comparison",
         conclusion=conclusion,
@@ -100,21 +99,21 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         tuned=design.tuned if design else {},
         categories={} if conclusion.waiting else categories(arms),
         audited=_audited(arms),
-        samples=samples,
-        sample_data=Markup(samples_json),
+        questions=questions,
+        question_data=Markup(questions_json),
         commands=commands(arms, design, conclusion.margins),
         provenance=provenance(arms, design),
         style=Markup((TEMPLATES / "report.css").read_text("utf-8")),
-        script=Markup((TEMPLATES / "samples.js").read_text("utf-8")),
+        script=Markup((TEMPLATES / "questions.js").read_text("utf-8")),
     )
 
 
-def _with_links(line: str, samples: dict[str, Any]) -> Markup:
-    """A line in which the name of a file of rows leads to these rows in the browser of samples."""
+def _with_links(line: str, groups: list[dict[str, Any]]) -> Markup:
+    """A line in which the name of a file of rows leads to these rows in the browser."""
     html = str(escape(printable(line)))
-    for number, group in enumerate(samples["groups"]):
+    for number, group in enumerate(groups):
         file = re.escape(str(escape(f"{group['folder']}/items")))
-        link = rf'<a href="#samples" data-rows="{number}">\1</a>'
+        link = rf'<a href="#questions" data-rows="{number}">\1</a>'
         html = re.sub(rf"((?<=\s)[^\s<>]*{file}[^\s<>]*\.jsonl)", link, html, count=1)
     return Markup(html)
 
@@ -298,85 +297,3 @@ def provenance(arms: Arms, design: Design | None) -> list[tuple[str, str]]:
             facts["declared factors"][f"{name}: {', '.join(keys)}"] = None
     lines = {name: "; ".join(filter(None, values)) for name, values in facts.items()}
     return [(name, line) for name, line in lines.items() if line]
-
-
-# ---- Samples: text of models, which stays text ----
-
-
-def sample_data(arms: Arms) -> dict[str, Any]:
-    """Return the samples of every evaluation that has texts, comparisons between arms first.
-
-    A page holds what fits into `MOST_CHARACTERS`, evenly chosen. A sample is (group, question,
-    category, outcome, turned, place of the input, of the answer, of the opponent's answer,
-    verdicts), a verdict (order, what was said, place of its text).
-    """
-    groups: list[dict[str, str]] = []
-    samples_of_groups: list[list[Sample]] = []
-    size = 0  # of all texts, about
-    logs = sorted(arms.logs, key=lambda pair: arms.opponent(pair[1].against) not in arms.by_name)
-    for arm, log in logs:
-        if not log.metrics:
-            continue
-        # of the comparison, else of the first metric
-        metrics = sorted(log.metrics, key=lambda metric: metric.opponent is None)
-        samples = [sample for sample in metrics[0].samples if sample.answer or any(sample.raws)]
-        if not samples:
-            continue
-        opponent = arms.opponent(log.against) or ""
-        title = f"{log.eval}: {arm} checked by rules"
-        if opponent:
-            title = f"{log.eval}: {arm} against {opponent}"
-        elif log.judge:
-            title = f"{log.eval}: {arm} graded"
-        folder = "/".join(log.file.parent.parts[-3:])
-        groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
-        samples_of_groups.append(samples)
-        for sample in samples:
-            texts = [sample.answer, sample.opponent, *sample.raws]
-            size += 80 + sum(min(len(text or ""), LONGEST_TEXT) for text in texts)
-    step = max(1, math.ceil(size / MOST_CHARACTERS))
-    places: dict[str, int] = {}  # of each text; a question stands there once for all arms
-    rows = []
-    for number, samples in enumerate(samples_of_groups):
-        rows += [_sample(number, sample, places) for sample in samples[::step]]
-    return {
-        "total": sum(map(len, samples_of_groups)),
-        "groups": groups,
-        "samples": rows,
-        "texts": list(places),
-    }
-
-
-def _sample(group: int, sample: Sample, places: dict[str, int]) -> list[object]:
-    def place(text: str | None) -> int | None:
-        if text is None:
-            return None
-        if len(text) > LONGEST_TEXT:
-            text = f"{text[:LONGEST_TEXT]}\n[cut here: {len(text):,} characters in all]"
-        return places.setdefault(printable(text), len(places))
-
-    name = sample.id
-    if sample.turn > 1:
-        name += f", turn {sample.turn}"
-    outcome = sample.outcome
-    if outcome == "graded" and sample.value is not None:
-        outcome = f"grade {sample.value:g}"
-    # The texts of the page stand in the order of these calls.
-    question_place = place(sample.input or f"question {sample.id}")
-    answer_place = place(sample.answer or "")
-    opponent_place = place(sample.opponent)
-    orders = ORDERS if sample.opponent is not None else ("grade",)
-    verdicts = []
-    for order, verdict, raw in zip(orders, sample.verdicts, sample.raws, strict=False):
-        verdicts.append([order, printable(verdict), place(raw)])
-    return [
-        group,
-        printable(name),
-        printable(sample.category),
-        outcome,
-        int(sample.flip),
-        question_place,
-        answer_place,
-        opponent_place,
-        verdicts,
-    ]
