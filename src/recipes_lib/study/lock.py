@@ -153,10 +153,10 @@ def _early_results(study: Study, evaluated: list[Path], lock: Row) -> Iterator[s
     """Yield each run that was evaluated under another lock than this, or before it."""
     names = {folder: folder.name for folder in evaluated}
     # evaluated runs that were trained again since; their names end with the time of that
-    starts = tuple(f"{run}--" for run in run_names(study))
+    runs = run_names(study)
     for folder in sorted((runs_root() / REPLACED).glob("*--*")):
         name, _, ending = folder.name.rpartition("--")
-        if folder.name.startswith(starts) and ending.isdigit() and any(folder.glob(RESULTS)):
+        if name in runs and ending.isdigit() and any(folder.glob(RESULTS)):
             names[folder] = name
     for folder, name in names.items():
         state = object_or_none(folder / "run.json") or {}

@@ -119,15 +119,17 @@ def progress_of(study: Study) -> dict[str, str]:
     """Return the state of each training and result: done, missing, or what its run.json says."""
     states: dict[str, str] = {}
     for training in study_tunings(study) + study_trainings(study):
-        state = str(training.state.get("state", "missing"))
         folder = RunDirectory(training.run).path
         if is_trained(training):
             state = "done"
         elif is_held(folder):
             state = f"running{describe_holder(folder)}"
         else:
-            for reason in (what_changed(training) + training.error_lines)[:1]:
-                state = f"{state}: {reason}"
+            # only now, when no process writes it any more
+            state = str(training.state.get("state", "missing"))
+            reasons = what_changed(training) + training.error_lines
+            if reasons:
+                state += f": {reasons[0]}"
         states[f"training {training.run}"] = state
     for result in evaluations(study):
         # the base is no training of the study

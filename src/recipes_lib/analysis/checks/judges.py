@@ -160,7 +160,7 @@ def _audits(arms: Arms) -> tuple[dict[str, list[str]], set[str]]:
         for check in log.audit.failed:
             value = "n/a" if check.value is None else f"{check.value:.3f}"
             failed[judge].append(f"{arm}, {log.eval}: {check.check} {value}, needs {check.needs}")
-    for root in {run.folder.parent for arm in arms for run in arm.runs}:
+    for root in sorted({run.folder.parent for _, run in arms.runs}):
         for file in sorted(root.glob("judge--*/*/judge_audit.json")):
             card = read_object(file)
             judge = str(card.get("judge"))
