@@ -20,8 +20,8 @@ from recipes_lib.core.terminal import next_step, print_json, say
 # The forms that the readers take (`FORM` of each), without importing them for --help.
 _RESULTS = (
     "evaluated runs, or results of other programs: folders of lm-eval, annotations of alpaca_eval,"
-    " tables (.csv, .tsv, .jsonl, .parquet) with the columns question, score and, as needed, arm,"
-    " seed, metric, text, higher_is_better"
+    " logs of Inspect AI, tables (.csv, .tsv, .jsonl, .parquet) with the columns question, score"
+    " and, as needed, arm, seed, metric, text, higher_is_better"
 )
 
 

@@ -23,12 +23,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from recipes_lib.analysis.readers import alpaca_eval, lm_eval, ours, plain_table
+from recipes_lib.analysis.readers import alpaca_eval, inspect_log, lm_eval, ours, plain_table
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.core.run_directory import open_run
 
-READERS: tuple[ModuleType, ...] = (ours, lm_eval, alpaca_eval, plain_table)
+READERS: tuple[ModuleType, ...] = (ours, inspect_log, lm_eval, alpaca_eval, plain_table)
 
 
 def read_results(path: Path) -> list[Run] | None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
-from recipes_lib.evals.log import UNRESOLVED, AnswerFacts, EvalLog, Metric, Sample
+from recipes_lib.evals.log import UNRESOLVED, AnswerFacts, EvalLog, Metric, Sample, Unit
+from recipes_lib.evals.suites import metric_of
 
 
 def parsed_json(path: Path) -> Any:
@@ -74,42 +75,47 @@ def foreign_run(
     return replace(run, name=f"{arm}-seed{seed}", state={}, arm=arm, seed=seed)
 
 
+def scored_metric(
+    name: str, samples: Sequence[Sample], higher_is_better: bool | None, **facts: Any
+) -> Metric:
+    """Return the metric of samples: a share where all values lie from 0 to 1, else a number."""
+    values = [sample.value for sample in samples if sample.value is not None]
+    unit: Unit = "share" if all(0 <= value <= 1 for value in values) else "number"
+    scored = [
+        sample if sample.value is None else replace(sample, outcome="scored") for sample in samples
+    ]
+    label = f"{facts.get('task', '')} {name}".strip()
+    return metric_of(name, label, scored, unit, higher_is_better=higher_is_better, **facts)
+
+
 def with_open_questions(runs: Sequence[Run], source: str) -> list[Run]:
     """Return runs in which a question that only another run of a program has is without a value.
 
     A row that is missing may be a loss that somebody deleted, so it counts both ways.
     """
-    asked: dict[tuple[str, str | None], dict[tuple[str, int], Sample]] = defaultdict(dict)
+    asked: dict[str, dict[tuple[str, int], Sample]] = defaultdict(dict)
     for log in (log for run in runs for log in run.evals if log.source == source):
         for metric in log.metrics:
             for sample in metric.samples:
-                asked[metric.name, metric.opponent].setdefault(sample.key, sample)
+                asked[f"{metric.name} {metric.opponent}"].setdefault(sample.key, sample)
     completed = []
     for run in runs:
         logs = []
         unread = list(run.unread)
         for log in run.evals:
-            whole = log
-            if log.source == source:
-                metrics = [
-                    _with(metric, asked[metric.name, metric.opponent]) for metric in log.metrics
+            metrics = []
+            for metric in log.metrics if log.source == source else ():
+                of_all = asked[f"{metric.name} {metric.opponent}"]
+                here = {sample.key for sample in metric.samples}
+                missing = [
+                    replace(sample, value=None, outcome=UNRESOLVED, answer=None)
+                    for key, sample in of_all.items()
+                    if key not in here
                 ]
-                whole = replace(log, metrics=tuple(metrics))
-            for metric, completed_metric in zip(log.metrics, whole.metrics, strict=True):
-                gone = len(completed_metric.samples) - len(metric.samples)
-                if gone:
-                    line = f"no {metric.metric} of {gone} questions that another run has"
+                metrics.append(replace(metric, samples=(*metric.samples, *missing)))
+                if missing:
+                    line = f"no {metric.metric} of {len(missing)} questions that another run has"
                     unread.append(f"{log.file.name}: {line}")
-            logs.append(whole)
+            logs.append(replace(log, metrics=tuple(metrics) or log.metrics))
         completed.append(replace(run, evals=tuple(logs), unread=tuple(unread)))
     return completed
-
-
-def _with(metric: Metric, asked: Mapping[tuple[str, int], Sample]) -> Metric:
-    """Return a metric with a sample without a value for each item that it lacks."""
-    here = {sample.key for sample in metric.samples}
-    samples = list(metric.samples)
-    for key, sample in asked.items():
-        if key not in here:
-            samples.append(replace(sample, value=None, outcome=UNRESOLVED, answer=None))
-    return replace(metric, samples=tuple(samples))

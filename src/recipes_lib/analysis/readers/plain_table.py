@@ -15,14 +15,18 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from recipes_lib.analysis.readers.files import arm_name, foreign_run, with_open_questions
+from recipes_lib.analysis.readers.files import (
+    arm_name,
+    foreign_run,
+    scored_metric,
+    with_open_questions,
+)
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.errors import BadRow, BadRows
 from recipes_lib.data.readers import read_file
-from recipes_lib.evals.log import UNRESOLVED, Sample, Unit
-from recipes_lib.evals.suites import metric_of
+from recipes_lib.evals.log import Sample
 
 FORM = (
     "a table (.csv, .tsv, .jsonl, .parquet) with the columns question, score and, as needed, arm,"
@@ -113,12 +117,7 @@ def _run(arm: str, seed: int | None, rows: Sequence[Cells], path: Path) -> Run:
     """Return one training of an arm, or without a seed a model as it is."""
     samples: dict[tuple[str, bool], list[Sample]] = defaultdict(list)
     for row in rows:
-        outcome = UNRESOLVED if row.score is None else "scored"
-        sample = Sample(id=row.question, value=row.score, outcome=outcome, input=row.text)
+        sample = Sample(id=row.question, value=row.score, input=row.text)
         samples[row.metric, row.higher_is_better].append(sample)
-    metrics = []
-    for (name, higher), of_metric in samples.items():
-        is_share = all(0 <= sample.value <= 1 for sample in of_metric if sample.value is not None)
-        unit: Unit = "share" if is_share else "number"
-        metrics.append(metric_of(name, name, of_metric, unit, higher_is_better=higher))
+    metrics = [scored_metric(name, scored, higher) for (name, higher), scored in samples.items()]
     return foreign_run(SOURCE, path, arm, metrics, seed=seed)
