@@ -13,7 +13,7 @@ import pytest
 from pyarrow.parquet import write_table
 
 from recipes_lib.analysis.claims import Claim, conclude
-from recipes_lib.analysis.readers import complete, known_forms, plain_table, read_results
+from recipes_lib.analysis.readers import known_forms, plain_table, read_results
 from recipes_lib.analysis.runs import arms_of
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError
@@ -52,7 +52,7 @@ def scores(chance: float, n: int = 300, seed: int = 0, **cells: Any) -> list[dic
 
 def claims_of(*files: Path) -> list[Claim]:
     runs = [run for file in files for run in read_results(file) or ()]
-    return list(conclude(arms_of(complete(runs))).claims)
+    return list(conclude(arms_of(runs)).claims)
 
 
 @pytest.mark.parametrize("write", [csv_file, jsonl_file, parquet_file])
@@ -107,8 +107,7 @@ def test_scores_that_are_missing_count_both_ways(tmp_path: Path) -> None:
     (claim,) = claims_of(*files)
     assert claim.row.n == 300 and claim.row.test is not None
     assert claim.row.test.unresolved == 50 and "50 without a verdict" in claim.sentence
-    runs = complete([run for file in files for run in read_results(file) or ()])
-    assert runs[1].unread == ("b.csv: no score of 30 questions that another run has",)
+    assert claim.row.flags == ("270 common questions of 300",)
     only_wins = [row for row in first if row["score"]]
     (claim,) = claims_of(csv_file(tmp_path / "a", only_wins), files[1])
     assert claim.verdict == "not shown"

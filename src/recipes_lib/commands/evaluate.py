@@ -85,7 +85,7 @@ def run_compare(
     from recipes_lib.analysis.claims import conclude
     from recipes_lib.analysis.lines import conclusion_lines
     from recipes_lib.analysis.ownership import check_ownership
-    from recipes_lib.analysis.readers import complete, read_word
+    from recipes_lib.analysis.readers import read_word
     from recipes_lib.analysis.report import report_html
     from recipes_lib.analysis.runs import arms_of
 
@@ -94,7 +94,7 @@ def run_compare(
         measured += read_word(word)
     for run in measured:
         check_ownership(run)
-    arms = arms_of(complete(measured))
+    arms = arms_of(measured)
     aims = Aims(margins=dict(map(_margin, margin)))
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:

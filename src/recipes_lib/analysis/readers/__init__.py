@@ -7,18 +7,12 @@ A reader is a module with three names:
     read(path)      a list of `Run`: its arm's name, seed (where the format knows one), metrics with
                     their samples, and facts about how it was asked
 
-and, where a row that is missing may be a loss that somebody deleted, a fourth:
-
-    complete(runs)  all runs that are compared, those of its format with the questions that only
-                    another of them has, without a verdict (`files.with_open_questions`)
-
 A new format is a module and its name in `READERS`; the first that matches reads. A plain table is
 the last: any file with its ending matches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -63,15 +57,6 @@ def read_word(word: str) -> list[Run]:
         what = "this folder holds no results that can be read"
         raise RecipeError(what, known_forms(), file=path) from None
     return ours.read(folder)
-
-
-def complete(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs of a comparison, each with the questions that its format finds missing."""
-    completed = list(runs)
-    for reader in READERS:
-        if hasattr(reader, "complete"):
-            completed = reader.complete(completed)
-    return completed
 
 
 def known_forms() -> str:

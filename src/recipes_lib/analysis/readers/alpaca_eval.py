@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
-from recipes_lib.analysis.readers.files import arm_name, parsed_json, with_open_questions
+from recipes_lib.analysis.readers.files import arm_name, parsed_json
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
 from recipes_lib.evals.log import (
@@ -26,7 +25,6 @@ from recipes_lib.evals.suites import metric_of
 
 FORM = "alpaca_eval: its annotations.json"
 SOURCE = "alpaca_eval"
-complete = partial(with_open_questions, source=SOURCE)
 _KEYS = {"instruction", "preference", "output_2"}
 _OUTCOMES = {None: UNRESOLVED, 1.0: "win", 0.5: "tie", 0.0: "loss"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
-from recipes_lib.evals.log import UNRESOLVED, AnswerFacts, EvalLog, Metric, Sample, Unit
+from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, Sample, Unit
 from recipes_lib.evals.suites import metric_of
 
 
@@ -86,36 +85,3 @@ def scored_metric(
     ]
     label = f"{facts.get('task', '')} {name}".strip()
     return metric_of(name, label, scored, unit, higher_is_better=higher_is_better, **facts)
-
-
-def with_open_questions(runs: Sequence[Run], source: str) -> list[Run]:
-    """Return runs in which a question that only another run of a program has is without a value.
-
-    A row that is missing may be a loss that somebody deleted, so it counts both ways.
-    """
-    asked: dict[str, dict[tuple[str, int], Sample]] = defaultdict(dict)
-    for log in (log for run in runs for log in run.evals if log.source == source):
-        for metric in log.metrics:
-            for sample in metric.samples:
-                asked[f"{metric.name} {metric.opponent}"].setdefault(sample.key, sample)
-    completed = []
-    for run in runs:
-        logs = []
-        unread = list(run.unread)
-        for log in run.evals:
-            metrics = []
-            for metric in log.metrics if log.source == source else ():
-                of_all = asked[f"{metric.name} {metric.opponent}"]
-                here = {sample.key for sample in metric.samples}
-                missing = [
-                    replace(sample, value=None, outcome=UNRESOLVED, answer=None)
-                    for key, sample in of_all.items()
-                    if key not in here
-                ]
-                metrics.append(replace(metric, samples=(*metric.samples, *missing)))
-                if missing:
-                    line = f"no {metric.metric} of {len(missing)} questions that another run has"
-                    unread.append(f"{log.file.name}: {line}")
-            logs.append(replace(log, metrics=tuple(metrics) or log.metrics))
-        completed.append(replace(run, evals=tuple(logs), unread=tuple(unread)))
-    return completed

@@ -94,7 +94,7 @@ def _run(file: Path, content: Mapping[str, Any]) -> Run:
         "solvers": plan.get("steps"),
         "scorers": spec.get("scorers"),
         "limits": {key: config[key] for key in config if _ASKING.fullmatch(key)},
-        "generation": {key: generation[key] for key in generation if not _TRANSPORT.fullmatch(key)},
+        "gen_kwargs": {key: generation[key] for key in generation if not _TRANSPORT.fullmatch(key)},
     }
     if "model_graded" in str(spec.get("scorers")):  # by the model itself where no other is named
         asking["grader"] = (spec.get("model_roles") or {}).get("grader") or spec["model"]
@@ -109,10 +109,10 @@ def _run(file: Path, content: Mapping[str, Any]) -> Run:
         list(metrics_of(content, rows | missing)),
         unread=[f"{file.name}: {line}" for line in [*named, *not_read(content)]],
         subset=f"{len(ids)} of {dataset.get('samples')} samples" if chosen else None,
-        recipe={"suite": settings | chosen},
+        recipe=settings | {"suite": chosen},
         libraries={
             **(spec.get("packages") or {}),
-            "provider": spec["model"].partition("/")[0],
+            "backend": spec["model"].partition("/")[0],
             "model arguments": json.dumps(arguments, sort_keys=True),
         },
         git=spec.get("revision") or {},

@@ -10,17 +10,11 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from recipes_lib.analysis.readers.files import (
-    arm_name,
-    foreign_run,
-    scored_metric,
-    with_open_questions,
-)
+from recipes_lib.analysis.readers.files import arm_name, foreign_run, scored_metric
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import shown_path
@@ -34,7 +28,6 @@ FORM = (
 )
 SOURCE = "table"
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
-complete = partial(with_open_questions, source=SOURCE)
 
 
 class Cells(BaseModel):
