@@ -126,6 +126,35 @@ def test_a_study_runs_under_a_second_scheduler_and_its_failures_are_told(
     assert "cancelled nothing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_study_with_looks_is_one_chain_and_ends_where_a_decision_fails(
+    study: Path, monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    monkeypatch.setenv("LOOK_CODE", str(int(ends)))
+    backend = AtOnce()
+    plan = Planner(site=Here(), overrides=["seeds=[1, 2, 3]", "looks=[2, 3]"]).plan(str(study))
+    waits = {job.label: (job.after, job.after_any) for job in plan.jobs}
+    assert waits == {
+        "train-look1-1": ((), ()),
+        "train-look1-2": ((), ()),
+        "eval-look1": ((), ("train-look1-1", "train-look1-2")),
+        "look1": (("eval-look1",), ()),
+        "train-look2": (("look1",), ()),
+        "eval-look2": (("look1",), ("train-look2",)),
+    }
+    trained = [task.title for job in plan.jobs for task in job.tasks if job.stage == "train"]
+    assert len(trained) == 6 and all("seed3" in run for run in trained[4:])
+    backend.submit(plan)
+    rows = {task.label: task for task in backend.states(plan.folder)}
+    states = {label: row.state for label, row in rows.items()}
+    if not ends:
+        assert set(states.values()) == {"done"}
+        return
+    assert states["look1"] == "stopped" and "the study ends" in rows["look1"].reason
+    assert states["train-look2.0"] == states["eval-look2"] == "cancelled"
+    assert rows["eval-look2"].reason == "look1: stopped"
+
+
 def test_a_failed_training_of_a_recipe_keeps_what_waits_for_it_from_starting(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

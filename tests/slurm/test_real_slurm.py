@@ -142,6 +142,41 @@ def test_an_array_with_a_failing_arm_evaluates_and_reports_the_others(cluster, t
     assert "tiny--r16" in status and "tiny--r8" not in status
 
 
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_study_with_looks_ends_at_its_first_or_goes_on_to_its_second(
+    cluster, tiny_model_dir, goes_on: bool
+) -> None:
+    """Arms alike but for the order of rows are futile; between two rates one is soon shown."""
+    name = "goes-on" if goes_on else "ends"
+    study = write_tiny_study(cluster.work / name, tiny_model_dir, steps=4)
+    loss = "suite: {name: heldout_loss}\ndata: {questions: validation}\n"
+    schema = "# yaml-language-server: $schema=eval.schema.json\n"
+    study.with_name("loss.yaml").write_text(schema + loss)
+    arms = "  r4: r4.yaml\n  r8: {recipe: r4.yaml, overrides: [train.learning_rate=1.0e-3]}\n"
+    text = study.read_text().partition("factors:")[0]
+    text += f"factors: {{rate: [train.learning_rate]}}\narms:\n{arms}include_base: false\n"
+    text += "seeds: [1, 2, 3]\nlooks: [2, 3]\nevals: [loss.yaml]\n"
+    text += "overrides: [data.max_examples=null, data.split.validation=60]\n"
+    if not goes_on:  # two seeds show a difference only within a margin
+        text += "margins: {heldout_loss: 50}\n"
+    file = study.with_name(f"{name}.yaml")
+    file.write_text(text)
+    cluster.launch(str(file), "--profile", str(cluster.profile("looks")))
+    states = cluster.ended(name, seconds=500)
+    logs = {label: cluster.log(name, label) for label in states}
+    found = {label: state["state"] for label, state in states.items()}
+    assert found["eval-look1"] == "done", logs
+    folder = cluster.runs / name
+    noted = json.loads((folder / "design.json").read_text())["shown"]
+    if goes_on:
+        assert set(found.values()) == {"done"}, (found, logs)
+        assert [record["stops"] for record in noted] == [False, True]
+    else:
+        assert found["look1"] == "stopped" and found["eval-look2"] == "cancelled", (found, logs)
+        assert [record["stops"] for record in noted] == [True]
+        assert "Stopped at look 1 of 2" in (folder / "report" / "report.md").read_text()
+
+
 def test_two_nodes_of_two_processes_train_as_one_process(cluster, tiny, profile, forks):
     from safetensors.torch import load
 

@@ -191,6 +191,15 @@ def test_a_job_that_only_evaluates_leaves_the_next_look_to_other_jobs(study, run
     assert code == ExitCode.DONE and "failed" not in said
 
 
+def test_a_job_learns_from_a_look_whether_the_study_goes_on(study, run, capsys) -> None:
+    question = ["study", "status", str(study), "--look", "1"]
+    assert main(question) == ExitCode.EVALUATION_INCOMPLETE
+    run(CLOSE)
+    assert main(question) == ExitCode.DONE
+    assert main([*question[:-1], "2"]) == ExitCode.FAILED
+    assert "the study ends at look 2" in capsys.readouterr().out
+
+
 def test_a_failed_arm_keeps_its_look_from_being_taken(study, run, monkeypatch) -> None:
     monkeypatch.setenv("FAIL", "r8--seed43")
     code, said = run(APART)

@@ -13,7 +13,7 @@ from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.study import progress
 from recipes_lib.study.config import Study, load_study
-from recipes_lib.study.lock import current_part
+from recipes_lib.study.lock import current_part, shown_looks
 from recipes_lib.study.run import StudyRunner
 from recipes_lib.study.trainings import study_folder, study_trainings, with_choices
 
@@ -56,9 +56,17 @@ def run_study_run(
     return code
 
 
-def run_study_status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
+def run_study_status(
+    study: _StudyWord,
+    overrides: Sequence[str],
+    *,
+    look: Annotated[int | None, "for a job: exit 0 if it goes on after this look, 1 if not"] = None,
+    json: Json = False,
+) -> int:
     """Show every training and result that is not done."""
     loaded = with_choices(load_study(study, overrides))
+    if look is not None:
+        return _goes_on(loaded, look)
     part = current_part(loaded)
     states = progress.progress_of(part)
     if json:
@@ -104,6 +112,19 @@ def run_study_report(
         return _next("run", loaded)
     first = study_trainings(loaded)[0].run
     return next_step("export", first, "--to", f"{first}-export")
+
+
+def _goes_on(study: Study, number: int) -> int:
+    """Say whether more seeds are to be trained after a look, for the jobs that wait for that."""
+    record = shown_looks(study).get(number)
+    if record is None:
+        say(f"look {number} is not complete")
+        return ExitCode.EVALUATION_INCOMPLETE
+    if record["stops"]:
+        say(f"the study ends at look {number}: more seeds are not needed")
+        return ExitCode.FAILED
+    say(f"look {number} left a pair of arms undecided: the study goes on")
+    return ExitCode.DONE
 
 
 def _next(action: str, study: Study) -> int:

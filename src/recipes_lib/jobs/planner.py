@@ -2,6 +2,7 @@
 
     a recipe   train -> an evaluation each -> report
     a study    trainings, those of one launch together -> `recipes study run`
+    with looks the same for each look, and between two of them a job that fails if the study ends
 
 Every task is a command that can be run again, as an argument list: no shell reads a value of a
 recipe.
@@ -10,7 +11,7 @@ recipe.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipes_lib.config.launch import Launch, plan_launch
@@ -22,6 +23,7 @@ from recipes_lib.evals.leaks import refuse_leaks_of
 from recipes_lib.evals.recipe import EvalRecipe, check_allowed, load_eval
 from recipes_lib.jobs.jobs import STAGES, Job, Plan, Site, Task
 from recipes_lib.study.config import Study, load_study, study_file
+from recipes_lib.study.lock import shown_looks
 from recipes_lib.study.progress import missing_of, refuse_unmet
 from recipes_lib.study.trainings import StudyRun, is_trained, study_trainings
 
@@ -122,14 +124,14 @@ class Planner:
         if any(arm.tuning for arm in study.arms):
             what = f"study '{study.name}' tunes its arms: what they train is known only afterwards"
             raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
-        if study.looks:
-            what = f"study '{study.name}' has looks: what it trains is known only afterwards"
-            raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
         refuse_unmet(study)
         plan = self._empty_plan(study.name)
-        if "train" in stages:
-            self._add_trainings(plan, study)
-        if ("eval" in stages or "report" in stages) and missing_of(study):
+        if study.looks:
+            self._add_looks(plan, study, file, stages)
+        elif "train" in stages:
+            self._add_trainings(plan, study_trainings(study), "train")
+        evaluates = "eval" in stages or "report" in stages
+        if evaluates and not study.looks and missing_of(study):
             words = ["run", file, *study.overrides, "--no-train"]
             job = Job(
                 label="eval",
@@ -146,29 +148,82 @@ class Planner:
             raise RecipeError(what, f"look at it: recipes study report {file}")
         return plan
 
-    def _add_trainings(self, plan: Plan, study: Study) -> None:
+    def _add_looks(self, plan: Plan, study: Study, file: str, stages: Sequence[str]) -> None:
+        """Add a chain: the trainings of a look, its evaluations, and a decision, whose success
+        starts the next look. Where the study ends, the scheduler drops what waits for that.
+        """
+        shown = shown_looks(study)
+        evaluates = "eval" in stages or "report" in stages
+        before: tuple[str, ...] = ()
+        planned: set[str] = set()
+        for look in study.looks:
+            record = shown.get(look.number)
+            trainings = study_trainings(study.at(look))
+            added = [training for training in trainings if training.run not in planned]
+            planned |= {training.run for training in trainings}
+            if record and record["stops"]:
+                return
+            if record:
+                continue
+            first = len(plan.jobs)
+            if "train" in stages:
+                self._add_trainings(plan, added, f"train-look{look.number}", before)
+            if not evaluates:
+                return
+            words = ["run", file, *study.overrides, "--no-train"]
+            job = Job(
+                label=f"eval-look{look.number}",
+                stage="eval",
+                tasks=(self._command(plan, "study", words, "study run", study.evals),),
+                uses_gpus=not all(arm.launch.config.use_cpu for arm in study.arms),
+                after=before,
+                after_any=tuple(job.label for job in plan.jobs[first:]),
+            )
+            plan.jobs.append(job)
+            if look.is_last or "train" not in stages:
+                break
+            words = ["status", file, *study.overrides, "--look", str(look.number)]
+            decision = Job(
+                label=f"look{look.number}",
+                stage="report",
+                tasks=(self._command(plan, "study", words, "go on?"),),
+                uses_gpus=False,
+                after=(job.label,),
+            )
+            plan.jobs.append(decision)
+            before = (decision.label,)
+        plan.evals.extend(study.evals)
+
+    def _add_trainings(
+        self,
+        plan: Plan,
+        trainings: Sequence[StudyRun],
+        name: str,
+        after: tuple[str, ...] = (),
+    ) -> None:
         """Add the jobs that train what is not trained: a job's tasks share one launch."""
         by_launch: dict[object, list[StudyRun]] = {}
-        for training in study_trainings(study):
+        for training in trainings:
             if not is_trained(training):
                 launch = training.arm.launch
                 size = (launch.config.path, launch.machines, launch.per_machine)
                 by_launch.setdefault(size, []).append(training)
         groups: list[list[StudyRun]] = []
-        for trainings in by_launch.values():
-            step = self.site.largest_array or len(trainings)
-            starts = range(0, len(trainings), step)
-            groups += [trainings[start : start + step] for start in starts]
+        for alike in by_launch.values():
+            step = self.site.largest_array or len(alike)
+            starts = range(0, len(alike), step)
+            groups += [alike[start : start + step] for start in starts]
         for number, group in enumerate(groups, 1):
             # one after another: together they would exceed the limit
             before: tuple[str, ...] = ()
             if self.site.trainings_at_once and plan.jobs:
                 before = (plan.jobs[-1].label,)
-            label = f"train-{number}" if len(groups) > 1 else "train"
+            label = f"{name}-{number}" if len(groups) > 1 else name
             recipes = {f"{training.run}.yaml": training.recipe for training in group}
             plan.recipes.update(recipes)
             launch = group[0].arm.launch
-            plan.jobs.append(self._training_job(plan, label, recipes, launch, before))
+            job = self._training_job(plan, label, recipes, launch, before)
+            plan.jobs.append(replace(job, after=after))
 
     # ---- Tasks ----
 

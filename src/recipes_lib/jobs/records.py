@@ -106,7 +106,10 @@ def read_end(folder: Path, task: TaskState) -> None:
         task.state = DONE
         return
     task.reason = f"exit code {task.exit_code}"
-    if task.exit_code == ExitCode.PREEMPTED:
+    if task.exit_code == ExitCode.FAILED and task.label.startswith("look"):
+        task.state = STOPPED
+        task.reason = "the study ends at this look"
+    elif task.exit_code == ExitCode.PREEMPTED:
         task.state = STOPPED
         task.reason += ": saved, launch it again to continue"
     else:
