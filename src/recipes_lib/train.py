@@ -1,4 +1,4 @@
-"""THE training script: recipe -> SFTTrainer -> run directory.
+"""THE training script: recipe -> SFTTrainer or DPOTrainer -> run directory.
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml
         -m recipes_lib.train RECIPE [section.key=value ...]
@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from recipes_lib.config.launch import TRAIN_FLAGS
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import DPO, Recipe, load_recipe
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.ranks import on_main_rank, world_size
@@ -100,6 +100,8 @@ def train(
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
         model = read_model(recipe, tokenizer, active)
+        if recipe.stage == DPO:
+            data = attempt.add_reference(data, model, args, guard, options.resume_anyway)
         trainer = build_trainer(recipe, args, model, tokenizer, data, run, stop, guard)
         if world_size() > 1:
             _KEPT.append(trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from transformers import TrainerState
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core import ranks
 from recipes_lib.core.environment import command_line, environment
-from recipes_lib.core.errors import ExitCode, RecipesError, explain_fault
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, explain_fault
 from recipes_lib.core.files import Row, publish, sync, utc_now, write_json, write_text
 from recipes_lib.core.run_directory import RunDirectory, State, run_lock
 from recipes_lib.core.terminal import count, next_step, say
@@ -25,11 +26,14 @@ from recipes_lib.data.sources import source_hashes
 from recipes_lib.training import metrics, resume_guard
 from recipes_lib.training.build import count_quantized
 from recipes_lib.training.finished import damage_of_finished
+from recipes_lib.training.reference import add_reference
 from recipes_lib.training.stopping import EXIT_CODES, StopRequest
 from recipes_lib.training.trainer import ExactTrainer
 from recipes_lib.weights.card import write_card
 from recipes_lib.weights.load import base_fingerprint, model_path
 from recipes_lib.weights.proof import check_saved
+
+REFERENCE = "reference_hash"  # in the guard of a run of pairs
 
 
 @dataclass
@@ -77,6 +81,8 @@ class Attempt:
         if not begun_with and newest is not None:
             begun_with = resume_guard.read_marker(newest)["guard"]
         changed: dict[str, tuple[object, object]] = {}
+        if begun_with and REFERENCE in begun_with:  # compared once the base is loaded
+            guard[REFERENCE] = begun_with[REFERENCE]
         if begun_with:
             changed = resume_guard.differences(begun_with, guard)
         if None in changed.get("base_weights", ()):
@@ -123,6 +129,32 @@ class Attempt:
         elif broken or changed:
             say(f"no complete checkpoint: training starts from the beginning{others}")
         return newest
+
+    def add_reference(
+        self, data: PreparedData, model: Any, args: Any, guard: dict[str, Any], resume_anyway: bool
+    ) -> PreparedData:
+        """Every rank: return the pairs with their reference, which the guard then holds; refuse one
+        that is not what the run began with.
+        """
+        known = ranks.on_main_rank(lambda: guard.get(REFERENCE))
+        splits = {"train": data.train}
+        if data.validation is not None:
+            splits["validation"] = data.validation
+        splits, digest = add_reference(
+            splits,
+            model,
+            args,
+            folder=self.run.path,
+            tokens_hash=data.tokens_hash,
+            known=known,
+        )
+        if known not in (None, digest) and not resume_anyway:
+            what = f"run '{self.run.name}': the base no longer gives the reference it began with"
+            hint = "restore its reference.safetensors, or start a new run with run.name=OTHER"
+            raise RecipeError(what, hint)
+        guard[REFERENCE] = digest
+        ranks.on_main_rank(lambda: self.run.write_state("running", guard=guard))
+        return dataclasses.replace(data, train=splits["train"], validation=splits.get("validation"))
 
     def _write_settings(self) -> None:
         if self.recipe.path.parent.resolve() != self.run.path.resolve():  # not its own resolved one

@@ -16,10 +16,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from trl import SFTConfig, pack_dataset
+from trl import DPOConfig, SFTConfig, pack_dataset
 
 from recipes_lib.config import launch
-from recipes_lib.config.recipe import VARLEN, Recipe, one_rank_can_read, sync_each_batch
+from recipes_lib.config.recipe import DPO, VARLEN, Recipe, one_rank_can_read, sync_each_batch
 from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config, build_quantization_config
 from recipes_lib.core.ranks import meet, on_main_rank, say_once
 from recipes_lib.core.run_directory import RunDirectory
@@ -27,6 +27,8 @@ from recipes_lib.core.terminal import count
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.models import families, upstream_fixes
 from recipes_lib.training import attention
+from recipes_lib.training.counting import CountingTrainer
+from recipes_lib.training.dpo import PreferenceTrainer
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.sft import SupervisedTrainer
 from recipes_lib.training.stopping import StopRequest
@@ -62,19 +64,20 @@ def read_model(
         os.environ[launch.READS_ONCE_VARIABLE] = "false"
         model = load_model(recipe, tokenizer)
     meet()
+    families.prepare_for_training(model)
     return model
 
 
 def build_trainer(
     recipe: Recipe,
-    args: SFTConfig,
+    args: SFTConfig | DPOConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     run: RunDirectory,
     stop: StopRequest,
     guard: Mapping[str, object],
-) -> SupervisedTrainer:
+) -> CountingTrainer:
     """Return the trainer, with the adapter (if the recipe has one) already on the model."""
     autocast = _autocast_dtype(args)
     is_half = model.dtype.itemsize == 2
@@ -84,21 +87,26 @@ def build_trainer(
         what = f"the checkpoint is {found} and autocast {wanted}: torch refuses to mix the two"
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
     joins_rows = choose_attention(recipe, args, model)
-    families.prepare_for_training(model)
+    trainer_class: type[CountingTrainer] = SupervisedTrainer
+    if recipe.stage == DPO:
+        trainer_class = PreferenceTrainer
     lora = build_lora_config(recipe)
     if lora is not None:
         lora = families.settle_targets(lora, model)
+    if lora is not None and getattr(args, "disable_dropout", False):
+        lora.lora_dropout = 0.0  # TRL switches it off, and adapter_config.json would say otherwise
     if args.router_aux_loss_coef is None and not families.adds_router_loss(model, recipe.lora):
         args.router_aux_loss_coef = 0.0
     train = data.train
-    if args.shuffle_dataset:
+    is_packed = bool(recipe.train.get("packing"))
+    if recipe.train.get("shuffle_dataset"):
         # not in a file beside the rows, which the next start would use unchecked
         train = train.shuffle(seed=args.seed, keep_in_memory=True, load_from_cache_file=False)
-    columns = ["input_ids", "labels"]
+    columns = list(trainer_class.columns)
     validation = None
     if data.validation and args.eval_strategy != "no":
         validation = data.validation.select_columns(columns)
-    trainer = SupervisedTrainer(
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=_training_rows(train.select_columns(columns), recipe, args),
@@ -107,7 +115,7 @@ def build_trainer(
         peft_config=lora,
         callbacks=[MetricsCallback(run.metrics)],
         stop=stop,
-        row_ids=None if args.packing else list(train["example_id"]),
+        row_ids=None if is_packed else list(train["example_id"]),
         keep=recipe.train.get("save_total_limit"),
         guard=guard,
     )
@@ -136,7 +144,7 @@ def build_trainer(
     return trainer
 
 
-def _autocast_dtype(args: SFTConfig) -> torch.dtype | None:
+def _autocast_dtype(args: SFTConfig | DPOConfig) -> torch.dtype | None:
     """Return the type of mixed precision; None without."""
     if args.fp16:
         return torch.float16
@@ -154,7 +162,7 @@ def compile_blocks(model: Any, recipe: Recipe) -> None:
             block.forward = torch.compile(block.forward, backend=backend, mode=mode)
 
 
-def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> bool:
+def choose_attention(recipe: Recipe, args: SFTConfig | DPOConfig, model: PreTrainedModel) -> bool:
     """Choose how the examples of a micro-batch share a row; return whether each micro-batch becomes
     one row without padding. A recipe that says `padding_free` itself, or packs, is left alone.
     """
@@ -169,6 +177,8 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
         if why:
             hint = "leave the key out, or set train.bf16: true where the GPU has it"
             raise recipe.error("model.attn_implementation", f"{requested} {why}", hint)
+    if recipe.stage == DPO:  # TRL pads pairs
+        return False
     is_wrapped = args.packing and args.packing_strategy == "wrapped"
     if is_wrapped or recipe.train.get("padding_free") is False:
         return False
@@ -196,7 +206,7 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
 
 
 def _use_kernel_of_gpu(
-    recipe: Recipe, args: SFTConfig, model: PreTrainedModel, joined_by_recipe: bool
+    recipe: Recipe, args: SFTConfig | DPOConfig, model: PreTrainedModel, joined_by_recipe: bool
 ) -> bool:
     """Switch a model on a GPU to `varlen` where its recipe leaves that open; return whether its
     kernel is told where examples end: sdpa would compute a mask of all tokens of a joined row.
@@ -217,14 +227,14 @@ def _use_kernel_of_gpu(
     return False
 
 
-def _why_no_flash(kernel: str, args: SFTConfig, model: PreTrainedModel) -> str | None:
+def _why_no_flash(kernel: str, args: SFTConfig | DPOConfig, model: PreTrainedModel) -> str | None:
     """Why a kernel cannot compute the model on rank 0's GPU, for all ranks; or None."""
     dtype = _autocast_dtype(args) or model.dtype
     return on_main_rank(lambda: attention.why_no_flash(kernel, model, dtype, args.device))
 
 
-def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
-    if args.packing:
+def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig | DPOConfig) -> Dataset:
+    if recipe.train.get("packing"):
         # not in a file beside the rows, which the next start would use unchecked
         options = {"keep_in_memory": True, "load_from_cache_file": False}
         rows = pack_dataset(rows, args.max_length, args.packing_strategy, options)
@@ -239,7 +249,7 @@ def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     return rows
 
 
-def start_up_lines(trainer: SupervisedTrainer, launch_line: str) -> list[str]:
+def start_up_lines(trainer: CountingTrainer, launch_line: str) -> list[str]:
     """Return what is really active, the batch arithmetic and what is trained."""
     args = trainer.args
     model = trainer.model
@@ -251,9 +261,9 @@ def start_up_lines(trainer: SupervisedTrainer, launch_line: str) -> list[str]:
     elif args.fp16:
         precision = "fp16 mixed"
     joined = ""
-    if args.packing:
+    if getattr(args, "packing", False):
         joined = ", packed"
-    elif trainer.data_collator.padding_free:
+    elif getattr(trainer.data_collator, "padding_free", False):
         joined = ", no padding"
     size = batches.global_batch
     epoch, steps = launch.planned_steps(num_rows, size, args.num_train_epochs, args.max_steps)
@@ -273,9 +283,10 @@ def start_up_lines(trainer: SupervisedTrainer, launch_line: str) -> list[str]:
         f"launch: {launch_line}; precision {precision}; attention"
         f" {model.config._attn_implementation}{joined}",
         f"batch: {batches.per_device} per device x {batches.accumulation} accumulation x"
-        f" {count(batches.world_size, 'rank')} = {size} examples per step;"
-        f" {num_rows:,} examples -> {epoch:,} steps per epoch, {steps:,} steps{left_out}",
+        f" {count(batches.world_size, 'rank')} = {size} {trainer.unit} per step;"
+        f" {num_rows:,} {trainer.unit} -> {epoch:,} steps per epoch, {steps:,} steps{left_out}",
         f"trains: {trained}",
+        *trainer.describe(),
     ]
     untrained = families.untrained_rows(model, getattr(model, "rows_added", 0))
     if untrained:

@@ -18,7 +18,10 @@ from transformers import TrainerCallback, TrainerState
 from recipes_lib.core.files import Row, parsed_line, read_object, write_text
 from recipes_lib.core.terminal import say, shown_duration
 
-KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "aux_loss")
+OF_ROWS = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "aux_loss")
+# how often the chosen answer has the larger implicit reward, and by how much
+OF_PAIRS = ("rewards/accuracies", "rewards/margins", "eval_rewards/accuracies")
+KEPT = (*OF_ROWS, *OF_PAIRS, "eval_rewards/margins")
 MEASURED = ("tokens_per_second", "peak_memory_gib")  # of the machine: no checkpoint has them
 
 
@@ -107,6 +110,9 @@ class MetricsCallback(TrainerCallback):
             return
         line = _line_of(logs, step)
         text = f"validation loss {line.get('eval_loss', 0):.4f}"
+        if "eval_rewards/accuracies" in line:
+            text += f"  chosen preferred {line['eval_rewards/accuracies']:.1%}"
+            text += f"  margin {line['eval_rewards/margins']:.3f}"
         if "loss" in logs:
             speed = (line["tokens"] - self.last_tokens) / max(now - self.last_log, 1e-9)
             line["tokens_per_second"] = round(speed, 1)
