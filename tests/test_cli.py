@@ -38,6 +38,9 @@ def test_light_verbs_and_every_help_import_nothing_heavy():
     done = python(f"""
 import sys
 from recipes_lib.cli import main
+for words in ([], ["--help"], ["help"], ["--version"], ["chek"]):
+    main(words)
+assert not [name for name in ("filelock", "pydantic", "yaml") if name in sys.modules]
 main(["check", {RECIPE!r}])  # it imports only what the kind of its file needs
 others = ("analysis", "evals", "slurm", "study")
 assert not [name for name in others if f"recipes_lib.{{name}}" in sys.modules]

@@ -31,7 +31,6 @@ from recipes_lib.core.errors import (
     one_line,
     print_error,
 )
-from recipes_lib.core.run_directory import JOB_VARIABLE, RESTARTS_VARIABLE
 from recipes_lib.core.terminal import next_step, say
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
@@ -115,6 +114,9 @@ def announce_slurm_job() -> None:
     """
     job_id = os.environ.get("SLURM_JOB_ID")
     if job_id:
+        # filelock, which would double the time of `recipes --help`
+        from recipes_lib.core.run_directory import JOB_VARIABLE, RESTARTS_VARIABLE
+
         os.environ[JOB_VARIABLE] = f"Slurm job {job_id}"
         os.environ[RESTARTS_VARIABLE] = os.environ.get("SLURM_RESTART_COUNT") or "0"
 
