@@ -16,6 +16,10 @@ from recipes_lib.analysis.runs import ArmRuns, Run
 from recipes_lib.analysis.text import sentence_list
 from recipes_lib.evals.log import Metric
 
+# Flags of trainings that a user put into one arm: how they are paired.
+BY_SEED = "paired by seed"
+EXCHANGEABLE = "paired in any order, as their seeds are not known"
+
 # One metric of an arm, by training and by the opponent's run.
 Measured: TypeAlias = list[tuple[Run, Metric]]
 
@@ -93,6 +97,8 @@ def pair_trainings(
     have_seeds = bool(runs) and not any(run.foreign or run.seed is None for run in runs)
     if have_seeds and not (by_seed or is_base):
         flags.append("different seeds in each arm")
+    if len(pairs) > 1 and not is_base and any(run.arm for run in runs):
+        flags.append(BY_SEED if by_seed else EXCHANGEABLE)
     paired = {identity_of(run) for run in runs}
     trained = [training.run for training in first_trainings + second_trainings]
     flags += left_out([run.name for run in trained if identity_of(run) not in paired])

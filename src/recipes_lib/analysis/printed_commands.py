@@ -100,7 +100,10 @@ def commands(
     """Return the commands that make this report again, whole and step by step."""
     runs = [run for _, run in arms.runs]
     if design is None:
-        names = [run.given or str(run.folder) if run.foreign else run.name for run in runs]
+        names = []
+        for run in runs:
+            is_named = run.foreign or run.arm
+            names.append(run.given or str(run.folder) if is_named else run.name)
         # one folder may hold several runs, and one file one of several in its folder
         words = ["recipes", "compare", *dict.fromkeys(names)]
         if margins:

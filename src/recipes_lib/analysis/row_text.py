@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from recipes_lib.analysis.pairs import BY_SEED, EXCHANGEABLE
 from recipes_lib.analysis.table_row import TableRow
 from recipes_lib.analysis.text import difference_text, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import count
@@ -81,6 +82,9 @@ def evidence_text(row: TableRow) -> str:
         evidence += f", {row.test.unresolved} without a verdict"
     if min(row.trainings) > 0 and max(row.trainings) > 1:
         evidence += f", {count(max(row.trainings), 'training')} each"
+        for flag in row.flags:
+            if flag in (BY_SEED, EXCHANGEABLE):
+                evidence += f" ({flag})"
     return evidence
 
 

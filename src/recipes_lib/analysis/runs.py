@@ -153,6 +153,13 @@ def arms_of(runs: Sequence[Run]) -> Arms:
             hint = "a run compared with itself shows nothing"
             raise RecipeError(f"'{first.arm or first.name}' is named twice", hint)
         arms[name] = ArmRuns(name, tuple(group))
+    arm_of: dict[tuple[str, Path], str] = {}
+    for arm in arms.values():
+        for run in arm.runs:
+            other_arm = arm_of.setdefault((run.name, run.folder.resolve()), arm.name)
+            if other_arm != arm.name:
+                what = f"{shown_path(run.folder)} is in two arms: {other_arm} and {arm.name}"
+                raise RecipeError(what)
     return Arms(arms)
 
 

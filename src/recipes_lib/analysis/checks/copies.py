@@ -10,7 +10,7 @@ from pathlib import Path
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.findings import Finding, metric_names
 from recipes_lib.analysis.printed_commands import evaluate_again
-from recipes_lib.analysis.runs import Arms, run_place
+from recipes_lib.analysis.runs import ArmRuns, Arms, run_place
 from recipes_lib.core.files import model_fingerprint
 from recipes_lib.evals.log import EvalLog
 
@@ -62,6 +62,7 @@ def check_copies(arms: Arms, design: Design | None) -> Iterator[Finding]:
                     metrics=metric_names((log, other)),
                 )
     for arm in arms:
+        yield from _copied_trainings(arm)
         for file_by_run in identities[arm.name].values():
             if len(file_by_run) > 1 and not arm.is_base:
                 title = f"{len(file_by_run)} trainings of {arm.name} ended with the same weights"
@@ -70,6 +71,25 @@ def check_copies(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 yield Finding(
                     "same-seeds", "error", title, evidence=evidence, remedy=remedy, arms=(arm.name,)
                 )
+
+
+def _copied_trainings(arm: ArmRuns) -> Iterator[Finding]:
+    """Yield trainings of other programs with the same answers and scores; no file has a hash of
+    their weights.
+    """
+    files: dict[int, list[str]] = defaultdict(list)
+    for run in arm.runs:
+        if run.foreign and run.arm:
+            samples = [sample for metric in run.metrics for sample in metric.samples]
+            results = {(each.key, each.value, each.answer) for each in samples}
+            files[hash(frozenset(results))].append(run_place(run.evals[0].file))
+    for places in files.values():
+        if len(places) > 1:
+            title = f"{len(places)} trainings of {arm.name} have the same answers and scores"
+            remedy = "one training must not count twice: leave out the copy"
+            yield Finding(
+                "same-seeds", "error", title, tuple(places), remedy=remedy, arms=(arm.name,)
+            )
 
 
 def _identities(arms: Arms) -> dict[str, _Identities]:

@@ -19,7 +19,9 @@ from types import ModuleType
 
 from recipes_lib.analysis.readers import alpaca_eval, inspect_log, lm_eval, ours, plain_table
 from recipes_lib.analysis.runs import Run
+from recipes_lib.analysis.text import sentence_list
 from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import open_run
 
 READERS: tuple[ModuleType, ...] = (ours, inspect_log, lm_eval, alpaca_eval, plain_table)
@@ -40,12 +42,15 @@ def read_results(path: Path) -> list[Run] | None:
 
 
 def read_word(word: str) -> list[Run]:
-    """Return the runs of a word of the command line: a run's name, or a file or folder of results.
+    """Return the runs of a word of the command line: a run's name, a file or folder of results, or
+    NAME=GLOB, the trainings of one arm.
 
     Raises:
-        RecipesError: it is neither, or cannot be read.
+        RecipesError: it is none of these, or cannot be read.
     """
     path = Path(word)
+    if "=" in word and not path.exists():
+        return _trainings(word)
     runs = read_results(path)
     if runs is not None:
         return runs
@@ -57,6 +62,32 @@ def read_word(word: str) -> list[Run]:
         what = "this folder holds no results that can be read"
         raise RecipeError(what, known_forms(), file=path) from None
     return ours.read(folder)
+
+
+def _trainings(word: str) -> list[Run]:
+    """Return the runs of NAME=GLOB; a pattern that matches no path is one of runs' names."""
+    name, _, pattern = word.partition("=")
+    paths: list[Path] = []
+    for root in (Path(Path(pattern).anchor), runs_root()):
+        if pattern and not paths:
+            paths = sorted(root.glob(pattern.removeprefix(root.anchor)))
+    if not name or not paths:
+        hint = "several trainings of an arm are NAME=GLOB, such as 'r8=out/r8-s*'"
+        raise RecipeError(f"{word}: there are no results of this name", hint)
+    trainings: list[Run] = []
+    for path in paths:
+        runs = read_word(str(path))
+        if len({run.arm or run.name for run in runs}) > 1:
+            names = sentence_list([run.name for run in runs], 3)
+            raise DataError(f"holds {names}, and {name} is one arm", file=path)
+        for run in runs:
+            seeds = [other.seed for other in trainings if other.seed is not None]
+            if run.seed in seeds:
+                what = f"is a second training of {name} with seed {run.seed}"
+                raise DataError(what, "an arm is one recipe, trained once per seed", file=path)
+            state = {} if run.foreign else run.state  # else a model as it is, and no training
+            trainings.append(replace(run, arm=name, given=word, state=state))
+    return trainings
 
 
 def known_forms() -> str:
