@@ -268,6 +268,22 @@ def test_only_the_rows_of_a_task_that_was_asked_differently_are_stopped(tmp_path
     assert stopped == {"lm_eval/hellaswag/acc": True, "lm_eval/arc_easy/acc": False}
 
 
+def test_prompts_without_a_hash_on_one_side_are_compared_by_their_texts(tmp_path: Path) -> None:
+    values = [1.0] * 200 + [0.0] * 100
+    texts = {"a": "Which", "b": "What", "c": "Which"}
+    for name, begins in texts.items():
+        folder = lm_eval(tmp_path / name, values)
+        (samples,) = folder.glob("*/samples*")
+        asked = {"gen_args_0": {"arg_0": f"{begins} of the two is larger?"}}
+        changed: dict[str, Any] = {"arguments": asked}
+        if name != "a":
+            changed["prompt_hash"] = None
+        change_lines(samples, lambda row, changed=changed: row | changed)
+    for name, codes in (("b", ["texts-differ"]), ("c", [])):
+        (claim,) = compared(tmp_path / "a", tmp_path / name).claims
+        assert [finding.code for finding in claim.stopped_by] == codes
+
+
 def test_what_the_files_do_not_say_is_named(tmp_path: Path) -> None:
     values = [1.0] * 20 + [0.0] * 10
     conclusion = compared(lm_eval(tmp_path / "a", values), lm_eval(tmp_path / "b", values))

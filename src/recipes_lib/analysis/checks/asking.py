@@ -100,7 +100,7 @@ def _evaluation(arms: Arms, arm: str, log: EvalLog, design: Design) -> _Evaluati
     prompts = {}
     for metric in log.metrics:
         for sample in metric.samples:
-            if sample.input is not None and not sample.prompt:
+            if sample.input is not None:
                 questions[metric.key, sample.key] = hash(sample.input.strip())
             if sample.opponent is not None:
                 opponent_answers[metric.key, sample.key] = hash(sample.opponent.strip())
@@ -185,7 +185,11 @@ def _differences(
             if task == metric.task or task in metric.parts
         ]
         yield replace(about, metrics=tuple(dict.fromkeys(of_task))) if task else about
-    other_questions = _differing(first.questions, second.questions)
+    other_questions = set()
+    for item in _differing(first.questions, second.questions):
+        (_, task, _), (id, _) = item
+        if (task, id) not in first.prompts or (task, id) not in second.prompts:
+            other_questions.add(item)
     differing = {"the question": other_questions}
     if first.log.against == second.log.against:
         answers = _differing(first.opponent_answers, second.opponent_answers)
