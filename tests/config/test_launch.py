@@ -13,7 +13,7 @@ from recipes_lib.config.launch import (
     place_machine,
     plan_launch,
 )
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import RecipeError, RecipeErrors
 
 SHARDS = "{fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT}"
 FSDP = f"distributed_type: FSDP\nfsdp_config: {SHARDS}\n"
@@ -30,6 +30,18 @@ BAD_CONFIGS = [
     ("distributed_type: 'NO'\ndeepspeed_config: {zero_stage: 3}\n", "cannot be used here"),
     ("model: {name_or_path: a}\n", "of kind accelerate, found recipe"),
 ]
+
+
+def test_unknown_keys_on_one_line_are_named_in_one_order(write):
+    """Not in that of a set of texts, which is another in each process."""
+    keys = ["zebra", "yak", "xerus", "wolf", "viper", "urial"]
+    values = ", ".join([SHARDS.strip("{}"), *(f"{key}: 1" for key in keys)])
+    with pytest.raises(RecipeErrors) as refused:
+        load_accelerate_config(
+            write(f"distributed_type: FSDP\nfsdp_config: {{{values}}}\n", "acc.yaml")
+        )
+    unknown = [error.what for error in refused.value.errors if "unknown" in error.what]
+    assert unknown == [f"unknown key 'fsdp_config.{key}'" for key in sorted(keys)]
 
 
 def test_what_accelerate_would_take_silently_is_refused(write, capsys):

@@ -14,7 +14,7 @@ from recipes_lib.config import preflight, upstream
 from recipes_lib.config.launch import Active, plan_launch
 from recipes_lib.config.preflight import check_model_files, planned_launch, running_launch
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 QLORA = """\
@@ -52,6 +52,14 @@ def test_sft_config_gets_the_recipe_and_what_the_machine_decides(write_with, tmp
     assert upstream.build_train_config(recipe, tmp_path, 1).max_length is None
     packed = dataclasses.replace(recipe, train={**recipe.train, "packing": True})
     assert upstream.build_train_config(packed, tmp_path, 1).max_length == 128
+
+
+def test_of_missing_trackers_the_first_that_is_written_is_named(write_with, monkeypatch):
+    monkeypatch.setattr(upstream.importlib.util, "find_spec", lambda name: None)
+    for first, trackers in {"wandb": "none, wandb, mlflow", "mlflow": "mlflow, wandb"}.items():
+        recipe = load_recipe(write_with("train", f"report_to: [{trackers}]"))
+        with pytest.raises(EnvironmentFault, match=f"{first} is not installed"):
+            upstream.check_packages(recipe)
 
 
 def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, monkeypatch):

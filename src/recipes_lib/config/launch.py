@@ -92,7 +92,7 @@ def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[R
     if config.distributed_type != "NO" and "num_processes" not in config.model_fields_set:
         what = f"{config.distributed_type} without num_processes starts 1 process"
         yield document.error("distributed_type", what, "set num_processes")
-    for key in config.fsdp_config.keys() - _FSDP_KEYS:
+    for key in sorted(config.fsdp_config.keys() - _FSDP_KEYS):
         near = did_you_mean(key, _FSDP_KEYS, "fsdp_config.{}".format)
         yield document.error(f"fsdp_config.{key}", f"unknown key 'fsdp_config.{key}'", *near)
     for key, value in _FIXED_FOR_FSDP.items():

@@ -427,7 +427,7 @@ def _preference_rules(recipe: RecipeFile, document: Document) -> Iterator[Recipe
     losses = train.get("loss_type", "sigmoid")
     if isinstance(losses, str):
         losses = [losses]
-    for loss in set(losses).intersection(OF_MICRO_BATCHES):
+    for loss in sorted(set(losses).intersection(OF_MICRO_BATCHES)):
         what = f"train.loss_type: {loss} depends on which pairs share a micro-batch, so that ranks"
         hint = f"use another loss; one on the chosen answers alone is stage {SFT}"
         yield document.error("train.loss_type", f"{what} and accumulation change it", hint)

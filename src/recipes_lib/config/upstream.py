@@ -101,8 +101,9 @@ def check_packages(recipe: Recipe) -> None:
     if isinstance(trackers, str):
         trackers = [trackers]
     # the packages of azure_ml and flyte have other names
-    trackers = set(trackers) - {"none", "azure_ml", "flyte"}
     packages = dict.fromkeys(trackers, "train.report_to")
+    for other in ("none", "azure_ml", "flyte"):
+        packages.pop(other, None)
     if recipe.train.get("use_liger_kernel"):
         packages["liger_kernel"] = "train.use_liger_kernel"
     for package, key in packages.items():

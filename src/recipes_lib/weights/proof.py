@@ -91,7 +91,7 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
             folder, device_map="meta", dtype="auto", output_loading_info=True
         )
         missing = set(info["missing_keys"]) | set(map(str, info["mismatched_keys"]))
-        for name in _trained_names(model) & missing:
+        for name in sorted(_trained_names(model) & missing):
             yield f"{name} is missing in the file"
         for name in info["unexpected_keys"]:
             yield f"{name} in the file belongs to no layer"
