@@ -168,7 +168,10 @@ def test_every_number_has_its_n_and_its_file(folders, tmp_path) -> None:
     assert len(cells) == len(rows)
     assert not [cell for row in cells for cell in row if cell.startswith("=")]
     text = (tmp_path / "report/report.md").read_text()
-    assert "\n".join(f"    {line}".rstrip() for line in conclusion_lines(conclusion)) in text
+    for claim in conclusion.claims:
+        assert f"| {claim.says} |" in text
+    for sentence in conclusion.answer:
+        assert re.sub(r"([\\`*|<>])", r"\\\1", sentence) in text
 
 
 def test_intervals_say_that_they_are_not_corrected_and_the_tests_at_which_level(folders) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from tests.analysis import made_up
@@ -31,10 +32,10 @@ ALL = {"alpaca_eval/win_rate", "mt_bench/grade", "checks/pass_rate"}
 
 
 def compare(capsys, *words, code=0) -> str:
-    """Return what the verb printed on stdout, or on stderr if it must fail."""
+    """Return what the verb printed on stdout, or on stderr if it printed nothing there."""
     assert main(["compare", *words]) == code
     out, err = capsys.readouterr()
-    return err if code else out
+    return out or err
 
 
 def test_the_table_names_effects_and_verdicts_as_text_object_or_file(runs, tmp_path, capsys):
@@ -58,7 +59,7 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
         (["r8", "r8"], "'r8' is named twice"),
         (["r9"], "no run named"),
         (["runs/"], "this folder holds no results that can be read"),
-        (["r8", "r32", "--margin", "rouge=0.1"], "--margin rouge: these have no such metric"),
+        (["r8", "r32", "--margin", "rouge=0.1"], "margin rouge: these have no such metric"),
         (["r8", "r32", "--margin", "mt_bench"], "--margin mt_bench: not METRIC=NUMBER"),
         (["r8", "r32", "--margin", "mt_bench=little"], "--margin mt_bench=little: not METRIC"),
     ):
@@ -92,3 +93,37 @@ def test_a_margin_adds_its_verdict_to_the_rows_of_its_metric(runs, capsys):
     assert known["grade"] == (1.0, "equivalent")
     assert all(value == (None, "") for label, value in known.items() if label != "grade")
     assert "equivalent" in compare(capsys, *words)
+
+
+def test_a_gate_passes_only_what_is_shown_and_fails_by_its_exit_code(runs, tmp_path, capsys):
+    """A drop that was observed to be small is not enough: the interval has to be within it."""
+    results = {}
+    for name, right in (("old", 90), ("less", 88), ("worse", 10)):
+        results[name] = str(lm_eval(tmp_path / name, [1.0] * right + [0.0] * (100 - right)))
+    many = {}
+    for name, right in (("many_old", 900), ("many_less", 896)):
+        many[name] = str(lm_eval(tmp_path / name, [1.0] * right + [0.0] * (1000 - right)))
+    gate = ("--gate", "acc=2 points")
+    shown = compare(capsys, results["old"], results["less"], *gate, code=1)
+    assert "not shown: " in shown.splitlines()[-1]
+    shown = compare(capsys, many["many_old"], many["many_less"], *gate)
+    assert shown.splitlines()[-1] == "passed: no arm is shown to be worse than many_old"
+    shown = compare(capsys, results["old"], results["worse"], *gate, code=1)
+    assert "worse scored worse than old" in shown.splitlines()[-1]
+    value = json.loads(compare(capsys, results["old"], results["worse"], *gate, "--json", code=1))
+    assert value["exit_code"] == 1 and "scored worse" in value["gate"][0]
+    assert "margin rouge" in compare(capsys, *many.values(), "--gate", "rouge=0.1", code=2)
+    assert "--gate acc: not METRIC=NUMBER" in compare(
+        capsys, *many.values(), "--gate", "acc", code=2
+    )
+
+
+def test_markdown_is_the_same_report_for_the_comment_of_a_pull_request(tmp_path, capsys):
+    first = lm_eval(tmp_path / "a", [1.0] * 60 + [0.0] * 40)
+    second = lm_eval(tmp_path / "b", [1.0] * 90 + [0.0] * 10)
+    lines = compare(capsys, str(first), str(second), "--markdown").splitlines()
+    assert lines[0] == "# How do a and b compare?"
+    assert lines[2].startswith("b scored better than a in") and r"p \< 0.001" in lines[2]
+    head = next(number for number, line in enumerate(lines) if line.startswith("| metric |"))
+    for line in lines[head : head + 3]:  # eight columns in every row, and both ends
+        assert len(re.split(r"(?<!\\)\|", line)) == 10

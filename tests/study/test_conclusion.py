@@ -22,7 +22,7 @@ from recipes_lib.study import report as reporting
 from recipes_lib.study.config import Arm, Study, load_study
 from recipes_lib.study.lock import lock_design, read_lock
 from recipes_lib.study.progress import evaluations
-from recipes_lib.study.report import gate, report_study, without_duels
+from recipes_lib.study.report import gate_study, report_study, without_duels
 from recipes_lib.study.trainings import study_folder as folder_of
 from recipes_lib.study.trainings import study_trainings
 
@@ -299,27 +299,27 @@ def gated(file: Path, baseline: str) -> Study:
 
 
 def test_the_gate_fails_for_a_worse_arm_and_passes_for_a_better_one(file, monkeypatch):
-    code, lines = gate(gated(file, "r4"))
+    code, lines = gate_study(gated(file, "r4"))
     assert code == ExitCode.DONE and lines == ["passed: no arm is shown to be worse than r4"]
     for metric, passes in (("win_rate", True), ("pass_rate", False)):  # it holds to its margin
         aims = Aims(margins={metric: Margin(0.1)})
         held = dataclasses.replace(gated(file, "r4"), aims=aims)
-        assert (gate(held)[0] == ExitCode.DONE) is passes
+        assert (gate_study(held)[0] == ExitCode.DONE) is passes
     study = gated(file, "r8")
-    code, lines = gate(study)
+    code, lines = gate_study(study)
     assert code == ExitCode.FAILED and "r4" in lines[0]
     monkeypatch.setattr(reporting.progress, "missing_of", lambda study: ["training tiny--r8"])
-    code, lines = gate(study)
+    code, lines = gate_study(study)
     assert code == ExitCode.EVALUATION_INCOMPLETE and "next: recipes study run" in lines[-1]
     monkeypatch.setattr(reporting.progress, "missing_of", lambda study: [])
     for arm in reporting.measured_arms(study):  # also where a finding stops the sentence
         for log in arm.logs:
             log.answers.__dict__["fingerprint"] = "the same"
     assert reporting.conclude_study(study)[2].claims[0].verdict == "no verdict"
-    assert gate(study)[0] == ExitCode.FAILED
+    assert gate_study(study)[0] == ExitCode.FAILED
     # everything is measured and nothing can be compared: no command would help
     monkeypatch.setattr(reporting, "measured_arms", lambda study: Arms({}))
-    code, lines = gate(study)
+    code, lines = gate_study(study)
     assert code == ExitCode.EVALUATION_INCOMPLETE and "r4 with r8 can be tested" in lines[0]
     assert not any("study run" in line for line in lines)
 

@@ -1,4 +1,4 @@
-"""A conclusion as lines: what the terminal prints, and report.md."""
+"""A conclusion as lines: what the terminal prints."""
 
 from __future__ import annotations
 
@@ -58,9 +58,15 @@ def effect_title(alpha: float) -> str:
 
 def pair_lines(claims: list[Claim]) -> list[str]:
     """Return the table of one pair of arms."""
+    return [f"  {line}".rstrip() for line in aligned(pair_rows(claims))]
+
+
+def pair_rows(claims: list[Claim]) -> list[tuple[str, ...]]:
+    """Return the cells of the table of one pair of arms, its head first."""
     first, second = claims[0].row.arms
     effect = effect_title(claims[0].row.alpha)
-    table = [("metric", first, second, effect, "p (Holm)", "n", "verdict", "")]
+    head = ("metric", first, second, effect, "p (Holm)", "n", "verdict", "")
+    table: list[tuple[str, ...]] = [head]
     for claim in claims:
         row = claim.row
         metric = where_text(row)
@@ -86,12 +92,17 @@ def pair_lines(claims: list[Claim]) -> list[str]:
                 ", ".join(filter(None, (*row.flags, row.why_not))),
             )
         )
-    return [f"  {line}".rstrip() for line in aligned(table)]
+    return table
 
 
 def score_lines(conclusion: Conclusion) -> list[str]:
     """Return the scores of arms that have nothing to be compared with."""
-    table = [("run", "metric", "value [95%]", "n", "without a verdict")]
+    return aligned(score_rows(conclusion))
+
+
+def score_rows(conclusion: Conclusion) -> list[tuple[str, ...]]:
+    """Return the cells of the table of scores, its head first."""
+    table: list[tuple[str, ...]] = [("run", "metric", "value [95%]", "n", "without a verdict")]
     for score in conclusion.table.scores:
         metric = score.label
         if score.opponent:
@@ -99,10 +110,4 @@ def score_lines(conclusion: Conclusion) -> list[str]:
         limits = interval_text(score.interval, score.unit, signed=False)
         value = f"{metric_text(score.value, score.unit)} {limits}".removesuffix(f" {NONE}")
         table.append((score.arm, metric, value, f"{score.n:,}", str(score.unresolved)))
-    return aligned(table)
-
-
-def report_markdown(conclusion: Conclusion) -> str:
-    """Return report.md: the question, the answer, and the table as in the terminal."""
-    body = "\n".join(f"    {line}".rstrip() for line in conclusion_lines(conclusion))
-    return f"# {' '.join(printable(conclusion.question).split())}\n\n{body}\n"
+    return table

@@ -27,7 +27,8 @@ from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.claims import Conclusion
 from recipes_lib.analysis.differences import code_text
 from recipes_lib.analysis.findings import SEVERITIES
-from recipes_lib.analysis.lines import effect_title, report_markdown, tests_text
+from recipes_lib.analysis.lines import effect_title, tests_text
+from recipes_lib.analysis.markdown import report_markdown
 from recipes_lib.analysis.printed_commands import commands, portable_command
 from recipes_lib.analysis.questions import question_data
 from recipes_lib.analysis.runs import Arms

@@ -78,13 +78,19 @@ def run_compare(
     runs: Annotated[list[str], _RESULTS],
     *,
     margin: Annotated[list[str], "negligible differences: win_rate='2 points' loss=0.005"] = [],
+    gate: Annotated[
+        list[str], "like --margin, for CI: exit 1 if it is not shown to hold against the first"
+    ] = [],
     html: Annotated[Path | None, "write the report as one self-contained file"] = None,
+    markdown: Annotated[bool, "print Markdown, for the comment of a pull request"] = False,
     json: Annotated[bool, "print one JSON object: rows, scores, findings"] = False,
 ) -> int:
     """Print the tested table of runs, or of results of other programs."""
     # numpy, which `recipes compare --help` does without
     from recipes_lib.analysis.claims import conclude
+    from recipes_lib.analysis.gate import gate as gate_arms
     from recipes_lib.analysis.lines import conclusion_lines
+    from recipes_lib.analysis.markdown import report_markdown
     from recipes_lib.analysis.ownership import check_ownership
     from recipes_lib.analysis.readers import read_word
     from recipes_lib.analysis.report import report_html
@@ -96,7 +102,9 @@ def run_compare(
     for run in measured:
         check_ownership(run)
     arms = arms_of(measured)
-    aims = Aims(margins=dict(map(_margin, margin)))
+    margins = [_margin("--margin", word) for word in margin]
+    margins += [_margin("--gate", word) for word in gate]
+    aims = Aims(margins=dict(margins))
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:
         what = "none of these has an evaluation with a result"
@@ -105,26 +113,39 @@ def run_compare(
     metrics = dict.fromkeys(row.metric for row in conclusion.table.rows)
     for word in aims.margins:
         if not any(is_named(word, metric) for metric in metrics):
-            what = f"--margin {word}: these have no such metric in common"
+            what = f"margin {word}: these have no such metric in common"
             raise RecipeError(what, f"metrics: {', '.join(metrics) or 'none'}")
     if html:
         write_text(html, report_html(conclusion, arms))
+    code = ExitCode.DONE
+    verdict: list[str] = []
+    if gate:
+        names = [arm.name for arm in arms]
+        code, verdict = gate_arms(conclusion, names, baseline=names[0])
     if json:
-        return print_json(conclusion.to_dict())
+        print_json(conclusion.to_dict() | {"gate": verdict, "exit_code": int(code)})
+        return code
+    if markdown:
+        print(report_markdown(conclusion), end="")
+        say(*verdict)
+        return code
     say(*conclusion_lines(conclusion))
+    if gate:
+        say("", *verdict)
+        return code
     if html:
         say(f"\nreport: {shown_path(html)}")
         return ExitCode.DONE
     return next_step("compare", *runs, "--html", "report.html")
 
 
-def _margin(word: str) -> tuple[str, Margin]:
+def _margin(flag: str, word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
     what = "not METRIC=NUMBER or METRIC='NUMBER points'"
     if margin is not None:
         what = margin.fits(metric)
     if margin is None or what:
-        hint = "for example --margin win_rate='2 points' loss=0.005"
-        raise RecipeError(f"--margin {word}: {what}", hint)
+        hint = f"for example {flag} win_rate='2 points' loss=0.005"
+        raise RecipeError(f"{flag} {word}: {what}", hint)
     return metric, margin

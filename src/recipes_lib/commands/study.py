@@ -91,12 +91,11 @@ def run_study_report(
 ) -> int:
     """Write the report of what was measured; train and evaluate nothing."""
     from recipes_lib.analysis.lines import conclusion_lines
-    from recipes_lib.study.report import gate as gate_of
-    from recipes_lib.study.report import report_study
+    from recipes_lib.study.report import gate_study, report_study
 
     loaded = with_choices(load_study(study, overrides))
     if gate:
-        code, lines = gate_of(loaded)
+        code, lines = gate_study(loaded)
         if json:
             print_json({"exit_code": int(code), "lines": lines})
         else:

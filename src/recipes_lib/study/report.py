@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.analysis.aims import Design, is_named
+from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.findings import Finding
+from recipes_lib.analysis.gate import gate
 from recipes_lib.analysis.looks import Look
 from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.analysis.report import write_report
@@ -141,40 +142,11 @@ def _with_logs(arms: Arms, keeps: Callable[[EvalLog], bool], **changes: Any) -> 
     return Arms(kept)
 
 
-def gate(study: Study) -> tuple[ExitCode, list[str]]:
-    """Return 6 and what is missing; 1 and each arm that is worse than the baseline (also where a
-    finding stops the sentence) or not shown to hold its margin; or 0.
-    """
-    _, design, report = conclude_study(study)
+def gate_study(study: Study) -> tuple[ExitCode, list[str]]:
+    """Return 6 and what is missing, or what the gate says of the arms and the baseline."""
+    _, design, conclusion = conclude_study(study)
     if design.missing:
         lines = [f"missing: {name}" for name in design.missing]
         lines.append(f"next: {design.command}")
         return ExitCode.EVALUATION_INCOMPLETE, lines
-    baseline = study.baseline
-    failed: list[str] = []
-    missing: list[str] = []
-    for arm in study.arms:
-        if arm.name == baseline:
-            continue
-        claims = []
-        for claim in report.claims:
-            is_of_pair = set(claim.row.arms) == {arm.name, baseline}
-            if is_of_pair and not claim.row.aside:
-                claims.append(claim)
-        if not any(claim.row.is_tested for claim in claims):
-            what = f"no comparison of {arm.name} with {baseline} can be tested"
-            missing.append(f"{what}: see the report")
-        failed += [claim.sentence for claim in claims if claim.worse_than(baseline)]
-        for word in study.aims.margins:
-            on_metric = [claim for claim in claims if is_named(word, claim.row.metric)]
-            with_margin = [claim for claim in on_metric if claim.row.margin is not None]
-            if not with_margin:
-                failed.append(f"not shown: no comparison of {arm.name} on {word}")
-            for claim in with_margin:
-                if not claim.worse_than(baseline) and not claim.not_worse_than(baseline):
-                    failed.append(f"not shown: {claim.sentence}")
-    if missing:
-        return ExitCode.EVALUATION_INCOMPLETE, missing + failed
-    if failed:
-        return ExitCode.FAILED, failed
-    return ExitCode.DONE, [f"passed: no arm is shown to be worse than {baseline}"]
+    return gate(conclusion, [arm.name for arm in study.arms], study.baseline)
