@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from recipes_lib.core.files import Row
 from recipes_lib.core.terminal import aligned, count
 from recipes_lib.evals.judgments import Item
 from recipes_lib.evals.log import ORDERS, SCORE, UNRESOLVED, Check, Sample, Scorecard
+from recipes_lib.evals.recipe import Thresholds
 from recipes_lib.evals.suites import numbers_of, shown_rate
-
-if TYPE_CHECKING:
-    from recipes_lib.evals.recipe import Thresholds
 
 SWAP = "swap consistency"
 UNPARSED = "judgments without a verdict"

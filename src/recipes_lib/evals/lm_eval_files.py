@@ -114,9 +114,9 @@ def is_trusted(file: Path, project: Path) -> bool:
     """Return whether a file is of the project, of lm-eval, or of another installed package."""
     names = ("purelib", "platlib", "stdlib")
     roots = [project, *(Path(sysconfig.get_path(name)).resolve() for name in names)]
-    spec = importlib.util.find_spec("lm_eval")
-    if spec and spec.origin:
-        roots.append(Path(spec.origin).resolve().parent)
+    lm_eval = _installed_file("lm_eval")
+    if lm_eval is not None:
+        roots.append(lm_eval.parent)
     return any(file.is_relative_to(root) for root in roots)
 
 
@@ -132,8 +132,13 @@ def _module_file(function: str, beside: Path, folder: str | None) -> Path | None
         for file in (place / f"{relative}.py", place / relative / "__init__.py"):
             if file.is_file():
                 return file.resolve()
+    return _installed_file(name.partition(".")[0])
+
+
+def _installed_file(module: str) -> Path | None:
+    """The file that Python would import for a module's name; None where there is none."""
     try:
-        spec = importlib.util.find_spec(name.partition(".")[0])
+        spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return None
     if spec is None or not spec.origin or spec.origin in ("built-in", "frozen"):
@@ -172,10 +177,10 @@ def _candidates(task: str, include_path: str | None) -> Iterator[Path]:
     """
     if include_path is not None:
         yield from sorted(Path(include_path).rglob("*.yaml"))
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.origin:
+    lm_eval = _installed_file("lm_eval")
+    if lm_eval is None:
         return
-    for folder in sorted((Path(spec.origin).parent / "tasks").glob("*/")):
+    for folder in sorted((lm_eval.parent / "tasks").glob("*/")):
         pattern = "*.yaml" if task.startswith(folder.name) else f"{task}.yaml"
         yield from sorted(folder.rglob(pattern))
 

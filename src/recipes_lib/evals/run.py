@@ -90,8 +90,10 @@ def _reported(
         if on_error is None:
             raise
         for task in tasks:
-            affected = task.words_with(model) if model else [word]
-            if affected == [""]:
+            affected = [word]
+            if model:
+                affected = task.words_with(model)
+            elif not word:
                 task.sides.clear()
             for dropped in affected:
                 task.sides.pop(dropped, None)
@@ -178,8 +180,10 @@ def _prepare(task: EvalTask, remote_code: bool) -> None:
         side_of[REFERENCE] = reference_answers(chosen.questions)
     for word in task.words:
         target = side_of[word]
-        against = base_of(target) if opponent == BASE else side_of.get(opponent or "")
-        task.sides[word] = Sides(target, against)
+        other = side_of.get(opponent or "")
+        if opponent == BASE:
+            other = base_of(target)
+        task.sides[word] = Sides(target, other)
     task.suite.prepare([models[word] for word in task.words if word in models])
 
 
@@ -238,6 +242,7 @@ def _ask_group(
     usable = []
     for model in group:
         with _reported(on_error, tasks, model):
+            # damaged weights are found before hours of answers, and cost their own model alone
             if model.trained:
                 check_weights(model.run, model.full)
             usable.append(model)

@@ -14,18 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import hash_of, valid_texts
-from recipes_lib.evals.engines.base import (
-    REFUSED,
-    TOO_LONG,
-    Completion,
-    Engine,
-    EngineFacts,
-    EngineOf,
-    EngineType,
-    Request,
-    Sampling,
-    Target,
-)
+from recipes_lib.evals.engines import base
+from recipes_lib.evals.engines.base import REFUSED, TOO_LONG, Completion, Request, Sampling, Target
 
 if TYPE_CHECKING:
     import openai
@@ -51,7 +41,7 @@ _CUT_SHORT = ("abort", "aborted", "cancelled", "error")  # finish reasons of no 
 _WITHHELD = "content_filter"  # OpenAI's finish reason of an answer that it withheld, or cut
 
 
-class ServerEngine(Engine):
+class ServerEngine(base.Engine):
     """Answers through a server, which serves the model under the name `model`."""
 
     def __init__(self, server: ServerSection, model: str) -> None:
@@ -69,9 +59,9 @@ class ServerEngine(Engine):
         self._limit = "max_tokens"  # or what the server asks for in its place
         self.version = asyncio.run(self._version())
 
-    def facts(self) -> EngineFacts:
+    def facts(self) -> base.EngineFacts:
         """Return what the log says: a server tells neither its precision nor its quantization."""
-        return EngineFacts(engine=NAME, server=self.version)
+        return base.EngineFacts(engine=NAME, server=self.version)
 
     def complete(self, requests: Iterable[Request], sampling: Sampling) -> Generator[Completion]:
         """Yield completions as they arrive, `concurrency` requests in flight."""
@@ -206,12 +196,12 @@ class ServerEngine(Engine):
 
 
 @contextmanager
-def _opened(targets: Sequence[Target]) -> Iterator[EngineOf]:
+def _opened(targets: Sequence[Target]) -> Iterator[base.EngineOf]:
     """Give what makes an engine; the server is somebody else's."""
     yield lambda section, target: ServerEngine(section, target.name)
 
 
-ENGINE = EngineType(
+ENGINE = base.EngineType(
     name=NAME,
     opened=_opened,
     answered_by=lambda section, name, weights: hash_of(NAME, name, weights, section.extra_body),

@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from recipes_lib.core.errors import one_line
-from recipes_lib.evals.engines.base import (
-    TOO_LONG,
-    Completion,
-    Engine,
-    EngineFacts,
-    EngineOf,
-    EngineType,
-    Request,
-    Sampling,
-    Target,
-)
+from recipes_lib.evals.engines import base
+from recipes_lib.evals.engines.base import TOO_LONG, Completion, Request, Sampling, Target
 from recipes_lib.models.families import has_plain_head
 
 if TYPE_CHECKING:
@@ -49,7 +40,7 @@ _FITTING: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 Work = Callable[[Any, Sequence[Request]], list[Completion]]
 
 
-class TransformersEngine(Engine):
+class TransformersEngine(base.Engine):
     """Answers with a model in this process, in batches of similar length. A batch that does not fit
     the memory is halved, and so are those after it on the same base.
 
@@ -63,16 +54,16 @@ class TransformersEngine(Engine):
         self,
         using: Callable[[], AbstractContextManager[Any]],
         tokenizer: PreTrainedTokenizerBase,
-        facts: EngineFacts | None = None,
+        facts: base.EngineFacts | None = None,
         batch_tokens: int | None = None,
     ) -> None:
         self.using = using
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
-        self._facts = facts or EngineFacts(engine=NAME)
+        self._facts = facts or base.EngineFacts(engine=NAME)
         self._head: torch.Tensor | None = None  # in float32, while requests are weighed
 
-    def facts(self) -> EngineFacts:
+    def facts(self) -> base.EngineFacts:
         """Return what the log of an evaluation says of the engine."""
         return self._facts
 
@@ -223,10 +214,10 @@ class TransformersEngine(Engine):
             return torch.nn.functional.linear(hidden.float(), self._head, bias)
 
 
-def facts_of(recipe: Recipe) -> EngineFacts:
+def facts_of(recipe: Recipe) -> base.EngineFacts:
     """Return what a log says of a model that is loaded in this process."""
     quantized = recipe.quantization is not None
-    return EngineFacts(engine=NAME, dtype=recipe.model.dtype, quantized=quantized)
+    return base.EngineFacts(engine=NAME, dtype=recipe.model.dtype, quantized=quantized)
 
 
 def _context(model: Any) -> int:
@@ -253,14 +244,14 @@ class _SeededSampling:
 
 
 @contextmanager
-def _opened(targets: Sequence[Target]) -> Iterator[EngineOf]:
+def _opened(targets: Sequence[Target]) -> Iterator[base.EngineOf]:
     """Give what makes an engine; the weights are loaded, and freed, by who gave the targets."""
     yield lambda section, target: TransformersEngine(
         target.using, target.load_tokenizer(), facts_of(target.recipe)
     )
 
 
-ENGINE = EngineType(
+ENGINE = base.EngineType(
     name=NAME,
     opened=_opened,
     answered_by=lambda section, name, weights: str(weights),

@@ -12,13 +12,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from recipes_lib.evals.log import Check, EvalLog, Metric, Sample, Unit
-from recipes_lib.evals.recipe import SUITES
+from recipes_lib.evals.recipe import SUITES, EvalRecipe
 
 if TYPE_CHECKING:
     from recipes_lib.evals.answers import Answers
     from recipes_lib.evals.models import Model
     from recipes_lib.evals.questions import QuestionSet
-    from recipes_lib.evals.recipe import EvalRecipe
 
 UNIT_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
 

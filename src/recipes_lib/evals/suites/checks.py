@@ -6,16 +6,13 @@ An answer passes if it passes every check of its row (docs/evaluation.md has exa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from recipes_lib.core.terminal import aligned
+from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.faults import FORM_ONLY
 from recipes_lib.evals.log import UNRESOLVED, EvalLog, Sample
 from recipes_lib.evals.rules import see_form_alone
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
-
-if TYPE_CHECKING:
-    from recipes_lib.evals.answers import Answers
 
 
 class Checks(Suite):

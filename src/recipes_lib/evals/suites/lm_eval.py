@@ -11,10 +11,10 @@ import logging
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -22,13 +22,10 @@ from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
 from recipes_lib.core.files import hash_of, write_json, write_text
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Metric, Sample, write_lines
-from recipes_lib.evals.recipe import check_allowed
+from recipes_lib.evals.models import Model
+from recipes_lib.evals.recipe import EvalRecipe, check_allowed
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 from recipes_lib.weights.load import model_path
-
-if TYPE_CHECKING:
-    from recipes_lib.evals.models import Model
-    from recipes_lib.evals.recipe import EvalRecipe
 
 _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")
 # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than
@@ -112,6 +109,7 @@ def _evaluated(
     from lm_eval.models.huggingface import HFLM
 
     settings = asdict(EvaluatorConfig.from_config(config_file))
+    # HFLM ties a head to the embeddings as it takes a network over
     network.tie_weights = lambda *_, **__: None
     try:
         harness = _short_probes(HFLM)(
@@ -198,26 +196,20 @@ def _short_probes(harness: type[Any]) -> type[Any]:
                 limits = normalize_gen_kwargs(dict(generation), self.max_gen_toks)
                 return len(self.tok_encode(prompt)) + int(limits["max_gen_toks"])
 
-            return self._probing(length, super().generate_until, requests, *args, **options)
+            with self._probing(map(length, requests)):
+                return super().generate_until(requests, *args, **options)
 
         def loglikelihood_rolling(self, requests: Sequence[Any], *args: Any, **options: Any) -> Any:
-            def length(request: Any) -> int:  # more is read in windows of the whole context
-                return len(self.tok_encode(request.args[0]))
+            # a longer text is read in windows of the whole context
+            with self._probing(len(self.tok_encode(request.args[0])) for request in requests):
+                return super().loglikelihood_rolling(requests, *args, **options)
 
-            return self._probing(length, super().loglikelihood_rolling, requests, *args, **options)
-
-        def _probing(
-            self,
-            length: Callable[[Any], int],
-            ask: Callable[..., Any],
-            requests: Sequence[Any],
-            *args: Any,
-            **options: Any,
-        ) -> Any:
-            if self.batch_size == "auto" and requests:
-                self.longest = max(map(length, requests))
+        @contextlib.contextmanager
+        def _probing(self, lengths: Iterable[int]) -> Iterator[None]:
+            if self.batch_size == "auto":
+                self.longest = max(lengths, default=None)
             try:
-                return ask(requests, *args, **options)
+                yield
             finally:
                 self.longest = None
 
