@@ -14,8 +14,10 @@ WORKERS ?= 2
 # The slow tests wait for other processes a third of their time.
 SLOW_WORKERS ?= 3
 
+# Of setup.py: everything that the project and its tests need.
+EXTRAS := quickstart,dev,alpaca-eval
 # Modules are compiled when they are first imported: half of the set-up's time went into modules that nothing imports.
-INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[quickstart,dev]'
+INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[$(EXTRAS)]'
 COUNT = awk -v live=$$([ -t 1 ] && echo 1 || echo 0) '/^Collecting/ { count++; if (live) { printf "\r  %d packages: %-60.60s", count, $$2; fflush() } } \
     /^Successfully installed/ { done = 1 } \
     END { if (live && count) print ""; if (done) print "  " (count ? count " packages were missing and are installed" : "all packages are there") }'
@@ -30,13 +32,13 @@ setup: $(STAMP)  ## create .venv with everything the project needs
 	@echo "next: . $(BIN)/activate && recipes doctor"
 
 $(STAMP): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
-	    echo "setup: Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1)" >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' || { \
+	    echo "setup: Python 3.11 to 3.14 is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1)" >&2; \
 	    echo "  name another one: make setup PYTHON=python3.12" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || { echo "setup: creating $(VENV) with $$($(PYTHON) --version)"; \
 	    $(PYTHON) -m venv $(VENV) || { echo "setup: could not create $(VENV) (Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }; }
 	@echo "setup: installing the packages of constraints.txt into $(VENV) (about 2 GB with the CPU build of torch; minutes on a first run)"
-	@if command -v uv > /dev/null && uv pip install --quiet --python $(BIN)/python -c constraints.txt $(PIP_ARGS) -e '.[quickstart,dev]'; \
+	@if command -v uv > /dev/null && uv pip install --quiet --python $(BIN)/python -c constraints.txt $(PIP_ARGS) -e '.[$(EXTRAS)]'; \
 	    then echo "  installed by uv"; else $(INSTALL) | $(COUNT); fi
 	@touch $@
 

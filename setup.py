@@ -10,7 +10,21 @@ HERE = Path(__file__).parent
 INIT = (HERE / "src/recipes_lib/__init__.py").read_text(encoding="utf-8")
 VERSION = next(line.split('"')[1] for line in INIT.splitlines() if line.startswith("__version__"))
 
-INSTALL = [
+# What compare, report, check, show, ls and explain need. It goes beside vLLM, axolotl, unsloth and
+# LLaMA-Factory, whatever they pin, so these floors are old.
+BASE = [
+    "numpy>=1.26",  # the first for Python 3.12
+    "scipy>=1.11.4",  # the first for Python 3.12
+    "pydantic>=2.12",  # vLLM's floor; 2.10 names the parts of our schemas wrongly
+    "pyyaml>=6.0.1",  # 6.0 does not build any more
+    "jinja2>=3.1",  # reports
+    "tqdm>=4.64",
+    "filelock>=3.12",
+    "packaging>=23",  # reads which packages an extra needs
+]
+
+# Training, merging, exporting and whatever else loads a model.
+TRAIN = [
     "torch>=2.9",
     "transformers>=5.20,<6",
     "trl>=1.16,<2",
@@ -18,20 +32,16 @@ INSTALL = [
     "accelerate>=1.15",
     "bitsandbytes>=0.50",
     "datasets>=5",
-    "huggingface-hub>=2",
+    "huggingface-hub>=1.31",
+    "tokenizers>=0.23",
     "safetensors>=0.6",
     "sentencepiece>=0.2",  # Llama-2 tokenizers that ship without tokenizer.json
-    "jinja2>=3.1",  # reports
-    "numpy>=2",
-    "scipy>=1.13",
-    "pyyaml>=6",
-    "pydantic>=2.12",
-    "tqdm>=4.66",
-    "filelock>=3.15",
+    "pyarrow>=21",
+    "psutil>=5.9",
 ]
 
-# The evaluation suites. alpaca_eval imports pkg_resources, which setuptools 82 removed.
-EVAL = ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5", "openai>=3.57,<4", "setuptools<82"]
+# Judges behind a server, and lm-eval's tasks.
+EVAL = [*TRAIN, "lm-eval>=0.4.13,<0.5", "openai>=3.57,<4"]
 # What the code of lm-eval's tasks ifeval and minerva_math imports; it takes one antlr4 alone.
 CHAT_EVALS = [
     "langdetect>=1.0.9",
@@ -41,15 +51,19 @@ CHAT_EVALS = [
     "antlr4-python3-runtime==4.11.*",
     "sympy>=1.12",
 ]
-
 EXTRAS = {
+    "train": TRAIN,
     "eval": EVAL,
     # evals/ifeval.yaml and evals/math.yaml. Apart, because this pins an antlr4 that omegaconf's
     # users cannot have beside theirs.
     "chat-evals": [*EVAL, *CHAT_EVALS],
     # Reads the GGUF file of the packaged model. That package itself is not a dependency: it would
     # compile a C++ runtime we do not use.
-    "quickstart": ["gguf>=0.17", *EVAL],
+    "quickstart": [*EVAL, "gguf>=0.17"],
+    # The library that tests hold our win rates against. It imports pkg_resources, which setuptools
+    # 82 removed.
+    "alpaca-eval": ["alpaca-eval>=0.6.6,<0.7", "setuptools<82"],
+    "parquet": ["pyarrow>=21"],  # tables and rows in parquet files, without the rest of `train`
     "dev": [
         *EVAL,
         *CHAT_EVALS,
@@ -65,8 +79,8 @@ EXTRAS = {
         "pre-commit>=4",
         "tensorboard>=2.20",
     ],
-    "gpu": ["liger-kernel>=0.8.2"],
-    "tracking": ["tensorboard>=2.20", "trackio>=0.40", "wandb>=0.25"],
+    "gpu": [*TRAIN, "liger-kernel>=0.8.2"],
+    "tracking": [*TRAIN, "tensorboard>=2.20", "trackio>=0.40", "wandb>=0.25"],
 }
 
 # An installed package brings recipes/ and what they name; a checkout has them at its root.
@@ -95,8 +109,8 @@ setup(
         "recipes_lib.config": ["*.json"],
         "recipes_lib.weights": ["*.jinja"],
     },
-    python_requires=">=3.11,<3.14",
-    install_requires=INSTALL,
+    python_requires=">=3.11,<3.15",
+    install_requires=BASE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["recipes = recipes_lib.cli:main"]},
 )

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from recipes_lib.core.environment import PACKAGES, describe_devices, installed_version
+from recipes_lib.core.environment import describe_devices
+from recipes_lib.core.errors import missing_extra
+from recipes_lib.core.extras import extras, installed_version
 from recipes_lib.core.project import project_root, runs_root
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
@@ -33,6 +35,9 @@ def diagnose() -> Iterator[tuple[str, DoctorLine]]:
             findings = list(check())
         except Exception as error:  # a broken installation fails in its own ways
             findings = [DoctorLine(FAIL, f"{type(error).__name__}: {error}", REINSTALL)]
+            fault = missing_extra(error)
+            if fault is not None:  # `check_extras` says how to install it
+                findings = [DoctorLine(NOTE, f"not looked at: {fault.what}")]
         for finding in findings:
             yield topic, finding
 
@@ -51,13 +56,25 @@ def check_versions() -> Iterator[DoctorLine]:
         version = installed_version(package.name)
         if version and not package.specifier.contains(version, prereleases=True):
             other.append(f"{package.name} {version} (tested {package.specifier})")
-    missing = [name for name in PACKAGES if installed_version(name) is None]
-    if missing:
-        yield DoctorLine(FAIL, f"not installed: {', '.join(missing)}", REINSTALL)
     if other:
         yield DoctorLine(WARN, f"not the tested versions: {', '.join(other)}", REINSTALL)
     else:
         yield DoctorLine(OK, f"Python {platform.python_version()}, packages as tested")
+
+
+def check_extras() -> Iterator[DoctorLine]:
+    """What of each extra is installed; a missing package is named with the smallest extra."""
+    named: set[str] = set()
+    for extra in extras():
+        missing = [package for package in extra.missing if package not in named]
+        named.update(missing)
+        if extra.other:
+            yield DoctorLine(WARN, f"{extra.name}: {', '.join(extra.other)}", extra.install)
+        elif missing:
+            what = f"{extra.name}: not installed: {', '.join(missing)}"
+            yield DoctorLine(NOTE, what, extra.install)
+        elif not extra.missing:
+            yield DoctorLine(OK, f"{extra.name}: installed")
 
 
 def check_device() -> Iterator[DoctorLine]:
@@ -117,4 +134,4 @@ def check_env() -> Iterator[DoctorLine]:
         yield DoctorLine(WARN, what, f"unset {' '.join(left)}")
 
 
-DOCTOR_CHECKS = (check_versions, check_device, check_hub, check_disk, check_env)
+DOCTOR_CHECKS = (check_versions, check_extras, check_device, check_hub, check_disk, check_env)

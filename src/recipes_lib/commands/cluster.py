@@ -11,6 +11,7 @@ from typing import Annotated
 from recipes_lib.commands import Accelerate, Gpus, Nodes, flag_words
 from recipes_lib.config.documents import read
 from recipes_lib.config.launch import TRAIN_FLAGS
+from recipes_lib.core.environment import require_extra
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, one_line, print_error
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
@@ -172,6 +173,7 @@ def run_prefetch(
         # the Hub's libraries read them once, when they are imported
         for name in ("HUB_OFFLINE", "DATASETS_OFFLINE", "DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ[f"HF_{name}"] = "1"
+    require_extra("train")
     evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
     needs: dict[Need, None] = {}  # each once, in order
     for file in files:

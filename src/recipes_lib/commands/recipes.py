@@ -105,7 +105,7 @@ def _new_with_rows(
         longest = max(len(json.dumps(row.fields)) for row in reading.rows)
         chosen = chosen_keys(overrides)
         fitted = fit_to_rows(load_recipe(target), len(reading.rows), longest, chosen)
-    except RecipesError:
+    except (RecipesError, ModuleNotFoundError):
         target.unlink()
         raise
     text = new_text(fitted=fitted)

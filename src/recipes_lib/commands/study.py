@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from recipes_lib.commands import Json, flag_words
+from recipes_lib.core.environment import require_extra
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
@@ -44,6 +45,7 @@ def run_study_run(
 
     loaded = with_choices(load_study(study, overrides))
     flags = flag_words(trust_remote_code=trust_remote_code)
+    require_extra("train")
     code = StudyRunner(loaded, report_study, jobs, flags, not no_train).run()
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         folder = study_folder(loaded)

@@ -17,6 +17,7 @@ from typing import Annotated
 from recipes_lib.commands import Accelerate, Gpus, Nodes, RecipeWord, flag_words
 from recipes_lib.config.launch import TRAIN_FLAGS, Launch, place_machine, plan_launch
 from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.core.environment import require_extra
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.run_directory import RunDirectory, is_held
@@ -54,6 +55,7 @@ def run_train(
     )
     command = launch.command(["-m", "recipes_lib.train", recipe, *overrides, *flags])
     if not dry_run:
+        require_extra("train")
         line = finished_line(RunDirectory(loaded.name), loaded)
         if line is not None:
             say(line)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import shlex
 import subprocess
 import sys
 import warnings
 
+from recipes_lib.core.errors import EnvironmentFault, print_error
+from recipes_lib.core.extras import extras, installed_version
 from recipes_lib.core.project import project_root
 from recipes_lib.core.terminal import count, mask_secrets
 
@@ -40,14 +41,6 @@ def library_versions() -> dict[str, str | None]:
     return versions
 
 
-def installed_version(package: str) -> str | None:
-    """Return the version of a package, without importing it; None if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def git_state() -> dict[str, str | bool | None]:
     """Return what is checked out, and whether files are changed; None outside a git checkout."""
     # without tags, what git describes is the commit
@@ -70,8 +63,19 @@ def describe_devices() -> list[str]:
     return [f"{card.name}, {card.total_memory / 2**30:.0f} GiB" for card in cards]
 
 
+def require_extra(name: str) -> None:
+    """Refuse to go on without the packages of an extra; warn of versions that it does not take."""
+    for extra in extras():  # none where the package runs from its files, without being installed
+        if extra.name == name and extra.missing:
+            what = f"not installed: {', '.join(extra.missing)}"
+            raise EnvironmentFault(what, f"the extra {name} brings them: {extra.install}")
+        if extra.name == name and extra.other and os.environ.get("RANK", "0") == "0":
+            print_error(f"warning: not the versions of the extra {name}: {', '.join(extra.other)}")
+
+
 def quiet_libraries() -> None:
     """Let libraries report only errors. Call it before torch is imported."""
+    require_extra("train")
     if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         print("loading torch ...", file=sys.stderr, flush=True)
     # not by its functions: an evaluation whose answers are stored does without its 0.6 s

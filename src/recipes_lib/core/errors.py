@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.core.extras import extras
 from recipes_lib.core.terminal import mask_secrets, printable
 
 
@@ -141,6 +142,17 @@ _SMALLER = {
 }
 
 
+def missing_extra(error: BaseException) -> EnvironmentFault | None:
+    """Return the error that names the extra of a module that is not installed; None for others."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        module = error.name.partition(".")[0]
+        for extra in extras():
+            if module.replace("_", "-") in extra.missing:
+                hint = f"the extra {extra.name} brings it: {extra.install}"
+                return EnvironmentFault(f"{module} is not installed, and is needed here", hint)
+    return None
+
+
 def explain_fault(error: BaseException, verb: str = "train") -> EnvironmentFault | None:
     """Translate an out-of-memory or I/O error, or one whose cause is such an error, into one that
     says what to do: each verb can make other things smaller. None for other errors.
@@ -151,6 +163,9 @@ def explain_fault(error: BaseException, verb: str = "train") -> EnvironmentFault
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
             remedy = _SMALLER.get(verb, f"end what else uses the GPU, {_ON_CPU}")
             return EnvironmentFault(f"out of GPU memory: {text}", remedy)
+        missing = missing_extra(cause)
+        if missing is not None:
+            return missing
         filename = cause.filename if isinstance(cause, FileNotFoundError) else None
         # for a file of this package no disk and no user is to blame
         if isinstance(filename, str | Path) and Path(filename).is_relative_to(_PACKAGE):

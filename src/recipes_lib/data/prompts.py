@@ -160,6 +160,8 @@ def _undated_template(section: DataSection, tokenizer: Any) -> str:
     if is_inline(given):
         return given
     shipped = trl_templates()
+    if given.startswith(TRL) and not shipped:
+        raise ModuleNotFoundError(f"{given} is a file of TRL's", name="trl")
     path = shipped.get(given) or Path(given).expanduser()
     try:
         return path.read_text("utf-8")

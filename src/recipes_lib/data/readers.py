@@ -50,6 +50,8 @@ def read_file(path: Path, bad: BadRows | None = None) -> list[DataRow]:
     except DataError as error:
         error.file = file
         raise
+    except ModuleNotFoundError:  # pyarrow, which an extra brings
+        raise
     except Exception as error:  # of a codec, csv, pyarrow or the disk
         hints = [NOT_UTF8] if isinstance(error, UnicodeDecodeError) else []
         what = f"cannot be read as {kind[1:]}: {one_line(error)}"

@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
+from recipes_lib.core.errors import EnvironmentFault, RecipesError, missing_extra, one_line
 from recipes_lib.core.files import hash_of, write_json, write_text
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Metric, Sample, write_lines
@@ -169,6 +169,9 @@ def _inside(recipe: EvalRecipe) -> Iterator[None]:
     except RecipesError:
         raise
     except Exception as error:  # lm-eval raises what its tasks, filters and metrics raise
+        fault = missing_extra(error)
+        if fault is not None:
+            raise fault from error
         names = ", ".join(recipe.suite.tasks or ())
         what = f"lm-eval cannot run {names}: {type(error).__name__}: {one_line(error)}"
         hint = "lm-eval's traceback: recipes --debug eval; IFEval and MATH need '.[chat-evals]'"
