@@ -202,6 +202,16 @@ def test_a_page_of_two_runs_with_1_085_questions_is_small(tmp_path: Path) -> Non
     assert len(report_html(conclude(arms), arms)) <= 600_000
 
 
+def test_a_page_of_long_questions_without_answers_is_small(tmp_path: Path) -> None:
+    values = [float(n % 2) for n in range(500)]
+    about = [{"input": f"Question {n}: {plain_text('who', str(n)) * 30}"} for n in range(500)]
+    folders = {arm: [write_run(tmp_path, arm)] for arm in ("a", "b")}
+    for (folder,) in folders.values():
+        write_values(folder, values, about=about)
+    arms = load_arms(folders)
+    assert len(report_html(conclude(arms), arms)) <= 600_000
+
+
 def test_curves_are_read_streaming_and_have_at_most_a_thousand_points(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     write_lines(file, ({"step": step, "loss": 1 / step} for step in range(1, 25_001)))

@@ -55,9 +55,11 @@ def question_data(arms: Arms) -> dict[str, Any]:
                 "folder": "/".join(log.file.parent.parts[-3:]),
             }
             for sample in samples:
+                texts = [sample.answer, sample.opponent, *sample.raws]
+                if sample.key not in of_evaluation:  # its question stands there once
+                    texts.append(sample.input)
                 answer = _Answer(len(groups), sample, _score(metric, sample))
                 of_evaluation[sample.key].append(answer)
-                texts = [sample.answer, sample.opponent, *sample.raws]
                 size += 80 + sum(min(len(text or ""), LONGEST_TEXT) for text in texts)
             groups.append(group)
     step = max(1, math.ceil(size / MOST_CHARACTERS))

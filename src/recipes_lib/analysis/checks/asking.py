@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import partial
@@ -219,7 +219,7 @@ def _asked_by_task(first: _Evaluation, second: _Evaluation) -> dict[str, dict[st
     whose prompts differ, or where no prompts are known all.
     """
     tasks = {metric.task for metric in (*first.log.metrics, *second.log.metrics)}
-    common = Counter(task for task, _ in first.prompts.keys() & second.prompts.keys())
+    has_common_prompts = not first.prompts.keys().isdisjoint(second.prompts)
     other_prompts: dict[str, list[str]] = defaultdict(list)
     for task, id in sorted(_differing(first.prompts, second.prompts)):
         other_prompts[task].append(id.partition(":")[0])
@@ -227,12 +227,13 @@ def _asked_by_task(first: _Evaluation, second: _Evaluation) -> dict[str, dict[st
     for key, line in _unequal(first, second, first.settings, second.settings).items():
         task = key.partition(": ")[0]
         touched = [task if task in tasks else ""]
-        if key in _IN_PROMPTS and common:
+        if key in _IN_PROMPTS and has_common_prompts:
             touched = list(other_prompts)
         for task in touched:
             lines[task][key] = line
     for task, ids in other_prompts.items():
-        count = f"{len(ids)} of {common[task]} questions of {task}"
+        common = [key for key in first.prompts if key[0] == task and key in second.prompts]
+        count = f"{len(ids)} of {len(common)} questions of {task}"
         lines[task][f"{task}: prompts"] = f"the prompts of {count} differ, such as {ids[0]}"
     return lines
 
