@@ -13,6 +13,7 @@ import pytest
 from pyarrow.parquet import write_table
 
 from recipes_lib.analysis.claims import Claim, conclude
+from recipes_lib.analysis.pairs import BY_SEED
 from recipes_lib.analysis.readers import known_forms, plain_table, read_results
 from recipes_lib.analysis.runs import arms_of
 from recipes_lib.cli import main
@@ -93,7 +94,7 @@ def test_each_seed_is_a_training_and_is_paired_with_the_same_seed(tmp_path: Path
     assert "3 trainings each" in claim.sentence and "another seed" not in claim.sentence
     left = [row for row in rows if (row["arm"], row["seed"]) != ("r8", 2)]
     (claim,) = claims_of(csv_file(tmp_path / "both", left))
-    assert claim.row.trainings == (2, 2) and claim.row.flags == ("left out: r32-seed2",)
+    assert claim.row.trainings == (2, 2) and claim.row.flags == (BY_SEED, "left out: r32-seed2")
     rows[-1]["seed"] = None
     with pytest.raises(DataError, match=r"both\.csv:1801: give a seed to each row of r32, or to"):
         read_results(csv_file(tmp_path / "both", rows))

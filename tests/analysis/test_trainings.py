@@ -112,6 +112,18 @@ def test_runs_of_this_project_are_paired_by_their_seeds(rng, monkeypatch, tmp_pa
         read_word("a=a-s*")
 
 
+def test_other_seeds_are_said_and_one_file_may_have_all_trainings_of_an_arm(rng) -> None:
+    for name, seeds in (("a", (1, 2, 3)), ("b", (1, 2, 3)), ("c", (4, 5, 6))):
+        rows = []
+        for seed, scores in zip(seeds, drawn(rng, 100), strict=True):
+            rows += [f"q{number},{score:g},{seed}\n" for number, score in enumerate(scores)]
+        Path(f"{name}.csv").write_text("question,score,seed\n" + "".join(rows))
+    for first in ("a.csv", "a=a.csv"):
+        assert only_claim(first, "b=b.csv").row.flags == (BY_SEED,)
+        row = only_claim(first, "c.csv").row
+        assert row.flags == ("different seeds in each arm",) and row.trainings == (3, 3)
+
+
 def test_trainings_that_have_no_partner_are_named(rng) -> None:
     write_arms(table, drawn(rng, 100), drawn(rng, 100))
     Path("a-s1.csv").unlink()

@@ -94,10 +94,10 @@ def pair_trainings(
             )
             pairs.append(pair)
     flags = []
-    have_seeds = bool(runs) and not any(run.foreign or run.seed is None for run in runs)
+    have_seeds = bool(runs) and all(run.seed is not None for run in runs)
     if have_seeds and not (by_seed or is_base):
         flags.append("different seeds in each arm")
-    if len(pairs) > 1 and not is_base and any(run.arm for run in runs):
+    elif len(pairs) > 1 and not is_base and any(run.arm for run in runs):
         flags.append(BY_SEED if by_seed else EXCHANGEABLE)
     paired = {identity_of(run) for run in runs}
     trained = [training.run for training in first_trainings + second_trainings]

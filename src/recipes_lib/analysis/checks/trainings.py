@@ -72,6 +72,8 @@ def check_leaks(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield arms that were trained on questions of an evaluation, or were not searched."""
     not_searched: dict[str, list[str]] = defaultdict(list)
     for arm in _trained(arms):
+        if all(run.foreign for run in arm.runs):
+            continue  # another program's training: nobody has its rows
         # runs of one arm saw the same rows, so the first result of each evaluation says it
         first_logs = {log.eval: log for log in reversed(arm.logs)}
         for log in first_logs.values():

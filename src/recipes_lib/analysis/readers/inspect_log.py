@@ -81,6 +81,7 @@ def _run(file: Path, content: Mapping[str, Any]) -> Run:
     counts = {
         f"are missing, its status is {content.get('status')}": len(missing),
         "ended with an error": sum(bool(row.get("error")) for row in rows.values()),
+        "were invalidated": sum(bool(row.get("invalidation")) for row in rows.values()),
         "were ended by a limit": sum(bool(row.get("limit")) for row in rows.values()),
     }
     named = [f"{count(n, 'sample')} {what}" for what, n in counts.items() if n]
