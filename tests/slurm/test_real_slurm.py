@@ -156,9 +156,9 @@ def test_a_study_with_looks_ends_at_its_first_or_goes_on_to_its_second(
     text = study.read_text().partition("factors:")[0]
     text += f"factors: {{rate: [train.learning_rate]}}\narms:\n{arms}include_base: false\n"
     text += "seeds: [1, 2, 3]\nlooks: [2, 3]\nevals: [loss.yaml]\n"
-    text += "overrides: [data.max_examples=null, data.split.validation=60]\n"
+    text += "overrides: [data.max_examples=null, data.split.validation=0.5]\n"
     if not goes_on:  # two seeds show a difference only within a margin
-        text += "margins: {heldout_loss: 50}\n"
+        text += "margins: {loss: 50}\n"
     file = study.with_name(f"{name}.yaml")
     file.write_text(text)
     cluster.launch(str(file), "--profile", str(cluster.profile("looks")))

@@ -284,7 +284,7 @@ def test_a_plan_names_the_look_and_what_it_saves(study, run, capsys) -> None:
     assert main(["study", "plan", str(study)]) == ExitCode.DONE
     said = capsys.readouterr().out
     assert "trainings: 6 of 6 to do, for look 1 of 2, after 3 of 5 seeds" in said
-    assert "looks after 3 and 5 seeds: about" in said and "of 10 trainings without" in said
+    assert "looks after 3 and 5 seeds, " in said and "trainings of 10 if none differs" in said
     assert "the base" not in said
     run(APART)
     assert main(["study", "plan", str(study)]) == ExitCode.DONE

@@ -23,6 +23,7 @@ from recipes_lib.analysis.findings import (
     Finding,
 )
 from recipes_lib.analysis.looks import FUTILE_BELOW, Look
+from recipes_lib.analysis.ranking import Ranking, rank
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.table import TestedTable, build_table
 from recipes_lib.analysis.table_row import TableRow
@@ -78,6 +79,15 @@ class Claim:
         return self.verdict in ("worse", "lower") or self.within == "not better"
 
     @property
+    def winner(self) -> str | None:
+        """The arm that is shown to be better, "" if none is; None without a verdict."""
+        if self.verdict in ("better", "higher"):
+            return self.row.first
+        if self.verdict in ("worse", "lower"):
+            return self.row.second
+        return "" if self.verdict == "not shown" else None
+
+    @property
     def is_futile(self) -> bool:
         """Whether a study that stops here for it would hardly have shown anything."""
         chance = self.row.chance
@@ -89,9 +99,7 @@ class Claim:
         Between an arm and the baseline "not worse" is an answer, between two others it is half of
         one. What an error finding stops is not mended by seeds.
         """
-        if self.stopped_by or self.is_futile or self.within == "equivalent":
-            return True
-        if self.verdict in ("better", "worse", "higher", "lower"):
+        if self.winner or self.stopped_by or self.is_futile or self.within == "equivalent":
             return True
         return baseline in self.row.arms and self.not_worse_than(str(baseline))
 
@@ -130,14 +138,28 @@ class Conclusion:
         return pairs
 
     @property
-    def undecided(self) -> list[tuple[str, str]]:
-        """The pairs of arms for which more seeds are worth their trainings."""
-        pairs = []
+    def primary_claims(self) -> dict[tuple[str, str], Claim]:
+        """The claim that answers for each pair of arms."""
+        claims_of_pair = {}
         for pair, claims in self.pairs.items():
             tested = [claim for claim in claims if not claim.row.aside]
-            if tested and not tested[0].is_decided(self.baseline):
-                pairs.append(pair)
-        return pairs
+            if tested:
+                claims_of_pair[pair] = tested[0]
+        return claims_of_pair
+
+    @property
+    def ranking(self) -> Ranking | None:
+        """All arms in one answer, where they are many and compared on one metric."""
+        claims = list(self.primary_claims.values())
+        if self.waiting or self.descriptive or len({claim.row.metric for claim in claims}) != 1:
+            return None
+        return rank([claim.row for claim in claims], [claim.winner for claim in claims])
+
+    @property
+    def undecided(self) -> list[tuple[str, str]]:
+        """The pairs of arms for which more seeds are worth their trainings."""
+        claims = self.primary_claims.items()
+        return [pair for pair, claim in claims if not claim.is_decided(self.baseline)]
 
     @property
     def look_text(self) -> str:
@@ -152,8 +174,8 @@ class Conclusion:
 
     @property
     def answer(self) -> list[str]:
-        """One sentence for each pair of arms, about the primary metric and no other; then the look
-        that they come from.
+        """One sentence for each pair of arms, or one for many arms, about the primary metric and no
+        other; then the look that they come from.
         """
         if self.waiting:
             return [self.waiting]
@@ -162,13 +184,18 @@ class Conclusion:
         if of_all_pairs:
             return [f"No answer: {_inside(finding.title)}." for finding in of_all_pairs]
         of_pair = {finding.arms: finding for finding in absent}
+        claims = self.primary_claims
         sentences = []
-        for pair, claims in self.pairs.items():
-            tested = [claim for claim in claims if not claim.row.aside]
+        ranking = self.ranking
+        if ranking and not absent:
+            row = next(iter(claims.values())).row
+            sentences.append(ranking.text(row.label) + row_text.training_text(row))
+            claims = {}
+        for pair in self.pairs:
             if pair in of_pair:
                 sentences.append(f"No answer: {of_pair[pair].title}.")
-            elif tested:
-                sentences.append(tested[0].sentence)
+            elif pair in claims:
+                sentences.append(claims[pair].sentence)
         if self.look_text:
             sentences.append(self.look_text)
         return sentences
@@ -204,6 +231,7 @@ class Conclusion:
             "answer": self.answer,
             "cannot_say": self.cannot_say,
             "alpha": self.table.alpha,
+            "ranking": asdict(self.ranking) if self.ranking else None,
             "look": asdict(self.look) if self.look else None,
             "tests": self.table.tests,
             "rows": rows,

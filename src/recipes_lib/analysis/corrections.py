@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from recipes_lib.analysis.aims import Aims
 from recipes_lib.analysis.futility import Target, chance
+from recipes_lib.analysis.looks import LAST_SHARE
 from recipes_lib.analysis.table_row import TableRow
 from recipes_lib.stats import ALPHA, OTHER_SHARE, PRIMARY_SHARE, adjust
 
@@ -70,7 +71,7 @@ def _correct_together(rows: Sequence[TableRow], aims: Aims) -> None:
         if aims.look and not aims.look.is_last:
             target = Target(
                 seeds=aims.look.declared,
-                alpha=ALPHA * aims.look.last_share * share / size,
+                alpha=ALPHA * LAST_SHARE * share / size,
                 margin=row.margin,
                 favour=_favour(row, aims.baseline),
             )

@@ -11,12 +11,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
-from recipes_lib.analysis.looks import FUTILE_BELOW, shares
+from recipes_lib.analysis.looks import FUTILE_BELOW, LAST_SHARE, shares
 from recipes_lib.stats import ALPHA, SPREADS, Comparison, Estimate
 
 _STUDIES = 4000  # simulated for a plan
@@ -60,12 +60,9 @@ def _chance(case: Estimate, target: Target) -> float:
     )
     width = later.half_width(target.alpha)
     error = math.sqrt(now)
-    spread = math.sqrt(max(then * (1 - then / now), 1e-18))
 
     def above(bound: float, seen: float, truth: float) -> float:
-        """Return the probability that the later mean lies above a bound."""
-        mean = truth + then / now * (seen - truth)
-        return float(special.ndtr((mean - bound) / spread))
+        return float(_above(bound, seen, truth, now, then))
 
     size = abs(case.center)
     farther = size + error
@@ -79,6 +76,15 @@ def _chance(case: Estimate, target: Target) -> float:
             seen = target.favour * case.center
             chances.append(above(-inside, seen, seen + error))
     return max(chances)
+
+
+def _above(bound: Any, seen: Any, truth: Any, now: Any, then: Any) -> Any:
+    """Return the probability that a later mean, of variance `then`, lies above a bound; numbers or
+    arrays. What was seen has the variance `now`.
+    """
+    mean = truth + then / now * (seen - truth)
+    spread = np.sqrt(np.maximum(then * (1 - then / now), 1e-18))
+    return special.ndtr((mean - bound) / spread)
 
 
 def expected_seeds(
@@ -96,68 +102,35 @@ def expected_seeds(
     spreads = SPREADS.get(metric.rpartition("/")[2])
     if spreads is None or not questions:
         return None
-    # of the mean of one arm: the same in every training, and new in each of them
-    shared = spreads[0] / 4 / questions
-    from_questions = spreads[0] / 4 / questions
-    new = from_questions + spreads[1] ** 2
     rng = np.random.default_rng(0)
-    means = rng.normal(0, math.sqrt(shared), (arms, _STUDIES, 1))
-    means = means + rng.normal(0, math.sqrt(new), (arms, _STUDIES, looks[-1]))
+    # Of the questions one half is the same in every training, and the other new in each.
+    of_questions = spreads[0] / 2 / questions  # of the difference of two arms
+    means = rng.normal(0, math.sqrt(of_questions / 2), (arms, _STUDIES, 1))
+    new = math.sqrt(of_questions / 2 + spreads[1] ** 2)
+    means = means + rng.normal(0, new, (arms, _STUDIES, looks[-1]))
     means[0] += effect
+    trained = np.full(_STUDIES, float(looks[-1]))
     is_open = np.ones(_STUDIES, bool)
-    trained = np.zeros(_STUDIES)
-    for seeds, share in zip(looks, shares(len(looks)), strict=True):
+    for seeds, share in zip(looks[:-1], shares(len(looks)), strict=False):
         is_decided = np.ones(_STUDIES, bool)
         for first, second in itertools.combinations(means[:, :, :seeds], 2):
-            pair = _PlannedPair(first - second, 2 * shared, 2 * from_questions, questions)
-            shown = pair.size > pair.half_width(ALPHA * share / comparisons, seeds)
-            last_alpha = ALPHA * shares(len(looks))[-1] / comparisons
-            is_decided &= shown | (pair.chance(last_alpha, looks[-1]) < FUTILE_BELOW)
-        if seeds == looks[-1]:
-            is_decided[:] = True
+            size = np.abs((first - second).mean(axis=1))
+            over_seeds = (first - second).var(axis=1, ddof=1) / seeds
+            widths = []
+            for count, level in ((seeds, share), (looks[-1], LAST_SHARE)):
+                alpha = ALPHA * level / comparisons
+                by_question = float(special.stdtrit(questions, 1 - alpha / 2)) ** 2
+                by_seed = float(special.stdtrit(count - 1, 1 - alpha / 2)) ** 2
+                crossed = by_question * of_questions + by_seed * over_seeds * seeds / count
+                least = by_question * of_questions * (1 + 1 / count)
+                widths.append(np.sqrt(np.maximum(crossed, least)))
+            over_seeds = np.maximum(over_seeds, of_questions / seeds)
+            now = of_questions + over_seeds
+            then = of_questions + over_seeds * seeds / looks[-1]
+            truth = size + np.sqrt(now)
+            chance_left = _above(widths[1], size, truth, now, then)
+            chance_left += 1 - _above(-widths[1], size, truth, now, then)
+            is_decided &= (size > widths[0]) | (chance_left < FUTILE_BELOW)
         trained[is_open & is_decided] = seeds
         is_open &= ~is_decided
     return float(trained.mean())
-
-
-@dataclass(frozen=True)
-class _PlannedPair:
-    """The differences of two arms in simulated studies, with the variance that is assumed."""
-
-    differences: NDArray[np.float64]  # studies x seeds
-    shared: float  # variance of questions, the same in every training
-    rest: float  # variance of questions, new in each
-    questions: int
-
-    @property
-    def size(self) -> NDArray[np.float64]:
-        """The size of the mean difference."""
-        return np.abs(self.differences.mean(axis=1))
-
-    @property
-    def over_seeds(self) -> NDArray[np.float64]:
-        """The variance of the mean over seeds."""
-        return self.differences.var(axis=1, ddof=1) / self.differences.shape[1]
-
-    def half_width(self, alpha: float, seeds: int) -> NDArray[np.float64]:
-        """Return half the interval with so many seeds, as far as is known from those there are."""
-        of_questions = float(special.stdtrit(self.questions, 1 - alpha / 2)) ** 2
-        of_seeds = float(special.stdtrit(max(1, seeds - 1), 1 - alpha / 2)) ** 2
-        over_seeds = self.over_seeds * self.differences.shape[1] / seeds
-        crossed = of_questions * self.shared + of_seeds * over_seeds
-        least = of_questions * (self.shared + self.rest / seeds)
-        return np.sqrt(np.maximum(crossed, least))
-
-    def chance(self, alpha: float, seeds: int) -> NDArray[np.float64]:
-        """Return the probability that so many seeds show a difference, as `chance` does."""
-        has = self.differences.shape[1]
-        new = np.maximum(self.over_seeds, self.rest / has)
-        now = self.shared + new
-        then = self.shared + new * has / seeds
-        truth = self.size + np.sqrt(now)
-        mean = truth + then / now * (self.size - truth)
-        spread = np.sqrt(np.maximum(then * (1 - then / now), 1e-18))
-        width = self.half_width(alpha, seeds)
-        above = special.ndtr((mean - width) / spread)
-        below = special.ndtr((-mean - width) / spread)
-        return np.asarray(above + below)

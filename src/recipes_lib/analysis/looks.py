@@ -17,7 +17,7 @@ LAST_SHARE = 0.8
 FUTILE_BELOW = 0.1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Look:
     """A test of a study after some of its seeds."""
 
@@ -26,7 +26,6 @@ class Look:
     seeds: int  # of each arm, the first ones declared
     declared: int  # seeds of each arm
     share: float  # of the level
-    last_share: float  # that of the last look
     saved: int  # trainings that are not needed if the study stops here
 
     @property
@@ -57,15 +56,8 @@ def shares(looks: int) -> tuple[float, ...]:
 def looks_after(seeds: Sequence[int], arms: int) -> tuple[Look, ...]:
     """Return the looks of a study of so many arms, after these numbers of seeds."""
     looks = []
-    for number, (count, share) in enumerate(zip(seeds, shares(len(seeds)), strict=True), 1):
-        look = Look(
-            number=number,
-            of=len(seeds),
-            seeds=count,
-            declared=seeds[-1],
-            share=share,
-            last_share=shares(len(seeds))[-1],
-            saved=arms * (seeds[-1] - count),
-        )
-        looks.append(look)
+    for number, share in enumerate(shares(len(seeds)), 1):
+        count = seeds[number - 1]
+        saved = arms * (seeds[-1] - count)
+        looks.append(Look(number, len(seeds), count, declared=seeds[-1], share=share, saved=saved))
     return tuple(looks)

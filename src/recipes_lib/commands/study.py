@@ -121,11 +121,8 @@ def _goes_on(study: Study, number: int) -> int:
     if record is None:
         say(f"look {number} is not complete")
         return ExitCode.EVALUATION_INCOMPLETE
-    if record["stops"]:
-        say(f"the study ends at look {number}: more seeds are not needed")
-        return ExitCode.FAILED
-    say(f"look {number} left a pair of arms undecided: the study goes on")
-    return ExitCode.DONE
+    say(f"the study {'ends at' if record['stops'] else 'goes on after'} look {number}")
+    return ExitCode.FAILED if record["stops"] else ExitCode.DONE
 
 
 def _next(action: str, study: Study) -> int:

@@ -132,17 +132,7 @@ class Planner:
             self._add_trainings(plan, study_trainings(study), "train")
         evaluates = "eval" in stages or "report" in stages
         if evaluates and not study.looks and missing_of(study):
-            words = ["run", file, *study.overrides, "--no-train"]
-            job = Job(
-                label="eval",
-                stage="eval",
-                tasks=(self._command(plan, "study", words, "study run", study.evals),),
-                uses_gpus=not all(arm.launch.config.use_cpu for arm in study.arms),
-                # arms that failed must not keep the others from being evaluated
-                after_any=tuple(job.label for job in plan.jobs),
-            )
-            plan.jobs.append(job)
-            plan.evals.extend(study.evals)
+            self._add_evaluation(plan, study, file, "eval", plan.jobs)
         if not plan.jobs:
             what = f"study '{study.name}': everything is done"
             raise RecipeError(what, f"look at it: recipes study report {file}")
@@ -170,16 +160,8 @@ class Planner:
                 self._add_trainings(plan, added, f"train-look{look.number}", before)
             if not evaluates:
                 return
-            words = ["run", file, *study.overrides, "--no-train"]
-            job = Job(
-                label=f"eval-look{look.number}",
-                stage="eval",
-                tasks=(self._command(plan, "study", words, "study run", study.evals),),
-                uses_gpus=not all(arm.launch.config.use_cpu for arm in study.arms),
-                after=before,
-                after_any=tuple(job.label for job in plan.jobs[first:]),
-            )
-            plan.jobs.append(job)
+            label = f"eval-look{look.number}"
+            self._add_evaluation(plan, study, file, label, plan.jobs[first:], before)
             if look.is_last or "train" not in stages:
                 break
             words = ["status", file, *study.overrides, "--look", str(look.number)]
@@ -188,11 +170,33 @@ class Planner:
                 stage="report",
                 tasks=(self._command(plan, "study", words, "go on?"),),
                 uses_gpus=False,
-                after=(job.label,),
+                after=(label,),
             )
             plan.jobs.append(decision)
             before = (decision.label,)
-        plan.evals.extend(study.evals)
+
+    def _add_evaluation(
+        self,
+        plan: Plan,
+        study: Study,
+        file: str,
+        label: str,
+        trainings: Sequence[Job],
+        after: tuple[str, ...] = (),
+    ) -> None:
+        """Add the job that evaluates and reports what is trained by then."""
+        words = ["run", file, *study.overrides, "--no-train"]
+        job = Job(
+            label=label,
+            stage="eval",
+            tasks=(self._command(plan, "study", words, "study run", study.evals),),
+            uses_gpus=not all(arm.launch.config.use_cpu for arm in study.arms),
+            after=after,
+            # arms that failed must not keep the others from being evaluated
+            after_any=tuple(training.label for training in trainings),
+        )
+        plan.jobs.append(job)
+        plan.evals = list(study.evals)
 
     def _add_trainings(
         self,

@@ -219,27 +219,18 @@ def _look_lines(study: Study, primary: str, questions: int, effect: float) -> It
     looks = [look.seeds for look in study.looks]
     arms = len(study.arms)
     pairs = math.comb(arms + study.file.include_base, 2)
-    expected = []
-    factors = [0.0]
+    line = f"looks after {sentence_list([str(number) for number in looks])} seeds"
+    share = pairs / PRIMARY_SHARE
+    sizes = [0.0]
     if 0 < effect < 1:
-        factors += [1.0, 1.5]
-    for factor in factors:
-        seeds = expected_seeds(
-            looks=looks,
-            metric=primary,
-            questions=questions,
-            effect=factor * effect,
-            arms=max(2, arms),
-            comparisons=pairs / PRIMARY_SHARE,
-        )
+        sizes += [effect, 1.5 * effect]
+    for size in sizes:
+        seeds = expected_seeds(looks, primary, questions, size, max(2, arms), share)
         if seeds is not None:
-            expected.append(f"{arms * seeds:.1f}")
-    numbers = sentence_list([str(number) for number in looks])
-    line = f"looks after {numbers} seeds"
-    if expected:
-        line += f": about {expected[0]} of {arms * looks[-1]} trainings without a difference"
-    for factor, trainings in zip(factors[1:], expected[1:], strict=True):
-        line += f", {trainings} at {100 * factor * effect:.1f} points"
+            where = (
+                f"at {100 * size:.1f} points" if size else f"of {arms * looks[-1]} if none differs"
+            )
+            line += f", {arms * seeds:.1f} trainings {where}"
     yield line
     if study.file.include_base and looks[0] < 4:
         yield "  pairs with the base are not in it: a look under 4 seeds seldom decides one"
