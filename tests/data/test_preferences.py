@@ -236,6 +236,26 @@ def test_the_audit_counts_pairs_and_says_which_answers_are_longer(
     assert caught.value.line == 25 and "rows.jsonl" in str(caught.value.file)
 
 
+def test_pairs_whose_answers_are_cut_are_counted_and_train(recipe_for, write_jsonl, tiny_tokenizer):
+    rows = pair_rows(8)
+    for row in rows[:3]:  # both answers, the chosen one, the rejected one
+        row["chosen"] += " And so on." * 40
+        row["rejected"] += " And on." * 40
+    rows[1]["rejected"] = "No."
+    rows[2]["chosen"] = "Yes."
+    recipe = recipe_for(
+        write_jsonl(rows),
+        stage=DPO,
+        prompt_format="chat",
+        split=NO_SPLIT,
+        train={"max_length": 96},
+    )
+    data = prepare_data(recipe, tiny_tokenizer)
+    places = {name: len(rows) for name, rows in data.audit.places.items()}
+    assert (places["truncated"], places["lost_end"], places["without_end_token"]) == (3, 3, 0)
+    assert len(data.train) == 24
+
+
 def test_leaks_are_found_in_the_prompt_and_in_both_answers(recipe_for, write_jsonl):
     text = "A sentence of the evaluation that holds more than twelve words, as they say, all told."
     rows = pair_rows(4)

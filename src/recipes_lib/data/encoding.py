@@ -44,7 +44,7 @@ _REWRITTEN = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # arrays have no one answer to ==
 class Encoded:
     """The tokens of one row."""
 
