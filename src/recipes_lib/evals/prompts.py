@@ -33,15 +33,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import Row
 from recipes_lib.evals.log import text_hash
-from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
+from recipes_lib.models.packaged import WheelFiles
 
 GRADES = ("1", "2", "3", "4", "5")
 CHOICES = ("A", "B")
 VERDICTS = {1: GRADES, 2: CHOICES}  # by the number of answers
 CUT_MARK = "\n(... the rest of this response was left out because of its length)"
 PROMETHEUS_PACKAGE = "package:prometheus-eval"
-_REQUIREMENT = "prometheus-eval==0.1.20"
-_MEMBERS = {"prompts.py": "aabcaa9f012108bbd19cc9528dab9f313325fdf89711919a67f20ef94cd50914"}
+PROMETHEUS = WheelFiles(
+    requirement="prometheus-eval==0.1.20",
+    inside="prometheus_eval",
+    members={"prompts.py": "aabcaa9f012108bbd19cc9528dab9f313325fdf89711919a67f20ef94cd50914"},
+    size="20 KB",
+)
 _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
 _FLAGS = re.IGNORECASE | re.ASCII
@@ -204,15 +208,9 @@ def token_bound(text: str) -> int:
 # ---- the authors' wording ----
 
 
-def prometheus_is_here() -> bool:
-    """Whether the authors' prompts are on this machine already."""
-    return wheel_is_here(_REQUIREMENT, _MEMBERS)
-
-
 def published_template(kind: str) -> Template:
     """Return the authors' prompt of a kind ("relative", "absolute") with the fence's line."""
-    instead = f"name a prompt file of your own: judge.{kind}_prompt"
-    folder = files_of_wheel(_REQUIREMENT, "prometheus_eval", _MEMBERS, "20 KB", instead)
+    folder = PROMETHEUS.fetched(f"name a prompt file of your own: judge.{kind}_prompt")
     return template_of(runpy.run_path(str(folder / "prompts.py")), kind)  # known by its hash
 
 

