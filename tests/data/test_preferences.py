@@ -230,6 +230,11 @@ def test_the_audit_counts_pairs_and_says_which_answers_are_longer(
     assert "1 x chosen and rejected are the same" in "\n".join(audit.notes)
     longer = [line for line in audit.warnings if "DPO may learn to write shorter" in line]
     assert longer and f"rejected {audit.tokens['rejected']['median']}" in longer[0]
+    longest = audit.tokens["prompt"]["max"] + audit.tokens["chosen"]["max"]
+    recipe.train = {"max_length": longest + 1}  # the newline; it cuts rejected answers alone
+    places = prepare_data(recipe, tiny_tokenizer).audit.places
+    assert 0 < len(places["truncated"]) == len(places["lost_end"])
+    assert not places["without_end_token"] and not places["no_supervised_tokens"]
     recipe.data = recipe.data.model_copy(update={"on_bad_row": "error"})
     with pytest.raises(DataError, match="are the same") as caught:
         prepare_data(recipe, tiny_tokenizer)

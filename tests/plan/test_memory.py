@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests.families import build_family
+from tests.pairs import write_pair_recipe
 from tests.plan.kept import bytes_of, counting_what_is_kept
 from transformers import AutoConfig
 
@@ -60,6 +61,29 @@ def test_a_cpu_training_keeps_what_is_planned(tiny_recipe, tiny_model_dir, tmp_p
         tokens, kept = kept_in_a_step(tiny_recipe, monkeypatch, *words)
         rows = RowLengths((tokens // 8,) * 300, 300, 0, "like these", counted=True)
         made = plan(tiny_recipe, *words, gpu="cpu", rows=rows)
+        planned = made.memory["activations"] * 2**30
+        if kept != pytest.approx(planned, rel=0.1):
+            wrong.append(f"{family}: {tokens} tokens keep {kept}, planned {planned:.0f}")
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_cpu_training_of_pairs_keeps_what_is_planned(
+    tiny_recipe, tiny_recipe_text, tiny_model_dir, tmp_path, monkeypatch
+):
+    wrong = []
+    text = tiny_recipe_text(tiny_model_dir)
+    recipe = write_pair_recipe(tiny_recipe.with_name("pairs.yaml"), text)
+    for family in FAMILIES:
+        folder = build_family(family, tmp_path / family, tiny_model_dir)
+        words = [f"model.name_or_path={folder}", "model.dtype=bfloat16", "train.bf16=true"]
+        words += ["lora.target_modules=all-linear", "train.eval_strategy='no'"]
+        words += [f"run.name={family}"]
+        tokens, kept = kept_in_a_step(recipe, monkeypatch, *words)
+        rows = RowLengths((tokens // 4,) * 300, 300, 0, "like these", counted=True)
+        made = plan(recipe, *words, gpu="cpu", rows=rows)
+        assert (made.steps.largest, made.steps.row) == (tokens, tokens // 8)
         planned = made.memory["activations"] * 2**30
         if kept != pytest.approx(planned, rel=0.1):
             wrong.append(f"{family}: {tokens} tokens keep {kept}, planned {planned:.0f}")

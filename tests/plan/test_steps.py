@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.pairs import write_pair_recipe
 
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
@@ -72,3 +73,20 @@ def test_joined_rows_are_a_whole_micro_batch_and_packed_rows_full(tiny_recipe):
         made = steps_for(tiny_recipe, longer, *words, f"train.packing_strategy={strategy}")
         assert made.steps == steps, strategy
     assert packed.row == 4 * 192
+
+
+def test_a_pair_is_two_rows_and_the_base_reads_each_once(
+    tiny_recipe, tiny_recipe_text, tiny_model_dir
+):
+    text = tiny_recipe_text(tiny_model_dir)
+    path = write_pair_recipe(tiny_recipe.with_name("pairs.yaml"), text)
+    recipe = load_recipe(path, ["train.max_length=64"])
+    planned = plan_of(recipe, *launch_and_card(recipe, "cpu"))
+    rows, steps = planned.rows, planned.steps
+    assert rows.train + rows.validation == 90 and rows.counted
+    assert max(rows.tokens) == 2 * 64 and not any(length % 2 for length in rows.tokens)
+    assert (steps.row, steps.largest) == (64, 4 * 2 * 64)
+    mean = sum(rows.tokens) / rows.train
+    assert steps.reference == round(90 * mean)
+    made_up = RowLengths((4_000,) * 90, 90, 0, "made up")
+    assert steps_for(path, made_up, "train.max_length=64").largest == 4 * 2 * 64

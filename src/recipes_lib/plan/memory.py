@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from recipes_lib.config.recipe import sync_each_batch
+from recipes_lib.config.recipe import DPO, sync_each_batch
 
 if TYPE_CHECKING:
     from recipes_lib.plan.plan import Plan
@@ -95,7 +95,9 @@ def _of_activations(plan: Plan) -> dict[str, float]:
     block = traced.block
     # each block keeps a mask of sdpa; on a CPU, with an example at a time, those with a window
     masks = 0
-    if plan.card.name == "cpu":
+    if plan.recipe.stage == DPO:  # pairs are padded, on a CPU too
+        masks = traced.layers
+    elif plan.card.name == "cpu":
         masks = traced.windows
     elif steps.per_device > 1 or plan.recipe.train.get("packing"):
         masks = traced.layers

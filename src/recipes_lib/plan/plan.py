@@ -135,9 +135,10 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
         source = f"at an assumed {MFU[method]:.0%} of the card's peak (MFU)"
     seconds = None
     if speed:
-        # a validation has no backward pass: a third of the operations, of LoRA a half
+        # a validation and a reference have no backward pass: a third of the operations, of LoRA a
+        # half
         share = 3 if recipe.lora is None else 2
-        tokens = steps.tokens + steps.validation / share
+        tokens = steps.tokens + (steps.validation + steps.reference) / share
         seconds = tokens / speed + AROUND_S + traced.weight_bytes / GIB
     return Plan(
         recipe=recipe,

@@ -13,13 +13,15 @@ from trl.data_utils import pack_dataset
 
 from recipes_lib.config.launch import planned_steps
 from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.recipe import MAX_LENGTH, DataSection, Recipe, accumulation_steps
+from recipes_lib.config.recipe import DPO, MAX_LENGTH, DataSection, Recipe, accumulation_steps
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import read_rows
 from recipes_lib.core.project import project_root
+from recipes_lib.data.encoding_pairs import pair_lengths
 from recipes_lib.data.errors import BadRows, place
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.reading import read_data
+from recipes_lib.data.rows import PAIR, answer_row
 from recipes_lib.data.sources import listed_sources, needs_hub
 from recipes_lib.weights.load import load_tokenizer
 
@@ -31,7 +33,7 @@ ASSUMED_TOKENS = 200
 
 @dataclass(frozen=True)
 class RowLengths:
-    """The training rows."""
+    """The training rows; of a pair, both of its rows, padded to the longer one, are one."""
 
     tokens: tuple[int, ...] = field(repr=False)  # of a sample of the rows, not cut to `max_length`
     train: int
@@ -56,6 +58,7 @@ class Steps:
     largest: int  # tokens of the largest micro-batch
     row: int  # tokens of its longest row
     validation: int  # tokens of all validations
+    reference: int = 0  # tokens that the base reads once before the first step
 
 
 def rows_of(recipe: Recipe) -> RowLengths:
@@ -68,13 +71,16 @@ def rows_of(recipe: Recipe) -> RowLengths:
         number = known_rows(section)
         number_known = number is not None
         rows = number or ASSUMED_ROWS
-        lengths = [ASSUMED_TOKENS]
+        lengths = [ASSUMED_TOKENS * _rows_of_one(recipe)]
         text = f"{rows:,} rows of an assumed {ASSUMED_TOKENS}: the data are not on this machine"
         if not number_known:
             text = f"assumed {text}"
     elif folder is not None and (folder / "tokenizer_config.json").is_file():
         data = prepare_data(recipe, load_tokenizer(recipe))  # kept for the training
-        lengths = list(map(len, data.train["input_ids"]))
+        if recipe.stage == DPO:
+            lengths = pair_lengths(data.train)
+        else:
+            lengths = list(map(len, data.train["input_ids"]))
         return RowLengths(
             tokens=tuple(lengths),
             train=len(lengths),
@@ -84,10 +90,16 @@ def rows_of(recipe: Recipe) -> RowLengths:
         )
     else:
         try:
-            texts = [row.texts for row in read_data(section, BadRows(), recipe.stage).rows]
+            read = read_data(section, BadRows(), recipe.stage).rows
         except DataError as error:
             raise place(recipe, error) from None
-        lengths = [sum(map(len, parts)) // CHARACTERS_PER_TOKEN + 1 for parts in texts]
+        lengths = []
+        for row in read:
+            sides = [row]
+            if recipe.stage == DPO:
+                sides = [answer_row(row, name) for name in PAIR]
+            sizes = [sum(map(len, side.texts)) // CHARACTERS_PER_TOKEN + 1 for side in sides]
+            lengths.append(max(sizes) * len(sizes))
         rows = len(lengths)
         text = f"estimated from the characters of {rows:,} rows"
     validation = 0
@@ -103,6 +115,11 @@ def rows_of(recipe: Recipe) -> RowLengths:
         assumed=is_assumed,
         number_known=number_known,
     )
+
+
+def _rows_of_one(recipe: Recipe) -> int:
+    """Return how many rows of tokens a row of the data is."""
+    return 2 if recipe.stage == DPO else 1
 
 
 def known_rows(section: DataSection) -> int | None:
@@ -123,7 +140,10 @@ def known_rows(section: DataSection) -> int | None:
 def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
     """Return the steps of a training: whole global batches, as the training makes them."""
     train = recipe.train
+    rows_of_one = _rows_of_one(recipe)
     max_length = train.get("max_length", MAX_LENGTH)
+    if max_length:
+        max_length *= rows_of_one
     packing = train.get("packing") and train.get("packing_strategy", "bfd")
     lengths = list(rows.tokens)
     if max_length and packing not in ("bfd_split", "wrapped"):  # these cut no row off
@@ -152,6 +172,10 @@ def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
     largest = per_device * longest
     # rows without padding lie end to end in one row
     is_joined = packing or train.get("padding_free") is not False
+    reference = 0
+    if recipe.stage == DPO:
+        is_joined = False
+        reference = round((rows.train + rows.validation) * mean)
 
     validations = 0.0
     strategy = train.get("eval_strategy", "no")
@@ -172,6 +196,7 @@ def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
         examples=examples,
         tokens=round(steps * examples * mean),
         largest=largest,
-        row=largest if is_joined else longest,
+        row=largest if is_joined else longest // rows_of_one,
         validation=round(rows.validation * mean * validations),
+        reference=reference,
     )

@@ -8,17 +8,15 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import pyarrow.compute
 import torch
 from datasets import Dataset
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
+from recipes_lib.data.encoding_pairs import pair_lengths
 from recipes_lib.training.counting import CountingTrainer
 from recipes_lib.training.reference import REFERENCE_COLUMNS
 
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # A pair without loss. TRL's collator makes (2B, T) of B pairs: the chosen ones, then the rejected.
 FILLER: dict[str, Any] = {"prompt_ids": [0, 0], "chosen_ids": [], "rejected_ids": []}
 FILLER |= dict.fromkeys(REFERENCE_COLUMNS, 0.0)
@@ -32,7 +30,7 @@ class PreferenceTrainer(CountingTrainer, DPOTrainer):
     """
 
     filler = FILLER
-    columns = _IDS + REFERENCE_COLUMNS
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS)
     unit = "pairs"
 
     def __init__(self, **kwargs: Any) -> None:
@@ -62,12 +60,7 @@ class PreferenceTrainer(CountingTrainer, DPOTrainer):
     @staticmethod
     def row_lengths(rows: Dataset) -> list[int]:
         """Return the tokens of each pair: two rows, padded to the longer one."""
-        columns = rows.select_columns(list(_IDS)).with_format("arrow")[:]
-        sizes = {}
-        for name in _IDS:
-            sizes[name] = pyarrow.compute.list_value_length(columns[name]).to_numpy()
-        longer = np.maximum(sizes["chosen_ids"], sizes["rejected_ids"])
-        return (2 * (sizes["prompt_ids"] + longer)).tolist()
+        return pair_lengths(rows)
 
     def num_items(self, batch: Any) -> int:
         """Return how many pairs are none of the fillers."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.recipe import HUB_ID, Recipe
+from recipes_lib.config.recipe import DPO, HUB_ID, Recipe, earlier_stage
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import object_or_none
 from recipes_lib.data.sources import listed_sources
@@ -27,8 +27,10 @@ def write_card(
     lora = recipe.lora
     stated = base_file(recipe, "README.md")
     licence = stated.get("license_name") or stated.get("license")
-    names = [source.source for source in listed_sources(recipe.data)]
-    data = [name if is_hub_id(name) else Path(name).name for name in names]
+    data = _data_of(recipe)
+    stages = [recipe]
+    while earlier := _earlier(stages[0]):
+        stages.insert(0, earlier)
     is_adapter = lora is not None and merged is None
     header = ModelCardData(
         base_model=base if is_hub_id(base) else None,
@@ -36,14 +38,8 @@ def write_card(
         library_name="peft" if is_adapter else "transformers",
         license=licence or base_file(recipe, SOURCE).get("license"),
         pipeline_tag="text-generation",
-        tags=["sft", "trl", *recipe.run.tags],
+        tags=[*dict.fromkeys(stage.stage for stage in stages), "trl", *recipe.run.tags],
     )
-    method = "Full fine-tuning"
-    if lora is not None:
-        kind = "QLoRA" if recipe.quantization else "LoRA"
-        method = f"{kind} (r {lora.get('r')}, alpha {lora.get('lora_alpha')})"
-        if recipe.base_format:
-            method += f" on the {recipe.base_format} base"
     numbers = {}
     for name, value in summary.items():
         title = name.replace("_", " ")
@@ -56,7 +52,12 @@ def write_card(
     card = blocks.from_string(template).render(
         header=header,
         recipe=recipe,
-        method=method,
+        method=_method(recipe),
+        earlier=[
+            f"{stage.name}: {_method(stage)} of `{public_name(stage)}` on"
+            f" {', '.join(_data_of(stage))}, prompt format `{stage.data.prompt_format}`"
+            for stage in stages[:-1]
+        ],
         base=base,
         is_on_hub=is_hub_id(base),
         data=data,
@@ -69,6 +70,34 @@ def write_card(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def _earlier(recipe: Recipe) -> Recipe | None:
+    """The recipe of the run that a recipe begins with, if it is still here."""
+    with suppress(RecipesError):
+        return earlier_stage(recipe)
+    return None
+
+
+def _data_of(recipe: Recipe) -> list[str]:
+    """Return the names of a recipe's sources, without folders of this machine."""
+    names = [source.source for source in listed_sources(recipe.data)]
+    return [name if is_hub_id(name) else Path(name).name for name in names]
+
+
+def _method(recipe: Recipe) -> str:
+    """Return how a recipe trains, in words."""
+    method = "Full fine-tuning"
+    lora = recipe.lora
+    if lora is not None:
+        kind = "QLoRA" if recipe.quantization else "LoRA"
+        method = f"{kind} (r {lora.get('r')}, alpha {lora.get('lora_alpha')})"
+        if recipe.base_format:
+            method += f" on the {recipe.base_format} base"
+    if recipe.stage != DPO:
+        return method
+    loss = recipe.train.get("loss_type", "sigmoid")
+    return f"Preference tuning (DPO, loss {loss}, beta {recipe.train.get('beta', 0.1)}), {method}"
+
+
 def is_hub_id(name: str) -> bool:
     """Return whether a model's name can be downloaded from the Hub."""
     return "/" in name and bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
@@ -79,7 +108,10 @@ def public_name(recipe: Recipe) -> str:
     name = recipe.model.name_or_path
     if is_hub_id(name):
         return name
-    return str(base_file(recipe, SOURCE).get("hub_id") or f"./{Path(name).name}")
+    folder = Path(name)
+    if (folder.parent / "run.json").is_file():  # a run's weights are known by its name
+        folder = folder.parent
+    return str(base_file(recipe, SOURCE).get("hub_id") or f"./{folder.name}")
 
 
 def base_file(recipe: Recipe, name: str) -> Mapping[str, Any]:
