@@ -49,7 +49,10 @@ KINDS = [
     ({"model": {}, "data": {}, "training": {"seed": 1}}, "r.yaml", "recipe"),
     ({"suite": {}, "judge": {}}, "e.yaml", "eval"),
     ({"model_name_or_path": "a", "finetuning_type": "lora"}, "r.yaml", "foreign"),
-    ({"model_name_or_path": "a", "beta": 0.1}, "r.yaml", "foreign"),
+    ({"model_name_or_path": "a", "beta": 0.1}, "r.yaml", "flat"),
+    ({"model_name_or_path": "a", "beta": 0.1, "cpo_alpha": 1.0}, "r.yaml", "foreign"),
+    ({"model_name_or_path": "a", "stage": "dpo"}, "r.yaml", "foreign"),
+    ({"stage": "dpo", "model": {}}, "r.yaml", "recipe"),
     ({"model_name_or_path": "a", "reward_funcs": ["accuracy"]}, "r.yaml", "foreign"),
     ({"model": {"_component_": "a"}, "checkpointer": {}}, "r.yaml", "foreign"),
 ]

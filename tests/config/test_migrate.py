@@ -5,6 +5,7 @@ every key and comment is accounted for.
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,7 @@ def test_what_a_recipe_cannot_say_stays_as_a_comment_and_is_named(migrated):
 REFUSED = [
     (SHORT + "seed: 1\nseed: 2\n", "flat.yaml:4: duplicate key 'seed'"),
     (SHORT + "hub_token: hf_abcdefghijklmnopqrstuvwx\n", "flat.yaml:3: this looks like a secret"),
-    (SHORT + "beta: 0.1\n", "DPO"),
+    (SHORT + "beta: 0.1\ndesirable_weight: 1.0\n", "GRPO"),
     (SHORT + "num_generations: 8\n", "GRPO"),
     (SHORT + "stage: sft\n", "LLaMA-Factory"),
     ("base_model: a\nsequence_len: 3\n", "axolotl"),
@@ -198,3 +199,32 @@ def test_a_template_with_a_line_of_spaces_stays_as_it_is(migrated):
     block = "chat_template: |\n  A\n            \n  {% for message in messages %}\n"
     values, _, _ = migrated(f"{SHORT}{block}")
     assert values["data"]["chat_template"] == yaml.safe_load(block)["chat_template"]
+
+
+def test_configs_of_pairs_become_recipes_of_stage_dpo(migrated):
+    values, text, printed = migrated("handbook_dpo")
+    assert values["stage"] == "dpo" and text.index("stage: dpo") < text.index("model:")
+    assert "beta: 0.01   # small: far from the reference" in text
+    expected = {"max_length": 1024, "loss_type": "sigmoid", "warmup_steps": 0.1}
+    assert {key: values["train"][key] for key in expected} == expected
+    assert values["data"]["source"] == [{"source": "example-org/preferences"}]
+    assert values["data"]["source_split"] == "train_prefs"
+    assert "max_prompt_length left out; TRL 1 has one limit" in printed
+    assert "label_smoothing left out; it acts only with loss_type: robust" in printed
+    assert "truncation_mode left out" in printed and "chosen and rejected: chat" in text
+    values, _, printed = migrated("trl_dpo")
+    assert values["train"]["loss_weights"] == [1.0, 0.2] and values["lora"]["lora_alpha"] == 32
+    assert "precompute_ref_log_probs left out; the reference is the base" in printed
+
+
+def test_local_rows_of_pairs_decide_the_stage_and_the_format(migrated, tmp_path):
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = "model_name_or_path: a/b\ndataset_name: {}\nlearning_rate: 1.0e-6\n"
+    for name, row, prompt_format in (
+        ("texts", {"prompt": "a", "chosen": "b", "rejected": "c"}, "raw"),
+        ("messages", {"chosen": said, "rejected": said[:1]}, "chat"),
+    ):
+        rows = tmp_path / f"{name}.jsonl"
+        rows.write_text(json.dumps(row) + "\n")
+        values, _, _ = migrated(text.format(rows))
+        assert values["stage"] == "dpo" and values["data"]["prompt_format"] == prompt_format

@@ -120,7 +120,9 @@ def _new_with_rows(
 
 
 def run_migrate(
-    config: Annotated[Path, "a flat TRL YAML: trl sft --config, alignment handbook, open-r1"],
+    config: Annotated[
+        Path, "a flat TRL YAML: trl sft or dpo --config, alignment handbook, open-r1"
+    ],
     *,
     output: Annotated[Path, "the recipe to write"],
     force: Annotated[bool, "replace OUTPUT if it exists"] = False,

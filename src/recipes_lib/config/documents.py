@@ -40,8 +40,8 @@ for _name, _pattern in {
 
 # What configs of other programs have, and those of other kinds of training.
 _FOREIGN_KEYS = (
-    "base_model", "finetuning_type", "checkpointer", "peft", "beta", "reward_funcs",
-    "num_generations", "max_completion_length", "max_prompt_length",
+    "base_model", "finetuning_type", "checkpointer", "peft", "reward_funcs", "num_generations",
+    "desirable_weight", "cpo_alpha", "simpo_gamma",
 )  # fmt: skip
 # Kind of a file -> its top-level keys. A file is of the first kind that has one of its keys.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "flat": ("model_name_or_path", "dataset_name", "output_dir"),
 }
 _HINTS = {
-    "foreign": "configs of axolotl, LLaMA-Factory, oumi, torchtune, DPO and GRPO are not supported",
+    "foreign": "configs of axolotl, LLaMA-Factory, oumi, torchtune and GRPO are not supported",
     "flat": "recipes migrate turns a flat TRL config into a recipe",
     "study": "use recipes study",
     "eval": "use recipes eval",

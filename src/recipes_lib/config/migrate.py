@@ -1,6 +1,6 @@
 """`recipes migrate`: the recipe of a flat TRL config, which is ScriptArguments, ModelConfig and
-SFTConfig in one mapping. Each key moves to its section with its comments, or becomes a comment at
-the end.
+SFTConfig or DPOConfig in one mapping. Each key moves to its section with its comments, or becomes a
+comment at the end.
 """
 
 from __future__ import annotations
@@ -20,8 +20,15 @@ from recipes_lib.config.documents import (
     value_text,
     wrong_kind,
 )
-from recipes_lib.config.recipe import QuantizationSection
-from recipes_lib.config.upstream_sections import RENAMES, LoraSection, TrainSection
+from recipes_lib.config.parsing import Section
+from recipes_lib.config.recipe import DPO, QuantizationSection
+from recipes_lib.config.upstream_sections import (
+    ACTS_WITH,
+    RENAMES,
+    LoraSection,
+    TrainSection,
+    preference_section,
+)
 from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import is_secret_name
 
@@ -61,8 +68,21 @@ _NAMES_OF_PARTS = {
 _BUILDERS = ("json", "csv", "parquet")
 # TRL's defaults where PEFT's are others. Source: trl.ModelConfig.
 LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+# Keys of DPOConfig, those of earlier versions too, that no SFTConfig had.
+_OF_PAIRS = {
+    "beta", "max_prompt_length", "max_completion_length", "precompute_ref_log_probs", "rpo_alpha",
+    "ref_model_init_kwargs", "sync_ref_model", "disable_dropout", "label_smoothing", "ld_alpha",
+    "f_divergence_type", "generate_during_eval", "reference_free", "model_adapter_name",
+}  # fmt: skip
+_GONE_OF_PAIRS = {
+    "max_prompt_length": "TRL 1 has one limit, train.max_length, and cuts answers alone",
+    "max_completion_length": "TRL 1 has one limit, train.max_length",
+}
 # Keys by which TRL renders conversations, and which do nothing for other rows.
 _OF_CONVERSATIONS = ("chat_template", "system_prompt", "assistant_only_loss")
+_PAIRS_ARE_ELSEWHERE = """\
+# The rows are not on this machine: set prompt_format to what TRL would find in them.
+#   chosen and rejected: chat (lists of messages) or raw (texts behind a prompt)"""
 _ROWS_ARE_ELSEWHERE = """\
 # The rows are not on this machine: set prompt_format to what TRL would find in them.
 #   messages: chat, and train.completion_only_loss: false (TRL learns every token of them)
@@ -80,6 +100,7 @@ class _Rows:
     why: str
     are_texts: bool = False  # in the column that dataset_text_field names
     has_loss_on_all: bool = False  # TRL learns every token, where a recipe learns the answers
+    are_pairs: bool = False
 
 
 @dataclass
@@ -88,6 +109,7 @@ class _Recipe:
 
     texts: dict[str, str] = field(default_factory=dict)  # of a key with its comments
     values: Values = field(default_factory=dict)
+    are_pairs: bool = False  # stage dpo
     left_out: list[str] = field(default_factory=list)  # lines of comments
     changes: list[str] = field(default_factory=list)
 
@@ -101,6 +123,8 @@ class _Recipe:
     def lines(self) -> list[str]:
         """Return the text of each section, then what was left out."""
         lines: list[str] = []
+        if self.are_pairs:
+            lines += ["", f"stage: {DPO}"]
         for section in SECTIONS:
             texts = [text for key, text in self.texts.items() if key.startswith(f"{section}.")]
             if texts:
@@ -121,13 +145,17 @@ def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> tuple[s
         raise RecipeErrors(flat.problems)
     recipe = _Recipe()
     rows = _rows_of(flat, first_row)
+    recipe.are_pairs = rows.are_pairs or not flat.values.keys().isdisjoint(_OF_PAIRS)
+    section = preference_section() if recipe.are_pairs else TrainSection
+    if recipe.are_pairs:
+        recipe.changes.append(f"added stage: {DPO}; the config prefers one of two answers")
     # comments stand above the key that they are about
     first_line = min(flat.origin((key,)).line or 0 for key in flat.values)
     comments = [line for line in flat.text.split("\n")[: first_line - 1] if line.startswith("#")]
     for key, value in flat.values.items():
         lines, comments_below = _lines_of(flat, key)
-        home = home_of(key)
-        why = _why_left_out(key, home, flat.values, rows)
+        home = home_of(key, section)
+        why = _why_left_out(key, home, flat.values, rows, section)
         if not why and home in recipe.texts:
             why = "another key of this file already sets it"
         if why:
@@ -154,11 +182,13 @@ def migrate(path: Path, target: Path, head: str, first_row: FirstRow) -> tuple[s
     return f"{text}\n", recipe.changes
 
 
-def home_of(key: str) -> str:
-    """Return the dotted key of a recipe that a flat key becomes; empty for none."""
+def home_of(key: str, train: type[Section] = TrainSection) -> str:
+    """Return the dotted key of a recipe that a flat key becomes; empty for none. `train` is the
+    section of the recipe's stage.
+    """
     if key in MOVES:
         return MOVES[key]
-    if key in TrainSection.model_fields:
+    if key in train.model_fields:
         return f"train.{key}"
     if key in QuantizationSection.model_fields:
         return f"quantization.{key}"
@@ -183,7 +213,7 @@ def _lines_of(flat: Document, key: str) -> tuple[list[str], list[str]]:
     return between[:size], [line for line in between[size:] if line]
 
 
-def _why_left_out(key: str, home: str, flat: Values, rows: _Rows) -> str:
+def _why_left_out(key: str, home: str, flat: Values, rows: _Rows, train: type[Section]) -> str:
     """Return why a recipe does not take a key; empty where it does."""
     if is_secret_name(key):
         return "a secret does not belong in a recipe; use hf auth login"
@@ -194,11 +224,18 @@ def _why_left_out(key: str, home: str, flat: Values, rows: _Rows) -> str:
         return "nothing is quantized"
     if key == "dataset_text_field" and rows.prompt_format and not rows.are_texts:
         return f"TRL ignores it: the rows are {rows.why}"
+    if key in ACTS_WITH and home:
+        owner, needed = ACTS_WITH[key]
+        values = flat.get(owner)
+        if not set(values if isinstance(values, list) else [values]).intersection(needed):
+            return f"it acts only with {owner}: {' or '.join(needed)}"
     if home:
         return ""
+    if train is not TrainSection and key in _GONE_OF_PAIRS:
+        return _GONE_OF_PAIRS[key]
     if key == "use_peft":
         return "the section lora replaces it"
-    return TrainSection.gone.get(key, "a recipe has no such key")
+    return train.gone.get(key, "a recipe has no such key")
 
 
 def _new_value(flat: Document, key: str, value: Any, target: Path) -> Any:
@@ -221,6 +258,8 @@ def _new_value(flat: Document, key: str, value: Any, target: Path) -> Any:
         return "all-linear"
     if key == "dataset_text_field":
         return {"text": value}
+    if MOVES.get(key) == "model.dtype" and value is None:
+        return "auto"
     if value == "ffd":  # the name of bfd before TRL 0.20
         return "bfd"
     return value
@@ -301,6 +340,10 @@ def _rows_like(row: Mapping[str, Any], flat: Values) -> _Rows:
     """Return how TRL reads rows like this one. Source: trl.SFTTrainer, which looks for prompt and
     completion first, then for messages, then for the text field.
     """
+    if {"chosen", "rejected"} <= row.keys():
+        is_text = isinstance(row["chosen"], str)
+        why = "pairs of texts" if is_text else "pairs of conversations"
+        return _Rows("raw" if is_text and "prompt" in row else "chat", why, are_pairs=True)
     if {"prompt", "completion"} <= row.keys():
         prompt_format = "chat" if isinstance(row["prompt"], list) else "raw"
         return _Rows(prompt_format, "prompt and completion, and TRL learns the completion alone")
@@ -333,5 +376,6 @@ def _add_defaults(recipe: _Recipe, flat: Values, rows: _Rows) -> None:
         split = {"method": "none"}
     recipe.add("data.split", split, "rows are held out only if the config evaluates")
     if rows.prompt_format is None:
-        recipe.texts["data.prompt_format"] = _ROWS_ARE_ELSEWHERE
+        text = _PAIRS_ARE_ELSEWHERE if recipe.are_pairs else _ROWS_ARE_ELSEWHERE
+        recipe.texts["data.prompt_format"] = text
         recipe.changes.append(f"not written: data.prompt_format; {rows.why}")
