@@ -51,6 +51,8 @@ CHAT_EVALS = [
     "antlr4-python3-runtime==4.11.*",
     "sympy>=1.12",
 ]
+# Reads newer logs of Inspect AI, as Inspect itself does; Python's own zipfile can from 3.14 on.
+INSPECT = ["zipfile-zstd>=0.0.4; python_version < '3.14'"]
 EXTRAS = {
     "train": TRAIN,
     "eval": EVAL,
@@ -64,8 +66,10 @@ EXTRAS = {
     # 82 removed.
     "alpaca-eval": ["alpaca-eval>=0.6.6,<0.7", "setuptools<82"],
     "parquet": ["pyarrow>=21"],  # tables and rows in parquet files, without the rest of `train`
+    "inspect": INSPECT,
     "dev": [
         *EVAL,
+        *INSPECT,
         *CHAT_EVALS,
         "pytest>=9",
         "pytest-timeout>=2.4",

@@ -94,6 +94,7 @@ def test_a_missing_module_is_named_with_the_smallest_extra_that_brings_it(monkey
         "math_verify": "chat-evals",
         "gguf": "quickstart",
         "alpaca_eval": "alpaca-eval",
+        "zipfile_zstd": "inspect",
         "pytest": "dev",
     }
     for module, extra in expected.items():
@@ -131,6 +132,15 @@ def test_rows_in_parquet_name_the_extra_that_reads_them(tmp_path, monkeypatch, c
     err = capsys.readouterr().err
     assert "pyarrow is not installed" in err and "[parquet]'" in err
     assert not Path("mine.yaml").exists()
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads Zstandard itself")
+def test_a_newer_log_of_inspect_names_the_extra_that_reads_it(monkeypatch, capsys) -> None:
+    uninstall(monkeypatch, "zipfile_zstd")
+    log = PROJECT / "tests/analysis/inspect_logs/epochs.eval"
+    assert main(["compare", str(log)]) == ExitCode.ENVIRONMENT
+    err = capsys.readouterr().err
+    assert "zipfile_zstd is not installed" in err and "[inspect]'" in err
 
 
 def test_check_notes_what_it_cannot_look_at_and_checks_the_rest(monkeypatch, capsys) -> None:
