@@ -310,14 +310,7 @@ def _absent_metrics(table: TestedTable, aims: Aims) -> list[Finding]:
 
 
 def _no_such_metric(word: str, title: str, remedy: str, arms: tuple[str, ...] = ()) -> Finding:
-    return Finding(
-        code=NO_SUCH_METRIC,
-        severity="error",
-        title=title,
-        remedy=remedy,
-        arms=arms,
-        metrics=(word,),
-    )
+    return Finding(NO_SUCH_METRIC, "error", title, remedy=remedy, arms=arms, metrics=(word,))
 
 
 def _why_descriptive(design: Design | None) -> str:

@@ -177,9 +177,8 @@ def _quantized(model: Any, config: Any) -> set[torch.Tensor]:
 
 def _active(model: Any, text: Any) -> int:
     """Return the parameters that multiply a token: no look-up, of experts those it is sent to."""
-    experts = 1  # that a token is sent to
-    for name in reversed(EXPERTS_PER_TOKEN):
-        experts = getattr(text, name, experts)
+    names = [name for name in EXPERTS_PER_TOKEN if hasattr(text, name)]
+    experts = getattr(text, names[0]) if names else 1  # that a token is sent to
     head = set(model.get_output_embeddings().parameters())
     used = set(families.text_decoder(model).parameters()) | head
     used -= {model.get_input_embeddings().weight} - head

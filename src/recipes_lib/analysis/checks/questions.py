@@ -101,11 +101,10 @@ def check_records(arms: Arms, design: Design | None) -> Iterator[Finding]:
     for arm, log in arms.logs:
         if log.source:
             facts = settings_of(log) | computing_facts(log)
-            known = {
-                key.rpartition(": ")[2] for key, value in facts.items() if value != NOT_RECORDED
-            }
-            absent = [name for name in _RECORDS if name not in known]
-            absent += [key for key, value in facts.items() if value == NOT_RECORDED]
+            absent = [key for key, value in facts.items() if value == NOT_RECORDED]
+            # of a task's fact the name stands behind the task
+            recorded = {key.rpartition(": ")[2] for key in facts if key not in absent}
+            absent = [name for name in _RECORDS if name not in recorded] + absent
             if absent:
                 missing[log.eval, tuple(dict.fromkeys(absent))].append(arm)
     for (name, facts_names), names in missing.items():
