@@ -57,7 +57,7 @@ def build_train_config(
     config = _built(recipe, "train", lambda: config_class(**values))
     # one process on several GPUs: transformers would spread each micro-batch (DataParallel)
     config._n_gpu = min(config.n_gpu, 1)
-    # an optimizer or a schedule that transformers would refuse once the model is loaded
+    # made and thrown away: what transformers would refuse only once the model is loaded
     if not config.optim_target_modules and "lomo" not in config.optim:  # these ask for the model
         _built(recipe, "train.optim", lambda: Trainer.get_optimizer_cls_and_kwargs(config))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)

@@ -55,6 +55,7 @@ def audit_rows(
         loss_on = "chosen against the rejected answer"
     audit = DataAudit(settings.section.prompt_format, loss_on)
     special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    # one of a single character would be found in ordinary text
     escaped = [re.escape(name) for name in special if len(name) > 1]
     special_text = re.compile("|".join(escaped) or "(?!)")  # which matches nothing
     contents = set[bytes]()

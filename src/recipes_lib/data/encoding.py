@@ -302,6 +302,7 @@ def _token_spans(
     for start, end in parts:
         first = bisect_right(offsets, start, key=end_of)
         last = bisect_right(offsets, end, key=end_of)
+        # white space behind the end token stands between turns, and nobody writes it
         kept = last
         while kept > first and not text[slice(*offsets[kept - 1])].strip():
             kept -= 1

@@ -110,6 +110,7 @@ def _key(recipe: Recipe, settings: Supervision, tokenizer: Any) -> str:
         [tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()],
         [format_hash(section, tokenizer), training_template(section, tokenizer)],
         [tokenizers.__version__, transformers.__version__],
+        # other code of ours may prepare other rows
         [file_hash(file) for file in sorted(Path(__file__).parent.glob("*.py"))],
         source_hashes(section),
     ]

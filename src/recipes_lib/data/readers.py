@@ -84,7 +84,7 @@ def _read_json(path: Path) -> Iterator[Numbered]:
 
 
 def _read_csv(path: Path) -> Iterator[Numbered]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(sys.maxsize)  # Python's own is 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as stream:
         sign = "\t" if data_format(path) == ".tsv" else ","
         reader = csv.DictReader(stream, delimiter=sign, strict=True)

@@ -60,7 +60,7 @@ def read_data(section: DataSection, bad: BadRows, stage: Stage = SFT) -> Rows:
     for row in rows:  # ids are labels: the file's or a hash, numbered where they repeat
         row.id = row.id or row.content[:8].hex()
         times[row.id] += 1
-        while times[row.id] > 1:
+        while times[row.id] > 1:  # a numbered one may be the name of another row
             row.id += f"#{times[row.id]}"
             times[row.id] += 1
     used = first_in_hash_order(rows, section.max_examples, section.split.seed)

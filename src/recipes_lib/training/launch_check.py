@@ -70,6 +70,7 @@ def check_request(recipe: Recipe, num_gpus: int) -> None:
 
 def _asked_of_accelerate_launch() -> int:
     """Return the number of processes that were asked for; 1 where it is not known."""
+    # the environment of a rank says how many were started; what was asked for stands only here
     try:
         command = psutil.Process().parent().cmdline()
     except (psutil.Error, AttributeError):
