@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     announce_slurm_job()
     debug = "--debug" in words
     try:
-        code = _run([word for word in words if word != "--debug"], debug)
+        code = _run([word for word in words if word != "--debug"] or ["--help"], debug)
         sys.stdout.flush()
         return code
     except SystemExit as end:  # --help
@@ -148,8 +148,6 @@ def _run(words: Sequence[str], debug: bool) -> int:
 
 def _with_help(words: Sequence[str]) -> Sequence[str]:
     """Return the words, a call for help as `--help` at their end: `help VERB`, `VERB help`."""
-    if not words:
-        return ["--help"]
     num_names = 2 if words[0] in ACTIONS else 1
     is_named = words[0] in _HELP or "help" in words[:num_names]
     # behind other words, help may be the name of a run
