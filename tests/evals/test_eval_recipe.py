@@ -9,6 +9,7 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.evals.questions import load_questions
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
 from recipes_lib.evals.suites import suite_class
 
@@ -117,3 +118,18 @@ def test_every_key_is_documented():
     for section, content in schema["$defs"].items():
         for key, value in content["properties"].items():
             assert value.get("description"), f"{section}.{key}"
+
+
+def test_some_questions_are_chosen_by_their_texts_and_not_the_first() -> None:
+    file = PROJECT / "evals/quickstart/house_style.yaml"
+    everything = load_questions(load_eval(file)).questions
+    chosen = []
+    for number in (5, 10):
+        recipe = load_eval(file, [f"data.max_questions={number}"])
+        questions = load_questions(recipe)
+        assert questions.subset == f"subset, n={number} of {len(everything)}"
+        chosen.append(questions.questions)
+    fewer, more = chosen
+    assert set(fewer) < set(more) and more != everything[:10]
+    assert list(more) == [question for question in everything if question in more]
+    assert recipe.settings_key() != load_eval(file).settings_key()

@@ -117,7 +117,7 @@ def test_a_file_is_searched_for_leaks(tiny_recipe, tiny_model_dir, tmp_path, eva
     assert log.leaks and log.leaks.is_error and log.leaks.leaked_questions > 30
     assert log.banners[0] == log.leaks.summary(log.eval)
     code, out, err = recipes("eval", eval_file, "one", "data.max_questions=3")
-    assert code == 0 and "subset, the first 3 rows" in out, err
+    assert code == 0 and "subset, 3 rows in the order of a hash" in out, err
 
 
 def test_rows_without_a_token_with_loss_are_one_line(tiny_recipe, tmp_path, eval_file, recipes):

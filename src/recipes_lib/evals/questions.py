@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from recipes_lib.core.errors import DataError, EnvironmentFault, one_line
-from recipes_lib.core.files import Row, valid_texts
+from recipes_lib.core.files import Row, hash_of, valid_texts
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.errors import BadRow, BadRows
 from recipes_lib.data.readers import read_file
@@ -97,7 +97,10 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
         what = f"question ids occur twice: {', '.join(repeated[:8])}"
         raise DataError(what, file=shown_path(path))
 
-    chosen = questions[: data.max_questions]
+    chosen = questions
+    if data.max_questions:
+        texts = [hash_of(question.turns) for question in questions]
+        chosen = [questions[place] for place in chosen_places(texts, data.max_questions)]
     is_packaged = data.questions == MT_BENCH_PACKAGE
     if data.references or is_packaged:
         rows = _parsed(_file(recipe, "references"), _answer_row)
@@ -109,6 +112,13 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
         published=is_packaged or str(data.questions).startswith("tatsu-lab/alpaca_eval:"),
         labels=read_labels(Path(data.labels)) if data.labels else {},
     )
+
+
+def chosen_places(hashes: Sequence[str], most: int) -> list[int]:
+    """Return the places, in order, of those with the smallest hashes: files are often sorted by
+    source, so their first questions are another population than all of them.
+    """
+    return sorted(sorted(range(len(hashes)), key=lambda place: hashes[place])[:most])
 
 
 def local_questions(recipe: EvalRecipe) -> QuestionSet | None:

@@ -129,7 +129,8 @@ class EvalDataSection(Section):
     labels: FilePath | None = None
     """alpaca_eval: pairs labelled by people, for the audit of the judge."""
     max_questions: int | None = Field(default=None, ge=1)
-    """Use the first N questions. The result is marked as a subset."""
+    """Use N questions, those with the smallest hashes of their texts: files may be sorted. The
+    result is marked as a subset."""
     include_path: FilePath | None = None
     """lm_eval: folder with your own task files, besides the harness's."""
     folder: FilePath | None = None
@@ -360,6 +361,8 @@ class EvalRecipe(Section):
         }
         # without defaults, so that a key that a later version adds changes no hash
         values = [self.name, self.model_dump(exclude=left_out, exclude_defaults=True)]
+        if self.data.max_questions:
+            values.append("questions in the order of a hash")  # earlier versions took the first
         keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
         files: list[Path | None] = [self.path_of(f"data.{key}") for key in keys]
         if self.suite.name == "lm_eval":

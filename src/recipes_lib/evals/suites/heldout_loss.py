@@ -21,6 +21,7 @@ from recipes_lib.data.sources import source_hashes
 from recipes_lib.data.splits import TRAIN
 from recipes_lib.evals.log import EvalLog, Metric, Sample
 from recipes_lib.evals.models import Model
+from recipes_lib.evals.questions import chosen_places
 from recipes_lib.evals.recipe import HELD_OUT
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
@@ -79,7 +80,11 @@ class HeldoutLoss(Suite):
                 f"the recipe of {model.name} holds out no {self.split} rows",
                 f"set data.split.{self.split} to a share of the rows, or name a file of rows",
             )
-        columns: dict[str, list[Any]] = rows[: self.recipe.data.max_questions]
+        most = self.recipe.data.max_questions
+        columns: dict[str, list[Any]] = rows[:]
+        if most:
+            places = chosen_places([hash_of(name) for name in columns["example_id"]], most)
+            columns = {key: [values[place] for place in places] for key, values in columns.items()}
         return columns
 
     def measure(self, model: Model, network: Any) -> EvalLog:
@@ -137,7 +142,7 @@ class HeldoutLoss(Suite):
         return self.new_log(
             metrics,
             n=len(losses),
-            subset=f"subset, the first {limit} rows" if limit else None,
+            subset=f"subset, {limit} rows in the order of a hash" if limit else None,
             banners=banners,
         )
 
