@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.analysis.simulated import answers, arms_with, at_looks
 
+from recipes_lib.analysis.aims import Aims
+from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.futility import Target, chance, expected_seeds
 from recipes_lib.analysis.looks import looks_after, shares
 from recipes_lib.stats import compare, planned_effect
@@ -66,3 +69,42 @@ def test_a_plan_expects_fewer_seeds_without_a_difference_than_at_one() -> None:
     assert 3.1 < none < 3.5 and 4.2 < at_effect < 4.8
     assert 3 < expected_seeds([3, 5], "pass_rate", 200, 0.0, arms=4, comparisons=6) < 4
     assert expected_seeds([3, 5], "lm_eval/gsm8k", 200, 0.0) is None
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seeds", [(3, 5), (2, 3, 5), (3, 5, 8)])
+def test_a_study_that_stops_claims_falsely_in_at_most_a_twentieth_of_cases(seeds) -> None:
+    """Each study goes the whole way from answers to claims, at each of its looks."""
+    studies = 600
+    rng = np.random.default_rng(len(seeds))
+    false = 0
+    covered = 0
+    for _ in range(studies):
+        tables = answers([0.5, 0.5], seeds[-1], 200, 0.03, rng)
+        *_, last = at_looks(tables, seeds)
+        (claim,) = last.claims
+        low, high = claim.row.interval
+        false += claim.verdict in ("better", "worse")
+        covered += low <= 0 <= high
+    error = (0.05 * 0.95 / studies) ** 0.5
+    assert false / studies <= 0.05 + 2 * error
+    assert covered / studies >= 0.95 - 2 * error
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seeds", [(3, 5), (3, 5, 8)])
+def test_looks_cost_at_most_six_points_of_power(seeds) -> None:
+    studies = 400
+    rng = np.random.default_rng(7)
+    found = {"looks": 0, "fixed": 0}
+    for _ in range(studies):
+        tables = answers([0.5, 0.58], seeds[-1], 200, 0.02, rng)
+        *_, last = at_looks(tables, seeds)
+        found["looks"] += last.claims[0].verdict in ("better", "worse")
+        fixed = conclude(arms_with(tables), Aims("pass_rate"))
+        found["fixed"] += fixed.claims[0].verdict in ("better", "worse")
+    # the two are of the same studies: their difference varies little
+    assert found["fixed"] - found["looks"] <= 0.06 * studies + 2 * studies**0.5 / 4, found
+    assert found["fixed"] > 0.5 * studies, found
