@@ -451,3 +451,37 @@ def test_questions_that_differ_in_digits_only_are_a_doubt_in_the_sentence(tmp_pa
     for folder in folders:
         change_rows(folder, lambda row: with_text(row | {"doc_id": 1}) | {"doc_id": row["doc_id"]})
     assert compared(*folders).claims[0].row.test.resolved.questions == 1
+
+
+def test_the_length_controlled_rate_is_shown_as_alpaca_eval_computed_it(shared_data, tmp_path):
+    source = shared_data / "alpaca_eval"
+    board = (source / "alpaca_eval_gpt4_leaderboard.csv").read_text()
+    (row,) = [line for line in board.splitlines() if line.startswith("llama-2-7b-chat-hf,")]
+    text = (source / "llama-2-7b-chat-hf/alpaca_eval_gpt4.annotations.json").read_text()
+    paths = []
+    for model in ("llama-2-7b-chat-hf", "other"):
+        folder = tmp_path / model / "alpaca_eval_gpt4"
+        folder.mkdir(parents=True)
+        (folder / "annotations.json").write_text(text.replace("llama-2-7b-chat-hf", model))
+        named = board.replace("llama-2-7b-chat-hf,", f"{model},")
+        (folder / "leaderboard.csv").write_text(named)
+        paths.append(tmp_path / model)
+    conclusion = compared(*paths)
+    rows = {each.row.metric.rpartition("/")[2]: each.row for each in conclusion.claims}
+    shown = rows["length_controlled_winrate"]
+    assert 100 * shown.first_value == pytest.approx(float(row.split(",")[-1]), abs=1e-12)
+    assert shown.test is None and "totals" in shown.why_not
+    assert not {each.code for each in conclusion.findings} & {"protocol-differs", "judges-differ"}
+
+
+def test_another_configuration_of_the_annotator_stops_the_verdict(tmp_path: Path) -> None:
+    for name, config in (("a", "gpt4"), ("b", "gpt4_fn")):
+        (tmp_path / name / config).mkdir(parents=True)
+        annotations(tmp_path / name / config / "annotations.json", name, [2.0, 1.0] * 50)
+    (claim,) = compared(tmp_path / "a", tmp_path / "b").claims
+    assert "annotator's config" in claim.sentence and claim.verdict == "no verdict"
+    loose = annotations(tmp_path / "c.json", "c", [2.0, 1.0] * 50)
+    conclusion = compared(tmp_path / "a", loose)
+    assert conclusion.claims[0].row.is_tested
+    (title,) = [each.title for each in conclusion.findings if each.code == "not-recorded"][:1]
+    assert "chat template" in title

@@ -183,11 +183,7 @@ def _side_by_side(
     first_runs: Measured,
     second_runs: Measured,
 ) -> TableRow:
-    """Both arms on the same items; what only one of them has counts as without a verdict.
-
-    In files of other programs that holds for whole questions: a row that is missing may be a loss
-    that somebody deleted.
-    """
+    """Both arms on the same items; what only one of them has counts as without a verdict."""
     pairs, flags = pair_trainings(first, second, first_runs, second_runs)
     if not pairs:
         row = _row(first, second, [metric for _, metric in first_runs], (0, 0), opponent)
@@ -208,6 +204,7 @@ def _side_by_side(
     second_questions = {sample.id for sample in second_samples}
     common = first_questions & second_questions
     kept = common
+    # of another program a row that is missing may be a loss that somebody deleted
     if common and all(run.foreign for pair in pairs for run in (pair.first, pair.second)):
         kept = first_questions | second_questions
     first_samples = [sample for sample in first_samples if sample.id in kept]

@@ -19,10 +19,10 @@ from recipes_lib.core.terminal import next_step, print_json, say
 
 # The forms that the readers take (`FORM` of each), without importing them for --help.
 _RESULTS = (
-    "evaluated runs, or results of other programs: folders of lm-eval, annotations of alpaca_eval,"
-    " logs of Inspect AI, tables (.csv, .tsv, .jsonl, .parquet) with the columns question, score"
-    " and, as needed, arm, seed, metric, text, higher_is_better; several trainings of an arm:"
-    " NAME=GLOB, such as 'r8=out/r8-s*'"
+    "evaluated runs, or results of other programs: folders of lm-eval, lighteval or HELM,"
+    " annotations of alpaca_eval, logs of Inspect AI, tables (.csv, .tsv, .jsonl, .parquet) with"
+    " the columns question, score and, as needed, arm, seed, metric, text, higher_is_better;"
+    " several trainings of an arm: NAME=GLOB, such as 'r8=out/r8-s*'"
 )
 
 

@@ -218,11 +218,8 @@ class EvalLog:
 
     @cached_property
     def faults(self) -> dict[str, tuple[int, int]]:
-        """The faults in the answers (`answer_faults`), which several readers ask for.
-
-        None of lm-eval: a task may well want one letter, again and again.
-        """
-        if self.suite == "lm_eval":
+        """The faults in the answers (`answer_faults`), which several readers ask for."""
+        if self.source and self.judge is None:  # a task may want one letter, again and again
             return {}
         samples: dict[tuple[str, int], Sample] = {}
         for metric in self.metrics:

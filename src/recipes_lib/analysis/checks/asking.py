@@ -34,7 +34,7 @@ _FREE = re.compile(
 )
 
 # What a prompt has in it: where all common prompts are known and equal, these differ in vain.
-_IN_PROMPTS = ("chat template", "system instruction", "few-shot seed", "few-shots as turns")
+_IN_PROMPTS = ("chat template", "system instruction", "few-shot seed")
 
 _Facts = Mapping[str, Any]
 _Texts = Mapping[Any, int]  # hashes, by item; an item without a text has none
@@ -170,20 +170,12 @@ def _differences(
     where = first.log.eval
     finding = partial(Finding, arms=(first.arm, second.arm), metrics=metrics, opponent=opponent)
     for task, lines in _asked_by_task(first, second).items():
-        is_format = "prompt format" in lines
         title = f"{both} were asked differently in {where}: {sentence_list([*lines], 3)}"
         evidence = tuple(lines.values())
-        remedy = "evaluate both with one eval recipe"
-        if is_format:
-            remedy = _ONE_FORMAT
-        elif first.log.source:
-            remedy = "ask both in the same way"
+        remedy = _ONE_FORMAT if "prompt format" in lines else "ask both in the same way"
         about = finding("protocol-differs", "error", title, evidence=evidence, remedy=remedy)
-        of_task = [
-            metric.name
-            for metric in (*first.log.metrics, *second.log.metrics)
-            if task == metric.task or task in metric.parts
-        ]
+        both_metrics = (*first.log.metrics, *second.log.metrics)
+        of_task = [each.name for each in both_metrics if task in (each.task, *each.parts)]
         yield replace(about, metrics=tuple(dict.fromkeys(of_task))) if task else about
     other_questions = set()
     for item in _differing(first.questions, second.questions):
@@ -213,11 +205,7 @@ def _differences(
 
 
 def _asked_by_task(first: _Evaluation, second: _Evaluation) -> dict[str, dict[str, str]]:
-    """A line for each difference of asking, by the task whose rows it touches; "" is all of them.
-
-    Prompts are compared where both have the question. What is part of a prompt touches the tasks
-    whose prompts differ, or where no prompts are known all.
-    """
+    """A line for each difference of asking, by the task whose rows it touches; "" is all."""
     tasks = {metric.task for metric in (*first.log.metrics, *second.log.metrics)}
     has_common_prompts = not first.prompts.keys().isdisjoint(second.prompts)
     other_prompts: dict[str, list[str]] = defaultdict(list)

@@ -11,6 +11,7 @@ from functools import partial
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.checks.asking import computing_facts, settings_of
 from recipes_lib.analysis.findings import REPEATED_QUESTIONS, Finding, metric_names
+from recipes_lib.analysis.readers.alpaca_eval import ANNOTATOR
 from recipes_lib.analysis.runs import Arms, question_of
 from recipes_lib.analysis.text import sentence_list
 from recipes_lib.evals.log import NOT_RECORDED, EvalLog
@@ -104,7 +105,8 @@ def check_records(arms: Arms, design: Design | None) -> Iterator[Finding]:
             absent = [key for key, value in facts.items() if value == NOT_RECORDED]
             # of a task's fact the name stands behind the task
             recorded = {key.rpartition(": ")[2] for key in facts if key not in absent}
-            absent = [name for name in _RECORDS if name not in recorded] + absent
+            records = (*_RECORDS, ANNOTATOR) if log.judge else _RECORDS
+            absent = [name for name in records if name not in recorded] + absent
             if absent:
                 missing[log.eval, tuple(dict.fromkeys(absent))].append(arm)
     for (name, facts_names), names in missing.items():

@@ -17,14 +17,23 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from recipes_lib.analysis.readers import alpaca_eval, inspect_log, lm_eval, ours, plain_table
+from recipes_lib.analysis.readers import (
+    alpaca_eval,
+    helm,
+    inspect_log,
+    lighteval,
+    lm_eval,
+    ours,
+    plain_table,
+)
 from recipes_lib.analysis.runs import Run
 from recipes_lib.analysis.text import sentence_list
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import open_run
 
-READERS: tuple[ModuleType, ...] = (ours, inspect_log, lm_eval, alpaca_eval, plain_table)
+_BY_SHAPE = (ours, inspect_log, lm_eval, alpaca_eval, lighteval, helm)
+READERS: tuple[ModuleType, ...] = (*_BY_SHAPE, plain_table)
 
 
 def read_results(path: Path) -> list[Run] | None:

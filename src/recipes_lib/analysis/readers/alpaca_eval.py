@@ -1,21 +1,27 @@
-"""Reads annotations of alpaca_eval: one file is one model, judged by one annotator."""
+"""Reads annotations of alpaca_eval: one file is one model, judged by one annotator.
+
+    MODEL/CONFIG/annotations.json   MODEL/CONFIG/leaderboard.csv
+
+(alpaca_eval 0.6.6.) CONFIG is the annotator's; the leaderboard has the length-controlled win rate,
+which comes from a model of all annotations: it is shown, and cannot be tested.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 
-from recipes_lib.analysis.readers.files import arm_name, parsed_json
+from recipes_lib.analysis.readers.files import foreign_run, parsed_json
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
 from recipes_lib.evals.log import (
     REFERENCE,
     UNRESOLVED,
-    AnswerFacts,
-    EvalLog,
     JudgeFacts,
     Metric,
     Sample,
@@ -25,6 +31,7 @@ from recipes_lib.evals.suites import metric_of
 
 FORM = "alpaca_eval: its annotations.json"
 SOURCE = "alpaca_eval"
+ANNOTATOR = "annotator's config"
 _KEYS = {"instruction", "preference", "output_2"}
 _OUTCOMES = {None: UNRESOLVED, 1.0: "win", 0.5: "tie", 0.0: "loss"}
 
@@ -98,7 +105,7 @@ def read(path: Path) -> list[Run]:
 
 
 def _annotation_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*annotations*.json"))
+    return sorted(folder.glob("*annotations*.json")) or sorted(folder.glob("*/annotations.json"))
 
 
 def _read_file(path: Path, given: Path) -> Run:
@@ -119,26 +126,17 @@ def _read_file(path: Path, given: Path) -> Run:
     if len({sample.id for sample in samples}) < len(samples):
         raise DataError("holds an instruction twice", "keep one annotation of each", file=path)
     opponent = " and ".join(sorted({row.generator_1 or REFERENCE for row in rows}))
-    log = EvalLog(
-        suite=SOURCE,
-        eval=SOURCE,
-        file=path,
-        target=model,
+    run = foreign_run(
+        SOURCE,
+        path,
+        model,
+        list(_metrics(rows, samples, opponent, path)),
         against=opponent,
-        n=len(samples),
-        metrics=(_win_rate(samples, opponent, path),),
-        answers=AnswerFacts(name=model, models=(model,)),
         judge=JudgeFacts(name=judge, fingerprint=judge, model=judge),
+        recipe=_config(path, model),
         notes=("each pair was judged once, in random order",),
-        source=SOURCE,
     )
-    return Run(
-        name=arm_name(model, path.parent),
-        folder=given,
-        state={"kind": "answers"},
-        evals=(log,),
-        foreign=True,
-    )
+    return replace(run, folder=given)
 
 
 def _only_value(rows: Sequence[Annotation], key: str, path: Path) -> str:
@@ -150,13 +148,29 @@ def _only_value(rows: Sequence[Annotation], key: str, path: Path) -> str:
     return str(min(values))
 
 
-def _win_rate(samples: Sequence[Sample], opponent: str, path: Path) -> Metric:
-    return metric_of(
-        "win_rate",
-        "AlpacaEval win rate",
-        samples,
-        opponent=opponent,
-        eval=SOURCE,
-        suite=SOURCE,
-        file=path,
-    )
+def _config(path: Path, model: str) -> dict[str, str]:
+    """Return which configuration the annotator had: by its file, or by the folder of its name."""
+    file = path.with_name("configs.yaml")
+    if file.is_file():
+        return {ANNOTATOR: text_hash(file.read_text(encoding="utf-8"))[:12]}
+    if path.resolve().parent.parent.name == model:
+        return {ANNOTATOR: path.resolve().parent.name}
+    return {}
+
+
+def _metrics(
+    rows: Sequence[Annotation], samples: Sequence[Sample], opponent: str, path: Path
+) -> Iterator[Metric]:
+    yield metric_of("win_rate", "AlpacaEval win rate", samples, opponent=opponent)
+    percent = None
+    leaderboard = path.with_name("leaderboard.csv")
+    if leaderboard.is_file():
+        with leaderboard.open(newline="", encoding="utf-8") as lines:
+            for row in csv.DictReader(lines):
+                if row.get("") == rows[0].generator_2:  # the first column has no name
+                    percent = row.get("length_controlled_winrate")
+    if percent:
+        label = "AlpacaEval length-controlled win rate"
+        value = float(percent) / 100
+        name = "length_controlled_winrate"
+        yield Metric(name, label, value=value, n=len(rows), opponent=opponent)

@@ -50,11 +50,6 @@ class Results:
     file: Path  # where it has none, one of its samples files
     content: Mapping[str, Any] = field(repr=False)
 
-    @property
-    def date(self) -> str:
-        """When the command ended, as its file name says; it sorts by time."""
-        return _date_of(self.file)
-
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """How the command was called."""
@@ -77,36 +72,20 @@ class Results:
 
     @property
     def identity(self) -> list[str]:
-        """What tells the models of one name apart: their weights, and the form they are asked in.
-
-        As words for the name of an arm, such as `revision=step2`.
-        """
+        """What tells models of one name apart, such as `revision=step2`, and the form of asking."""
         arguments = self.arguments
         words = [f"{key}={arguments[key]}" for key in _OF_THE_WEIGHTS if key in arguments]
-        if self.config.get("model_sha"):
-            words.append(f"sha={str(self.config['model_sha'])[:12]}")
         if self.content.get("chat_template_sha"):
             words.append("chat")
-        if self.content.get("system_instruction_sha"):
-            words.append(f"system={self.content['system_instruction_sha'][:8]}")
         return words
-
-    @cached_property
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """How many questions of each task were asked and how many there are, where recorded."""
-        counts = {}
-        for task, count in (self.content.get("n-samples") or {}).items():
-            if isinstance(count.get("effective"), int) and isinstance(count.get("original"), int):
-                counts[task] = (count["effective"], count["original"])
-        return counts
 
     @cached_property
     def samples(self) -> dict[str, list[dict[str, Any]]]:
         """The rows of the samples files, by task; a task without a file has none."""
         rows: dict[str, list[dict[str, Any]]] = {}
-        for file in sorted(self.file.parent.glob(f"samples_*{self.date}.jsonl")):
-            if _date_of(file) == self.date:
-                task = file.stem.removeprefix("samples_").removesuffix(self.date)
+        for file in sorted(self.file.parent.glob(f"samples_*{_date_of(self.file)}.jsonl")):
+            if _date_of(file) == _date_of(self.file):
+                task = file.stem.removeprefix("samples_").removesuffix(_date_of(self.file))
                 rows[task] = list(read_rows(file))
         return rows
 
@@ -162,33 +141,32 @@ def _commands(path: Path) -> list[Results]:
 
 def _shown_by(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Return what a results file would say of these rows, as far as they show it."""
-    results: dict[str, dict[str, float]] = {}
-    higher_is_better: dict[str, dict[str, bool]] = {}
-    unread: dict[str, None] = {}
+    content: dict[str, Any] = {"results": {}, "higher_is_better": {}, "unread": []}
     for task, rows in samples.items():
-        values: dict[tuple[str, str], list[float]] = defaultdict(list)
+        values: dict[tuple[str, str], list[Any]] = defaultdict(list)
         for row in rows:
             for metric in row.get("metrics") or ():
-                if isinstance(row.get(metric), int | float):
-                    values[metric, row.get("filter", "none")].append(row[metric])
-                else:
-                    unread[
-                        f"samples of {task}: {metric} is no number, and no results file is here"
-                    ] = None
-        results[task] = {f"{metric},{pipe}": fmean(of) for (metric, pipe), of in values.items()}
+                values[metric, row.get("filter", "none")].append(row.get(metric))
+        means = content["results"][task] = {}
+        for (metric, pipeline), of_rows in values.items():
+            if all(isinstance(value, int | float) for value in of_rows):
+                means[f"{metric},{pipeline}"] = fmean(of_rows)
+            else:
+                content["unread"].append(f"{metric} of {task}: no numbers, and no results file")
         # of other metrics nothing says which values are good
-        higher_is_better[task] = {metric: True for metric, _ in values if is_share(metric)}
-    return {"results": results, "higher_is_better": higher_is_better, "unread": [*unread]}
+        content["higher_is_better"][task] = {name: True for name, _ in values if is_share(name)}
+    return content
 
 
 def _results_files(folder: Path) -> list[Path]:
     """Return the files whose names are those of results, whether they can be read or not."""
     files = sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
-    return [
-        file
-        for file in files
-        if file.stem.startswith("results") or (_DATE.search(file.stem) and _is_results(file))
-    ]
+    dated = [file for file in files if _DATE.search(file.stem) and _is_results(file)]
+    return [file for file in files if file.stem.startswith("results") or file in dated]
+
+
+def _is_results(file: Path) -> bool:
+    return (object_or_none(file) or {}).keys() >= _KEYS
 
 
 def _samples_files(folder: Path) -> list[Path]:
@@ -208,18 +186,15 @@ def _of_output_path(path: Path) -> list[Path]:
     return [file for file in files if path.stem + _date_of(file) == file.stem]
 
 
-def _is_results(file: Path) -> bool:
-    return (object_or_none(file) or {}).keys() >= _KEYS
-
-
 def _date_of(file: Path) -> str:
+    """When a command ended, as the name of its file says; it sorts by time."""
     found = _DATE.search(file.stem)
     return found[0] if found else ""
 
 
 def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
     """Return the run of one model: each task is read from the newest command that has it."""
-    newest_first = sorted(commands, key=lambda results: results.date, reverse=True)
+    newest_first = sorted(commands, key=lambda results: _date_of(results.file), reverse=True)
     read_tasks: set[str] = set()
     logs: list[EvalLog] = []
     unread: list[str] = []
@@ -236,18 +211,14 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
             unread.append(f"{results.file.name}: {_NO_SAMPLES}")
             continue
         unread += results.content.get("unread") or ()
-        for task, (asked, _) in results.counts.items():
-            num_rows = len({row["doc_id"] for row in results.samples.get(task, ())})
-            if task in new_tasks and 0 < num_rows < asked:
-                unread.append(f"{results.file.name}: {num_rows} rows of {asked} asked in {task}")
         logs.append(_log(results, new_tasks))
         read_tasks.update(new_tasks)
     if not logs:
         raise DataError(f"it has {_NO_SAMPLES}", _AGAIN, file=newest_first[0].file)
     place = newest_first[0].file.parent
     dates = {_date_of(file) for file in _results_files(place)}
-    for file in _samples_files(place):
-        if dates and _date_of(file) not in dates and file.parent == place:
+    for file in _samples_files(place) if dates else ():
+        if _date_of(file) not in dates:
             unread.append(f"{file.name}: its command has no results file here")
     return Run(
         name=arm_name(name, folder),
@@ -265,9 +236,10 @@ def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
     limit = results.config.get("limit")
     part = {"limit": limit} if limit else {}
     phrases = []
-    for task, (asked, existing) in results.counts.items():
-        if task in tasks and asked < existing:
-            phrases.append(f"{asked} of {existing} questions of {task}")
+    for task in tasks:
+        counts = (results.content.get("n-samples") or {}).get(task) or {}
+        if counts.get("effective", 0) < counts.get("original", 0):
+            phrases.append(f"{counts['effective']} of {counts['original']} questions of {task}")
     chosen = ", ".join(phrases)
     if chosen and not limit:
         part["samples"] = chosen
@@ -316,19 +288,16 @@ def _texts(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     requests = row.get("arguments") or ()
     if isinstance(requests, Mapping):  # gen_args_0, gen_args_1, ...; lists before 0.4.3
         requests = requests.values()
-    texts: dict[str, None] = {}
-    is_generated = False
+    parts: list[Any] = []
     for request in requests:
-        for part in request.values() if isinstance(request, Mapping) else request:
-            if isinstance(part, str):
-                texts[part] = None
-            else:  # the settings of a generation
-                is_generated = True
-    answer = row.get("resps")
-    while isinstance(answer, list) and answer:  # the first of several
-        answer = answer[0]
-    question = "\n".join(texts) or None
-    return question, str(answer) if is_generated and answer is not None else None
+        parts += request.values() if isinstance(request, Mapping) else request
+    texts = dict.fromkeys(part for part in parts if isinstance(part, str))
+    answer = None
+    if len(texts) < len(parts) and not isinstance(parts[-1], str):  # settings of a generation
+        answer = row.get("resps")
+    while isinstance(answer, list):  # the first of several
+        answer = answer[0] if answer else None
+    return "\n".join(texts) or None, answer
 
 
 def _asked(results: Results, tasks: Sequence[str]) -> dict[str, Any]:
@@ -344,7 +313,6 @@ def _asked(results: Results, tasks: Sequence[str]) -> dict[str, Any]:
     shots = content.get("n-shot") or {}
     if any(shots.get(task) for task in tasks):  # else no seed chose an example
         settings["few-shot seed"] = results.config.get("fewshot_seed", NOT_RECORDED)
-        settings["few-shots as turns"] = content.get("fewshot_as_multiturn") or False
     for task in tasks:
         configuration = (content.get("configs") or {}).get(task) or {}
         for key in _OF_THE_TASK:

@@ -1,0 +1,159 @@
+"""Small files that other programs wrote are read, each mean as the program itself reports it.
+
+`results/` holds what lm-eval 0.4.13, lighteval 0.13.0 and HELM (crfm-helm 0.5) left of two tiny
+models with random weights; HELM's two say one letter, whatever they are asked.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes_lib.analysis.claims import Conclusion, conclude
+from recipes_lib.analysis.readers import read_results
+from recipes_lib.analysis.runs import Run, arms_of
+from recipes_lib.evals.log import Metric
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def runs_of(path: Path) -> dict[str, Run]:
+    return {run.name: run for run in read_results(path) or ()}
+
+
+def metrics_of(run: Run) -> dict[str, Metric]:
+    return {metric.name: metric for metric in run.metrics}
+
+
+def compared(*paths: Path) -> Conclusion:
+    return conclude(arms_of([run for path in paths for run in read_results(path) or ()]))
+
+
+def titles(conclusion: Conclusion, code: str) -> list[str]:
+    return [finding.title for finding in conclusion.findings if finding.code == code]
+
+
+def content(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("model", ["tiny-1", "tiny-2"])
+def test_lighteval_s_means_are_its_own(model: str) -> None:
+    run = runs_of(RESULTS / "lighteval")[model]
+    (file,) = (RESULTS / "lighteval/results" / model).iterdir()
+    reported = content(file)["results"]
+    metrics = metrics_of(run)
+    for task, values in reported.items():
+        for name, value in values.items():
+            if task != "all" and not name.endswith("_stderr"):
+                metric = metrics.pop(f"lighteval/{task.partition('|')[0]}/{name}")
+                assert metric.value == pytest.approx(value, abs=1e-12)
+                # an F1 of the whole task has no value for each question
+                assert len(metric.samples) == (0 if name == "loglikelihood_f1" else metric.n)
+                assert metric.higher_is_better and metric.num_fewshot == 0
+    assert not metrics and not run.unread
+
+
+def test_lighteval_is_compared_and_says_what_it_does_not_record() -> None:
+    conclusion = compared(RESULTS / "lighteval")
+    row = next(each.row for each in conclusion.claims if each.row.metric.endswith("choice/acc"))
+    assert row.test and row.n == 12
+    (title,) = titles(conclusion, "not-recorded")
+    assert "chat template" in title and "backend" in title and "precision" not in title
+
+
+def test_lighteval_s_newest_command_is_read_and_other_prompts_stop_the_verdict(tmp_path) -> None:
+    from pyarrow import Table
+    from pyarrow.parquet import read_table, write_table
+
+    shutil.copytree(RESULTS / "lighteval/details", tmp_path / "details")
+    (folder,) = (tmp_path / "details/tiny-2").iterdir()
+    later = folder.with_name("2027-01-01T00-00-00.0")
+    later.mkdir()
+    file = next(folder.glob("details_tiny_choice*"))
+    rows = read_table(file).to_pylist()
+    for row in rows:
+        row["doc"]["instruction"] = "Be brief."
+    new = later / file.name.replace(folder.name, later.name)
+    write_table(Table.from_pylist(rows), new)
+    run = runs_of(tmp_path)["tiny-2"]
+    assert run.unread == (f"{file.name}: older results of tiny_choice",)
+    conclusion = compared(tmp_path)  # its results are not there
+    (title,) = titles(conclusion, "protocol-differs")
+    assert "tiny_choice: prompts" in title
+    assert "system instruction" in " ".join(titles(conclusion, "not-recorded"))
+    assert all(claim.row.higher_is_better is None for claim in conclusion.claims)
+
+
+@pytest.mark.parametrize("model", ["tiny-even", "tiny-odd"])
+def test_helm_s_means_are_its_own(model: str) -> None:
+    run = runs_of(RESULTS / "helm")[model]
+    folder = RESULTS / f"helm/simple_mcqa:model={model.replace('-', '_')}"
+    reported = {}
+    for statistic in content(folder / "stats.json"):
+        if "perturbation" not in statistic["name"]:
+            reported[statistic["name"]["name"]] = statistic.get("mean")
+    assert len(metrics_of(run)) == 8
+    for name, metric in metrics_of(run).items():
+        assert metric.value == pytest.approx(reported[name.rpartition("/")[2]], abs=1e-12)
+        assert metric.n == 8 and metric.higher_is_better and metric.num_fewshot == 5
+    assert metrics_of(run)["helm/simple_mcqa/exact_match"].value in (0.625, 0.375)
+
+
+def test_helm_is_compared_by_folder_and_part_of_its_instances_is_named(tmp_path: Path) -> None:
+    folders = sorted((RESULTS / "helm").iterdir())
+    conclusion = compared(*folders)
+    assert {score.arm for score in conclusion.table.scores} == {"tiny-even", "tiny-odd"}
+    assert titles(conclusion, "other-subset")[0].endswith("fewer than 30 of the questions in helm")
+    assert titles(conclusion, "no-texts")
+    shutil.copytree(RESULTS / "helm", tmp_path / "helm")
+    file = tmp_path / "helm/simple_mcqa:model=tiny_odd/run_spec.json"
+    specification = content(file)
+    specification["adapter_spec"]["temperature"] = 1.0
+    file.write_text(json.dumps(specification))
+    assert "gen_kwargs" in titles(compared(tmp_path / "helm"), "protocol-differs")[0]
+
+
+def test_instances_that_helm_perturbed_are_not_read_and_trials_are_one_question(tmp_path) -> None:
+    shutil.copytree(RESULTS / "helm", tmp_path / "helm")
+    for folder in (tmp_path / "helm").iterdir():
+        rows = content(folder / "per_instance_stats.json")
+        again = [row | {"train_trial_index": 1} for row in rows]
+        perturbed = [row | {"perturbation": {"name": "typos"}} for row in rows]
+        (folder / "per_instance_stats.json").write_text(json.dumps(rows + again + perturbed))
+    conclusion = compared(tmp_path / "helm")
+    row = conclusion.claims[0].row
+    assert row.test and row.n == 16 and row.test.resolved.questions == 8
+
+
+@pytest.mark.parametrize("model", ["tiny-1", "tiny-2"])
+def test_lm_eval_s_means_are_its_own(model: str) -> None:
+    run = runs_of(RESULTS / "lm_eval")[model]
+    (file,) = (RESULTS / "lm_eval" / model).glob("results*")
+    metrics = metrics_of(run)
+    num_shown = 0
+    for task, values in content(file)["results"].items():
+        for key, value in values.items():
+            name, _, pipeline = key.partition(",")
+            if pipeline and not name.endswith("_stderr"):
+                suffix = "" if pipeline == "none" else f",{pipeline}"
+                metric = metrics.pop(f"lm_eval/{task}/{name}{suffix}")
+                assert metric.value == pytest.approx(value, abs=1e-12)
+                num_shown += not metric.samples  # values of one question are lists
+    assert not metrics and not run.unread and num_shown == 3
+
+
+def test_lm_eval_s_prompts_and_answers_are_read_with_its_groups_filters_and_repeats() -> None:
+    runs = runs_of(RESULTS / "lm_eval")
+    metrics = metrics_of(runs["tiny-1"])
+    assert len(metrics["lm_eval/tiny_group/acc"].samples) == 24
+    first = metrics["lm_eval/tiny_sum/exact_match,first"].samples[0]
+    assert first.input == "What is 0 plus 0?" and first.answer and first.prompt
+    choice = metrics["lm_eval/tiny_choice/acc"].samples[0]
+    assert choice.answer is None and len(str(choice.input).splitlines()) == 4
+    conclusion = compared(RESULTS / "lm_eval")
+    assert not titles(conclusion, "protocol-differs") and not titles(conclusion, "not-recorded")
