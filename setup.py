@@ -26,13 +26,13 @@ BASE = [
 # Training, merging, exporting and whatever else loads a model.
 TRAIN = [
     "torch>=2.9",
-    "transformers>=5.20,<6",
-    "trl>=1.16,<2",
+    "transformers>=5.23,<6",  # the first with activation_checkpointing, which every recipe sets
+    "trl>=1.16,<2",  # 1.9 gives other labels to rows of Llama-2 tokenizers
     "peft>=0.21",
     "accelerate>=1.15",
     "bitsandbytes>=0.50",
     "datasets>=5",
-    "huggingface-hub>=1.31",
+    "huggingface-hub>=1.31",  # the floor of transformers; datasets 5.0 takes no 2
     "tokenizers>=0.23",
     "safetensors>=0.6",
     "sentencepiece>=0.2",  # Llama-2 tokenizers that ship without tokenizer.json
