@@ -10,7 +10,7 @@ import pytest
 from recipes_lib.cli import main
 from recipes_lib.config import upstream
 from recipes_lib.config.recipe import DPO, SFT, load_recipe
-from recipes_lib.config.upstream_sections import ACTS_WITH, TrainSection, preference_section
+from recipes_lib.config.upstream_sections import TrainSection, preference_section
 from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.project import project_root
 from recipes_lib.training import resume_guard
@@ -89,8 +89,12 @@ def test_the_stage_is_guarded_and_runs_of_one_stage_keep_their_record(write):
         ("train.loss_type=exo_pair", "above 0"),
         ("train.loss_type=sigmod", "loss_type"),
         ("train.loss_weights=[0.5, 0.5]", "2 train.loss_weights for 1"),
+        ("train.loss_weights=[-1.0]", "greater than 0"),
+        ("train.loss_weights=[0.0]", "greater than 0"),
         ("train.beta=0", "greater than 0"),
-        *((f"train.{key}=0.25", f"acts only with train.{ACTS_WITH[key][0]}") for key in ACTS_WITH),
+        ("train.label_smoothing=0.25", "acts only with train.loss_type"),
+        ("train.discopop_tau=0.25", "acts only with train.loss_type"),
+        ("train.f_alpha_divergence_coef=0.25", "acts only with train.f_divergence_type"),
         ("model.attn_implementation=varlen", "padded"),
         ("lora.layer_replication=[[0, 4], [2, 5]]", "another model"),
         ("data.split.method=published", "divides prompts"),
@@ -101,6 +105,13 @@ def test_a_key_that_cannot_act_on_pairs_is_refused_by_name(write, word, why):
     write(PAIRS)
     key = word.partition("=")[0]
     assert why in errors_of(word) and (key in errors_of(word) or key == "train.loss_weights")
+
+
+@pytest.mark.parametrize("loss", ["nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"])
+def test_a_divergence_is_refused_where_the_loss_does_not_read_it(write, loss):
+    write(PAIRS + f"  loss_type: {loss}\n")
+    found = errors_of("train.f_divergence_type=forward_kl")
+    assert "train.f_divergence_type acts only with train.loss_type: sigmoid" in found
 
 
 def test_losses_with_the_keys_that_act_on_them_are_taken(write):

@@ -75,10 +75,13 @@ _OF_SFT = f"{PREFERENCE_CLASS} has no such key: it acts in stage sft"
 _OF_DPO = "it acts in preference tuning, on rows of chosen and rejected answers: set stage: dpo"
 # Losses whose mean over the global batch is not the mean over its micro-batches.
 OF_MICRO_BATCHES = ("aot", "aot_unpaired", "sft")
+# Losses of scores, which the divergence makes of the log-ratios; the others take those themselves.
+_OF_SCORES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
 # Key of `train` in stage dpo -> the key that decides whether it acts, and the values with which.
 ACTS_WITH = {
     "label_smoothing": ("loss_type", ("robust", "exo_pair")),
     "discopop_tau": ("loss_type", ("discopop",)),
+    "f_divergence_type": ("loss_type", _OF_SCORES),
     "f_alpha_divergence_coef": ("f_divergence_type", ("alpha_divergence",)),
 }
 # What no recipe sets, by the beginning of its name, and why.
@@ -134,6 +137,7 @@ _NARROWER: dict[str, dict[str, object]] = {
         "label_smoothing": Annotated[float, Field(ge=0, lt=0.5)],
         "discopop_tau": _Positive,
         "loss_type": _Loss | Annotated[list[_Loss], Field(min_length=1)],
+        "loss_weights": list[_Positive] | None,  # a negative one prefers what was rejected
         "f_divergence_type": Literal[
             "reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
         ],
