@@ -147,3 +147,16 @@ def test_an_editor_offers_the_keys_of_the_stage():
     assert not list(validator.iter_errors({"stage": "dpo", "train": {"beta": 0.1}}))
     assert list(validator.iter_errors({"train": {"beta": 0.1}}))
     assert list(validator.iter_errors({"stage": "dpo", "train": {"packing": True}}))
+
+
+def test_a_file_of_single_answers_is_read_without_the_columns_of_pairs(write, tmp_path):
+    """The training rows name their two answers; the file of an evaluation has one."""
+    from recipes_lib.data.errors import BadRows
+    from recipes_lib.data.reading import read_data
+
+    write(PAIRS)
+    file = tmp_path / "held-out.jsonl"
+    file.write_text('{"question": "Why?", "completion": "So."}\n')
+    columns = "data.columns={prompt: question, chosen: better, rejected: worse}"
+    read = read_data(load_recipe("r.yaml", [columns]).reading(str(file)).data, BadRows())
+    assert [row.fields for row in read.rows] == [{"prompt": "Why?", "completion": "So."}]

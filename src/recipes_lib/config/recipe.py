@@ -295,6 +295,10 @@ class Recipe:
         out.
         """
         values = {"source": file, "split": SplitSection(method="none"), "max_examples": None}
+        # a file of one answer has no columns of two
+        columns = self.data.columns.items()
+        of_pairs = ("chosen", "rejected")
+        values["columns"] = {name: column for name, column in columns if name not in of_pairs}
         # no split is wanted of the file, so no validation may be asked for
         train = self.train | {"eval_strategy": "no", "load_best_model_at_end": False}
         return replace(self, data=self.data.model_copy(update=values), train=train, stage=SFT)
