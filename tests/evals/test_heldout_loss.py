@@ -147,7 +147,7 @@ def test_no_supervised_token_is_refused_before_the_model_is_asked(monkeypatch):
     data = SimpleNamespace(questions="validation", max_questions=None)
     suite = HeldoutLoss(SimpleNamespace(data=data), QuestionSet((), 0))  # type: ignore[arg-type]
     suite.split = "validation"
-    suite.recipes = {"one": None}
+    suite.recipes = {"one": SimpleNamespace(stage="sft")}  # type: ignore[dict-item]
     model: Any = SimpleNamespace(name="one", tokenizer=None)
     with pytest.raises(
         RecipeError, match="none of the 1 rows that one reads has a token with loss"
