@@ -485,3 +485,24 @@ def test_another_configuration_of_the_annotator_stops_the_verdict(tmp_path: Path
     assert conclusion.claims[0].row.is_tested
     (title,) = [each.title for each in conclusion.findings if each.code == "not-recorded"][:1]
     assert "chat template" in title
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"n-samples": {"arc_easy": 5}},
+        {"config": "x"},
+        {"group_subtasks": [1]},
+        {"results": {"arc_easy": []}},
+    ],
+)
+def test_results_of_another_shape_are_damaged_and_no_internal_error(tmp_path, content) -> None:
+    with pytest.raises(DataError, match="is damaged: "):
+        read_results(lm_eval(tmp_path / "a", [1.0] * 10, **content))
+
+
+def test_json_of_too_many_levels_is_damaged(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="is damaged: RecursionError"):
+        read_results(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -190,21 +191,32 @@ def test_a_score_that_inspect_counts_in_another_way_is_shown_and_not_tested(tmp_
     assert metric.value == 0.9 and not metric.samples
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e308])
+def test_a_score_that_no_mean_can_have_is_open(tmp_path: Path, value: float) -> None:
+    def other_score(content: Any) -> None:
+        content["results"] = None
+        for score in content["samples"][0]["scores"].values():
+            score["value"] = value
+
+    metric = next(read_one(changed(tmp_path / "x.json", other_score)).metrics)
+    assert [sample.value for sample in metric.samples].count(None) == 1
+
+
 def test_a_log_without_samples_or_with_damage_is_refused_in_a_line(tmp_path: Path) -> None:
     file = changed(tmp_path / "x.json", lambda content: content.update(samples=None))
     with pytest.raises(DataError, match="holds no samples"):
         read_results(file)
     file = changed(tmp_path / "x.json", lambda content: content["eval"].pop("task"))
-    with pytest.raises(DataError, match=r"x\.json: is no whole log of Inspect AI: KeyError"):
+    with pytest.raises(DataError, match=r"x\.json: is damaged: KeyError"):
         read_results(file)
     cut = tmp_path / "cut.eval"
     cut.write_bytes((LOGS / "small.eval").read_bytes()[:5000])
-    with pytest.raises(DataError, match=r"cut\.eval: is no whole log of Inspect AI: .*zip file"):
+    with pytest.raises(DataError, match=r"cut\.eval: is damaged: .*zip file"):
         read_results(cut)
     flipped = bytearray((LOGS / "small.eval").read_bytes())
     flipped[3000] ^= 255
     cut.write_bytes(flipped)
-    with pytest.raises(DataError, match="is no whole log"):
+    with pytest.raises(DataError, match="is damaged"):
         read_results(cut)
     shutil.copy(LOGS / "large.json", tmp_path / "x.json")
     assert inspect_log.matches(tmp_path / "x.json") and not inspect_log.matches(tmp_path)

@@ -127,13 +127,14 @@ def test_questions_of_one_text_are_one_and_other_texts_under_one_id_are_an_error
 def test_every_row_that_cannot_be_used_is_named_at_once(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     cells = ["q1,1,0", "q2,right,0", "q1,0,0", ",1,0", "q3,inf,0", "q4,1,one", "q5,1", "q6,nan,0"]
+    cells.append("q7,1e308,0")
     file.write_text("question,score,seed\n" + "\n".join(cells) + "\n")
     with pytest.raises(DataError) as caught:
         read_results(file)
     text = str(caught.value)
     for line, what in ((3, "score 'right'"), (4, "a second score of x for question 'q1'"),
                        (5, "question ''"), (6, "score 'inf'"), (7, "seed 'one'"),
-                       (8, "not 3 fields")):  # fmt: skip
+                       (8, "not 3 fields"), (10, "score '1e308'")):  # fmt: skip
         assert f"x.csv:{line}: {what}" in text
     assert "x.csv:2" not in text and "x.csv:9" not in text
     file.write_text('{"question": 1, "score": true}\n{"question": 1, "score": 0.5}\nnothing\n')
@@ -165,3 +166,10 @@ def test_the_help_of_compare_has_the_form_of_a_table(capsys: pytest.CaptureFixtu
     assert main(["compare", "--help"]) == 0
     columns = plain_table.FORM.partition(") ")[2]
     assert columns in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_report_is_a_file_and_no_folder(tmp_path: Path, capsys) -> None:
+    file = str(csv_file(tmp_path / "a", scores(0.1)))
+    for folder in ("", str(tmp_path)):
+        assert main(["compare", file, "--html", folder]) == 2
+        assert "this is a folder" in capsys.readouterr().err

@@ -154,6 +154,13 @@ def test_a_name_without_results_or_with_several_models_is_refused(rng) -> None:
     assert run.arm == ""
 
 
+@pytest.mark.parametrize("pattern", [".", "/", "**a", "[", ""])
+def test_a_pattern_that_matches_no_results_is_refused(pattern: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="no results"):
+        read_word(f"a={pattern}")
+
+
 def test_the_command_of_a_report_has_the_patterns(rng, capsys) -> None:
     write_arms(table, drawn(rng, 100), drawn(rng, 100))
     ((_, (line,)),) = commands(arms_from(*WORDS), None, {})

@@ -96,6 +96,8 @@ def run_compare(
     from recipes_lib.analysis.report import report_html
     from recipes_lib.analysis.runs import arms_of
 
+    if html and html.is_dir():
+        raise RecipeError(f"--html {html}: this is a folder", "name a file, such as report.html")
     measured = []
     for word in runs:
         measured += read_word(word)

@@ -14,6 +14,7 @@ the last: any file with its ending matches.
 from __future__ import annotations
 
 from dataclasses import replace
+from glob import glob
 from pathlib import Path
 from types import ModuleType
 
@@ -28,7 +29,7 @@ from recipes_lib.analysis.readers import (
 )
 from recipes_lib.analysis.runs import Run
 from recipes_lib.analysis.text import sentence_list
-from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.core.errors import DataError, RecipeError, RecipesError, one_line
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import open_run
 
@@ -42,9 +43,15 @@ def read_results(path: Path) -> list[Run] | None:
     Raises:
         DataError: a file in no format that is read, or one that is damaged.
     """
-    for reader in READERS:
-        if reader.matches(path):
-            return [replace(run, given=str(path)) for run in reader.read(path)]
+    try:
+        for reader in READERS:
+            if reader.matches(path):
+                return [replace(run, given=str(path)) for run in reader.read(path)]
+    except (RecipesError, ModuleNotFoundError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of a zip, a codec, JSON or its shape
+        what = f"is damaged: {type(error).__name__}: {one_line(error)}"
+        raise DataError(what, file=path) from error
     if path.is_file():
         raise DataError("holds no results that can be read", known_forms(), file=path)
     return None
@@ -77,9 +84,10 @@ def _trainings(word: str) -> list[Run]:
     """Return the runs of NAME=GLOB; a pattern that matches no path is one of runs' names."""
     name, _, pattern = word.partition("=")
     paths: list[Path] = []
-    for root in (Path(Path(pattern).anchor), runs_root()):
+    for root in (Path(), runs_root()):
         if pattern and not paths:
-            paths = sorted(root.glob(pattern.removeprefix(root.anchor)))
+            found = glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - that raises on "."
+            paths = [root / match for match in sorted(found)]
     if not name or not paths:
         hint = "several trainings of an arm are NAME=GLOB, such as 'r8=out/r8-s*'"
         raise RecipeError(f"{word}: there are no results of this name", hint)

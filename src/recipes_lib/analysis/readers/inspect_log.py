@@ -18,7 +18,7 @@ from typing import Any
 from recipes_lib.analysis.readers.files import foreign_run, parsed_json
 from recipes_lib.analysis.readers.inspect_scores import metrics_of, not_read
 from recipes_lib.analysis.runs import Run
-from recipes_lib.core.errors import DataError, one_line
+from recipes_lib.core.errors import DataError
 from recipes_lib.core.terminal import count
 
 FORM = "Inspect AI: an .eval or .json log"
@@ -41,13 +41,7 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> list[Run]:
     """Return the run of a log; a DataError for one that is damaged or has no samples."""
-    try:
-        return [_run(path, content_of(path))]
-    except (DataError, ModuleNotFoundError):
-        raise
-    except Exception as error:  # of the zip, a codec, JSON or its shape
-        what = f"is no whole log of Inspect AI: {type(error).__name__}: {one_line(error)}"
-        raise DataError(what, file=path) from None
+    return [_run(path, content_of(path))]
 
 
 def content_of(file: Path) -> dict[str, Any]:

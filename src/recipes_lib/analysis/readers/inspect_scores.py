@@ -91,11 +91,11 @@ def _reported(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a score as Inspect's `value_to_float` does; None of what is no number."""
+    """Return a score as Inspect's `value_to_float` does; None of what has no finite cube."""
     if isinstance(value, str):
         value = _WORDS.get(value.lower(), value)
     try:
         number = float(value)
     except (TypeError, ValueError):
         return None
-    return None if number != number else number
+    return number if abs(number) <= 1e100 else None

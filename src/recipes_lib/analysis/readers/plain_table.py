@@ -35,7 +35,7 @@ class Cells(BaseModel):
 
     model_config = ConfigDict(coerce_numbers_to_str=True, str_strip_whitespace=True)
     question: str
-    score: float | None = Field(default=None, allow_inf_nan=False)
+    score: float | None = Field(default=None, allow_inf_nan=False, ge=-1e100, le=1e100)
     arm: str = ""
     seed: int | None = None
     metric: str = "score"
