@@ -19,7 +19,7 @@ from recipes_lib.analysis.readers import read_results
 from recipes_lib.analysis.runs import Run, arms_of
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.core.files import write_json
-from recipes_lib.evals.log import write_lines
+from recipes_lib.evals.log import items_file, write_lines
 
 
 def lm_eval(
@@ -506,3 +506,5 @@ def test_json_of_too_many_levels_is_damaged(tmp_path: Path) -> None:
     file.write_text("[" * 100_000)
     with pytest.raises(DataError, match="is damaged: RecursionError"):
         read_results(file)
+    for name in ("an.json", "results_2026.json"):  # whose samples lie in no file beside it
+        assert items_file(tmp_path / name) == tmp_path / name

@@ -325,7 +325,7 @@ def _why_not(row: TableRow) -> str:
     if test.unresolved == row.n:
         return "no item has a verdict"
     if row.higher_is_better is None:
-        return "its files do not say whether higher or lower is better"
+        return "its files do not say, or not alike, whether higher or lower is better"
     if questions < FEWEST_QUESTIONS:
         return f"{count(questions, 'question')} are too few to reach p <= {ALPHA:g}"
     if np.isinf(test.resolved.reach) and questions < FEWEST_LOSSES:

@@ -248,8 +248,8 @@ def log_file(run: Path, name: str, against: str | None) -> Path:
 
 
 def items_file(result: Path) -> Path:
-    """Return the file of samples beside a result."""
-    return result.with_name(f"items{result.name.removeprefix('result')}l")
+    """Return the file of samples beside a result; a file of another program has its own."""
+    return result.with_name(re.sub(r"^result\b(.*)", r"items\1l", result.name))
 
 
 def write_log(log: EvalLog) -> None:
