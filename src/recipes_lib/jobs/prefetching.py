@@ -18,7 +18,7 @@ from recipes_lib.data.sources import listed_sources, load_rows
 from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import PROMETHEUS, PROMETHEUS_PACKAGE, published_template
 from recipes_lib.evals.questions import MT_BENCH, MT_BENCH_PACKAGE, load_questions
-from recipes_lib.evals.recipe import EvalRecipe, load_eval
+from recipes_lib.evals.recipe import ROW_SUITES, EvalRecipe, load_eval
 from recipes_lib.models.packaged import MODEL, materialise
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.weights.load import explain_load_failure
@@ -100,7 +100,7 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
         yield Need("prompts", PROMETHEUS_PACKAGE, prompts)
     if recipe.suite.name == "lm_eval":
         yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks)
-    elif recipe.suite.name != "heldout_loss":  # rows of the runs' own data, or a file
+    elif recipe.suite.name not in ROW_SUITES:  # rows of the runs' own data, or a file
         yield Need("questions", str(data.questions), questions)
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-from recipes_lib.config.recipe import DPO, Recipe
+from recipes_lib.config.recipe import DPO, SFT, Recipe, Stage
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import hash_of
 from recipes_lib.core.terminal import aligned
@@ -22,17 +22,18 @@ from recipes_lib.data.splits import TRAIN
 from recipes_lib.evals.log import EvalLog, Metric, Sample
 from recipes_lib.evals.models import Model
 from recipes_lib.evals.questions import chosen_places
-from recipes_lib.evals.recipe import HELD_OUT
+from recipes_lib.evals.recipe import HELD_OUT, ROW_SUITES
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 _POSITIONS = 512  # of a row, whose logits are in float32 at the same time
 _NO_LOSS = -100  # the label of a token that is not supervised, as in torch
 
 
-class HeldoutLoss(Suite):
-    """The held-out loss of the models of one eval recipe."""
+class HeldOutRows(Suite):
+    """A suite that reads rows as training does, of a split of the models' recipes or of a file."""
 
-    title = "held-out loss"
+    stage: ClassVar[Stage] = SFT  # of the recipes that have such rows
+    bias: ClassVar[str]  # of its numbers on rows that chose a checkpoint
 
     def prepare(self, models: Sequence[Model]) -> None:
         """Find the rows of each model: a base reads the rows of a run trained on it, preferably one
@@ -64,16 +65,13 @@ class HeldoutLoss(Suite):
         files = source_hashes(source.data) if self.split else None
         return [source.data.model_dump(), source.train.get("max_length"), files]
 
-    def _rows(self, model: Model) -> dict[str, list[Any]]:
-        """The rows that a model reads, tokenized for it, by column."""
+    def rows_of(self, model: Model) -> dict[str, list[Any]]:
+        """Return the rows that a model reads, tokenized for it, by column."""
         source = self.recipes[model.name]
-        if self.split and source.stage == DPO:
-            raise RecipeError(
-                f"the {self.split} rows of {model.name} are pairs, whose loss is not that of rows",
-                "name a file of rows with one answer (data.questions)",
-            )
+        if self.split and source.stage != self.stage:
+            raise RecipeError(*self._other_rows(model.name))
         if self.split is None:
-            source = source.reading(str(self.recipe.path_of("data.questions")))
+            source = source.reading(str(self.recipe.path_of("data.questions")), self.stage)
         rows = getattr(prepare_data(source, model.tokenizer), self.split or TRAIN)
         if not rows:
             raise RecipeError(
@@ -87,9 +85,42 @@ class HeldoutLoss(Suite):
             columns = {key: [values[place] for place in places] for key, values in columns.items()}
         return columns
 
+    def _other_rows(self, name: str) -> tuple[str, str]:
+        """What is wrong where a model's recipe has rows of the other stage, and what to do."""
+        rows = f"the {self.split} rows of {name}"
+        if self.stage == DPO:
+            hint = "name a file of pairs (data.questions)"
+            return f"{rows} have one answer each, so none is preferred", hint
+        hint = "name a file of rows with one answer (data.questions)"
+        return f"{rows} are pairs, whose loss is not that of rows", hint
+
+    def log_of(self, metrics: Sequence[Metric], model: Model, n: int, **facts: Any) -> EvalLog:
+        """Return the log of one model, which says what its rows are not."""
+        limit = self.recipe.data.max_questions
+        banners: tuple[str, ...] = ()
+        has_chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
+        if self.split == "validation" and has_chosen:
+            noun = ROW_SUITES[self.recipe.suite.name]
+            rows = f"the validation {noun}s chose the checkpoint"
+            banners = (f"{rows}: {self.bias}",)
+        return self.new_log(
+            metrics,
+            n=n,
+            subset=f"subset, {limit} rows in the order of a hash" if limit else None,
+            banners=banners,
+            **facts,
+        )
+
+
+class HeldoutLoss(HeldOutRows):
+    """The held-out loss of the models of one eval recipe."""
+
+    title = "held-out loss"
+    bias = "the loss on them is biased low"
+
     def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model."""
-        rows = self._rows(model)
+        rows = self.rows_of(model)
         supervised = []
         for labels in rows["labels"]:
             # nothing predicts the first token
@@ -134,17 +165,7 @@ class HeldoutLoss(Suite):
                 instead_of="loss",
             )
             metrics.append(bits)
-        limit = self.recipe.data.max_questions
-        banners: tuple[str, ...] = ()
-        has_chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
-        if self.split == "validation" and has_chosen:
-            banners = ("the validation rows chose the checkpoint: the loss on them is biased low",)
-        return self.new_log(
-            metrics,
-            n=len(losses),
-            subset=f"subset, {limit} rows in the order of a hash" if limit else None,
-            banners=banners,
-        )
+        return self.log_of(metrics, model, n=len(losses))
 
     def _metric(
         self,

@@ -1,0 +1,108 @@
+"""Whether a model prefers the chosen one of two answers, on pairs that no training saw: 1 where its
+log-probability is above that of the rejected one, 0.5 where they are equal. No judge is asked.
+
+A pair's value is about the model alone, without its base: the accuracy of the implicit reward that
+a validation of preference tuning shows is about their ratio. Pairs of one prompt are one
+observation in intervals and tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from recipes_lib.config.recipe import DPO
+from recipes_lib.core.files import hash_of
+from recipes_lib.core.terminal import aligned
+from recipes_lib.data.encoding import IGNORED
+from recipes_lib.data.rows import PAIR
+from recipes_lib.evals.log import UNRESOLVED, EvalLog, Sample
+from recipes_lib.evals.models import Model
+from recipes_lib.evals.suites import metric_of, shown_rate
+from recipes_lib.evals.suites.heldout_loss import HeldOutRows, row_losses
+
+
+class Preference(HeldOutRows):
+    """The preferences of the models of one eval recipe."""
+
+    title = "preference"
+    stage = DPO
+    bias = "the accuracy on them is biased high"
+
+    def measure(self, model: Model, network: Any) -> EvalLog:
+        """Return the log of one model."""
+        pairs = self.rows_of(model)
+        is_mean = self.recipe.suite.log_probability == "per_token"
+        values: dict[str, list[float]] = {}
+        for name in PAIR:
+            answers = pairs[f"{name}_ids"]
+            values[name] = _log_probabilities(network, pairs["prompt_ids"], answers)
+            if is_mean:
+                sizes = map(len, answers)
+                values[name] = [
+                    value / size for value, size in zip(values[name], sizes, strict=True)
+                ]
+        samples = []
+        first_pair: dict[str, str] = {}  # of a prompt
+        for number, name in enumerate(map(str, pairs["example_id"])):
+            chosen = values["chosen"][number]
+            rejected = values["rejected"][number]
+            first = first_pair.setdefault(hash_of(pairs["prompt_ids"][number]), name)
+            is_known = math.isfinite(chosen) and math.isfinite(rejected)
+            sample = Sample(
+                id=name,
+                value=_preferred(chosen, rejected) if is_known else None,
+                outcome="graded" if is_known else UNRESOLVED,
+                verdicts=(f"chosen {chosen:.4f}, rejected {rejected:.4f}",),
+                same_as=first if first != name else "",
+            )
+            samples.append(sample)
+        # the answers as text, which a model of another tokenizer reads too
+        texts = []
+        for name in PAIR:
+            answers = pairs[f"{name}_ids"]
+            decoded = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            texts.append([text.strip() for text in decoded])
+        unit = "per token" if is_mean else "sum"
+        accuracy = metric_of(
+            "accuracy",
+            f"preference for the chosen answer ({unit}) on {self.split or 'held-out'} pairs",
+            samples,
+            task=f"pairs-{hash_of(texts)[:8]}",
+        )
+        lengths = [list(map(len, pairs[f"{name}_ids"])) for name in PAIR]
+        num_shorter = sum(chosen < rejected for chosen, rejected in zip(*lengths, strict=True))
+        share = num_shorter / len(samples)
+        note = f"the chosen answer is the shorter one, in tokens, of {share:.1%} of the pairs"
+        return self.log_of([accuracy], model, n=len(samples), notes=(note,))
+
+    @staticmethod
+    def table(logs: Sequence[EvalLog]) -> list[str]:
+        """Return the lines of a table of logs."""
+        lines = [["model", "pairs", "prefers the chosen answer [95%]"]]
+        for log in logs:
+            lines.append([log.target, f"{log.n:,}", shown_rate(log.metrics[0])])
+        tasks = {log.metrics[0].task for log in logs}
+        if len(tasks) == 1:
+            return aligned(lines)
+        return [*aligned(lines), "", "these models read different pairs: not comparable"]
+
+
+def _log_probabilities(
+    network: Any, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+) -> list[float]:
+    """Return the sums over the tokens of each answer behind its prompt, in nats."""
+    rows = []
+    labels = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        rows.append(prompt + answer)
+        labels.append([IGNORED] * len(prompt) + answer)
+    return [-loss for loss in row_losses(network, rows, labels)]
+
+
+def _preferred(chosen: float, rejected: float) -> float:
+    """Return 1 for the chosen answer, 0 for the rejected one, 0.5 for neither."""
+    if chosen == rejected:
+        return 0.5
+    return float(chosen > rejected)
