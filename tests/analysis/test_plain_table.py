@@ -173,3 +173,12 @@ def test_a_report_is_a_file_and_no_folder(tmp_path: Path, capsys) -> None:
     for folder in ("", str(tmp_path)):
         assert main(["compare", file, "--html", folder]) == 2
         assert "this is a folder" in capsys.readouterr().err
+
+
+def test_a_result_that_one_arm_has_alone_is_named(tmp_path: Path, capsys) -> None:
+    files = [csv_file(tmp_path / name, scores(0.1, seed=n)) for n, name in enumerate("ab")]
+    files.append(csv_file(tmp_path / "c", scores(0.1, metric="other")))
+    assert main(["compare", *map(str, files)]) == 0
+    assert "warning: c alone has other, which is compared with nothing" in capsys.readouterr().out
+    assert main(["compare", *map(str, files[:2])]) == 0
+    assert "compared with nothing" not in capsys.readouterr().out

@@ -29,6 +29,7 @@ _CHECKS = (
     trainings.check_selection,
     trainings.check_equal_choices,
     trainings.check_presence,
+    trainings.check_partners,
 )
 
 

@@ -5,7 +5,7 @@ a result look better than it is, and what is not finished.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 
@@ -173,6 +173,22 @@ def check_presence(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 title = f"Some results of {arm.name} are not in this comparison"
                 remedy = "choosing among results after a look makes chance look like an effect"
                 yield finding("not-read", "warning", title, evidence=run.unread, remedy=remedy)
+
+
+def check_partners(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield results that one of several arms has alone, so they are compared with nothing."""
+    labels: dict[str, dict[object, str]] = {}  # by arm
+    for arm in arms:
+        labels[arm.name] = {}
+        for metric in itertools.chain.from_iterable(run.metrics for run in arm.runs):
+            if arms.opponent(metric.opponent) not in arms.by_name:  # else a row of these two
+                labels[arm.name][metric.key] = metric.label
+    owners = Counter(itertools.chain.from_iterable(labels.values()))
+    for name, of_arm in labels.items():
+        lone = [label for key, label in of_arm.items() if owners[key] == 1]
+        if lone and design is None and len(labels) > 1:
+            title = f"{name} alone has {sentence_list(lone, 3)}, which is compared with nothing"
+            yield Finding("no-partner", "warning", title, evidence=tuple(lone), arms=(name,))
 
 
 def _trained(arms: Arms) -> list[ArmRuns]:
