@@ -12,7 +12,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 SOURCE = PROJECT / "src" / "recipes_lib"
 
 # Lines of Python with docstrings and comments, and the room that each later feature was granted.
-ROOM_FOR = {"results of any program": 900, "looks and rankings": 900, "preference tuning": 1300}
+ROOM_FOR = {"results of any program": 1000, "looks and rankings": 900, "preference tuning": 1300}
 MOST_SOURCE_LINES = 26_000 + sum(ROOM_FOR.values())
 MOST_TEST_LINES = 21_000 + sum(ROOM_FOR.values())
 # A longer file has more than one job.

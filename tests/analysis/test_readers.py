@@ -157,3 +157,16 @@ def test_lm_eval_s_prompts_and_answers_are_read_with_its_groups_filters_and_repe
     assert choice.answer is None and len(str(choice.input).splitlines()) == 4
     conclusion = compared(RESULTS / "lm_eval")
     assert not titles(conclusion, "protocol-differs") and not titles(conclusion, "not-recorded")
+
+
+def test_a_mean_of_helm_that_is_no_finite_number_is_open(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS / "helm", tmp_path / "helm")
+    file = next((tmp_path / "helm").glob("*tiny_odd/per_instance_stats.json"))
+    instances = json.loads(file.read_text())
+    for instance, mean in zip(instances, (float("inf"), 1e308, float("nan")), strict=False):
+        for statistic in instance["stats"]:
+            if statistic["name"]["name"] == "exact_match":
+                statistic["mean"] = mean
+    file.write_text(json.dumps(instances))
+    metric = metrics_of(runs_of(tmp_path / "helm")["tiny-odd"])["helm/simple_mcqa/exact_match"]
+    assert [sample.value for sample in metric.samples].count(None) == 3

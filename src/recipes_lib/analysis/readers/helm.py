@@ -98,7 +98,9 @@ def _metrics(folder: Path, task: str, num_fewshot: int | None) -> list[Metric]:
         for statistic in instance["stats"]:
             name = statistic["name"]["name"]
             if "mean" in statistic and not _BOOKKEEPING.match(name):
-                value = float(statistic["mean"])
+                mean = float(statistic["mean"])
+                # a sum of squares of more overflows; NaN is not below it either
+                value = mean if abs(mean) <= 1e100 else None
                 samples[name].append(Sample(id, turn=trial + 1, value=value))
     metrics = []
     for name, of_metric in samples.items():
