@@ -62,6 +62,7 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
         (["r8", "r32", "--margin", "rouge=0.1"], "margin rouge: these have no such metric"),
         (["r8", "r32", "--margin", "mt_bench"], "--margin mt_bench: not METRIC=NUMBER"),
         (["r8", "r32", "--margin", "mt_bench=little"], "--margin mt_bench=little: not METRIC"),
+        (["r8", "r32", "--gate", "=0.1"], "--gate =0.1: not METRIC=NUMBER"),
     ):
         assert said in compare(capsys, *words, code=2), words
 

@@ -220,7 +220,7 @@ def _side_by_side(
         return row
     most = max(len(first_questions), len(second_questions), len(kept))
     if len(common) < most:
-        flags.append(f"{len(common)} common questions of {most}")
+        flags.append(f"{count(len(common), 'common question')} of {most}")
     row.flags = tuple(flags)
     row.first_length = _median_length([sample.answer for sample in first_samples])
     row.second_length = _median_length([sample.answer for sample in second_samples])
@@ -327,7 +327,8 @@ def _why_not(row: TableRow) -> str:
     if row.higher_is_better is None:
         return "its files do not say, or not alike, whether higher or lower is better"
     if questions < FEWEST_QUESTIONS:
-        return f"{count(questions, 'question')} are too few to reach p <= {ALPHA:g}"
+        verb = "is" if questions == 1 else "are"
+        return f"{count(questions, 'question')} {verb} too few to reach p <= {ALPHA:g}"
     if np.isinf(test.resolved.reach) and questions < FEWEST_LOSSES:
         rows = count(questions, "different row")
         return f"{rows} of {row.n:,} are fewer than the {FEWEST_LOSSES} that losses need"

@@ -145,7 +145,7 @@ def _margin(flag: str, word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
     what = "not METRIC=NUMBER or METRIC='NUMBER points'"
-    if margin is not None:
+    if margin is not None and metric:
         what = margin.fits(metric)
     if margin is None or what:
         hint = f"for example {flag} win_rate='2 points' loss=0.005"
