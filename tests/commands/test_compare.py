@@ -10,6 +10,7 @@ from tests.analysis import made_up
 from tests.analysis.test_foreign import annotations, lm_eval
 
 from recipes_lib.cli import main
+from recipes_lib.core.files import write_json
 
 
 @pytest.fixture
@@ -128,3 +129,27 @@ def test_markdown_is_the_same_report_for_the_comment_of_a_pull_request(tmp_path,
     head = next(number for number, line in enumerate(lines) if line.startswith("| metric |"))
     for line in lines[head : head + 3]:  # eight columns in every row, and both ends
         assert len(re.split(r"(?<!\\)\|", line)) == 10
+
+
+def test_runs_of_a_study_without_verdicts_have_none_outside_of_it(runs, capsys):
+    for name in ("r8", "r32"):
+        file = runs / name / "run.json"
+        write_json(file, json.loads(file.read_text()) | {"design_locks": {"s": "hash"}})
+    assert "runs of the study s (r8 and r32), which has no report" in compare(capsys, "r8", "r32")
+    for line in ("Exploratory: primary changed.", "Interim: training r64 still missing."):
+        write_json(runs / "s" / "comparison.json", {"cannot_say": [line]})
+        value = json.loads(compare(capsys, "r8", "r32", "--json"))
+        assert {row["verdict"] for row in value["rows"]} == {"no verdict"}
+        assert any(line.rstrip(".") in reason for reason in value["cannot_say"])
+    write_json(runs / "s" / "comparison.json", {"cannot_say": ["The judge failed its audit."]})
+    assert "runs of the study" not in compare(capsys, "r8", "r32")
+
+
+def test_a_pair_of_many_runs_is_told_as_one_of_their_pairs(runs, capsys):
+    assert "pairs" not in compare(capsys, "r8", "r32")
+    for name in ("r4", "r16"):
+        made_up.write_judged(made_up.write_run(runs, name), 60)
+    made_up.write_judged(made_up.write_run(runs, "base--tiny"), 60)
+    said = "2 of 4 runs here that have alpaca_eval are compared: 1 of 6 pairs"
+    assert said in compare(capsys, "r8", "r32")
+    assert "pairs" not in compare(capsys, "r8", "r32", "r4", "r16")

@@ -16,6 +16,8 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.evals.log import REFERENCE, EvalLog, Metric, Sample
 
+DESIGN_LOCKS = "design_locks"  # in run.json: the name of a study -> the hash of its lock
+
 
 @dataclass(frozen=True)
 class Run:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.analysis.looks import FUTILE_BELOW, Look
+from recipes_lib.analysis.runs import DESIGN_LOCKS
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import Row, hash_of, object_or_none, utc_now, write_json
 from recipes_lib.core.project import runs_root
@@ -26,7 +27,6 @@ from recipes_lib.training.resume_guard import differences, flatten
 
 LOCK = "design.json"
 RESULTS = "evals/*/result*.json"  # in a run's folder
-COPIES = "design_locks"  # in run.json: the name of a study -> the hash of its lock
 SHOWN = "shown"  # in the lock, outside of its hash: the looks that were taken
 # Where a job runs makes no other arm; seeds are listed.
 _FREE = {"train.seed", "launch.accelerate", "launch.gpus", "launch.nodes"}
@@ -49,9 +49,9 @@ def lock_design(study: Study) -> None:
         if training.run in evaluated or not is_trained(training):
             continue
         state = training.state
-        copies = state.get(COPIES, {}) | {study.name: lock["hash"]}
-        if copies != state.get(COPIES):
-            RunDirectory(training.run).write_state(state["state"], **{COPIES: copies})
+        copies = state.get(DESIGN_LOCKS, {}) | {study.name: lock["hash"]}
+        if copies != state.get(DESIGN_LOCKS):
+            RunDirectory(training.run).write_state(state["state"], **{DESIGN_LOCKS: copies})
 
 
 def design_values(study: Study) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _early_results(study: Study, evaluated: list[Path], lock: Row) -> Iterator[s
             names[folder] = name
     for folder, name in names.items():
         state = object_or_none(folder / "run.json") or {}
-        copies = state.get(COPIES) or {}
+        copies = state.get(DESIGN_LOCKS) or {}
         copy = copies.get(study.name)
         if copy is not None:
             if copy != lock.get("hash"):

@@ -6,7 +6,15 @@ A check is a function that yields findings. What it is about decides its file.
 from __future__ import annotations
 
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.checks import answers, asking, copies, judges, questions, trainings
+from recipes_lib.analysis.checks import (
+    answers,
+    asking,
+    copies,
+    judges,
+    questions,
+    studies,
+    trainings,
+)
 from recipes_lib.analysis.findings import SEVERITIES, Finding
 from recipes_lib.analysis.runs import Arms
 
@@ -30,6 +38,8 @@ _CHECKS = (
     trainings.check_equal_choices,
     trainings.check_presence,
     trainings.check_partners,
+    studies.check_studies,
+    studies.check_choice,
 )
 
 

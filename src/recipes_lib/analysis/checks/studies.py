@@ -1,0 +1,75 @@
+"""What is known of runs that are compared outside of their study: its own conclusion, and how many
+more runs lie beside them that could have been compared instead.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from recipes_lib.analysis.aims import Design
+from recipes_lib.analysis.findings import Finding
+from recipes_lib.analysis.runs import DESIGN_LOCKS, Arms, Run
+from recipes_lib.analysis.text import sentence_list
+from recipes_lib.core.files import object_or_none
+
+# How the first line of a report without verdicts begins.
+_WITHOUT_VERDICTS = ("Exploratory", "Interim")
+
+
+def check_studies(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield studies of compared runs that have no verdict themselves, or no report yet."""
+    if design is not None:
+        return
+    arms_of: dict[Path, list[str]] = defaultdict(list)  # by the folder of a study
+    for arm, run in arms.runs:
+        for study in run.state.get(DESIGN_LOCKS) or ():
+            arms_of[run.folder.parent / study].append(arm)
+    for folder, names in arms_of.items():
+        of_study = tuple(dict.fromkeys(names))
+        runs = f"runs of the study {folder.name} ({sentence_list(of_study)})"
+        conclusion = object_or_none(folder / "comparison.json")
+        if conclusion is None:
+            title = f"These are {runs}, which has no report yet"
+            yield Finding("study-says", "warning", title, remedy="see what its design allows")
+            continue
+        reason = next(iter(conclusion.get("cannot_say") or ()), "")
+        if str(reason).startswith(_WITHOUT_VERDICTS):
+            yield Finding(
+                code="study-says",
+                severity="error",
+                title=f"These are {runs}, which says: {str(reason).rstrip('.')}",
+                evidence=(f"{folder.name}/comparison.json",),
+                arms=of_study,
+                of_any=True,
+            )
+
+
+def check_choice(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield how many trained runs beside the compared ones have the same evaluation."""
+    if design is not None:
+        return
+    compared: dict[tuple[Path, str], set[str]] = defaultdict(set)
+    for _, run in arms.runs:
+        if run.foreign or run.is_base:
+            continue
+        for log in run.evals:
+            compared[run.folder.parent, log.eval].add(run.name)
+    for (root, eval), names in compared.items():
+        folders = [file.parents[2] for file in root.glob(f"*/evals/{eval}/result.json")]
+        total = sum(not _is_base(folder) for folder in folders)
+        if 1 < len(names) < total:
+            pairs = len(names) * (len(names) - 1) // 2
+            all_pairs = total * (total - 1) // 2
+            title = (
+                f"{len(names)} of {total} runs here that have {eval} are compared: {pairs} of"
+                f" {all_pairs} pairs"
+            )
+            remedy = "the best of many pairs looks better than it is: a study tests all together"
+            yield Finding("one-of-many", "warning", title, remedy=remedy)
+
+
+def _is_base(folder: Path) -> bool:
+    state = object_or_none(folder / "run.json") or {}
+    return Run(name=folder.name, folder=folder, state=state).is_base
