@@ -136,7 +136,7 @@ def test_rows_in_parquet_name_the_extra_that_reads_them(tmp_path, monkeypatch, c
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads Zstandard itself")
 def test_a_newer_log_of_inspect_names_the_extra_that_reads_it(monkeypatch, capsys) -> None:
-    uninstall(monkeypatch, "zipfile_zstd")
+    uninstall(monkeypatch, "zipfile-zstd")
     log = PROJECT / "tests/analysis/inspect_logs/epochs.eval"
     assert main(["compare", str(log)]) == ExitCode.ENVIRONMENT
     err = capsys.readouterr().err

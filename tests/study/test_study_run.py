@@ -216,7 +216,7 @@ def test_a_signal_is_handed_on_and_ends_the_study_with_its_code(study, monkeypat
 
 EVALUATING = (
     "import time; from recipes_lib.study.run import StudyRunner\n"
-    "def evaluate(self, trained): print('evaluating', flush=True); time.sleep(60)\n"
+    "def evaluate(self, study, trained): print('evaluating', flush=True); time.sleep(60)\n"
     f"StudyRunner._evaluate = evaluate\n{RUN}"
 )
 
