@@ -107,9 +107,9 @@ class SuiteSection(Section):
     """alpaca_eval: answers compared with an opponent's. mt_bench: two turns, graded 1-5. checks:
     rules. heldout_loss: the loss on rows that no training saw. preference: whether the chosen of
     two answers is the more probable one. lm_eval: tasks of the harness."""
-    log_probability: Literal["per_token", "sum"] = "per_token"
-    """preference: what is compared of two answers. per_token: the mean over an answer's tokens.
-    sum: over all of them, with which the shorter answer mostly wins."""
+    log_probability: Literal["per_token", "sum"] | None = None
+    """preference: what is compared of two answers. per_token (default): the mean over an answer's
+    tokens. sum: over all of them, with which the shorter answer mostly wins."""
     tasks: list[str] | None = None
     """lm_eval: task or group names."""
     num_fewshot: int | None = Field(default=None, ge=0)

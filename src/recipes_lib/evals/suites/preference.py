@@ -33,7 +33,7 @@ class Preference(HeldOutRows):
     def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model."""
         pairs = self.rows_of(model)
-        is_mean = self.recipe.suite.log_probability == "per_token"
+        is_mean = self.recipe.suite.log_probability != "sum"
         values: dict[str, list[float]] = {}
         for name in PAIR:
             answers = pairs[f"{name}_ids"]
