@@ -11,7 +11,8 @@ from recipes_lib.cli import VERBS
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCE = PROJECT / "src" / "recipes_lib"
 
-# Lines of Python with docstrings and comments, and the room that each later feature was granted.
+# Lines of Python with docstrings and comments. What was agreed on is 26,000 and 21,000. These three
+# features took the tree past it, and nobody has agreed to their room yet: it must not grow.
 ROOM_FOR = {"results of any program": 1000, "looks and rankings": 900, "preference tuning": 1300}
 MOST_SOURCE_LINES = 26_000 + sum(ROOM_FOR.values())
 MOST_TEST_LINES = 21_000 + sum(ROOM_FOR.values())
