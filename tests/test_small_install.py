@@ -92,4 +92,4 @@ def test_the_base_alone_compares_two_folders_of_lm_eval(versions, built, tmp_pat
     assert code == 0 and "train: not installed: torch, transformers" in said
     for typed in (["train", "quickstart/lora-r8"], ["plan", "quickstart/lora-r8"]):
         code, said = recipes(*typed)
-        assert code == 5 and "pip install 'recipes-lib[train]'" in said, said
+        assert code == 5 and "pip install 'recipes-lib[train] @ file://" in said, said

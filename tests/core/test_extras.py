@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from importlib.metadata import requires
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -101,7 +103,18 @@ def test_a_missing_module_is_named_with_the_smallest_extra_that_brings_it(monkey
         assert brought_by(module) == f"pip install -e '{PROJECT}[{extra}]'"
     assert brought_by("of_nobody") is None
     monkeypatch.setattr(extras, "_CHECKOUT", PROJECT / "nowhere")  # installed from a wheel
-    assert brought_by("openai") == "pip install 'recipes-lib[eval]'"
+    wheel = "file:///downloads/recipes_lib-0.1.0-py3-none-any.whl"
+    repository = {"url": "https://host/us/recipes", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
+    for origin, source in (
+        (None, ""),
+        ({"url": wheel, "archive_info": {}}, f" @ {wheel}"),
+        (repository, " @ git+https://host/us/recipes@abc"),
+    ):
+        text = json.dumps(origin) if origin else None
+        installed = SimpleNamespace(read_text=lambda name, text=text: text)
+        with monkeypatch.context() as patch:
+            patch.setattr(extras.importlib.metadata, "distribution", lambda name, it=installed: it)
+            assert brought_by("openai") == f"pip install 'recipes-lib[eval]{source}'"
 
 
 @pytest.mark.parametrize("verb", ["data", "plan", "train", "prefetch", "study run"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,25 @@ class Extra:
         """The line that installs it beside what is installed."""
         if (_CHECKOUT / "setup.py").is_file():
             return f"pip install -e '{_CHECKOUT}[{self.name}]'"
+        origin = installed_from()
+        if origin:
+            return f"pip install '{DISTRIBUTION}[{self.name}] @ {origin}'"
         return f"pip install '{DISTRIBUTION}[{self.name}]'"
+
+
+def installed_from() -> str:
+    """Return the address of the folder, wheel or repository that pip installed this distribution
+    from (PEP 610); nothing where it came from a package index.
+    """
+    try:
+        text = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    origin = json.loads(text or "{}")
+    vcs = origin.get("vcs_info")
+    if vcs:
+        return f"{vcs['vcs']}+{origin['url']}@{vcs['commit_id']}"
+    return str(origin.get("url", ""))
 
 
 def installed_version(package: str) -> str | None:
