@@ -19,7 +19,7 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evals import run as evaluating
 from recipes_lib.study import run as running
 from recipes_lib.study.config import load_study
-from recipes_lib.study.lock import current_part, read_lock, shown_looks
+from recipes_lib.study.lock import LOCK, current_part, read_lock, shown_looks
 from recipes_lib.study.report import conclude_study, report_study
 from recipes_lib.study.run import StudyRunner
 from recipes_lib.study.trainings import StudyRun, is_trained, study_trainings
@@ -258,6 +258,20 @@ def test_the_note_of_a_look_leaves_the_lock_whole(study, run) -> None:
     assert lock is not None and lock["looks"]["after"] == [3, 5]
     state = RunDirectory("tiny--r8--seed46").read_state()
     assert state["design_locks"] == {"tiny": lock["hash"]}
+
+
+@pytest.mark.parametrize("text", ["", "{", None])
+def test_a_study_whose_lock_is_lost_after_a_look_trains_to_its_end(study, run, text) -> None:
+    """No look can be noted without it, and a study that waits for one would never end."""
+    run(APART)
+    file = RunDirectory("tiny").path / LOCK
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    assert len(study_trainings(current_part(load_study(study)))) == 10
+    assert (run(APART)[0], trained(study)) == (ExitCode.DONE, 10)
+    _, design, conclusion = conclude_study(load_study(study))
+    assert not design.missing and conclusion.descriptive.startswith("Exploratory")
 
 
 def test_an_equivalent_pair_needs_no_more_seeds(study, run) -> None:

@@ -202,6 +202,8 @@ def note_look(study: Study, look: Look, results: str, stops: bool) -> None:
 
 def current_part(study: Study) -> Study:
     """Return the study with the seeds that it needs now: those of the look where it stands."""
+    if read_lock(study) is None and evaluated_folders(study):
+        return study  # no look can be noted: it trains on, and has no verdict
     shown = shown_looks(study)
     for look in study.looks:
         record = shown.get(look.number)
