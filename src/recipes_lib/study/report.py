@@ -35,6 +35,7 @@ class Standing:
     arms: Arms
     design: Design
     conclusion: Conclusion
+    results: str  # at a look the hash of every value that a test can see
 
     @property
     def stops(self) -> bool:
@@ -67,11 +68,13 @@ def standings(study: Study) -> list[Standing]:
         if design.missing:
             # a win rate between two arms would be a verdict before its time
             arms = without_duels(arms)
+        results = results_hash(arms) if look else ""
         record = shown.get(look.number) if look else None
-        if look and record and not missing and record["results"] != results_hash(arms):
+        if look and record and not missing and record["results"] != results:
             changed += (f"what {look.place} saw changed since {record['written'][:10]}",)
             design = replace(design, changed=changed)
-        standing = Standing(look, arms, design, conclude(arms, part.aims, design))
+        conclusion = _with_dropped(study, conclude(arms, part.aims, design))
+        standing = Standing(look, arms, design, conclusion, results)
         reached.append(standing)
         if look is None or missing or standing.stops:
             break
@@ -83,7 +86,7 @@ def standings(study: Study) -> list[Standing]:
 def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     """Return what was measured, what the study declares, and what may be said."""
     standing = standings(study)[-1]
-    return standing.arms, standing.design, _with_dropped(study, standing.conclusion)
+    return standing.arms, standing.design, standing.conclusion
 
 
 def _with_dropped(study: Study, conclusion: Conclusion) -> Conclusion:
@@ -103,13 +106,12 @@ def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
     reached = standings(study)
     for standing in reached:
         if standing.look and not standing.design.missing:
-            note_look(study, standing.look, results_hash(standing.arms), standing.stops)
+            note_look(study, standing.look, standing.results, standing.stops)
     last = reached[-1]
-    conclusion = _with_dropped(study, last.conclusion)
     folder = study_folder(study)
-    write_json(folder / "comparison.json", conclusion.to_dict())
-    write_report(folder / "report", conclusion, last.arms, last.design)
-    return conclusion, last.design.missing
+    write_json(folder / "comparison.json", last.conclusion.to_dict())
+    write_report(folder / "report", last.conclusion, last.arms, last.design)
+    return last.conclusion, last.design.missing
 
 
 def measured_arms(study: Study) -> Arms:
