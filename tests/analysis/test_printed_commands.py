@@ -73,7 +73,7 @@ def test_a_comparison_is_made_again_with_its_margins(tmp_path: Path) -> None:
         write_judged(folder, 40)
     arms = load_arms(folders)
     margins = {"win_rate": Margin(0.02, points=True)}
-    ((_, lines),) = commands(arms, None, conclude(arms, Aims(margins=margins)).margins)
+    ((_, lines),) = commands(arms, None, conclude(arms, Aims(margins=margins)).aims.margins)
     assert lines == ["recipes compare one two --margin 'win_rate=2 points'"]
     assert Margin.read("2 points") == margins["win_rate"]
 

@@ -7,12 +7,12 @@ an arm that was trained once, a cause where anything but the declared keys diffe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from recipes_lib.analysis import row_text
-from recipes_lib.analysis.aims import Aims, Design, Margin, is_named
+from recipes_lib.analysis.aims import Aims, Design, is_named
 from recipes_lib.analysis.checks import find
 from recipes_lib.analysis.differences import Difference, arm_differences
 from recipes_lib.analysis.findings import (
@@ -22,7 +22,7 @@ from recipes_lib.analysis.findings import (
     UNAUDITED,
     Finding,
 )
-from recipes_lib.analysis.looks import FUTILE_BELOW, Look
+from recipes_lib.analysis.looks import FUTILE_BELOW
 from recipes_lib.analysis.ranking import Ranking, rank
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.table import TestedTable, build_table
@@ -123,11 +123,9 @@ class Conclusion:
     table: TestedTable
     findings: tuple[Finding, ...]
     claims: tuple[Claim, ...]
+    aims: Aims
     descriptive: str = ""
-    margins: Mapping[str, Margin] = field(default_factory=dict)
     waiting: str = ""  # for what a study is not complete without: its arms are not compared yet
-    look: Look | None = None  # which of a study's tests this is
-    baseline: str | None = None
 
     @property
     def pairs(self) -> dict[tuple[str, str], list[Claim]]:
@@ -159,12 +157,12 @@ class Conclusion:
     def undecided(self) -> list[tuple[str, str]]:
         """The pairs of arms for which more seeds are worth their trainings."""
         claims = self.primary_claims.items()
-        return [pair for pair, claim in claims if not claim.is_decided(self.baseline)]
+        return [pair for pair, claim in claims if not claim.is_decided(self.aims.baseline)]
 
     @property
     def look_text(self) -> str:
         """At which look the study ended, and its level; nothing of a study with one test."""
-        look = self.look
+        look = self.aims.look
         if look is None or self.waiting or self.descriptive:
             return ""
         level = f"tested at {100 * self.table.alpha:g}%, its share of {100 * ALPHA:g}%"
@@ -232,7 +230,7 @@ class Conclusion:
             "cannot_say": self.cannot_say,
             "alpha": self.table.alpha,
             "ranking": asdict(self.ranking) if self.ranking else None,
-            "look": asdict(self.look) if self.look else None,
+            "look": asdict(self.aims.look) if self.aims.look else None,
             "tests": self.table.tests,
             "rows": rows,
             "scores": [asdict(score) for score in self.table.scores],
@@ -277,11 +275,9 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
         table=table,
         findings=tuple(findings),
         claims=tuple(claims),
+        aims=aims,
         descriptive=descriptive,
-        margins=aims.margins,
         waiting=waiting,
-        look=aims.look,
-        baseline=aims.baseline,
     )
 
 

@@ -28,7 +28,7 @@ def gate(conclusion: Conclusion, arms: Sequence[str], baseline: str) -> tuple[Ex
             what = f"no comparison of {arm} with {baseline} can be tested"
             untested.append(f"{what}: see the report")
         failed += [claim.sentence for claim in claims if claim.worse_than(baseline)]
-        for word in conclusion.margins:
+        for word in conclusion.aims.margins:
             failed += _margins_not_shown(word, claims, arm, baseline)
     if untested:
         return ExitCode.EVALUATION_INCOMPLETE, untested + failed
