@@ -15,6 +15,7 @@ from tests.study import stand_in
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.files import write_json
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evals import run as evaluating
 from recipes_lib.study import run as running
@@ -258,6 +259,17 @@ def test_the_note_of_a_look_leaves_the_lock_whole(study, run) -> None:
     assert lock is not None and lock["looks"]["after"] == [3, 5]
     state = RunDirectory("tiny--r8--seed46").read_state()
     assert state["design_locks"] == {"tiny": lock["hash"]}
+
+
+@pytest.mark.parametrize("shown", [None, [], [1], "1", {}, [{"look": 1}]])
+def test_damaged_notes_of_looks_leave_no_verdict(study, run, capsys, shown) -> None:
+    run(CLOSE)
+    file = RunDirectory("tiny").path / LOCK
+    write_json(file, json.loads(file.read_text()) | {"shown": shown})
+    for action in (["plan"], ["status"], ["status", "--look", "1"], ["report"]):
+        main(["study", action[0], str(study), *action[1:]])
+        assert "internal error" not in capsys.readouterr().err
+    assert "design.json is damaged" in conclude_study(load_study(study))[2].descriptive
 
 
 @pytest.mark.parametrize("text", ["", "{", None])

@@ -4,6 +4,7 @@
 that is evaluated afterwards keeps a copy of that hash in its run.json. So a lock that is lost, cut
 or exchanged is seen, and leaves a study without verdicts instead of free. Beside the locked content
 stand the looks that were taken: whether the study went on, and a hash of the results that it saw.
+They have a hash of their own, for they are added one by one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from recipes_lib.training.resume_guard import differences, flatten
 LOCK = "design.json"
 RESULTS = "evals/*/result*.json"  # in a run's folder
 SHOWN = "shown"  # in the lock, outside of its hash: the looks that were taken
+SHOWN_HASH = "shown_hash"
 # Where a job runs makes no other arm; seeds are listed.
 _FREE = {"train.seed", "launch.accelerate", "launch.gpus", "launch.nodes"}
 
@@ -105,10 +107,12 @@ def design_values(study: Study) -> dict[str, Any]:
 
 
 def read_lock(study: Study) -> Row | None:
-    """Return the lock; None where there is none, or its hash is not that of its content."""
+    """Return the lock; None where there is none, or a hash is not that of its content."""
     lock = object_or_none(study_folder(study) / LOCK) or {}
-    content = {key: value for key, value in lock.items() if key not in ("hash", SHOWN)}
-    if content and lock.get("hash") == hash_of(content):
+    content = dict(lock)
+    shown = content.pop(SHOWN, [])
+    hashes = (content.pop("hash", None), content.pop(SHOWN_HASH, hash_of([])))
+    if content and hashes == (hash_of(content), hash_of(shown)):
         return lock
     return None
 
@@ -197,7 +201,8 @@ def note_look(study: Study, look: Look, results: str, stops: bool) -> None:
     if record != shown.get(look.number):
         shown[look.number] = record
         records = [shown[number] for number in sorted(shown)]
-        write_json(study_folder(study) / LOCK, lock | {SHOWN: records})
+        noted = {SHOWN: records, SHOWN_HASH: hash_of(records)}
+        write_json(study_folder(study) / LOCK, lock | noted)
 
 
 def current_part(study: Study) -> Study:
