@@ -32,7 +32,17 @@ def test_four_arms_are_answered_pair_by_pair_and_equal_ones_are_not_ordered() ->
     few = conclude(arms_with(answers([0.5] * 4, 3, 100, 0.0, rng)), Aims("pass_rate"))
     assert few.ranking is None and len(few.answer) == 6
     many = conclude(arms_with(answers([0.5] * 6, 3, 100, 0.0, rng)), Aims("pass_rate"))
-    assert many.answer[0].startswith("None of 6 arms is shown to be worse than another")
+    assert many.answer[0] == "None of 6 arms is shown to be worse than another in pass rate."
+
+
+def test_many_arms_of_which_one_was_trained_once_say_so_whatever_their_order() -> None:
+    tables = answers([0.8, 0.78, 0.5, 0.79, 0.3], 4, 300, 0.0, np.random.default_rng(1))
+    said = "Not every arm has two trainings: another seed may differ."
+    assert said not in conclude(arms_with(tables), Aims("pass_rate")).answer[0]
+    for arm in tables:
+        once = {arm: tables[arm][:1]}
+        (answer,) = conclude(arms_with(tables | once), Aims("pass_rate")).answer
+        assert "Shown to be worse: arm2" in answer and answer.endswith(said), arm
 
 
 def test_a_lower_loss_is_the_better_one_and_pairs_without_a_verdict_are_counted() -> None:

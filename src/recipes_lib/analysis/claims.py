@@ -186,8 +186,11 @@ class Conclusion:
         sentences = []
         ranking = self.ranking
         if ranking and not absent:
-            row = next(iter(claims.values())).row
-            sentences.append(ranking.text(row.label) + row_text.training_text(row))
+            rows = [claim.row for claim in claims.values()]
+            sentence = ranking.text(rows[0].label)
+            if not all(row.has_several_trainings for row in rows):
+                sentence += " Not every arm has two trainings: another seed may differ."
+            sentences.append(sentence)
             claims = {}
         for pair in self.pairs:
             if pair in of_pair:

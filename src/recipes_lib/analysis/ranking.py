@@ -44,7 +44,9 @@ class Ranking:
             for arm, rivals in self.beaten.items():
                 worse.append(f"{arm} (than {sentence_list(rivals, 2)})")
             lines.append(f"Shown to be worse: {sentence_list(worse)}.")
-        lines.append("The order is that of the estimates, and selected: no place in it is tested.")
+            lines.append(
+                "The order is that of the estimates, and selected: no place in it is tested."
+            )
         if self.unranked:
             lines.append(f"No verdict about {sentence_list(self.unranked)}.")
         if self.without_verdict:
