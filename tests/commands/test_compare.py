@@ -141,6 +141,9 @@ def test_runs_of_a_study_without_verdicts_have_none_outside_of_it(runs, capsys):
         value = json.loads(compare(capsys, "r8", "r32", "--json"))
         assert {row["verdict"] for row in value["rows"]} == {"no verdict"}
         assert any(line.rstrip(".") in reason for reason in value["cannot_say"])
+    for damaged in ({}, {"cannot_say": 5}, {"cannot_say": "Exploratory: primary changed."}):
+        write_json(runs / "s" / "comparison.json", damaged)
+        assert "(r8 and r32), which has no report that can be read" in compare(capsys, "r8", "r32")
     write_json(runs / "s" / "comparison.json", {"cannot_say": ["The judge failed its audit."]})
     assert "runs of the study" not in compare(capsys, "r8", "r32")
 

@@ -29,12 +29,13 @@ def check_studies(arms: Arms, design: Design | None) -> Iterator[Finding]:
     for folder, names in arms_of.items():
         of_study = tuple(dict.fromkeys(names))
         runs = f"runs of the study {folder.name} ({sentence_list(of_study)})"
-        conclusion = object_or_none(folder / "comparison.json")
-        if conclusion is None:
-            title = f"These are {runs}, which has no report yet"
+        conclusion = object_or_none(folder / "comparison.json") or {}
+        reasons = conclusion.get("cannot_say")
+        if not isinstance(reasons, list):
+            title = f"These are {runs}, which has no report that can be read"
             yield Finding("study-says", "warning", title, remedy="see what its design allows")
             continue
-        reason = next(iter(conclusion.get("cannot_say") or ()), "")
+        reason = next(iter(reasons), "")
         if str(reason).startswith(_WITHOUT_VERDICTS):
             yield Finding(
                 code="study-says",
