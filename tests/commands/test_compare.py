@@ -156,3 +156,10 @@ def test_a_pair_of_many_runs_is_told_as_one_of_their_pairs(runs, capsys):
     said = "2 of 4 runs here that have alpaca_eval are compared: 1 of 6 pairs"
     assert said in compare(capsys, "r8", "r32")
     assert "pairs" not in compare(capsys, "r8", "r32", "r4", "r16")
+    # trainings of one arm are no pair, whatever their evaluation is called
+    for seed, name in enumerate(("r8-s1", "r8-s2", "r9-s1", "r9-s2", "r10")):
+        folder = made_up.write_run(runs, name, seed=seed)
+        made_up.write_judged(folder, 60, name="mine[1]*")
+    said = compare(capsys, "r8=r8-s*", "r9=r9-s*")
+    assert "4 of 5 runs here that have mine[1]* are compared: 4 of 10 pairs" in said
+    assert "pairs" not in compare(capsys, "r8=r8-s*")

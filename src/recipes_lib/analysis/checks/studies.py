@@ -4,8 +4,11 @@ more runs lie beside them that could have been compared instead.
 
 from __future__ import annotations
 
+import glob
+import math
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 from recipes_lib.analysis.aims import Design
@@ -51,21 +54,20 @@ def check_choice(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield how many trained runs beside the compared ones have the same evaluation."""
     if design is not None:
         return
-    compared: dict[tuple[Path, str], set[str]] = defaultdict(set)
-    for _, run in arms.runs:
+    compared: dict[tuple[Path, str], dict[str, str]] = defaultdict(dict)  # the arm of each run
+    for arm, run in arms.runs:
         if run.foreign or run.is_base:
             continue
         for log in run.evals:
-            compared[run.folder.parent, log.eval].add(run.name)
-    for (root, eval), names in compared.items():
-        folders = [file.parents[2] for file in root.glob(f"*/evals/{eval}/result.json")]
-        total = sum(not _is_base(folder) for folder in folders)
-        if 1 < len(names) < total:
-            pairs = len(names) * (len(names) - 1) // 2
-            all_pairs = total * (total - 1) // 2
+            compared[run.folder.parent, log.eval][run.name] = arm
+    for (root, eval), arm_of in compared.items():
+        results = root.glob(f"*/evals/{glob.escape(eval)}/result.json")
+        total = sum(not _is_base(result.parents[2]) for result in results)
+        pairs = sum(first != second for first, second in combinations(arm_of.values(), 2))
+        if pairs and len(arm_of) < total:
             title = (
-                f"{len(names)} of {total} runs here that have {eval} are compared: {pairs} of"
-                f" {all_pairs} pairs"
+                f"{len(arm_of)} of {total} runs here that have {eval} are compared: {pairs} of"
+                f" {math.comb(total, 2)} pairs"
             )
             remedy = "the best of many pairs looks better than it is: a study tests all together"
             yield Finding("one-of-many", "warning", title, remedy=remedy)
