@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import replace
 from glob import glob
 from pathlib import Path
-from types import ModuleType
 
 from recipes_lib.analysis.readers import (
     alpaca_eval,
@@ -33,8 +32,7 @@ from recipes_lib.core.errors import DataError, RecipeError, RecipesError, one_li
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import open_run
 
-_BY_SHAPE = (ours, inspect_log, lm_eval, alpaca_eval, lighteval, helm)
-READERS: tuple[ModuleType, ...] = (*_BY_SHAPE, plain_table)
+READERS = (ours, inspect_log, lm_eval, alpaca_eval, lighteval, helm, plain_table)
 
 
 def read_results(path: Path) -> list[Run] | None:
@@ -85,9 +83,8 @@ def _trainings(word: str) -> list[Run]:
     name, _, pattern = word.partition("=")
     paths: list[Path] = []
     for root in (Path(), runs_root()):
-        if pattern and not paths:
-            found = glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - that raises on "."
-            paths = [root / match for match in sorted(found)]
+        found = glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - that raises on "."
+        paths = paths or [root / match for match in sorted(found)]
     if not name or not paths:
         hint = "several trainings of an arm are NAME=GLOB, such as 'r8=out/r8-s*'"
         raise RecipeError(f"{word}: there are no results of this name", hint)
