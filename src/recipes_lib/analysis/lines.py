@@ -17,13 +17,13 @@ from recipes_lib.stats import OTHER_SHARE, PRIMARY_SHARE
 
 def conclusion_lines(conclusion: Conclusion) -> list[str]:
     """Return the answer, what cannot be said, the table by pairs of arms, and the findings."""
-    lines = conclusion.answer if conclusion.claims else score_lines(conclusion)
+    lines = conclusion.answer if conclusion.claims else aligned(score_rows(conclusion))
     if conclusion.cannot_say:
         lines += ["", "What cannot be said:"]
         lines += [f"- {line}" for line in conclusion.cannot_say]
     for (first, second), claims in conclusion.pairs.items():
         lines += ["", f"{first} against {second}"]
-        lines += pair_lines(claims)
+        lines += [f"  {line}".rstrip() for line in aligned(pair_rows(claims))]
     if conclusion.claims and not conclusion.descriptive:
         lines += ["", tests_text(conclusion.table)]
     if conclusion.findings:
@@ -54,11 +54,6 @@ def tests_text(table: TestedTable) -> str:
 def effect_title(alpha: float) -> str:
     """Return the head of a column of effects: an interval speaks of its own row, p is corrected."""
     return f"effect [{confidence_text(alpha)}, not corrected]"
-
-
-def pair_lines(claims: list[Claim]) -> list[str]:
-    """Return the table of one pair of arms."""
-    return [f"  {line}".rstrip() for line in aligned(pair_rows(claims))]
 
 
 def pair_rows(claims: list[Claim]) -> list[tuple[str, ...]]:
@@ -95,13 +90,8 @@ def pair_rows(claims: list[Claim]) -> list[tuple[str, ...]]:
     return table
 
 
-def score_lines(conclusion: Conclusion) -> list[str]:
-    """Return the scores of arms that have nothing to be compared with."""
-    return aligned(score_rows(conclusion))
-
-
 def score_rows(conclusion: Conclusion) -> list[tuple[str, ...]]:
-    """Return the cells of the table of scores, its head first."""
+    """Return the cells of the scores of arms that have nothing to be compared with, head first."""
     table: list[tuple[str, ...]] = [("run", "metric", "value [95%]", "n", "without a verdict")]
     for score in conclusion.table.scores:
         metric = score.label

@@ -201,31 +201,31 @@ def plan_lines(study: Study) -> Iterator[str]:
     if not pairs:
         return
     # the primary metric's comparisons have four fifths of the level
-    least = planned_effect(primary, questions, seeds, pairs / PRIMARY_SHARE)
+    comparisons = pairs / PRIMARY_SHARE
+    least = planned_effect(primary, questions, seeds, comparisons)
     if least:
         effect = f"{100 * least:.1f} points" if least < 1 else "no difference, however large,"
         sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
         yield f"80% of such studies would find {effect} of {primary} ({sizes})"
-    yield from _look_lines(study, primary, questions, least or 0.0)
+    yield from _look_lines(study, primary, questions, least or 0.0, comparisons)
 
 
-def _look_lines(study: Study, primary: str, questions: int, effect: float) -> Iterator[str]:
+def _look_lines(
+    study: Study, primary: str, questions: int, effect: float, comparisons: float
+) -> Iterator[str]:
     """Yield how many trainings a study with looks takes, as far as the spread is known."""
     if not study.looks:
         return
     from recipes_lib.analysis.futility import expected_seeds  # scipy
-    from recipes_lib.stats import PRIMARY_SHARE
 
     looks = [look.seeds for look in study.looks]
     arms = len(study.arms)
-    pairs = math.comb(arms + study.file.include_base, 2)
     line = f"looks after {sentence_list([str(number) for number in looks])} seeds"
-    share = pairs / PRIMARY_SHARE
     sizes = [0.0]
     if 0 < effect < 1:
         sizes += [effect, 1.5 * effect]
     for size in sizes:
-        seeds = expected_seeds(looks, primary, questions, size, max(2, arms), share)
+        seeds = expected_seeds(looks, primary, questions, size, max(2, arms), comparisons)
         if seeds is not None:
             where = (
                 f"at {100 * size:.1f} points" if size else f"of {arms * looks[-1]} if none differs"
