@@ -14,6 +14,8 @@ from recipes_lib.core.errors import DataError
 from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, Sample, Unit
 from recipes_lib.evals.suites import metric_of
 
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function or object, another one in every process
+
 
 def parsed_json(path: Path) -> Any:
     """Return the content of a JSON file.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.analysis.readers.files import foreign_run, scored_metric
+from recipes_lib.analysis.readers.files import ADDRESS, foreign_run, scored_metric
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.files import hash_of, object_or_none
 from recipes_lib.data.readers import read_file
@@ -24,7 +24,6 @@ FORM = "lighteval: the folder of --output-dir, with --save-details"
 _DETAILS = re.compile(r"details_(.+)\|(\d+)_(\d{4}-\d\d-\d\dT[\d.-]+)\.parquet")
 # What of a document decides how a model is asked; the rest says how it is scored.
 _ASKED = ("query", "choices", "instruction", "fewshot_samples", "generation_size", "stop_sequences")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object, another one in every process
 
 
 def matches(path: Path) -> bool:
@@ -73,7 +72,7 @@ def _run(folder: Path, newest_first: list[Path]) -> Run:
         general = results.get("config_general") or general
         declared = (results.get("config_tasks") or {}).get(f"{task}|{shots}") or {}
         reported = (results.get("results") or {}).get(f"{task}|{shots}") or {}
-        settings[f"{task}: scoring"] = _ADDRESS.sub("", str(declared.get("metrics", NOT_RECORDED)))
+        settings[f"{task}: scoring"] = ADDRESS.sub("", str(declared.get("metrics", NOT_RECORDED)))
         version = str(declared.get("version", "")) or None
         facts = {"task": task, "num_fewshot": int(shots), "version": version}
         metrics[task] = list(_metrics(file, declared.get("metrics") or (), reported, facts))

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from recipes_lib.analysis.readers.files import arm_name, parsed_json
+from recipes_lib.analysis.readers.files import ADDRESS, arm_name, parsed_json
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import object_or_none, parsed_line, read_rows
@@ -40,7 +40,6 @@ _OF_THE_WEIGHTS = ("pretrained", "peft", "path", "model", "tokenizer", "delta", 
 _NO_SAMPLES = "no samples beside it, so nothing can be paired"
 # What a task's configuration says about asking and scoring that its prompts do not show.
 _OF_THE_TASK = ("generation_kwargs", "repeats", "filter_list", "metric_list")
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function, another one in every process
 
 
 @dataclass(frozen=True)
@@ -317,7 +316,7 @@ def _asked(results: Results, tasks: Sequence[str]) -> dict[str, Any]:
         configuration = (content.get("configs") or {}).get(task) or {}
         for key in _OF_THE_TASK:
             if key in configuration:
-                settings[f"{task}: {key}"] = _ADDRESS.sub("", str(configuration[key]))
+                settings[f"{task}: {key}"] = ADDRESS.sub("", str(configuration[key]))
     return settings
 
 
