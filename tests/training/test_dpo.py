@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import load_file
+from tests.conftest import build_tiny_model
 from tests.families import ALL_LINEAR, FAMILIES, METHODS, asked_to_stop, build_family
 from tests.pairs import write_pair_recipe
 from tests.tiers import in_ci
@@ -259,6 +260,33 @@ def test_another_reference_or_another_stage_is_not_resumed(recipe, monkeypatch, 
     (run / "run.json").write_text(json.dumps(state))
     assert main([str(recipe)]) == 0
     assert main([str(recipe), "--resume-anyway"]) == 0  # it is finished
+
+
+@pytest.mark.parametrize("step", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_that_goes_on_from_another_base_has_the_reference_of_that_one(
+    step, recipe, monkeypatch, tmp_path
+) -> None:
+    """Before the first checkpoint, and behind one with --resume-anyway."""
+    folder = tmp_path / "other"
+    build_tiny_model(folder, seed=1)
+    words = [str(recipe), "train.max_steps=4", "train.eval_strategy='no'"]
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            raise AssertionError("the power went out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCallback, "on_pre_optimizer_step", on_pre_optimizer_step)
+        assert main([*words, "run.name=moved"]) == ExitCode.FAILED
+    words.append(f"model.name_or_path={folder}")
+    moved = [*words, "run.name=moved"]
+    assert main([*moved, "--resume-anyway"] if step else moved) == 0
+    assert main([*words, "run.name=fresh"]) == 0
+    runs = recipe.parent / "runs"
+    references = [load_file(runs / name / "reference.safetensors") for name in ("moved", "fresh")]
+    assert (references[0]["train"] == references[1]["train"]).all()
+    guards = [json.loads((runs / name / "run.json").read_text()) for name in ("moved", "fresh")]
+    assert guards[0]["guard"] == guards[1]["guard"]
 
 
 def test_a_validation_counts_every_pair_once_and_a_tie_as_a_half(recipe, trainers) -> None:

@@ -77,17 +77,18 @@ class Attempt:
         newest, broken = resume_guard.find_newest(run.checkpoints)
         # run.json before the checkpoint: what --resume-anyway changed is the run's from then on, in
         # `resumed` too, even if that attempt saved nothing; a checkpoint's own for a lost run.json
-        begun_with = self.earlier.get("guard")
+        begun_with = dict(self.earlier.get("guard") or {})
         if not begun_with and newest is not None:
             begun_with = resume_guard.read_marker(newest)["guard"]
+        reference = begun_with.pop(REFERENCE, None)  # compared once the base is loaded
         changed: dict[str, tuple[object, object]] = {}
-        if begun_with and REFERENCE in begun_with:  # compared once the base is loaded
-            guard[REFERENCE] = begun_with[REFERENCE]
         if begun_with:
             changed = resume_guard.differences(begun_with, guard)
         if None in changed.get("base_weights", ()):
             # the base was not on this machine then, or is not now: its hash is not known
             del changed["base_weights"]
+        if reference is not None and not changed:  # else the base may be another: compute it anew
+            guard[REFERENCE] = reference
         resumed = list(self.earlier.get("resumed", []))
         if newest is not None:
             is_other_launch = any(key.startswith("launch.") for key in changed)
