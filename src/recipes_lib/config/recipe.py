@@ -180,7 +180,7 @@ class DataSection(Section):
     system_prompt: str | None = None
     """For `chat`: a system message put before conversations that have none."""
     chat_loss: Literal["all", "last"] = "all"
-    """For `chat`: loss on every assistant turn, or on the last one."""
+    """For `chat`: loss on every assistant turn, or on the last one; stage dpo: always the last."""
     split: SplitSection = SplitSection()
     filters: FiltersSection = FiltersSection()
     max_examples: int | None = Field(None, ge=1)

@@ -52,7 +52,8 @@ class PreferenceTrainer(CountingTrainer, DPOTrainer):
         """Return what the loss is, and that dropout is off."""
         args = self.args
         losses = " + ".join(args.loss_type)
-        line = f"preference: {losses}, beta {args.beta:g}; the reference is the base as it was"
+        line = f"preference of the last answer: {losses}, beta {args.beta:g};"
+        line += " the reference is the base as it was"
         if args.disable_dropout:
             line += "; dropout is off, of adapters too (train.disable_dropout)"
         return [line]
