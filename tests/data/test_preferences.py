@@ -261,6 +261,20 @@ def test_pairs_whose_answers_are_cut_are_counted_and_train(recipe_for, write_jso
     assert len(data.train) == 24
 
 
+def test_the_hash_of_tokens_says_where_an_answer_begins(recipe_for, write_jsonl, tiny_tokenizer):
+    """The same tokens in a row, divided between prompt and answers in another way."""
+    divided = [("a b", " c", " d"), ("a", " b c", " d")]
+    hashes, columns = [], []
+    for prompt, chosen, rejected in divided:
+        rows = write_jsonl([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+        recipe = recipe_for(rows, stage=DPO, prompt_format="raw", split=NO_SPLIT)
+        data = prepare_data(recipe, tiny_tokenizer)
+        row = data.train[0]
+        columns.append(row["prompt_ids"] + row["chosen_ids"] + row["rejected_ids"])
+        hashes.append(data.tokens_hash)
+    assert columns[0] == columns[1] and hashes[0] != hashes[1]
+
+
 def test_leaks_are_found_in_the_prompt_and_in_both_answers(recipe_for, write_jsonl):
     text = "A sentence of the evaluation that holds more than twelve words, as they say, all told."
     rows = pair_rows(4)

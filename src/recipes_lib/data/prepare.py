@@ -188,8 +188,9 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str, fo
         contents[name] = [row.content.hex() for row in part]
         columns: dict[str, list[Any]] = {}
         for row in part:
+            for side in encoded[row.id].sides:  # labels say where an answer begins
+                digest.update(side.ids.tobytes() + side.labels.tobytes())
             for column, values in encoded[row.id].columns.items():
-                digest.update(values.tobytes())
                 columns.setdefault(column, []).append(values)
         columns["example_id"] = [row.id for row in part]
         if part:  # columns of no rows have no types
