@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.numpy
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -22,6 +22,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from recipes_lib.core.files import write_bytes
 from recipes_lib.core.ranks import meet, on_main_rank, say_once
+from recipes_lib.data.encoding import IGNORED
 from recipes_lib.models import upstream_fixes
 from recipes_lib.weights.load import device_with_room
 
@@ -48,30 +49,28 @@ def add_reference(
         tokens_hash: of the pairs, part of the reference's hash.
         known: the hash of the reference that the run began with; None at its first start.
     """
-    stored = on_main_rank(lambda: _read(folder / FILE, tokens_hash, known))
-    if stored is None:
+    content = on_main_rank(lambda: _read(folder / FILE, tokens_hash, known))
+    if content is None:
         num_pairs = sum(map(len, splits.values()))
         say_once(f"reference: log-probabilities of {num_pairs:,} pairs under the base ...")
         values = _computed(splits, model, args)
-        stored = {name: array.numpy() for name, array in values.items()}
-        on_main_rank(lambda: write_bytes(folder / FILE, safetensors.numpy.save(stored)))
-    digest = _hash(safetensors.numpy.save(stored), tokens_hash)
+        content = safetensors.torch.save(values)  # the same on every rank
+        on_main_rank(lambda: write_bytes(folder / FILE, content))
+    stored = safetensors.torch.load(content)
     with_reference = {}
     for name, rows in splits.items():
         for number, column in enumerate(REFERENCE_COLUMNS):
             rows = rows.add_column(column, stored[name][:, number].tolist())
         with_reference[name] = rows
-    return with_reference, digest
+    return with_reference, _hash(content, tokens_hash)
 
 
-def _read(path: Path, tokens_hash: str, known: str | None) -> dict[str, Any] | None:
+def _read(path: Path, tokens_hash: str, known: str | None) -> bytes | None:
     """Return what a run keeps, where it is what the run began with; else None."""
     if known is None or not path.is_file():
         return None
     content = path.read_bytes()
-    if _hash(content, tokens_hash) != known:
-        return None
-    return safetensors.numpy.load(content)
+    return content if _hash(content, tokens_hash) == known else None
 
 
 def _hash(content: bytes, tokens_hash: str) -> str:
@@ -133,7 +132,7 @@ def _of_pair(model: Any, row: Mapping[str, Any]) -> torch.Tensor:
     for name in ANSWERS:
         ids = torch.tensor([prompt + row[name]], device=model.device)
         labels = ids.clone()
-        labels[:, : len(prompt)] = -100
+        labels[:, : len(prompt)] = IGNORED
         log_probs = model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs
         sums.append(log_probs.double().sum())
     return torch.stack(sums).float().cpu()

@@ -10,12 +10,12 @@ import pyarrow.compute
 from datasets import Dataset
 from trl import SFTTrainer
 
+from recipes_lib.data.encoding import IGNORED
 from recipes_lib.models import families
 from recipes_lib.training.counting import CountingTrainer
 from recipes_lib.training.loss import score_supervised_positions
 
-NO_LABEL = -100
-FILLER = {"input_ids": [0, 0], "labels": [NO_LABEL, NO_LABEL]}  # a row without loss
+FILLER = {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}  # a row without loss
 
 
 class SupervisedTrainer(CountingTrainer, SFTTrainer):
@@ -41,4 +41,4 @@ class SupervisedTrainer(CountingTrainer, SFTTrainer):
 
     def num_items(self, batch: Any) -> int:
         """Return how many tokens have a label that some token before them predicts."""
-        return int((batch["labels"][:, 1:] != NO_LABEL).sum())
+        return int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -16,6 +16,7 @@ from recipes_lib.config.recipe import DPO, SFT, Recipe, Stage
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import hash_of
 from recipes_lib.core.terminal import aligned
+from recipes_lib.data.encoding import IGNORED
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.data.splits import TRAIN
@@ -26,7 +27,6 @@ from recipes_lib.evals.recipe import HELD_OUT, ROW_SUITES
 from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 _POSITIONS = 512  # of a row, whose logits are in float32 at the same time
-_NO_LOSS = -100  # the label of a token that is not supervised, as in torch
 
 
 class HeldOutRows(Suite):
@@ -124,7 +124,7 @@ class HeldoutLoss(HeldOutRows):
         supervised = []
         for labels in rows["labels"]:
             # nothing predicts the first token
-            supervised.append([label for label in labels[1:] if label != _NO_LOSS])
+            supervised.append([label for label in labels[1:] if label != IGNORED])
         if not any(supervised):
             raise RecipeError(
                 f"none of the {len(supervised):,} rows that {model.name} reads has a token with"

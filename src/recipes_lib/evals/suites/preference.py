@@ -35,14 +35,17 @@ class Preference(HeldOutRows):
         pairs = self.rows_of(model)
         is_mean = self.recipe.suite.log_probability != "sum"
         values: dict[str, list[float]] = {}
+        lengths: dict[str, list[int]] = {}
+        texts = []  # which a model of another tokenizer reads too
         for name in PAIR:
             answers = pairs[f"{name}_ids"]
+            lengths[name] = list(map(len, answers))
             values[name] = _log_probabilities(network, pairs["prompt_ids"], answers)
             if is_mean:
-                sizes = map(len, answers)
-                values[name] = [
-                    value / size for value, size in zip(values[name], sizes, strict=True)
-                ]
+                sums = zip(values[name], lengths[name], strict=True)
+                values[name] = [value / length for value, length in sums]
+            decoded = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            texts.append([text.strip() for text in decoded])
         samples = []
         first_pair: dict[str, str] = {}  # of a prompt
         for number, name in enumerate(map(str, pairs["example_id"])):
@@ -58,12 +61,6 @@ class Preference(HeldOutRows):
                 same_as=first if first != name else "",
             )
             samples.append(sample)
-        # the answers as text, which a model of another tokenizer reads too
-        texts = []
-        for name in PAIR:
-            answers = pairs[f"{name}_ids"]
-            decoded = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            texts.append([text.strip() for text in decoded])
         unit = "per token" if is_mean else "sum"
         accuracy = metric_of(
             "accuracy",
@@ -71,8 +68,8 @@ class Preference(HeldOutRows):
             samples,
             task=f"pairs-{hash_of(texts)[:8]}",
         )
-        lengths = [list(map(len, pairs[f"{name}_ids"])) for name in PAIR]
-        num_shorter = sum(chosen < rejected for chosen, rejected in zip(*lengths, strict=True))
+        both = zip(lengths["chosen"], lengths["rejected"], strict=True)
+        num_shorter = sum(chosen < rejected for chosen, rejected in both)
         share = num_shorter / len(samples)
         note = f"the chosen answer is the shorter one, in tokens, of {share:.1%} of the pairs"
         return self.log_of([accuracy], model, n=len(samples), notes=(note,))
