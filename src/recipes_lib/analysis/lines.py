@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from recipes_lib.analysis.claims import Claim, Conclusion
-from recipes_lib.analysis.row_text import (
-    confidence_text,
-    effect_text,
-    limits_text,
-    where_text,
-)
+from recipes_lib.analysis.row_text import confidence_text, effect_text, limits_text, where_text
 from recipes_lib.analysis.table import TestedTable
 from recipes_lib.analysis.text import NONE, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import aligned, count, printable

@@ -18,24 +18,13 @@ from numpy.typing import NDArray
 
 from recipes_lib.analysis.aims import Aims, is_named, metric_parts
 from recipes_lib.analysis.corrections import alpha_of, correct, refuse_few_of_many
-from recipes_lib.analysis.pairs import (
-    Measured,
-    identity_of,
-    left_out,
-    pair_trainings,
-    trainings_of,
-)
+from recipes_lib.analysis.pairs import Measured, identity_of, left_out, pair_trainings, trainings_of
 from recipes_lib.analysis.runs import ArmRuns, Arms, question_of
 from recipes_lib.analysis.table_row import TableRow
 from recipes_lib.core.terminal import count
 from recipes_lib.evals.log import Metric, Sample
 from recipes_lib.evals.suites import UNIT_SCALES
-from recipes_lib.stats import (
-    ALPHA,
-    Limits,
-    compare,
-    mean_interval,
-)
+from recipes_lib.stats import ALPHA, Limits, compare, mean_interval
 
 FEWEST_QUESTIONS = 6  # five that all agree have p = 0.06
 FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample

@@ -19,14 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, field_validator
 from recipes_lib.analysis.readers.files import foreign_run, parsed_json
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
-from recipes_lib.evals.log import (
-    REFERENCE,
-    UNRESOLVED,
-    JudgeFacts,
-    Metric,
-    Sample,
-    text_hash,
-)
+from recipes_lib.evals.log import REFERENCE, UNRESOLVED, JudgeFacts, Metric, Sample, text_hash
 from recipes_lib.evals.suites import metric_of
 
 FORM = "alpaca_eval: its annotations.json"
