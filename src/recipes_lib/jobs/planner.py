@@ -145,19 +145,16 @@ class Planner:
         shown = shown_looks(study)
         evaluates = "eval" in stages or "report" in stages
         before: tuple[str, ...] = ()
-        planned: set[str] = set()
         for look in study.looks:
             record = shown.get(look.number)
-            trainings = study_trainings(study.at(look))
-            added = [training for training in trainings if training.run not in planned]
-            planned |= {training.run for training in trainings}
             if record and record["stops"]:
                 return
             if record:
                 continue
             first = len(plan.jobs)
             if "train" in stages:
-                self._add_trainings(plan, added, f"train-look{look.number}", before)
+                trainings = study_trainings(study.at(look))
+                self._add_trainings(plan, trainings, f"train-look{look.number}", before)
             if not evaluates:
                 return
             label = f"eval-look{look.number}"
@@ -205,10 +202,10 @@ class Planner:
         name: str,
         after: tuple[str, ...] = (),
     ) -> None:
-        """Add the jobs that train what is not trained: a job's tasks share one launch."""
+        """Add the jobs that train what is not planned yet: a job's tasks share one launch."""
         by_launch: dict[object, list[StudyRun]] = {}
         for training in trainings:
-            if not is_trained(training):
+            if f"{training.run}.yaml" not in plan.recipes and not is_trained(training):
                 launch = training.arm.launch
                 size = (launch.config.path, launch.machines, launch.per_machine)
                 by_launch.setdefault(size, []).append(training)
