@@ -120,6 +120,20 @@ def test_a_gate_passes_only_what_is_shown_and_fails_by_its_exit_code(runs, tmp_p
     )
 
 
+def test_a_gate_is_about_its_own_margins_and_takes_several_trainings_of_an_arm(runs, capsys):
+    for arm, shift in (("r8", 0), ("r9", 1)):
+        for seed in (1, 2, 3):
+            folder = made_up.write_run(runs, f"{arm}-s{seed}", seed=seed)
+            for name, unit in (("known", 2), ("open", 5)):
+                values = [float((n + seed + shift) % unit == 0) for n in range(100 * unit)]
+                made_up.write_values(folder, values, name=name)
+    words = ("r8=r8-s*", "r9=r9-s*", "--gate", "known/pass_rate=15 points")
+    shown = compare(capsys, *words, "--margin", "open/pass_rate=0.0001")
+    assert shown.splitlines()[-1] == "passed: no arm is shown to be worse than r8"
+    shown = compare(capsys, *words, "open/pass_rate=0.0001", code=1)
+    assert "not shown: " in shown and "pass rate" in shown.splitlines()[-1]
+
+
 def test_markdown_is_the_same_report_for_the_comment_of_a_pull_request(tmp_path, capsys):
     first = lm_eval(tmp_path / "a", [1.0] * 60 + [0.0] * 40)
     second = lm_eval(tmp_path / "b", [1.0] * 90 + [0.0] * 10)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from recipes_lib.analysis.aims import is_named
 from recipes_lib.analysis.claims import Claim, Conclusion
 from recipes_lib.core.errors import ExitCode
 
 
-def gate(conclusion: Conclusion, arms: Sequence[str], baseline: str) -> tuple[ExitCode, list[str]]:
+def gate(
+    conclusion: Conclusion, arms: Sequence[str], baseline: str, metrics: Iterable[str]
+) -> tuple[ExitCode, list[str]]:
     """Return 0; or 1 and each arm that is worse than the baseline, also where a finding stops the
-    sentence, or not shown to hold its margin; or 6 and each arm that cannot be tested.
+    sentence, or not shown to hold its margin; or 6 and each arm that cannot be tested. `metrics`
+    are those whose margins have to hold.
 
     An observed difference within the margin is not enough: the interval has to lie within it.
     """
@@ -28,7 +31,7 @@ def gate(conclusion: Conclusion, arms: Sequence[str], baseline: str) -> tuple[Ex
             what = f"no comparison of {arm} with {baseline} can be tested"
             untested.append(f"{what}: see the report")
         failed += [claim.sentence for claim in claims if claim.worse_than(baseline)]
-        for word in conclusion.aims.margins:
+        for word in metrics:
             failed += _margins_not_shown(word, claims, arm, baseline)
     if untested:
         return ExitCode.EVALUATION_INCOMPLETE, untested + failed

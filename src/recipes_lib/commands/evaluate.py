@@ -104,9 +104,8 @@ def run_compare(
     for run in measured:
         check_ownership(run)
     arms = arms_of(measured)
-    margins = [_margin("--margin", word) for word in margin]
-    margins += [_margin("--gate", word) for word in gate]
-    aims = Aims(margins=dict(margins))
+    gated = dict(_margin("--gate", word) for word in gate)
+    aims = Aims(margins=dict(_margin("--margin", word) for word in margin) | gated)
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:
         what = "none of these has an evaluation with a result"
@@ -123,7 +122,7 @@ def run_compare(
     verdict: list[str] = []
     if gate:
         names = [arm.name for arm in arms]
-        code, verdict = gate_arms(conclusion, names, baseline=names[0])
+        code, verdict = gate_arms(conclusion, names, baseline=names[0], metrics=gated)
     if json:
         print_json(conclusion.to_dict() | {"gate": verdict, "exit_code": int(code)})
         return code

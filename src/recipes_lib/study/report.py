@@ -151,4 +151,5 @@ def gate_study(study: Study) -> tuple[ExitCode, list[str]]:
         lines = [f"missing: {name}" for name in design.missing]
         lines.append(f"next: {design.command}")
         return ExitCode.EVALUATION_INCOMPLETE, lines
-    return gate(conclusion, [arm.name for arm in study.arms], study.baseline)
+    arms = [arm.name for arm in study.arms]
+    return gate(conclusion, arms, study.baseline, conclusion.aims.margins)
