@@ -233,6 +233,20 @@ def test_looks_and_seeds_cannot_be_taken_back(study, run, old, new, said) -> Non
     assert all(claim.verdict == "no verdict" for claim in conclusion.claims)
 
 
+def test_a_study_that_ended_at_a_look_has_ended_though_its_design_changed(study, run) -> None:
+    run(APART)
+    text = study.read_text()
+    study.write_text(text.replace("question: ", "question: Now, "))
+    for _ in range(2):  # nor does the report of it change what was noted
+        _, missing = report_study(load_study(study))
+        _, _, conclusion = conclude_study(load_study(study))
+        assert conclusion.descriptive.startswith("Exploratory: ") and not missing
+        assert "undecided" not in " ".join(conclusion.answer)
+    study.write_text(text)
+    assert current_part(load_study(study)).aims.look.number == 1
+    assert "r8 is better than r4" in answer_of(study)
+
+
 def test_looks_added_after_the_results_of_a_lock_without_them_are_seen(study, run) -> None:
     text = study.read_text()
     study.write_text(text.replace("looks: [3, 5]\n", ""))

@@ -36,12 +36,7 @@ class Standing:
     design: Design
     conclusion: Conclusion
     results: str  # at a look the hash of every value that a test can see
-
-    @property
-    def stops(self) -> bool:
-        """Whether nothing more is to be trained for this study."""
-        is_last = self.look is None or self.look.is_last
-        return is_last or not self.conclusion.undecided
+    stops: bool  # whether nothing more is to be trained for this study
 
 
 def results_hash(arms: Arms) -> str:
@@ -74,11 +69,13 @@ def standings(study: Study) -> list[Standing]:
             changed += (f"what {look.place} saw changed since {record['written'][:10]}",)
             design = replace(design, changed=changed)
         conclusion = _with_dropped(study, conclude(arms, part.aims, design))
-        standing = Standing(look, arms, design, conclusion, results)
-        reached.append(standing)
-        if look is None or missing or standing.stops:
+        stops = look is None or look.is_last or not conclusion.undecided
+        if record and changed:
+            stops = record["stops"]  # without verdicts nothing is decided anew
+        reached.append(Standing(look, arms, design, conclusion, results, stops))
+        if look is None or missing or stops:
             break
-        pairs = [f"{first} and {second}" for first, second in standing.conclusion.undecided]
+        pairs = [f"{first} and {second}" for first, second in conclusion.undecided]
         went_on = f"{look.place.capitalize()}, left {sentence_list(pairs, 3)} undecided."
     return reached
 
