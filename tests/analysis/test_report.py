@@ -28,7 +28,7 @@ from tests.analysis.made_up import (
 from recipes_lib.analysis.aims import Aims, Design, TunedArm
 from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.curves import MOST_POINTS, read_curves
-from recipes_lib.analysis.lines import conclusion_lines
+from recipes_lib.analysis.lines import conclusion_lines, pair_rows, tests_text
 from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.analysis.report import report_html, write_report
 from recipes_lib.analysis.text import question_text
@@ -168,10 +168,18 @@ def test_every_number_has_its_n_and_its_file(folders, tmp_path) -> None:
     assert len(cells) == len(rows)
     assert not [cell for row in cells for cell in row if cell.startswith("=")]
     text = (tmp_path / "report/report.md").read_text()
-    for claim in conclusion.claims:
-        assert f"| {claim.says} |" in text
-    for sentence in conclusion.answer:
-        assert re.sub(r"([\\`*|<>])", r"\\\1", sentence) in text
+    said = [*conclusion.answer, *conclusion.cannot_say, tests_text(conclusion.table)]
+    said += [f"- {finding.severity}: {finding.title}" for finding in conclusion.findings]
+    for line in said:
+        assert escaped(line) in text
+    for claims in conclusion.pairs.values():
+        rows_of_pair = [f"| {' | '.join(map(escaped, row))} |" for row in pair_rows(claims)]
+        rows_of_pair.insert(1, "|" + " --- |" * 8)
+        assert "\n".join(rows_of_pair) in text
+
+
+def escaped(text: str) -> str:
+    return re.sub(r"([\\`*|<>])", r"\\\1", text)
 
 
 def test_intervals_say_that_they_are_not_corrected_and_the_tests_at_which_level(folders) -> None:
