@@ -10,13 +10,7 @@ import pkgutil
 
 import recipes_lib
 from recipes_lib.config.documents import MissingRows
-from recipes_lib.core.errors import (
-    ExitCode,
-    RecipeError,
-    RecipeErrors,
-    RecipesError,
-    explain_fault,
-)
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors, RecipesError, explain_fault
 from recipes_lib.data.errors import BadRow, SettingError
 
 

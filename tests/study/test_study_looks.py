@@ -237,13 +237,10 @@ def test_a_study_that_ended_at_a_look_has_ended_though_its_design_changed(study,
     run(APART)
     text = study.read_text()
     study.write_text(text.replace("question: ", "question: Now, "))
-    for _ in range(2):  # nor does the report of it change what was noted
-        _, missing = report_study(load_study(study))
-        _, _, conclusion = conclude_study(load_study(study))
-        assert conclusion.descriptive.startswith("Exploratory: ") and not missing
-        assert "undecided" not in " ".join(conclusion.answer)
+    conclusion, missing = report_study(load_study(study))
+    assert conclusion.descriptive.startswith("Exploratory: ") and not missing
     study.write_text(text)
-    assert current_part(load_study(study)).aims.look.number == 1
+    assert current_part(load_study(study)).aims.look.number == 1  # nor was it noted otherwise
     assert "r8 is better than r4" in answer_of(study)
 
 
@@ -286,15 +283,10 @@ def test_damaged_notes_of_looks_leave_no_verdict(study, run, capsys, shown) -> N
     assert "design.json is damaged" in conclude_study(load_study(study))[2].descriptive
 
 
-@pytest.mark.parametrize("text", ["", "{", None])
-def test_a_study_whose_lock_is_lost_after_a_look_trains_to_its_end(study, run, text) -> None:
+def test_a_study_whose_lock_is_lost_after_a_look_trains_to_its_end(study, run) -> None:
     """No look can be noted without it, and a study that waits for one would never end."""
     run(APART)
-    file = RunDirectory("tiny").path / LOCK
-    file.unlink()
-    if text is not None:
-        file.write_text(text)
-    assert len(study_trainings(current_part(load_study(study)))) == 10
+    (RunDirectory("tiny").path / LOCK).unlink()
     assert (run(APART)[0], trained(study)) == (ExitCode.DONE, 10)
     _, design, conclusion = conclude_study(load_study(study))
     assert not design.missing and conclusion.descriptive.startswith("Exploratory")
