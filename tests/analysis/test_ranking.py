@@ -40,8 +40,7 @@ def test_many_arms_of_which_one_was_trained_once_say_so_whatever_their_order() -
     said = "Not every arm has two trainings: another seed may differ."
     assert said not in conclude(arms_with(tables), Aims("pass_rate")).answer[0]
     for arm in tables:
-        once = {arm: tables[arm][:1]}
-        (answer,) = conclude(arms_with(tables | once), Aims("pass_rate")).answer
+        (answer,) = conclude(arms_with(tables | {arm: tables[arm][:1]}), Aims("pass_rate")).answer
         assert "Shown to be worse: arm2" in answer and answer.endswith(said), arm
 
 

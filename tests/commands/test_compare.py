@@ -64,6 +64,8 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
         (["r8", "r32", "--margin", "mt_bench"], "--margin mt_bench: not METRIC=NUMBER"),
         (["r8", "r32", "--margin", "mt_bench=little"], "--margin mt_bench=little: not METRIC"),
         (["r8", "r32", "--gate", "=0.1"], "--gate =0.1: not METRIC=NUMBER"),
+        (["r8", "r32", "--gate", "acc"], "--gate acc: not METRIC=NUMBER"),
+        (["r8", "r32", "--gate", "rouge=0.1"], "margin rouge: these have no such metric"),
     ):
         assert said in compare(capsys, *words, code=2), words
 
@@ -114,24 +116,18 @@ def test_a_gate_passes_only_what_is_shown_and_fails_by_its_exit_code(runs, tmp_p
     assert "worse scored worse than old" in shown.splitlines()[-1]
     value = json.loads(compare(capsys, results["old"], results["worse"], *gate, "--json", code=1))
     assert value["exit_code"] == 1 and "scored worse" in value["gate"][0]
-    assert "margin rouge" in compare(capsys, *many.values(), "--gate", "rouge=0.1", code=2)
-    assert "--gate acc: not METRIC=NUMBER" in compare(
-        capsys, *many.values(), "--gate", "acc", code=2
-    )
 
 
 def test_a_gate_is_about_its_own_margins_and_takes_several_trainings_of_an_arm(runs, capsys):
-    for arm, shift in (("r8", 0), ("r9", 1)):
-        for seed in (1, 2, 3):
-            folder = made_up.write_run(runs, f"{arm}-s{seed}", seed=seed)
-            for name, unit in (("known", 2), ("open", 5)):
-                values = [float((n + seed + shift) % unit == 0) for n in range(100 * unit)]
-                made_up.write_values(folder, values, name=name)
+    for name in ("r8-s1", "r8-s2", "r9-s2", "r9-s3"):
+        folder = made_up.write_run(runs, name, seed=int(name[-1]) % 2)
+        for eval, unit in (("known", 2), ("open", 5)):
+            values = [float((n + int(name[-1])) % unit == 0) for n in range(100 * unit)]
+            made_up.write_values(folder, values, name=eval)
     words = ("r8=r8-s*", "r9=r9-s*", "--gate", "known/pass_rate=15 points")
     shown = compare(capsys, *words, "--margin", "open/pass_rate=0.0001")
     assert shown.splitlines()[-1] == "passed: no arm is shown to be worse than r8"
-    shown = compare(capsys, *words, "open/pass_rate=0.0001", code=1)
-    assert "not shown: " in shown and "pass rate" in shown.splitlines()[-1]
+    assert "not shown: " in compare(capsys, *words, "open/pass_rate=0.0001", code=1)
 
 
 def test_markdown_is_the_same_report_for_the_comment_of_a_pull_request(tmp_path, capsys):
@@ -172,8 +168,6 @@ def test_a_pair_of_many_runs_is_told_as_one_of_their_pairs(runs, capsys):
     assert "pairs" not in compare(capsys, "r8", "r32", "r4", "r16")
     # trainings of one arm are no pair, whatever their evaluation is called
     for seed, name in enumerate(("r8-s1", "r8-s2", "r9-s1", "r9-s2", "r10")):
-        folder = made_up.write_run(runs, name, seed=seed)
-        made_up.write_judged(folder, 60, name="mine[1]*")
+        made_up.write_judged(made_up.write_run(runs, name, seed=seed), 60, name="mine[1]*")
     said = compare(capsys, "r8=r8-s*", "r9=r9-s*")
     assert "4 of 5 runs here that have mine[1]* are compared: 4 of 10 pairs" in said
-    assert "pairs" not in compare(capsys, "r8=r8-s*")

@@ -74,9 +74,8 @@ def run(study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
             before()
             for task in tasks:
                 for name in task.words:
-                    arm = name.split("--")[1]
                     folder = RunDirectory(name).path
-                    values = outcomes(name, arm, rates)
+                    values = outcomes(name, name.split("--")[1], rates)
                     made_up.write_values(folder, values, name=task.recipe.name, suite="checks")
 
         monkeypatch.setattr(evaluating, "evaluate_tasks", evaluate)
@@ -127,6 +126,10 @@ def test_an_undecided_study_trains_on_and_ends_at_its_last_look(study: Path, run
     shown = shown_looks(load_study(study))
     assert [record["stops"] for record in shown.values()] == [False, True]
     assert [record["seeds"] for record in shown.values()] == [3, 5]
+    lock = read_lock(load_study(study))  # which the notes leave whole
+    assert lock is not None and lock["looks"]["after"] == [3, 5]
+    state = RunDirectory("tiny--r8--seed46").read_state()
+    assert state["design_locks"] == {"tiny": lock["hash"]}
 
 
 def test_between_two_looks_no_difference_is_told_and_what_is_open_is(study, run, capsys) -> None:
@@ -217,11 +220,7 @@ def test_a_failed_arm_keeps_its_look_from_being_taken(study, run, monkeypatch) -
         ("looks: [3, 5]", "looks: [2, 3, 5]", "looks.after changed"),
         ("looks: [3, 5]", "", "looks"),
         ("[42, 43, 44, 45, 46]", "[43, 42, 44, 45, 46]", "seeds.r4 changed"),
-        (
-            "seeds: [42, 43, 44, 45, 46]\nlooks: [3, 5]",
-            "seeds: [42, 43, 44]",
-            "looks.after changed",
-        ),
+        ("[42, 43, 44, 45, 46]\nlooks: [3, 5]", "[42, 43, 44]", "looks.after changed"),
     ],
 )
 def test_looks_and_seeds_cannot_be_taken_back(study, run, old, new, said) -> None:
@@ -264,22 +263,13 @@ def test_results_that_a_look_saw_must_stay_as_they_are(study, run) -> None:
     assert conclude_study(load_study(study))[2].descriptive
 
 
-def test_the_note_of_a_look_leaves_the_lock_whole(study, run) -> None:
-    run(CLOSE)
-    lock = read_lock(load_study(study))
-    assert lock is not None and lock["looks"]["after"] == [3, 5]
-    state = RunDirectory("tiny--r8--seed46").read_state()
-    assert state["design_locks"] == {"tiny": lock["hash"]}
-
-
 @pytest.mark.parametrize("shown", [None, [], [1], "1", {}, [{"look": 1}]])
-def test_damaged_notes_of_looks_leave_no_verdict(study, run, capsys, shown) -> None:
+def test_damaged_notes_of_looks_leave_no_verdict(study, run, shown) -> None:
     run(CLOSE)
     file = RunDirectory("tiny").path / LOCK
     write_json(file, json.loads(file.read_text()) | {"shown": shown})
-    for action in (["plan"], ["status"], ["status", "--look", "1"], ["report"]):
-        main(["study", action[0], str(study), *action[1:]])
-        assert "internal error" not in capsys.readouterr().err
+    for action in ("plan", "status", "report"):
+        assert main(["study", action, str(study)]) == ExitCode.DONE
     assert "design.json is damaged" in conclude_study(load_study(study))[2].descriptive
 
 
