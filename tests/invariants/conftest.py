@@ -19,6 +19,7 @@ import pytest
 from tests.launch import TIME_LIMIT_S, Child, Forks
 
 PROJECT = Path(__file__).resolve().parents[2]
+MEASURED = ("tokens_per_second", "peak_memory_gib")  # of the machine, not of the training
 
 
 class Launcher:
@@ -108,6 +109,14 @@ class Launcher:
         assert code == 0, output[-4000:]
         return output
 
+    def break_and_resume(self, name: str, *overrides: str, config: str | Path, step: int) -> None:
+        """Kill a rank in a step behind a checkpoint, and train to the end from there."""
+        words = [f"run.name={name}", *overrides]
+        moment = {"KILL_MOMENT": "in a step", "KILL_STEP": str(step)}
+        self.start(*words, config=config, patch="kill", **moment).wait()
+        assert (self.run(name) / f"checkpoints/checkpoint-{step - 1}").is_dir()
+        self.train(*words, config=config)
+
     def train_here(self, *overrides: str, **environment: str) -> tuple[int, str]:
         from recipes_lib.train import main
 
@@ -138,6 +147,16 @@ class Launcher:
             json.loads(line) for line in (self.run(name) / "metrics.jsonl").read_text().splitlines()
         ]
         return [line[key] for line in lines if key in line]
+
+
+def written(recipe: Path, name: str) -> tuple[dict[str, bytes], list[dict[str, float]]]:
+    """The weights and the metrics of a run, without what the machine decides."""
+    run = recipe.parent / "runs" / name
+    weights = {file.name: file.read_bytes() for file in run.glob("[am]*/*.safetensors")}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return weights, [
+        {key: value for key, value in line.items() if key not in MEASURED} for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")

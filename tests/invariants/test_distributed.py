@@ -92,10 +92,7 @@ def test_a_resumed_ddp_training_on_four_ranks_ends_in_the_same_bytes(launcher, t
     full, lora = ["lora=null", "train.learning_rate=1e-3"], ["lora.lora_dropout=0.2", "lora.r=8"]
     words += full if method == "full" else lora
     launcher.train(f"run.name=whole-{method}", *words, config=four)
-    name, moment = f"run.name=broken-{method}", {"KILL_MOMENT": "in a step", "KILL_STEP": "5"}
-    launcher.start(name, *words, config=four, patch="kill", **moment).wait()
-    assert (launcher.run(f"broken-{method}") / "checkpoints/checkpoint-4").is_dir()
-    launcher.train(f"run.name=broken-{method}", *words, config=four)
+    launcher.break_and_resume(f"broken-{method}", *words, config=four, step=5)
     assert launcher.weights(f"broken-{method}") == launcher.weights(f"whole-{method}")
 
 
@@ -111,10 +108,7 @@ def test_rows_for_new_tokens_are_the_same_after_a_resume(
     words = [f"model.name_or_path={folder}", "model.resize_embeddings=true", "train.max_steps=4"]
     words += ["lora.modules_to_save=[embed_tokens, lm_head]", "train.eval_strategy='no'"]
     launcher.train(f"run.name=rows-{config}", *words, config=config)
-    name, moment = f"run.name=parts-{config}", {"KILL_MOMENT": "in a step", "KILL_STEP": "3"}
-    launcher.start(name, *words, config=config, patch="kill", **moment).wait()
-    assert (launcher.run(f"parts-{config}") / "checkpoints/checkpoint-2").is_dir()
-    launcher.train(name, *words, config=config)
+    launcher.break_and_resume(f"parts-{config}", *words, config=config, step=3)
     assert launcher.weights(f"parts-{config}") == launcher.weights(f"rows-{config}")
 
 

@@ -4,11 +4,11 @@ accumulation, DDP equals FSDP2.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from tests.conftest import NF4
+from tests.invariants.conftest import written
 from tests.pairs import write_pair_recipe
 from tests.tiers import in_ci
 
@@ -17,8 +17,6 @@ from recipes_lib.train import main
 from recipes_lib.training.trainer import RunCallback
 
 pytestmark = pytest.mark.slow
-SUM_ORDER = 2e-5
-MEASURED = ("tokens_per_second", "peak_memory_gib")
 EPOCHS = ["data.max_examples=40", "data.split={validation: 0.2}"]
 EPOCHS += ["train.max_steps=-1", "train.num_train_epochs=2"]
 DROPOUT = ["train.disable_dropout=false", "lora.lora_dropout=0.3"]
@@ -50,17 +48,6 @@ WAYS = {
 @pytest.fixture
 def recipe(tiny_recipe: Path, tiny_model_dir, tiny_recipe_text) -> Path:
     return write_pair_recipe(tiny_recipe.with_name("pairs.yaml"), tiny_recipe_text(tiny_model_dir))
-
-
-def written(recipe: Path, name: str) -> tuple[dict[str, bytes], list[dict[str, float]]]:
-    """The weights and the metrics of a run, without what the machine decides."""
-    run = recipe.parent / "runs" / name
-    weights = {file.name: file.read_bytes() for file in run.glob("[am]*/*.safetensors")}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        for key in MEASURED:
-            line.pop(key, None)
-    return weights, lines
 
 
 @pytest.mark.parametrize("way", in_ci(WAYS, "dropout", "qlora", "full", "ipo", "epoch-saves"))
@@ -119,8 +106,5 @@ def test_ranks_equal_accumulation_and_ddp_equals_fsdp2(pair_launcher, way) -> No
 def test_a_killed_rank_and_a_resume_equal_an_uninterrupted_training(pair_launcher, config) -> None:
     launcher, words = pair_launcher, DROPOUT
     launcher.train(f"run.name=whole-{config}", *words, config=config)
-    name, moment = f"run.name=broken-{config}", {"KILL_MOMENT": "in a step", "KILL_STEP": "5"}
-    launcher.start(name, *words, config=config, patch="kill", **moment).wait()
-    assert (launcher.run(f"broken-{config}") / "checkpoints/checkpoint-4").is_dir()
-    launcher.train(name, *words, config=config)
+    launcher.break_and_resume(f"broken-{config}", *words, config=config, step=5)
     assert launcher.weights(f"broken-{config}") == launcher.weights(f"whole-{config}")

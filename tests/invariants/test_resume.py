@@ -4,15 +4,14 @@ to train that has a state of its own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.conftest import NF4
 from tests.families import asked_to_stop
+from tests.invariants.conftest import written
 from tests.tiers import in_ci
 
 from recipes_lib.core.errors import ExitCode
@@ -22,7 +21,6 @@ pytestmark = pytest.mark.slow
 NF4_IN_FLOAT32 = NF4.replace("bfloat16", "float32")
 EPOCHS = ["data.max_examples=40", "data.split.validation=0.2"]
 EPOCHS += ["train.max_steps=-1", "train.num_train_epochs=2"]
-MEASURED = ("tokens_per_second", "peak_memory_gib")  # of the machine, not of the training
 
 FULL = ["lora=null", "train.learning_rate=1e-3"]
 BF16, HALF = ["train.bf16=true"], ["train.bf16=true", "model.dtype=bfloat16"]
@@ -60,16 +58,6 @@ WAYS = {
     "persistent-workers": [*WORKER, "train.dataloader_persistent_workers=true"],
     "logs-between-saves": ["train.logging_steps=3", "train.eval_on_start=true"],
 }
-
-
-def written(recipe: Path, name: str) -> tuple[dict[str, bytes], list[dict[str, float]]]:
-    """The weights and the metrics of a run, without what the machine decides."""
-    run = recipe.parent / "runs" / name
-    weights = {file.name: file.read_bytes() for file in run.glob("[am]*/*.safetensors")}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return weights, [
-        {key: value for key, value in line.items() if key not in MEASURED} for line in lines
-    ]
 
 
 @pytest.fixture
