@@ -124,7 +124,10 @@ def run_compare(
         names = [arm.name for arm in arms]
         code, verdict = gate_arms(conclusion, names, baseline=names[0], metrics=gated)
     if json:
-        print_json(conclusion.to_dict() | {"gate": verdict, "exit_code": int(code)})
+        value = conclusion.to_dict()
+        if gate:
+            value |= {"gate": verdict, "exit_code": int(code)}
+        print_json(value)
         return code
     if markdown:
         print(report_markdown(conclusion), end="")
