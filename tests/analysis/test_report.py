@@ -28,7 +28,7 @@ from tests.analysis.made_up import (
 from recipes_lib.analysis.aims import Aims, Design, TunedArm
 from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.curves import MOST_POINTS, read_curves
-from recipes_lib.analysis.lines import conclusion_lines, pair_rows, tests_text
+from recipes_lib.analysis.lines import conclusion_lines, pair_rows, table_of_tests
 from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.analysis.report import report_html, write_report
 from recipes_lib.analysis.text import question_text
@@ -168,7 +168,7 @@ def test_every_number_has_its_n_and_its_file(folders, tmp_path) -> None:
     assert len(cells) == len(rows)
     assert not [cell for row in cells for cell in row if cell.startswith("=")]
     text = (tmp_path / "report/report.md").read_text()
-    said = [*conclusion.answer, *conclusion.cannot_say, tests_text(conclusion.table)]
+    said = [*conclusion.answer, *conclusion.cannot_say, table_of_tests(conclusion.table)]
     said += [f"- {finding.severity}: {finding.title}" for finding in conclusion.findings]
     for claims in conclusion.pairs.values():
         said += [" | ".join(cells) for cells in pair_rows(claims)]

@@ -20,7 +20,7 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
         lines += ["", f"{first} against {second}"]
         lines += [f"  {line}".rstrip() for line in aligned(pair_rows(claims))]
     if conclusion.claims and not conclusion.descriptive:
-        lines += ["", tests_text(conclusion.table)]
+        lines += ["", table_of_tests(conclusion.table)]
     if conclusion.findings:
         lines.append("")
     for finding in conclusion.findings:
@@ -30,7 +30,7 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
     return [printable(line) for line in lines]
 
 
-def tests_text(table: TestedTable) -> str:
+def table_of_tests(table: TestedTable) -> str:
     """Return how many tests are corrected together, and at which level."""
     primaries = sum(row.is_counted and row.primary for row in table.rows)
     others = table.tests - primaries

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from recipes_lib.analysis.claims import Conclusion
-from recipes_lib.analysis.lines import pair_rows, score_rows, tests_text
+from recipes_lib.analysis.lines import pair_rows, score_rows, table_of_tests
 from recipes_lib.core.terminal import printable
 
 
@@ -21,7 +21,7 @@ def report_markdown(conclusion: Conclusion) -> str:
     if not conclusion.claims:
         blocks.append(_table(score_rows(conclusion)))
     elif not conclusion.descriptive:
-        blocks.append(tests_text(conclusion.table))
+        blocks.append(table_of_tests(conclusion.table))
     lines = []
     for finding in conclusion.findings:
         line = f"- {finding.severity}: {_escaped(finding.title)}"

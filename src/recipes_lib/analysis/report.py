@@ -27,7 +27,7 @@ from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.claims import Conclusion
 from recipes_lib.analysis.differences import code_text
 from recipes_lib.analysis.findings import SEVERITIES
-from recipes_lib.analysis.lines import effect_title, tests_text
+from recipes_lib.analysis.lines import effect_title, table_of_tests
 from recipes_lib.analysis.markdown import report_markdown
 from recipes_lib.analysis.printed_commands import commands, portable_command
 from recipes_lib.analysis.questions import question_data
@@ -73,7 +73,7 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         "effect": row_text.effect_text,
         "limits": row_text.limits_text,
         "where": row_text.where_text,
-        "tests": tests_text,
+        "tests": table_of_tests,
         "interval": lambda limits, unit: text.interval_text(limits, unit, signed=False),
         "linked": partial(_with_links, groups=questions["groups"]),
     }
