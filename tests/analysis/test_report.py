@@ -32,7 +32,6 @@ from recipes_lib.analysis.lines import conclusion_lines, pair_rows, table_of_tes
 from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.analysis.report import report_html, write_report
 from recipes_lib.analysis.text import question_text
-from recipes_lib.config.documents import read
 from recipes_lib.evals.log import read_eval_log, write_lines, write_log
 
 HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }} </script><img src=x onerror=alert(2)> \x1b[31m"
@@ -276,34 +275,7 @@ def test_an_interim_report_has_no_win_rate_of_one_arm_against_another(folders, t
         assert scores and has_intervals == (not missing)
 
 
-def test_a_question_that_states_something_is_marked_and_an_ordinary_one_is_not() -> None:
-    asked = ["Is DDP vs. FSDP a wash?", "Which learning rate (1e-4, 2e-4) is best?"]
-    asked += ["Does r=32, i.e. 4x more, help?"]
-    assert [question_text(question) for question in asked] == asked
-    for stated in ("r32 beats r8.", "Is it so? It is. Sure?", "Is +5 [1, 9] a lot?", "r32 wins"):
-        assert question_text(stated).startswith("Question, in the words of the study")
-
-
-def test_a_question_that_takes_its_answer_for_granted_is_marked() -> None:
-    for presupposing in (
-        "Why is r32 better?",
-        "Why is rank 32 so much better than rank 8?",
-        "r32 beats r8 by 12 points, right?",
-        "r32 beats r8 by 12 points?",
-        "How much better is r32 than r8?",
-        "By how much does r32 beat r8?",
-        "How far does r32 outperform r8?",
-        "What makes r32 better?",
-        "Isn't r32 better than r8?",
-        "Doesn\u2019t rank 32 win?",
-        "Does r32 win, doesn't it?",
-        "Given that r32 wins, does r64 help?",
-        "Since r32 is better, is r64 better still?",
-    ):
-        assert question_text(presupposing).startswith("Question, in the words of"), presupposing
-    shipped = [read(path).values["question"] for path in Path("recipes/studies").glob("*.yaml")]
-    open_questions = [*shipped, "How often does r32 win?", "How do r8 and r32 compare?"]
-    open_questions += ["At equal cost, does r32 help?", "With QLoRA is r32 better than r8?"]
-    open_questions += ["How much do their answers differ?", "What if rank 8 is enough?"]
-    for question in open_questions:
-        assert question_text(question) == question
+def test_every_question_of_a_study_stands_as_the_words_of_the_study() -> None:
+    for question in ("Does r32 help?", "r32 beats r8 by 12 points.", "Why is r32\nbetter?"):
+        words = " ".join(question.split())
+        assert question_text(question) == f"The study asks, in its own words: {words}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,53 +11,13 @@ if TYPE_CHECKING:  # stats imports scipy, and quick verbs print counts
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "n/a"
-# A full sentence, a p, an interval: what states something instead of asking.
-_STATEMENT = re.compile(
-    r"[.!]\s+[A-Z][a-z]|[.!]\Z|\bp\s*[<>=\u2264\u2265]|\[\s*[+\u2212-]?\d[^\]]*,|\bCI\b"
-)
-# A clause that asks begins with such a word, or with a preposition that leads to one.
-_ASKING = re.compile(
-    r"(?:is|are|was|were|do|does|did|can|could|will|would|should|has|have|may|might|must"
-    r"|which|what|how|who|whose|where|when|whether|if"
-    r"|(?:and|or|but|at|with|without|in|on|for|from|under|of|by|to|after|before)\b.*\b"
-    r"(?:is|are|was|were|do|does|did|can|could|will|would|should|has|have|which|what|how|who))\b",
-    re.IGNORECASE,
-)
-_CLAUSE_ENDS = re.compile(r"[,;:\u2013\u2014]\s+")
-_OUTCOME = (
-    r"(?:better|worse|higher|lower|stronger|weaker|superior|inferior|faster|slower|more accurate"
-    r"|beats?|wins?|loses?|helps?|hurts?|improves?|outperforms?|surpass(?:es)?|exceeds?|gains?)"
-)
-# Questions that take their answer for granted: a reason or a size of an effect that nobody has
-# shown, a negated question, a request to agree.
-_PRESUPPOSING = re.compile(
-    r"\bwhy\b|\bhow come\b|\bwhat (?:makes|made|explains|causes|caused)\b"
-    rf"|\bhow (?!often\b|likely\b)[^?]*\b{_OUTCOME}\b"
-    r"|\A(?:is|are|was|were|do|does|did|can|could|will|wo|ca|would|should|has|have)n['\u2019]?t\b"
-    r"|,\s*(?:right|correct|no|yes|agreed|\w+n['\u2019]t (?:it|they|he|she|we))\s*\?"
-    r"|\b(?:given that|now that|because|obviously|clearly|of course|as expected)\b"
-    r"|\Asince\b",
-    re.IGNORECASE,
-)
 
 
 def question_text(question: str) -> str:
-    """Return a study's question as a heading.
-
-    One that states something, or takes its answer for granted, is marked as untested.
-
-    Example:
-        >>> question_text("Does rank 32 beat rank 8?")
-        'Does rank 32 beat rank 8?'
-        >>> question_text("Why is rank 32 better?")
-        'Question, in the words of the study and not tested: Why is rank 32 better?'
+    """Return a study's question as a heading. It may state something, or take its answer for
+    granted ("Why is rank 32 better?"): so it stands there as the words of the study.
     """
-    text = " ".join(question.split())
-    asks = any(_ASKING.match(clause) for clause in _CLAUSE_ENDS.split(text))
-    states = _STATEMENT.search(text) or _PRESUPPOSING.search(text)
-    if text.endswith("?") and asks and not states:
-        return text
-    return f"Question, in the words of the study and not tested: {text}"
+    return f"The study asks, in its own words: {' '.join(question.split())}"
 
 
 def plain_number(value: float | None, digits: int = 3, signed: bool = False) -> str:
