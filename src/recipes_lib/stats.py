@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -30,6 +30,7 @@ from scipy import special  # not scipy.stats, whose import takes a second more
 
 ALPHA = 0.05
 POWER = 0.8  # of the stated detectable effect
+POWER_RANGE = 0.1  # of chi-square on either side of the spread of seeds that it is stated for
 LONG_TAIL = 1.5  # a skewness
 # Of alpha, where a table has primary tests and others: 4% and 1%.
 PRIMARY_SHARE = 0.8
@@ -45,14 +46,17 @@ def _quantile(freedom: float, alpha: float) -> float:
     return float(special.stdtrit(freedom, 1 - alpha / 2))
 
 
+def _seen_part(freedom: float) -> float:
+    """Return the mean of an estimated deviation over the true one (c4 of quality control)."""
+    return math.sqrt(2 / freedom) * float(special.poch(freedom / 2, 0.5))
+
+
 @lru_cache
 def detectable(freedom: float, alpha: float) -> float:
     """Return the difference, in estimated standard errors, that a t test finds with 80% power."""
-    # The mean of an estimated deviation is this part of the true one (c4 of quality control).
-    seen_part = math.sqrt(2 / freedom) * float(special.poch(freedom / 2, 0.5))
     # The noncentrality of t that exceeds the two-sided quantile in 80% of studies.
     noncentrality = float(special.nctdtrinc(freedom, 1 - POWER, _quantile(freedom, alpha)))
-    return noncentrality / seen_part
+    return noncentrality / _seen_part(freedom)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,12 +291,34 @@ class Comparison:
             return None
         return low, high
 
-    def mde(self, alpha: float = ALPHA) -> float:
-        """Return the difference found with 80% probability if all open items count against it."""
+    def mde_range(self, alpha: float = ALPHA) -> Limits:
+        """Return `mde` with the least and the largest spread of seeds that they allow: the ends of
+        the 80% interval of their variance (chi-square, seeds - 1 degrees of freedom).
+        """
+        seeds = self.resolved.seeds
+        if seeds == 1:
+            effect = self.mde(alpha)
+            return effect, effect
+        ends = []
+        for share in (POWER_RANGE, 1 - POWER_RANGE):
+            # of the true variance over the one seen; `detectable` corrects for the mean of the
+            # deviation seen, which the quantile has in it
+            factor = (seeds - 1) / float(special.chdtri(seeds - 1, share))
+            factor *= _seen_part(seeds - 1) ** 2
+            ends.append(self.mde(alpha, factor))
+        return ends[0], ends[1]
+
+    def mde(self, alpha: float = ALPHA, spread: float = 1.0) -> float:
+        """Return the difference found with 80% probability if all open items count against it, and
+        seeds have `spread` times the variance seen.
+        """
         if not self.share:
             return math.inf
         expected = self.share * self.resolved.value
-        effects = [case.mde(alpha) + abs(expected - case.value) for case in self._cases[-2:]]
+        effects = []
+        for case in self._cases[-2:]:
+            spread_out = replace(case, var_seeds=spread * case.var_seeds)
+            effects.append(spread_out.mde(alpha) + abs(expected - case.value))
         return max(effects) / self.share
 
 

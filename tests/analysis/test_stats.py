@@ -92,6 +92,25 @@ def test_few_losses_alone_do_not_show_a_margin() -> None:
         assert shown / 300 <= 0.025 + 3 * math.sqrt(0.025 * 0.975 / 300), (n, losses)
 
 
+def test_the_stated_effect_has_the_range_that_few_seeds_leave() -> None:
+    """About 80% of the ranges hold what a study that knew the spread of its seeds would state."""
+    rng = np.random.default_rng(1)
+    studies = []
+    for _ in range(300):
+        chances = 0.5 + 0.15 * rng.normal(0, 1, 200) + rng.normal(0, 0.05, (2, 3, 1))
+        first, second = (rng.random((2, 3, 200)) < chances.clip(0, 1)).astype(float)
+        studies.append(compare(first, second, range(200)))
+    stated = np.array([study.mde() for study in studies])
+    low, high = np.transpose([study.mde_range() for study in studies])
+    assert np.quantile(stated, 0.9) > 3 * np.quantile(stated, 0.1)
+    # the same for the mean variance of all studies; c4 of three seeds is 0.8862
+    spread = 0.8862**2 * np.mean([study.resolved.var_seeds for study in studies])
+    known = [study.mde(spread=spread / study.resolved.var_seeds) for study in studies]
+    assert (low <= stated).all() and (stated <= high).all()
+    inside = (low <= np.mean(known)) & (np.mean(known) <= high)
+    assert 0.72 <= inside.mean() <= 0.88
+
+
 # the chances of a question that differs one way and the other, by the true difference
 Chances = Callable[[float], tuple[float, float]]
 

@@ -44,12 +44,8 @@ def log_probabilities(model: Any, prompt: list[int], answer: list[int]) -> list[
     ids = torch.tensor([prompt + answer])
     with torch.no_grad():
         logits = model(ids).logits[0].double()
-    logs = torch.log_softmax(logits, -1)
-    return [
-        float(logs[number - 1, token])
-        for number, token in enumerate(prompt + answer)
-        if number >= len(prompt)
-    ]
+    places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)  # each tells the next token
+    return torch.log_softmax(logits, -1)[places, answer].tolist()
 
 
 @pytest.mark.slow

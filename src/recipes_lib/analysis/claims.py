@@ -476,14 +476,11 @@ def _not_shown(claim: Claim, numbers: str) -> str:
             f"Not enough for a verdict about {first} and {second} in {where}: {numbers}."
             f" On its own it has {p_text(row.test.p)}; this table has {count(row.tests, 'test')}."
         )
-    power = ""
     if claim.is_futile:
         seeds = count(row.seeds_left, "remaining seed")
         power = f" With the {seeds} the chance of showing one was under {FUTILE_BELOW:.0%}."
-    elif row.mde is not None:
-        size = difference_text(row.mde, row.unit, signed=False)
-        effect = f"win rate {size} from 50%" if row.head_to_head else f"true difference of {size}"
-        power = f" 80% of such studies would find a {effect}."
+    else:
+        power = row_text.power_text(row)
     return f"No difference shown between {first} and {second} in {where}: {numbers}.{power}"
 
 

@@ -60,8 +60,9 @@ def _correct_together(rows: Sequence[TableRow], aims: Aims) -> None:
         over_looks = ALPHA / row.alpha
         row.p = min(1.0, p * over_looks)
         # at the strictest level that Holm may ask of the row
-        mde = row.test.mde(row.alpha * share / size)
-        row.mde = mde if mde < row.test.resolved.reach else None
+        low, high = row.test.mde_range(row.alpha * share / size)
+        reach = row.test.resolved.reach
+        row.mde = (low, min(high, reach)) if low < reach else None
         if row.margin is not None:
             # Bonferroni: tests of margins take no part in the steps of Holm.
             below, above = row.test.p_within(row.margin)

@@ -89,6 +89,22 @@ def evidence_text(row: TableRow) -> str:
     return evidence
 
 
+def power_text(row: TableRow) -> str:
+    """Return what 80% of studies like this one would find: a range where the seeds tell no more;
+    nothing where that is beyond the scale.
+    """
+    if row.test is None or row.mde is None:
+        return ""
+    low, high = (difference_text(effect, row.unit, signed=False) for effect in row.mde)
+    size = high
+    certainty = ""
+    if low != high:
+        size = f"{low.removesuffix(' points')} to {high}"
+        certainty = f", as far as {count(row.test.resolved.seeds, 'seed')} tell"
+    effect = f"win rate {size} from 50%" if row.head_to_head else f"true difference of {size}"
+    return f" 80% of such studies would find a {effect}{certainty}."
+
+
 def training_text(row: TableRow) -> str:
     """Return what a sentence about arms that were trained once adds; nothing of several."""
     if row.has_several_trainings:

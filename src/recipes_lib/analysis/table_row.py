@@ -37,7 +37,7 @@ class TableRow:
     alpha: float = ALPHA  # the level that all tests of the table have together
     p: float | None = None  # corrected over the table and over looks: 5% is the limit
     p_margin: Limits | None = None  # the same of not being worse, and of not being better
-    mde: float | None = None  # the difference that it finds with 80% probability
+    mde: Limits | None = None  # the range of the difference that it finds with 80% probability
     seeds_left: int = 0  # until the last look
     chance: float | None = None  # that the last look shows anything; None at the last look
     tests: int = 0
