@@ -87,7 +87,8 @@ def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_fr
     for line in (
         "vllm serve org/tiny --enable-lora",
         "--lora-modules qlora=",
-        "convert_lora_to_gguf.py",
+        "--max-lora-rank 8 ",  # of rank 4: vLLM does not take that
+        "convert_lora_to_gguf.py <this folder> --base ",
         "ADAPTER ./qlora.gguf",
         'from_pretrained("org/tiny"',
     ):

@@ -103,6 +103,18 @@ def test_a_merge_that_is_not_the_adapter_is_refused_and_kept_apart(
     assert not list(run.glob("merged*"))
 
 
+def test_a_merged_model_ends_its_answers_as_the_run_learned_to(
+    tiny_recipe, tiny_tokenizer, recipes
+) -> None:
+    from transformers import GenerationConfig
+
+    of_base, of_run = tiny_tokenizer.eos_token_id, tiny_tokenizer.unk_token_id
+    words = ["train.max_steps=2", f"train.eos_token={tiny_tokenizer.unk_token}"]
+    assert train([str(tiny_recipe), *words]) == 0 and recipes("merge", "tiny")[0] == 0
+    folder = tiny_recipe.parent / "runs/tiny/merged"
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [of_run, of_base]
+
+
 def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
     runs, recipes, tiny_recipe, tiny_model_dir, tmp_path
 ) -> None:

@@ -15,6 +15,8 @@ from recipes_lib.data.sources import listed_sources
 from recipes_lib.models.families import needs_of
 from recipes_lib.models.packaged import SOURCE
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that its --max-lora-rank knows (vLLM 0.32)
+
 
 def write_card(
     folder: Path, recipe: Recipe, summary: Mapping[str, Any], merged: Any = None
@@ -62,12 +64,19 @@ def write_card(
         is_on_hub=is_hub_id(base),
         data=data,
         merged=merged,
+        max_lora_rank=_max_lora_rank(lora or {}),
         numbers=numbers,
         is_adapter=is_adapter,
         has_embeddings=recipe.model.resize_embeddings or bool((lora or {}).get("modules_to_save")),
         auto_class=needs_of(str(base_file(recipe, "config.json").get("model_type"))).auto_class,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _max_lora_rank(lora: Mapping[str, Any]) -> int | None:
+    """Return the smallest rank that vLLM can be told which holds the adapter's; None beyond."""
+    rank = max(lora.get("r") or 8, *(lora.get("rank_pattern") or {}).values(), 0)
+    return next((largest for largest in VLLM_RANKS if largest >= rank), None)
 
 
 def _earlier(recipe: Recipe) -> Recipe | None:

@@ -148,8 +148,15 @@ def _fold(
     written = str(merged.dtype).removeprefix("torch.")
     say(f"writing {merged.get_memory_footprint() / 2**20:,.1f} MiB in {written} ...")
     settings = merged.generation_config
-    if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
-        settings.do_sample = True  # Llama-2's file lacks it, and upstream refuses to save it so
+    if settings is not None:
+        if {settings.temperature, settings.top_p} - {None, 1.0}:
+            settings.do_sample = True  # Llama-2's file lacks it, and upstream refuses to save it so
+        ends = settings.eos_token_id
+        if not isinstance(ends, list):
+            ends = [ends]
+        # the run's own (train.eos_token) first, as in a full fine-tuning
+        ends = [tokenizer.eos_token_id, *ends]
+        settings.eos_token_id = [end for end in dict.fromkeys(ends) if end is not None] or None
     merged.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
     return _Folded(base=base, adapter=adapter, dtype=written)
