@@ -146,15 +146,21 @@ def test_a_server_that_wants_another_name_for_the_token_limit_gets_it():
 
 
 def test_anything_else_of_a_request_is_passed_on_and_part_of_the_fingerprint():
+    """So is the address: under one name another server may answer with other weights."""
     extra = {"chat_template_kwargs": {"enable_thinking": False}}
     with FaultyServer() as server:
         plain, own = engine_for(server), engine_for(server, extra_body=extra)
-        prints = {answered_by(each.server, MODEL, None) for each in (plain, own)}
-        assert len(prints) == 2
+        moved = plain.server.model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
+        prints = {answered_by(each, MODEL, None) for each in (plain.server, own.server, moved)}
+        assert len(prints) == 3
         ask(own, **CHAT)
         ask(plain, prompt="x", ids=(1, 2, 3))
         ask(plain, **CHAT, schema={"type": "object"})
-    first, second, third = server.bodies
+        ask(ServerEngine(own.server, MODEL, [2]), prompt="x", ids=(1, 2, 3))
+    first, second, third, trained = server.bodies
+    # all of a run's sampling is ours; a hosted model may refuse keys that it does not know
+    assert trained["stop_token_ids"] == [2] and trained["top_k"] == -1 and "top_k" not in first
+    assert trained["repetition_penalty"] == 1.0 and trained["chat_template_kwargs"]
     assert first["chat_template_kwargs"] == {"enable_thinking": False}
     assert first["temperature"] == 0 and second["prompt"] == [1, 2, 3]
     assert third["response_format"]["json_schema"]["schema"] == {"type": "object"}

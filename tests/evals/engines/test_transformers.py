@@ -37,6 +37,14 @@ def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(model_and_tok
     assert answers(*model_and_tokenizer, 1, temperature=1.0) != alone
 
 
+def test_no_sampling_is_taken_from_the_settings_in_the_models_folder(model_and_tokenizer) -> None:
+    model, tokenizer = model_and_tokenizer
+    plain = answers(model, tokenizer, 1)
+    model.generation_config.repetition_penalty = 5.0
+    assert answers(model, tokenizer, 1) == plain
+    assert model.generation_config.repetition_penalty == 5.0  # for lm-eval, as in its own command
+
+
 def test_an_answer_has_the_room_that_it_has_alone(model_and_tokenizer) -> None:
     """Beside a prompt that nearly fills the context too."""
     model, tokenizer = model_and_tokenizer

@@ -87,6 +87,11 @@ class Target:
     # gives a context with the network in this process, which is loaded at its first use
     using: Callable[[], AbstractContextManager[Any]]
 
+    def end_tokens(self) -> list[int]:
+        """Return what ends its answers as it was trained; a server knows its base's alone."""
+        end = getattr(self.load_tokenizer(), "eos_token_id", None)
+        return [] if end is None else [end]
+
 
 class Engine(Protocol):
     """What answers the requests for one model."""

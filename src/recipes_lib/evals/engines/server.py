@@ -37,19 +37,24 @@ _SAYS_TOO_LONG = re.compile(
 _SAYS_REFUSED = re.compile(
     r"content.?(filter|policy|management)|usage polic|moderation|safety|flagged", re.IGNORECASE
 )
+# beside what is asked, nothing that a model's folder or a server recommends
+_NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _CUT_SHORT = ("abort", "aborted", "cancelled", "error")  # finish reasons of no whole answer
 _WITHHELD = "content_filter"  # OpenAI's finish reason of an answer that it withheld, or cut
 
 
 class ServerEngine(base.Engine):
-    """Answers through a server, which serves the model under the name `model`."""
+    """Answers through a server, which serves the model under the name `model`. Where the prompt is
+    rendered here, so is it known which tokens end an answer.
+    """
 
-    def __init__(self, server: ServerSection, model: str) -> None:
+    def __init__(self, server: ServerSection, model: str, end_tokens: Sequence[int] = ()) -> None:
         import openai  # half a second, which stored judgments do without
 
         self._openai = openai
         self.server = server
         self.model = model
+        self.end_tokens = list(end_tokens)
         variable = server.api_key_variable
         key = os.environ.get(variable, "").strip() if variable else "no-key-needed"
         if not (key and key.isascii() and key.isprintable()):
@@ -144,6 +149,9 @@ class ServerEngine(base.Engine):
     async def _send(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
         """Send what is rendered here as token ids or text, else messages."""
         settings: dict[str, Any] = {"model": self.model, "extra_body": self.server.extra_body}
+        if request.ids:
+            ours = _NEUTRAL | {"stop_token_ids": self.end_tokens}
+            settings["extra_body"] = ours | self.server.extra_body
         settings["temperature"] = sampling.temperature
         if sampling.temperature:
             settings |= {"top_p": 1.0, "seed": request.seed % 2**31}
@@ -195,16 +203,22 @@ class ServerEngine(base.Engine):
         return valid_texts(model[:200])
 
 
+def _answered_by(section: ServerSection, name: str, weights: str | None) -> str:
+    """Another server may hold other weights under the name; earlier results have no address."""
+    address = [section.base_url] if section.base_url else []
+    return hash_of(NAME, name, weights, section.extra_body, *address)
+
+
 @contextmanager
 def _opened(targets: Sequence[Target]) -> Iterator[base.EngineOf]:
     """Give what makes an engine; the server is somebody else's."""
-    yield lambda section, target: ServerEngine(section, target.name)
+    yield lambda section, target: ServerEngine(section, target.name, target.end_tokens())
 
 
 ENGINE = base.EngineType(
     name=NAME,
     opened=_opened,
-    answered_by=lambda section, name, weights: hash_of(NAME, name, weights, section.extra_body),
+    answered_by=_answered_by,
     is_server=True,
     writes_json=True,
 )

@@ -143,7 +143,7 @@ class TransformersEngine(base.Engine):
 
     def _write(self, model: Any, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
         import torch
-        from transformers import LogitsProcessorList, TemperatureLogitsWarper
+        from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper
 
         ids, mask = self._padded(model, batch)
         context = _context(model)
@@ -155,23 +155,25 @@ class TransformersEngine(base.Engine):
             processors.append(TemperatureLogitsWarper(sampling.temperature))
             processors.append(_SeededSampling(seeds, model.device))
         # the tokens that end an answer: the tokenizer's, and those of the model's files
-        configured = getattr(model.generation_config, "eos_token_id", None)
+        recommended = model.generation_config
+        configured = getattr(recommended, "eos_token_id", None)
         if not isinstance(configured, list):
             configured = [configured]
         ends = sorted({self.tokenizer.eos_token_id, *configured} - {None})
-        with torch.inference_mode():
-            written = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=room,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=ends,
-                pad_token_id=self.tokenizer.pad_token_id or 0,
-                logits_processor=processors,
-            )
+        # what is not asked for is not taken from the model's folder, as a repetition penalty
+        model.generation_config = GenerationConfig(
+            max_new_tokens=room,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+        )
+        try:
+            with torch.inference_mode():
+                written = model.generate(
+                    input_ids=ids, attention_mask=mask, logits_processor=processors
+                )
+        finally:
+            model.generation_config = recommended
         completions = []
         for request, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in ends), None)
