@@ -156,6 +156,7 @@ def test_an_output_that_is_closed_is_not_an_error(monkeypatch):
 def test_an_interrupt_while_modules_load_ends_without_a_traceback():
     done = python("""
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run behind &
 class Interrupting:
     def find_spec(self, name, *_):
         if name == "recipes_lib.core.errors":

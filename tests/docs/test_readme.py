@@ -176,7 +176,7 @@ def test_the_exit_codes_of_the_page_are_those_of_the_program() -> None:
 
 def test_pages_are_short_and_begin_with_what_their_reader_can_do_afterwards() -> None:
     sizes = [len(text.encode()) for text in TEXTS.values()]
-    assert sizes[0] <= 7_000 and sum(sizes[1:]) <= 120_000
+    assert sizes[0] <= 7_000 and sum(sizes[1:]) <= 110_000
     assert len((PROJECT / "CONTRIBUTING.md").read_bytes()) <= 4_000
     for page, text in TEXTS.items():
         lines = FENCE.sub("", text).splitlines()
