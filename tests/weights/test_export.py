@@ -70,11 +70,14 @@ def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_fr
     runs, recipes, tmp_path, monkeypatch
 ) -> None:
     runs("qlora")
-    files = export(recipes, "qlora", tmp_path / "plain")
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes_lib.weights.card.VLLM_RANKS", (2,))  # less than the adapter's
+        files = export(recipes, "qlora", tmp_path / "plain")
     config = json.loads(files["adapter_config.json"].read_text())
     assert config["base_model_name_or_path"] == "./tiny-llama"  # nobody's id on the Hub
     card = files["README.md"].read_text()
     assert "base_model:" not in card and "load_in_4bit=True" in card
+    assert "--max-lora-rank" not in card and "first merge it: recipes merge qlora" in card
     assert "last validation loss" in card and "rows.jsonl" in card
     source = {"hub_id": "org/tiny", "license": "apache-2.0"}
     monkeypatch.setattr("recipes_lib.weights.card.base_file", lambda recipe, name: source)

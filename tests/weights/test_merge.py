@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.families import build_family
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.train import main as train
@@ -21,8 +22,6 @@ ROWS = [[1, 20, 40, 60, 80], [1, 9, 8, 7]]
 
 
 def merged_logits(run: Path) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
     return logits_on(AutoModelForCausalLM.from_pretrained(run / "merged", dtype="float32"), ROWS)
 
 
@@ -106,8 +105,6 @@ def test_a_merge_that_is_not_the_adapter_is_refused_and_kept_apart(
 def test_a_merged_model_ends_its_answers_as_the_run_learned_to(
     tiny_recipe, tiny_tokenizer, recipes
 ) -> None:
-    from transformers import GenerationConfig
-
     of_base, of_run = tiny_tokenizer.eos_token_id, tiny_tokenizer.unk_token_id
     words = ["train.max_steps=2", f"train.eos_token={tiny_tokenizer.unk_token}"]
     assert train([str(tiny_recipe), *words]) == 0 and recipes("merge", "tiny")[0] == 0
