@@ -171,6 +171,8 @@ def test_results_of_another_lock_of_another_study_or_of_before_the_lock_are_seen
     shutil.copytree(state.parent, replaced)
     write_json(replaced / "run.json", {**whole, "design_locks": {"tiny": "0" * 64}})
     assert "tiny--r4 was evaluated under another" in report_study(study)[0].descriptive
+    write_json(replaced / "run.json", {**whole, "design_locks": [1]})
+    assert "tiny--r4 is damaged: design_locks" in report_study(study)[0].descriptive
     # a run of another study, whose name begins alike
     replaced.rename(replaced.with_name("tiny--r4--else--1764680000000000000"))
     assert not report_study(study)[0].descriptive

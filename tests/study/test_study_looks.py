@@ -338,3 +338,17 @@ def test_looks_need_one_list_of_seeds_for_all_arms(study: Path) -> None:
     study.write_text(study.read_text().replace("r4: r4.yaml", arm))
     with pytest.raises(RecipesError, match="r8 has other seeds than r4, or another order"):
         load_study(study)
+
+
+@pytest.mark.parametrize("copies", [[], ["tiny"], 7, "tiny", None])
+def test_design_locks_of_a_wrong_type_are_one_line_of_every_verb(study, run, capsys, copies):
+    run(APART)
+    file = RunDirectory("tiny--r8").state_file
+    write_json(file, json.loads(file.read_text()) | {"design_locks": copies})
+    verbs = [["study", action, str(study)] for action in ("plan", "status", "run", "report")]
+    for words in [*verbs, ["compare", "tiny--r4", "tiny--r8"]]:
+        code = main(words)
+        said = capsys.readouterr().err.splitlines()
+        assert code in (ExitCode.ENVIRONMENT, ExitCode.DATA), (words, said)
+        assert "run.json: is damaged: design_locks is not a JSON object" in said[0], (words, said)
+        assert len(said) <= 2

@@ -34,6 +34,16 @@ _FOR_EVER = -1.0
 # job is queued again, the number of restarts grows.
 JOB_VARIABLE = "RECIPES_JOB"
 RESTARTS_VARIABLE = "RECIPES_JOB_RESTARTS"
+# What run.json holds as objects, each where there is one.
+_SECTIONS = ("guard", "data_files", "summary", "weights_check", "design_locks")
+
+
+def damaged_section(state: Row) -> str:
+    """Return what is wrong with the content of a run.json; nothing if every section is an object."""
+    for name in _SECTIONS:
+        if not isinstance(state.get(name, {}), dict):
+            return f"is damaged: {name} is not a JSON object"
+    return ""
 
 
 class RunDirectory:
@@ -70,9 +80,11 @@ class RunDirectory:
             what = f"no run named '{self.name}' in {self.root}"
             raise RecipeError(what, "train it first; all runs: recipes status")
         state = object_or_none(self.state_file) or {}
-        if state.get("state") in get_args(State):
+        what = damaged_section(state)
+        if state.get("state") not in get_args(State):
+            what = "cannot be read, is damaged, or not a run.json of this version"
+        if not what:
             return state
-        what = "cannot be read, is damaged, or not a run.json of this version"
         remedy = f"move it away to resume from the last complete checkpoint: {self.train_command()}"
         raise EnvironmentFault(what, remedy, file=self.state_file)
 

@@ -19,7 +19,7 @@ from recipes_lib.analysis.runs import DESIGN_LOCKS
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import Row, hash_of, object_or_none, utc_now, write_json
 from recipes_lib.core.project import runs_root
-from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.run_directory import RunDirectory, damaged_section
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.evals.recipe import hash_in
 from recipes_lib.study.config import Study
@@ -164,7 +164,11 @@ def _early_results(study: Study, evaluated: list[Path], lock: Row) -> Iterator[s
             names[folder] = name
     for folder, name in names.items():
         state = object_or_none(folder / "run.json") or {}
-        copies = state.get(DESIGN_LOCKS) or {}
+        damage = damaged_section(state)
+        if damage:
+            yield f"run.json of {name} {damage}"
+            continue
+        copies = state.get(DESIGN_LOCKS, {})
         copy = copies.get(study.name)
         if copy is not None:
             if copy != lock.get("hash"):

@@ -10,7 +10,7 @@ from typing import Any
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import object_or_none
-from recipes_lib.core.run_directory import RunDirectory, is_held
+from recipes_lib.core.run_directory import RunDirectory, damaged_section, is_held
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.training.resume_guard import differences, recipe_differences
 from recipes_lib.weights.runs import weights_damage
@@ -23,6 +23,8 @@ def finished_line(run: RunDirectory, recipe: Recipe) -> str | None:
     if is_held(run.path):  # by an attempt, which may be about to change that
         return None
     state = object_or_none(run.state_file) or {}
+    if damaged_section(state):  # the attempt says so
+        return None
     if state.get("state") != "finished" or damage_of_finished(run, recipe, state) is not None:
         return None
     return nothing_to_do(run, recipe)

@@ -27,7 +27,7 @@ def check_studies(arms: Arms, design: Design | None) -> Iterator[Finding]:
         return
     arms_of: dict[Path, list[str]] = defaultdict(list)  # by the folder of a study
     for arm, run in arms.runs:
-        for study in run.state.get(DESIGN_LOCKS) or ():
+        for study in run.state.get(DESIGN_LOCKS, {}):
             arms_of[run.folder.parent / study].append(arm)
     for folder, names in arms_of.items():
         of_study = tuple(dict.fromkeys(names))

@@ -9,7 +9,9 @@ from typing import Any
 from recipes_lib.analysis.curves import read_curves
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run
 from recipes_lib.config.documents import read as read_document
+from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import read_object
+from recipes_lib.core.run_directory import damaged_section
 from recipes_lib.evals.log import read_eval_logs
 
 FORM = "runs of this project: their names or folders"
@@ -43,11 +45,15 @@ def load_run(folder: Path) -> Run:
     seed = (resolved.get("train") or {}).get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool):
         seed = None
+    state = read_object(folder / "run.json")
+    damage = damaged_section(state)
+    if damage:
+        raise DataError(damage, "restore it, or train again", file=folder / "run.json")
     evals, unfinished = read_eval_logs(folder)
     return Run(
         name=folder.name,
         folder=folder,
-        state=read_object(folder / "run.json"),
+        state=state,
         resolved=resolved,
         environment=read_object(folder / "environment.json"),
         splits=read_object(folder / "splits.json"),
