@@ -1,7 +1,5 @@
 """Run folders as trainings and evaluations leave them, made up: nothing was trained or judged."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Arms of made-up values, in memory, for the whole way from values to claims."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 

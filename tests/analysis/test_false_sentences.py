@@ -2,8 +2,6 @@
 report reads it, and says the truth or nothing.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Results of lm-eval and alpaca_eval are compared as they are, and damage is named."""
 
-from __future__ import annotations
-
 import json
 import random
 import shlex

@@ -4,8 +4,6 @@ small, large, failed, errors and limited are of 0.3.120, epochs.eval (Zstandard)
 0.3.285.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

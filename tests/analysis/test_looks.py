@@ -1,7 +1,5 @@
 """Levels and futility of looks, and simulated studies that stop by them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from tests.analysis.simulated import answers, arms_with, at_looks

@@ -1,7 +1,5 @@
 """Plain tables of scores are compared as they are, and each row that cannot be used is named."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What a report prints to be typed runs as it stands, and shows no path of another machine."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

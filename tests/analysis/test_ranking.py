@@ -1,7 +1,5 @@
 """More than four arms in one answer: who is beaten, and by whom."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from tests.analysis.simulated import answers, arms_with

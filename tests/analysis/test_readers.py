@@ -4,8 +4,6 @@
 models with random weights; HELM's two say one letter, whatever they are asked.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

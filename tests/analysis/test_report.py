@@ -1,7 +1,5 @@
 """The report answers first, opens offline, shows model output as text, and has every number."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

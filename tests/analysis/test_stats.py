@@ -2,8 +2,6 @@
 studies its false claims, coverage and power. docs/statistics.md has the whole table.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

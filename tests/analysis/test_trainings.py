@@ -1,7 +1,5 @@
 """NAME=GLOB puts several trainings into one arm, whichever program evaluated them."""
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

@@ -1,7 +1,5 @@
 """What `recipes train` leaves behind, fast; its end: FAIL, REFUSED, CODE, TRAIN_SECONDS, LOSSES."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """A study small enough for a test: the tiny Llama at two ranks, judged by itself."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The end of a study: its design is locked before its first result; the gate goes by verdicts."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Study files: accepted, resolved, and refused with file, line and what to do."""
 
-from __future__ import annotations
-
 import re
 from itertools import combinations
 

@@ -1,7 +1,5 @@
 """What a study needs from elsewhere is looked at before its first training, not after its last."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable, Iterator

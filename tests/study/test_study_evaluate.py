@@ -1,7 +1,5 @@
 """All evaluations of a study in one process: what is loaded, asked again, and fails alone."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

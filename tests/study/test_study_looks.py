@@ -1,7 +1,5 @@
 """A study with looks: it tests after some of its seeds, and stops or trains on by what it saw."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

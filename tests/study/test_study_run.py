@@ -1,7 +1,5 @@
 """`recipes study run` with stand-ins for trainings: what is trained again, what fails alone."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """`recipes study plan` and `status`: short, counted, and without touching or importing anything."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -5,8 +5,6 @@ everything declared is there or after the design was changed, one that a finding
 an arm that was trained once, a cause where anything but the declared keys differs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal

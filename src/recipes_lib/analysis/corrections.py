@@ -1,7 +1,5 @@
 """What the tests of a table ask of each other: Holm over its rows, and the level of a look."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from recipes_lib.analysis.aims import Aims

@@ -1,7 +1,5 @@
 """The curves of a training: what metrics.jsonl says, thinned while it is read."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -5,8 +5,6 @@ arm has its best value of one grid, a `confound` anything else that may change w
 `note` what changes no result. Without a study nothing is declared.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ takes its cause away. A `warning` stands in the list beside the sentences, and i
 where `claims.py` takes it up (`_remarks`). A `note` informs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal

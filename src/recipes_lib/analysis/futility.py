@@ -5,8 +5,6 @@ only what is new in each seed becomes less: given what was seen, a later mean is
 value between that and the truth.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Whether arms may take the place of a baseline: for `study report --gate`, `compare --gate`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from recipes_lib.analysis.aims import is_named

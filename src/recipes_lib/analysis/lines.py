@@ -1,7 +1,5 @@
 """A conclusion as lines: what the terminal prints."""
 
-from __future__ import annotations
-
 from recipes_lib.analysis.claims import Claim, Conclusion
 from recipes_lib.analysis.row_text import confidence_text, effect_text, limits_text, where_text
 from recipes_lib.analysis.table import TestedTable

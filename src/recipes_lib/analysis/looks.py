@@ -6,8 +6,6 @@ are wrong for t tests with few seeds. Every statement comes from the interval at
 repeated confidence interval; Jennison and Turnbull 1989, JRSS B 51). Needs no numpy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

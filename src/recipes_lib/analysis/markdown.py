@@ -1,7 +1,5 @@
 """A conclusion as Markdown: report.md, and a comment for a pull request."""
 
-from __future__ import annotations
-
 import re
 
 from recipes_lib.analysis.claims import Conclusion

@@ -4,8 +4,6 @@ A folder that was renamed, results that were copied, and a training that was don
 that say the contrary of the truth.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 
 from recipes_lib.analysis.runs import Run

@@ -3,8 +3,6 @@
 A training counts once, however many trainings of an opponent it met.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The two figures of a report as SVG: differences with their intervals, and training curves."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """Commands that a report prints: they run as they stand, and show no path of another machine."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Mapping

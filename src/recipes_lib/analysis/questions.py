@@ -3,8 +3,6 @@
 Texts are data here, and the page shows them through `textContent` alone, so they stay text.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ claimed are the tests: "worse than some" is one or more of all pairs, corrected 
 so it is false of any arm in at most 5% of tables.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass

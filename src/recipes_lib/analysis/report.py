@@ -4,8 +4,6 @@ The page begins with the answer, then says what cannot be said and how to fix it
 its n and its file. Model text is escaped, or stands in a JSON block that no parser runs.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

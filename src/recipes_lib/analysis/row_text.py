@@ -1,7 +1,5 @@
 """The parts of a sentence that a row of the table gives: names, values, evidence, remarks."""
 
-from __future__ import annotations
-
 from recipes_lib.analysis.pairs import BY_SEED, EXCHANGEABLE
 from recipes_lib.analysis.table_row import TableRow
 from recipes_lib.analysis.text import difference_text, interval_text, metric_text, p_text

@@ -3,8 +3,6 @@
 The readers in `analysis/readers/` make runs out of files; nothing here reads one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

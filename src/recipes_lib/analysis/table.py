@@ -4,8 +4,6 @@ A row is the paired difference of two arms on the same questions. Head to head i
 win rate against one half. What cannot be tested says why. No sentence is written here.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A row of the tested table."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

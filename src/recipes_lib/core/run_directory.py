@@ -39,7 +39,7 @@ _SECTIONS = ("guard", "data_files", "summary", "weights_check", "design_locks")
 
 
 def damaged_section(state: Row) -> str:
-    """Return what is wrong with the content of a run.json; nothing if every section is an object."""
+    """Return what is wrong with the sections of a run.json; nothing where all are objects."""
     for name in _SECTIONS:
         if not isinstance(state.get(name, {}), dict):
             return f"is damaged: {name} is not a JSON object"

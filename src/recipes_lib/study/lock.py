@@ -7,8 +7,6 @@ stand the looks that were taken: whether the study went on, and a hash of the re
 They have a hash of their own, for they are added one by one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path

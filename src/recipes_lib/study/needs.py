@@ -1,7 +1,5 @@
 """What work needs from elsewhere and no file shows: a judge's key and server, a tracker's login."""
 
-from __future__ import annotations
-
 import http.client
 import netrc
 import os

@@ -1,7 +1,5 @@
 """What of a study is done, what the rest takes, and what forbids it. Imports no torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

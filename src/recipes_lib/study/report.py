@@ -1,7 +1,5 @@
 """The end of a study: comparison, report, gate. Until all is there, its arms are not compared."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`recipes study run`: does what of a study is not done. Imports no torch before it evaluates."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal

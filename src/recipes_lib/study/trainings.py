@@ -1,7 +1,5 @@
 """The trainings of a study: their names, and which are finished with today's settings and data."""
 
-from __future__ import annotations
-
 import math
 import re
 from contextlib import suppress

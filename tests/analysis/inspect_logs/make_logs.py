@@ -1,7 +1,5 @@
 """Makes the logs of this folder with Inspect AI: python make_logs.py OUT NAME [NAME ...]."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import sys

@@ -3,8 +3,6 @@
 A check is a function that yields findings. What it is about decides its file.
 """
 
-from __future__ import annotations
-
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.checks import (
     answers,

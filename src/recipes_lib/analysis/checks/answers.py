@@ -1,7 +1,5 @@
 """What is wrong with the answers themselves: the same text again and again, nothing, or cut."""
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What was asked, and how: settings, texts, prompt formats, and what computed the answers."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """One model under two names: runs, weights or answers that were copied, and outdated opponents."""
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator

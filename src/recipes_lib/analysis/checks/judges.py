@@ -1,7 +1,5 @@
 """The judge: several of them, weak ones, not audited ones, relatives, and verdicts of one order."""
 
-from __future__ import annotations
-
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator

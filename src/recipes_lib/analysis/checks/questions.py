@@ -1,7 +1,5 @@
 """Which questions were asked: some of them, one several times, and what nobody recorded of it."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import defaultdict

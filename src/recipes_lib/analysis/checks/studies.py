@@ -2,8 +2,6 @@
 more runs lie beside them that could have been compared instead.
 """
 
-from __future__ import annotations
-
 import glob
 import math
 from collections import defaultdict

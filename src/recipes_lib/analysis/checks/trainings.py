@@ -2,8 +2,6 @@
 a result look better than it is, and what is not finished.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator

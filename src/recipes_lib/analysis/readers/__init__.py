@@ -11,8 +11,6 @@ A new format is a module and its name in `READERS`; the first that matches reads
 the last: any file with its ending matches.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from glob import glob
 from pathlib import Path

@@ -6,8 +6,6 @@
 which comes from a model of all annotations: it is shown, and cannot be tested.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence

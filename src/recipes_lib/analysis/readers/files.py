@@ -1,7 +1,5 @@
 """What readers of other programs' files share."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -6,8 +6,6 @@
 and times that HELM keeps beside its metrics. Trials of an instance are answers to one question.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Mapping

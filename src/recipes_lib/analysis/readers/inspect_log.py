@@ -4,8 +4,6 @@ Their JSON is read, not `inspect_ai.log.read_eval_log`: that import alone takes 
 (0.3.285), and results are often compared where Inspect is not installed.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The scores of a log of Inspect AI as metrics: one for each scorer, or part of its values."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from statistics import fmean

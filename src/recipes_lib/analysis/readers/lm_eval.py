@@ -11,8 +11,6 @@ commands of a model: each model is a run, with each task from the newest command
 is not read is listed in `Run.unread`.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections import Counter, defaultdict

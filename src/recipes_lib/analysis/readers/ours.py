@@ -1,7 +1,5 @@
 """Reads the runs of this project: a folder with evaluations, training curves and facts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ that was trained several times, `metric` what was measured, `text` the question 
 text are one question), and `higher_is_better` is false of losses and error rates.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections import defaultdict
 from collections.abc import Sequence
