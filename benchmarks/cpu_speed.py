@@ -7,8 +7,6 @@ Without RECIPE: the quickstart's. CPU seconds suffer little from other work on t
 first step is not counted. Run both sides of a comparison on the same machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile

@@ -9,8 +9,6 @@ own; what fails or does not fit costs its own row. A way whose losses are more t
 of plain padded batches is marked: a speed that computes something else is no speed.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import datetime

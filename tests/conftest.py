@@ -2,8 +2,6 @@
 folder when it is there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import hashlib

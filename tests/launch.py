@@ -9,8 +9,6 @@ torch's launcher. A test asks the fixture `forks` (tests/conftest.py):
     os.kill(child.ranks()[1], signal.SIGTERM)    # the process id of rank 1
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

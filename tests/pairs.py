@@ -1,7 +1,5 @@
 """Pairs of answers to the shipped instructions, and a recipe that trains on them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

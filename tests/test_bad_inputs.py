@@ -2,8 +2,6 @@
 and key words of the answer. One case of a kind; the others are in the tests of each package.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

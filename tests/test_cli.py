@@ -1,7 +1,5 @@
 """`recipes VERB`: what every verb shares: words, errors, exit codes, and a quick start."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

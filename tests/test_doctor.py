@@ -1,7 +1,5 @@
 """`recipes doctor` names what is missing, with the remedy, and its exit code tells."""
 
-from __future__ import annotations
-
 import sys
 
 from recipes_lib import doctor

@@ -2,8 +2,6 @@
 a person has weighed it and changed this file. The two ceilings are no targets.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from recipes_lib.cli import VERBS

@@ -1,7 +1,5 @@
 """What is built for PyPI works where no checkout is: everything that the verbs read is inside."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

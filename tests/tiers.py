@@ -1,7 +1,5 @@
 """Which cases of a grid run in CI, and which at night."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -4,8 +4,6 @@ A verb is a function `run_VERB` of a module in `commands/`, or several `run_VERB
 line in `VERBS`. The function's parameters are its command line (`commands.declare`).
 """
 
-from __future__ import annotations
-
 import signal
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -1,7 +1,5 @@
 """What `recipes doctor` finds on this machine, with the remedies."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -17,8 +17,6 @@ JASA 69 (seeds crossed with questions); Agresti and Min (2005), Statistics in Me
 and Price (2012), JEBS 37 (added pairs); Johnson (1978), JASA 73 (skewness).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -7,8 +7,6 @@ The same line trains on a laptop's CPU, one GPU, several (DDP, FSDP2) or several
 accelerate config differs. Run it again after any interruption, and it continues.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """`recipes compare`: the table of any runs, and what cannot be compared."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """`recipes data`: what it prints; and that every verb that reads rows agrees about them."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`recipes plan`: shipped recipes, as text and as JSON, and what it answers to bad input."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

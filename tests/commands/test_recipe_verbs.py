@@ -1,7 +1,5 @@
 """The verbs about recipes, through the real entry: ls, new, show, explain, check."""
 
-from __future__ import annotations
-
 import json
 import os
 

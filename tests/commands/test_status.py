@@ -1,7 +1,5 @@
 """`recipes status`: reads files only, and says what to look at next."""
 
-from __future__ import annotations
-
 import json
 
 from recipes_lib.cli import main

@@ -1,7 +1,5 @@
 """`recipes train` as the parent of a training: signals, exit codes, and no process left behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """A minimal recipe that passes every check, whole or with a line added to a section."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Bad recipes through the real entry: exit code 2, file and line, the key and what to do."""
 
-from __future__ import annotations
-
 import codecs
 
 from tests.test_bad_inputs import missing_words

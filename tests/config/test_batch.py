@@ -1,7 +1,5 @@
 """Batch, steps and warm-up, counted as the Trainer counts them."""
 
-from __future__ import annotations
-
 from hypothesis import given
 from hypothesis import strategies as st
 

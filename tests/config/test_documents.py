@@ -1,7 +1,5 @@
 """The two calls every YAML file goes through: read with places, then parsed as a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Accelerate configs, how many processes on how many machines, and the plain command for them."""
 
-from __future__ import annotations
-
 import shlex
 
 import pytest

@@ -2,8 +2,6 @@
 every key and comment is accounted for.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What upstream's classes and the model's files say, before anything is loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """A resolved recipe: places of values, absolute paths, and that it is a recipe again anywhere."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

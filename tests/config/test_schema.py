@@ -1,7 +1,5 @@
 """The generated files: what the installed TRL and PEFT have, and the schemas of editors."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

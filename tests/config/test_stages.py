@@ -1,7 +1,5 @@
 """The stages of a recipe: `train` is another class of TRL, and what cannot act is refused."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

@@ -1,7 +1,5 @@
 """A word that is no `section.key=value` is answered with what to type."""
 
-from __future__ import annotations
-
 import pytest
 
 from recipes_lib.cli import main as recipes

@@ -2,8 +2,6 @@
 publisher, and with the user's umask.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """A full disk, a disk that refuses and memory that ran out are explained, whoever noticed."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import os

@@ -1,7 +1,5 @@
 """What is not installed is named with the extra that brings it, and the base needs no extra."""
 
-from __future__ import annotations
-
 import ast
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Files that a crash damaged: the end is left out, all else is named."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

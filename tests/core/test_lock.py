@@ -1,7 +1,5 @@
 """Who may write into a folder: never two; a requeued batch job waits for its earlier try."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """What one rank does for all reaches the others exactly once, however long it takes."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import signal

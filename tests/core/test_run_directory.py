@@ -1,7 +1,5 @@
 """Runs: their states, and how they are found."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A conversation of two turns, chat templates for it, and what of a row is learned."""
 
-from __future__ import annotations
-
 import copy
 import re
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """Prepared rows that are kept: whatever happens to their files, the right ones are trained."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

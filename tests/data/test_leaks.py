@@ -1,7 +1,5 @@
 """Rows that hold what an evaluation asks: what counts as a leak, and what does not."""
 
-from __future__ import annotations
-
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
 from recipes_lib.data.rows import DataRow
 

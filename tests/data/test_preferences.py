@@ -2,8 +2,6 @@
 those that the model is asked with.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -2,8 +2,6 @@
 kept for the next start.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Prompts: the same text in training and when the model is asked."""
 
-from __future__ import annotations
-
 import pytest
 from conversation_samples import encode_row
 from tokenizers import Tokenizer, models

@@ -2,8 +2,6 @@
 named by file and line, all at once.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

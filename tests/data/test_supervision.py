@@ -1,7 +1,5 @@
 """Text pairs: which tokens carry loss, what is cut, and which settings cannot act."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from conversation_samples import encode_row, learned

@@ -2,8 +2,6 @@
 plain template lets the model write behind the prompt that it is asked with, turn by turn.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Every turn of the assistant and its end carry loss, under templates of any kind."""
 
-from __future__ import annotations
-
 import pytest
 from conversation_samples import FOLDER, MARKED, TURNS, encode_row, learned, tokenizer_with
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """docs/studies.md names every finding that a report can print."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from pathlib import Path

@@ -2,8 +2,6 @@
 printed, their links lead somewhere.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

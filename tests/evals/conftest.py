@@ -1,7 +1,5 @@
 """Finished runs made by hand: a tiny base, and adapters with random weights on it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Judges for tests: functions of the request, with known virtues and vices."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace

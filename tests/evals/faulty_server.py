@@ -1,7 +1,5 @@
 """An OpenAI-compatible server for tests that misbehaves as told, in a thread."""
 
-from __future__ import annotations
-
 import json
 import random
 import sys

@@ -2,8 +2,6 @@
 beside it, and give its number.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Answers of models: what is asked and kept, and what will never be answered."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

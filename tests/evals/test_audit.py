@@ -1,7 +1,5 @@
 """Outcomes with bounds, and the audit that finds judges with a vice."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

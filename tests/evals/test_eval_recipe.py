@@ -1,7 +1,5 @@
 """Eval recipes and judge files: accepted, resolved, refused with file, line and what to do."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

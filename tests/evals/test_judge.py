@@ -2,8 +2,6 @@
 judges in this process and behind an address.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 import signal

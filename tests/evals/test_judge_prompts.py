@@ -2,8 +2,6 @@
 reach the rubric; and the published judge's own wording, from its authors' wheel to the character.
 """
 
-from __future__ import annotations
-
 import re
 import runpy
 from pathlib import Path

@@ -2,8 +2,6 @@
 permission, and one line about a mistake in a task.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

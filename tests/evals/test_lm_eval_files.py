@@ -1,7 +1,5 @@
 """What a task's file says of its metrics, without lm-eval and without running any of it."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -2,8 +2,6 @@
 appended survives kills, torn ends and full disks.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import time

@@ -1,7 +1,5 @@
 """What the words of a command line name: runs, bases, models, and names that a server has."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """`recipes compare` asks whose results lie in a run's folder."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

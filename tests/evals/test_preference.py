@@ -2,8 +2,6 @@
 and pairs of one prompt are one observation.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

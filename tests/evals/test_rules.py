@@ -1,7 +1,5 @@
 """Rules over answers: what people and chat models write."""
 
-from __future__ import annotations
-
 import pytest
 
 from recipes_lib.core.errors import DataError

@@ -1,7 +1,5 @@
 """From eval recipes and words to results: models, opponents, resume, banners, exit codes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -2,8 +2,6 @@
 that hold for any text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

@@ -1,7 +1,5 @@
 """A suite as somebody would add it: how many letters the answers have."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from recipes_lib.core.terminal import aligned

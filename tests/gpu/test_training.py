@@ -1,7 +1,5 @@
 """What only a card can show of a training. Every test here waits for one."""
 
-from __future__ import annotations
-
 import json
 import warnings
 

@@ -1,7 +1,5 @@
 """Real processes: trainings started the way users start them, with a hard time limit."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

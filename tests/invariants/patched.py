@@ -2,8 +2,6 @@
 [override ...], with the name of one of these functions in PATCH.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pkgutil

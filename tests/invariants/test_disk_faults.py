@@ -6,8 +6,6 @@ mount; without it these tests are skipped, and `tests/test_atomic_files.py` has 
 cut alone.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """One rank, two ranks, DDP, FSDP2: the same mathematics, proven on real processes (gloo on CPU)."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

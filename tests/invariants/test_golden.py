@@ -2,8 +2,6 @@
 mathematics shows here first. After an intended change RECORD_GOLDEN=1 records them again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -2,8 +2,6 @@
 byte for byte.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 

@@ -2,8 +2,6 @@
 asked.
 """
 
-from __future__ import annotations
-
 import pytest
 
 SHORT = ("train.max_steps=1", "train.eval_strategy='no'")

@@ -2,8 +2,6 @@
 where each rank reads them; on real processes (gloo on CPU).
 """
 
-from __future__ import annotations
-
 import re
 import signal
 import time

@@ -2,8 +2,6 @@
 accumulation, DDP equals FSDP2.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

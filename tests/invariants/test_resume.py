@@ -2,8 +2,6 @@
 to train that has a state of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

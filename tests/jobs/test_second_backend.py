@@ -2,8 +2,6 @@
 processes of this machine, fits without a change in `jobs`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Stands in for the Python of the toy site: trains in no time, and notes what else is run."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -6,8 +6,6 @@ when the file `stop` appears; `usurped` goes by no name but its own, as a server
 started does.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -1,7 +1,5 @@
 """launch/vllm_server.sh with a stand-in for vllm that writes down what it is asked to serve."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

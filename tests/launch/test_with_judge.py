@@ -1,7 +1,5 @@
 """launch/with_judge.sh with a stand-in for vLLM: a server lives as long as a command wants it."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

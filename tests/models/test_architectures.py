@@ -2,8 +2,6 @@
 that must not be shared.
 """
 
-from __future__ import annotations
-
 import copy
 import shutil
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Files of wheels: taken only if they are the expected ones, byte for byte."""
 
-from __future__ import annotations
-
 import hashlib
 import subprocess
 import zipfile

@@ -4,8 +4,6 @@ Others are held by trainings: a wrapped head by tests/training/test_train.py, su
 empty parameters by tests/invariants.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError

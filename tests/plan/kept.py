@@ -1,7 +1,5 @@
 """What autograd keeps of a real forward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The cards of the table, and the devices of this machine."""
 
-from __future__ import annotations
-
 import pytest
 
 from recipes_lib.core.errors import RecipeError

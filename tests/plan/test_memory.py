@@ -1,7 +1,5 @@
 """The memory of a plan: parts that are known exactly, and what a CPU training really keeps."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

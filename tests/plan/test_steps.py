@@ -1,7 +1,5 @@
 """Steps, tokens and validations are those that the training makes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

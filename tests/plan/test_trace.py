@@ -1,7 +1,5 @@
 """What a trace counts is what a real forward pass of the same model keeps, byte for byte."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -2,8 +2,6 @@
 only where they claim to. Their values are held by tests/frozen.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

@@ -3,8 +3,6 @@ model's chat template, on rows of its data's shape, with its own hyperparameters
 CPU twin.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

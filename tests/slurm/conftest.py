@@ -1,7 +1,5 @@
 """Profiles written for a test, programs that stand in for Slurm's, and a real Slurm."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

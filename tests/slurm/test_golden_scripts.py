@@ -3,8 +3,6 @@
 UPDATE_GOLDEN=1 writes them anew; the diff then shows what a change means for a site.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """The script of a job, run without Slurm: clean shell, true exit codes, no value read as shell."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

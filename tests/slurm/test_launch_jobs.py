@@ -1,7 +1,5 @@
 """`recipes launch` and `prefetch` without a cluster: Slurm's commands are stand-ins."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

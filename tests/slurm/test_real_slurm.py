@@ -1,7 +1,5 @@
 """Jobs of a real Slurm: four made-up nodes of this machine (launch/sandbox.sh)."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

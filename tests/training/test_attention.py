@@ -1,7 +1,5 @@
 """Rows that hold several examples end to end: each is as if it stood alone."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

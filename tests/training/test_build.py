@@ -1,7 +1,5 @@
 """What a trainer is made of before its first step, where only a GPU would show the fault."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

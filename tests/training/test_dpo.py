@@ -1,7 +1,5 @@
 """Preference tuning has the numbers of a plain loop and of TRL, and the reference of the base."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

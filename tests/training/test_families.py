@@ -1,7 +1,5 @@
 """Each architecture of `tests/families.py` goes the whole way of a run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

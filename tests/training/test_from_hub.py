@@ -2,8 +2,6 @@
 has a GPU.
 """
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import json

@@ -1,7 +1,5 @@
 """What was asked of the launcher and what is running must be the same."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import psutil

@@ -1,7 +1,5 @@
 """The head that scores supervised positions on a CPU: TRL's numbers and TRL's gradients."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

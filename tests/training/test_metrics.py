@@ -1,7 +1,5 @@
 """The lines of metrics.jsonl: a resumed run has those of an uninterrupted one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -2,8 +2,6 @@
 on the plain Trainer of transformers.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The losses of a training are those of a plain torch loop over the same rows."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The probe before the first step: it leaves nothing, and says what a step takes."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -2,8 +2,6 @@
 every key of SFTConfig but those that decide what is written, shown or sent.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from recipes_lib.config.recipe import TrainSection, load_recipe

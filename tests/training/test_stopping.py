@@ -1,7 +1,5 @@
 """A signal is never lost, and a data worker leaves it to the training."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -2,8 +2,6 @@
 refuses, how it stops.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Which rows a step trains on: whole global batches, the same on any number of processes."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -2,8 +2,6 @@
 fine-tuning of the tiny model.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -2,8 +2,6 @@
 cannot do anything to a terminal.
 """
 
-from __future__ import annotations
-
 import io
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """Whatever happens to the weights of a finished run, it is found before they are used."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

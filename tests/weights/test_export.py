@@ -2,8 +2,6 @@
 nothing of it.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

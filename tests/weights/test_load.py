@@ -1,7 +1,5 @@
 """How a base is loaded and told apart from others, and what is said where it cannot be had."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """`recipes merge`: the merged model answers like the adapter, and what cannot is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import weakref

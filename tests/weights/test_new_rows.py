@@ -2,8 +2,6 @@
 once, and the same wherever the run is used.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A run of one stage begins with the weights of another: named by its folder, checked, carried."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

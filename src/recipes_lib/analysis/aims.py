@@ -1,7 +1,5 @@
 """What a study asks of its table, and what it says about its arms. Needs no numpy."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +25,7 @@ class Margin:
     points: bool = False
 
     @classmethod
-    def read(cls, value: object) -> Margin | None:
+    def read(cls, value: object) -> "Margin | None":
         """Return a margin as it is written; None where it is none."""
         match = re.fullmatch(r"([0-9.eE+-]+)( ?points?)?", str(value).strip())
         if match is None:

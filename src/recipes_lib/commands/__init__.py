@@ -1,7 +1,5 @@
 """The verbs of the command line. A verb is a function; its parameters are its words and flags."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 from collections.abc import Callable, Mapping

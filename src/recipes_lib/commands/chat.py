@@ -1,7 +1,5 @@
 """`recipes chat`: ask runs and their base, side by side."""
 
-from __future__ import annotations
-
 import math
 import random
 import sys

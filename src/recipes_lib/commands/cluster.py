@@ -1,7 +1,5 @@
 """`recipes launch` submits Slurm jobs and looks after them; `recipes prefetch` fetches for them."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """`recipes data`: what the model reads, and which tokens carry loss."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 

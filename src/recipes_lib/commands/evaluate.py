@@ -1,7 +1,5 @@
 """`recipes eval`, `recipes judge audit` and `recipes compare`: results, and what they show."""
 
-from __future__ import annotations
-
 import contextlib
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """`recipes ls`, `status` and `doctor`: the recipes, the runs and the machine."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`recipes plan`: memory, steps and time of a training before it starts."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from typing import Annotated

@@ -1,7 +1,5 @@
 """The verbs about recipes: new, show, explain and migrate. None imports torch."""
 
-from __future__ import annotations
-
 import functools
 import json
 import shlex

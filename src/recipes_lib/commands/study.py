@@ -1,7 +1,5 @@
 """`recipes study plan|run|status|report STUDY`; only `run` and `report` import what is heavy."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated
 

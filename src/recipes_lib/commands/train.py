@@ -1,7 +1,5 @@
 """`recipes train`: run the plain command, hand signals on, return the training's exit code."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

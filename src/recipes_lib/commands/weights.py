@@ -1,7 +1,5 @@
 """`recipes merge` and `recipes export`: a run's weights as they are used elsewhere."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """YAML files with all that they extend, and where each value was written. Needs no pydantic."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

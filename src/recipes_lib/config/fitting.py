@@ -1,7 +1,5 @@
 """What a recipe must change for the user's own rows, mostly fewer: split, batch, epochs."""
 
-from __future__ import annotations
-
 from collections.abc import Set
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """A launch: accelerate config, processes, machines, command, examples of a step. No torch."""
 
-from __future__ import annotations
-
 import math
 import os
 import shlex

@@ -3,8 +3,6 @@ SFTConfig or DPOConfig in one mapping. Each key moves to its section with its co
 comment at the end.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The text of a new recipe that extends another, or of a copy of a shipped profile or config."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal

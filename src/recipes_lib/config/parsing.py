@@ -1,7 +1,5 @@
 """From a `Document` to a pydantic model, or everything that is wrong with it at once."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

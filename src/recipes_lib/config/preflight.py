@@ -1,7 +1,5 @@
 """What the model's files and upstream's classes say of a recipe before anything is loaded."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

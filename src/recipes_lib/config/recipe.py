@@ -5,8 +5,6 @@ A resolved recipe is a recipe: `resolved.yaml` has every value, absolute paths a
 is what jobs, resumed runs and evaluations read.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
@@ -290,7 +288,7 @@ class Recipe:
         """Write the resolved recipe; it means the same in any working directory."""
         write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
-    def reading(self, file: str, stage: Stage = SFT) -> Recipe:
+    def reading(self, file: str, stage: Stage = SFT) -> "Recipe":
         """Return the recipe with all rows of another file, of which none is held out.
 
         Args:

@@ -1,7 +1,5 @@
 """`make schema`: writes config/upstream.json of TRL and PEFT, and schema/*.schema.json of ours."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import json

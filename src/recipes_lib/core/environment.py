@@ -1,7 +1,5 @@
 """How a run came to be: code, library versions, devices. And how libraries are kept quiet."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

@@ -2,8 +2,6 @@
 Any other exception is a defect; `--debug` shows its traceback.
 """
 
-from __future__ import annotations
-
 import enum
 import re
 import sys
@@ -73,7 +71,7 @@ class RecipeError(RecipesError):
     _errors: list | None = None
 
     @property
-    def errors(self) -> list[RecipeError]:
+    def errors(self) -> list["RecipeError"]:
         """The errors that it stands for: itself, or several."""
         return self._errors or [self]
 

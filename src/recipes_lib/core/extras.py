@@ -1,7 +1,5 @@
 """What is installed of each extra of this distribution, by the metadata that setup.py gave it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 from dataclasses import dataclass, field

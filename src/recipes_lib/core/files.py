@@ -5,8 +5,6 @@ cut the name is there and the file is full of zeros. So every final name is give
 `write_bytes` or `publish`.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

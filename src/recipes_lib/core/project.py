@@ -1,7 +1,5 @@
 """Where things lie: what is shipped, the runs, the cache, and which names a run may have."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ It goes through the store in which the processes met: a collective would end at 
 while a large model is hashed, and before the recipe is read there is no group.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import os

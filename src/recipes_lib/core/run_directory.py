@@ -5,8 +5,6 @@ run.json is the only truth about how a run ended: exit codes do not survive `acc
 lock ends with its process; a note says who holds it.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import socket

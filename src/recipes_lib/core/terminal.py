@@ -1,7 +1,5 @@
 """Text for people and for records: no secrets and no control characters in it."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

@@ -2,8 +2,6 @@
 teach what the recipe asks for.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -6,8 +6,6 @@ which it was written.
     rows/KEY/data/SEAL      the SHA-256 of every other file in it, and of this list
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

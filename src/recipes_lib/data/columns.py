@@ -1,7 +1,5 @@
 """Columns of any spelling become our fields: texts, or messages."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from itertools import chain

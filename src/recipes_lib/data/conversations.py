@@ -1,7 +1,5 @@
 """Conversations: messages of any spelling become ours, and who speaks when is checked."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -8,8 +8,6 @@
    conversation up to its end, where both begin the whole text.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -62,7 +60,7 @@ class Encoded:
         return int((self.labels != IGNORED).sum())
 
     @property
-    def sides(self) -> list[Encoded]:
+    def sides(self) -> list["Encoded"]:
         """The row itself; a pair has two."""
         return [self]
 
@@ -94,7 +92,7 @@ class Supervision:
     tails: dict[str, list[int]] = field(default_factory=dict, repr=False)  # ends of prompts, as ids
 
     @classmethod
-    def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
+    def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> "Supervision":
         """Read the settings, and refuse those that cannot act."""
         is_chat = section.prompt_format == "chat"
         answers_only = train.get("assistant_only_loss")

@@ -1,7 +1,5 @@
 """Errors about rows: which key or which row cannot be used, and all of them at once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -6,8 +6,6 @@ in a row of which it is a whole field or message.
 Source of the 13-grams: Brown et al., "Language Models are Few-Shot Learners", appendix C.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

@@ -2,8 +2,6 @@
 what both begin with, and the two answers.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

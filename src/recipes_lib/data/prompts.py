@@ -2,8 +2,6 @@
 learn to write, in training and generation alike.
 """
 
-from __future__ import annotations
-
 import datetime
 import hashlib
 import json

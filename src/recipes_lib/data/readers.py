@@ -4,8 +4,6 @@ Values are not converted, so `datasets` reads no text: its CSV reader turns the 
 null and "007" into 7, and its JSON reader names no line.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import json

@@ -1,7 +1,5 @@
 """All rows of a recipe: read from its sources, checked, named, selected and split."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """One row: where it stands, its texts, its identity, and the conversation that it is."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import unicodedata

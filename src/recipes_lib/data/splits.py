@@ -2,8 +2,6 @@
 pairs by that of their prompts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

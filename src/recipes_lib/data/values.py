@@ -1,7 +1,5 @@
 """Single values of a row: JSON, text, or nothing; a `BadRow` says what is wrong with one."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -3,8 +3,6 @@ generations.jsonl (only what is missing is asked), read from a file, or those th
 questions.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What is missing in a store is asked of an engine; each reply is stored as it arrives."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing

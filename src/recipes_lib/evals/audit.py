@@ -5,8 +5,6 @@ A probe is a pair whose right verdict is known: an answer against nothing, and a
 answer ends in a verdict line. Their rows carry `probe` and stay out of every win rate.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

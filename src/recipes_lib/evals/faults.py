@@ -2,8 +2,6 @@
 the same to many questions.
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections import Counter, defaultdict

@@ -4,8 +4,6 @@ In mode `logits` the verdict is the token after the lead-in `[RESULT]`, with whi
 starts.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Suites that a judge decides, and the audit of a judge on labelled pairs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """Whether rows that are trained on hold questions or answers of an evaluation. Needs no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@ are jinja outside a sandbox (lm_eval 0.4.13). So the question is which files the
 whatever key of an eval recipe leads it there.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence

@@ -7,8 +7,6 @@
 The declarations are the schema of both files. `Store` keeps answers and judgments as they arrive.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -5,8 +5,6 @@ a run gets a run folder of its own, `base--<model>--<hash8>`, whose hash covers 
 and prompt format.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

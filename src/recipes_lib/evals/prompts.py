@@ -13,8 +13,6 @@ Source: Kim et al. (2024), "Prometheus 2: An Open Source Language Model Speciali
 Other Language Models"; prometheus-eval 0.1.20, `prometheus_eval/prompts.py`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

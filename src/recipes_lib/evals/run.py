@@ -4,8 +4,6 @@ What is finished is read. Else base after base is loaded once and every suite as
 then judge after judge gives its verdicts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress

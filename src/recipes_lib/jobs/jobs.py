@@ -1,7 +1,5 @@
 """Jobs, their tasks and their order, as any scheduler can run them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

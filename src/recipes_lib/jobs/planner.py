@@ -8,8 +8,6 @@ Every task is a command that can be run again, as an argument list: no shell rea
 recipe.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -2,8 +2,6 @@
 again without a network. Weights are checked by their headers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

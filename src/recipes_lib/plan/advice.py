@@ -1,7 +1,5 @@
 """What to change in a recipe so that it fits or is faster, and a plan as it is printed."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Iterator, Sequence

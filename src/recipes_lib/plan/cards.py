@@ -1,7 +1,5 @@
 """The cards of a plan, with the vendors' dense bf16 peaks, and the devices here; no torch."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

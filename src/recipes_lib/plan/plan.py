@@ -1,7 +1,5 @@
 """The plan of one recipe on one kind of card: rows, steps, memory and time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a training reads: its rows with their tokens, and the steps that they make."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass, field

@@ -2,8 +2,6 @@
 it, on fake tensors; attention and dropout are replaced by what their CUDA kernels keep.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass

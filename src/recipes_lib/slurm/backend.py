@@ -2,8 +2,6 @@
 exit codes that jobs left, else sacct, how they ended.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Slurm's commands, and what they say."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """A site profile (launch/profiles/*.yaml): what a Slurm site is like, and nothing of any recipe."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """The script of a job. What all scripts share (signals, requeues, exit codes) is launch/job.sh."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A study file: its keys, and the arms, evals and aims that they name. Needs no torch."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -113,7 +111,7 @@ class Arm:
     launch: Launch
     seeds: tuple[int, ...]
     tuning: TunedArm | None = None
-    candidates: tuple[Arm, ...] = ()
+    candidates: tuple["Arm", ...] = ()
 
     def resolved(self) -> dict[str, Any]:
         """Return every resolved value by dotted key, without the run's name and notes."""
@@ -158,7 +156,7 @@ class Study:
             return ()
         return looks_after(self.file.looks, len(self.arms))
 
-    def at(self, look: Look | None) -> Study:
+    def at(self, look: Look | None) -> "Study":
         """Return the study with the seeds that it has at a look."""
         if look is None:
             return self

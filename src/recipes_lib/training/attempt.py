@@ -1,7 +1,5 @@
 """One attempt at one run, from its lock to its recorded outcome; `train.py` calls it in order."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import time

@@ -4,8 +4,6 @@ sdpa takes a mask of (length)^2 for such a row and computes what the mask throws
 example gets its own causal call instead, on a GPU torch's `varlen` kernel knows where they end.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

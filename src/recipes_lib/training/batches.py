@@ -1,7 +1,5 @@
 """Which rows a step trains on and a validation reads, and the loaders that bring them."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ class WholeBatches(Sampler[list[int]]):
         self.steps = self.rows // self.global_batch  # in an epoch
 
     @property
-    def batch_sampler(self) -> WholeBatches:
+    def batch_sampler(self) -> "WholeBatches":
         """Itself: the Trainer looks for `set_epoch` there, whether it skips batches or not."""
         return self
 

@@ -2,8 +2,6 @@
 rows is skipped: `data.prepare` names whatever it drops.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Mapping

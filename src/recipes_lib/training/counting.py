@@ -1,7 +1,5 @@
 """What the trainers of TRL count of their batches: tokens and metrics, under `ExactTrainer`."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -2,8 +2,6 @@
 over pairs, and the reference is the base as it was (`reference.py`), no second model.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -2,8 +2,6 @@
 torch: `recipes train` answers before it starts a training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

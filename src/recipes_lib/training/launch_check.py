@@ -2,8 +2,6 @@
 FSDP2 on CPU processes.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from typing import Any

@@ -2,8 +2,6 @@
 TRL 1.16's head scores every position, makes the logits twice and multiplies back in float32.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from typing import Any

@@ -2,8 +2,6 @@
 before a process's first step the probe, forward and backward on the longest micro-batch.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import resource

@@ -6,8 +6,6 @@ TRL 1.16 takes the policy without its adapter, which is not the base where the a
 it (pissa, olora), where biases are trained, and where dropout or a router's noise act.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping

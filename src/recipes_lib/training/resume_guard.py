@@ -5,8 +5,6 @@ A checkpoint is whole when COMPLETE.json in it, written last, lists every file w
 its sha256 up to 1 GB), and the files are still those.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Mapping

@@ -2,8 +2,6 @@
 mean over the tokens that have a label.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pyarrow.compute

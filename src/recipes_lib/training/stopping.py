@@ -4,8 +4,6 @@ SIGTERM, SIGUSR2 (of a Slurm job before its time limit) and a file `STOP` in the
 for a checkpoint, and so does SIGINT. After each step all ranks act on the largest request.
 """
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import os

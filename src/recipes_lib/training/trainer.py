@@ -5,8 +5,6 @@ Private names of transformers 5.24 that it overrides: `_get_grad_norm`, `_load_b
 `_prepare_for_training`, `_run_epoch`; and that it calls: `_get_learning_rate`, `_prepare_inputs`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import pickle

@@ -1,7 +1,5 @@
 """The model card of weights, for PEFT and transformers alone and with nothing of this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path

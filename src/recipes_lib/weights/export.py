@@ -1,7 +1,5 @@
 """Weights for use elsewhere: a folder to give away, with nothing of this machine, and the Hub."""
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

@@ -1,7 +1,5 @@
 """The door for engines: a third one is one file and one line."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The engine behind an address: what may pass is tried again, what cannot pass ends at once."""
 
-from __future__ import annotations
-
 import json
 import time
 from functools import partial

@@ -2,8 +2,6 @@
 does not fit is halved.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A third engine, as a file beside the others would be: it answers each prompt with its length."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

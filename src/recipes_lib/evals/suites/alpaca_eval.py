@@ -4,8 +4,6 @@
 tools.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 An answer passes if it passes every check of its row (docs/evaluation.md has examples).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from recipes_lib.core.terminal import aligned

@@ -5,8 +5,6 @@ that the mean over rows is the loss per token. A row that repeats the tokens of 
 observation in intervals and tests. Models of two tokenizers have bits per byte of the same text.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

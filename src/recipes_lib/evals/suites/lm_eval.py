@@ -2,8 +2,6 @@
 printed command gives the same numbers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import json

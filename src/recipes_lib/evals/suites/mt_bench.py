@@ -4,8 +4,6 @@ Questions in math, reasoning and coding are graded against their reference answe
 verdict is counted and enters the bounds, once as 1 and once as 5.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import fmean
 

@@ -6,8 +6,6 @@ a validation of preference tuning shows is about their ratio. Pairs of one promp
 observation in intervals and tests.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
