@@ -54,7 +54,7 @@ run() {
   say "on ${SLURM_JOB_NODELIST:-this machine}: $NODES node(s) x $PROCESSES process(es), meeting at $HEAD:$PORT"
   "$@" & COMMAND=$!
   while :; do
-    [ "$SIGNAL" = USR2 ] && kill -0 "$COMMAND" 2> /dev/null && { sleep 3; ask; continue; }
+    [ "$SIGNAL" = USR2 ] && kill -0 "$COMMAND" 2> /dev/null && { sleep 1; ask; continue; }
     wait "$COMMAND"; CODE=$?
     kill -0 "$COMMAND" 2> /dev/null || break
   done

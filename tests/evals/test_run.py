@@ -12,6 +12,7 @@ from tests.evals import toy_suite
 from tests.evals.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
+from recipes_lib.core import environment
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
 from recipes_lib.evals.asking import EvaluationIncomplete
 from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
@@ -88,6 +89,16 @@ def test_what_is_stored_is_not_asked_again_and_no_model_is_loaded(quick, make_ru
     assert strict.recipe["thresholds"]["unparsed_max"] == 0.01  # the audit is made anew
 
 
+def test_what_is_installed_is_not_looked_up_for_every_request(quick, make_run, monkeypatch):
+    make_run("one", 1)
+    looked_up = []
+    monkeypatch.setattr(environment, "extras", lambda: looked_up.append(1) or [])
+    evaluate([quick("alpaca_eval", "data.max_questions=2")], ["one"])
+    at_two, looked_up[:] = len(looked_up), []
+    evaluate([quick("alpaca_eval", "data.max_questions=8")], ["one"])
+    assert 0 < len(looked_up) <= at_two
+
+
 OTHER_EVALS = {
     "rules": "suite: {name: checks}\ndata: {questions: rules.jsonl}\n",
     "held": "suite: {name: heldout_loss}\ndata: {questions: rows.jsonl}\n",
@@ -113,8 +124,8 @@ def test_a_finished_evaluation_is_read_without_torch(quick, make_run, tmp_path, 
     for name, text in OTHER_EVALS.items():
         files.append(str(tmp_path / f"{name}.yaml"))
         Path(files[-1]).write_text(text + "generation: {max_new_tokens: 6}\n")
-    for words in (["one", "base"], ["one", "--against", "base"]):
-        words = ["eval", *files, *words]
+    against = ["eval", files[0], "one", "--against", "base"]
+    for words in (["eval", *files, "one", "base"], against):
         assert main(words) == 0
         said = capsys.readouterr().out
         command = [sys.executable, "-c", AGAIN.format(words=words)]

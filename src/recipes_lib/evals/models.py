@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,7 +69,7 @@ class Model:
         """Whether it was fine-tuned as a whole, so that no base serves it."""
         return self.trained is not None and self.trained.full
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         """Its tokenizer."""
         quiet_libraries()
