@@ -13,11 +13,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from recipes_lib.analysis import plots, row_text, text
@@ -56,6 +56,42 @@ def write_report(
 def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None) -> str:
     """Return the page."""
     questions = question_data(arms)
+    scores = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
+    reference = []
+    if design:
+        for arm, numbers in design.reference.items():
+            for metric, published in numbers.items():
+                reference.append((arm, metric, published, scores.get((arm, metric))))
+    # safe inside a script element
+    questions_json = json.dumps(questions, ensure_ascii=True, separators=(",", ":"))
+    for character in "<>&":
+        questions_json = questions_json.replace(character, f"\\u{ord(character):04x}")
+    return _page().render(
+        name=design.name if design else "comparison",
+        conclusion=conclusion,
+        severities=SEVERITIES,
+        effect_title=effect_title(conclusion.table.alpha),
+        level=row_text.confidence_text(conclusion.table.alpha),
+        forest=Markup(plots.forest(conclusion.claims)),
+        curves=Markup(plots.curves(arms)),
+        reference=reference,
+        answers=answer_counts(arms),
+        trainings=trainings(arms),
+        tuned=design.tuned if design else {},
+        categories={} if conclusion.waiting else categories(arms),
+        audited=_audited(arms),
+        questions=questions,
+        linked=partial(_with_links, groups=questions["groups"]),
+        question_data=Markup(questions_json),
+        commands=commands(arms, design, conclusion.aims.margins),
+        provenance=provenance(arms, design),
+        style=Markup((TEMPLATES / "report.css").read_text("utf-8")),
+        script=Markup((TEMPLATES / "questions.js").read_text("utf-8")),
+    )
+
+
+@cache  # compiling it takes longer than writing a page
+def _page() -> Template:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -73,39 +109,8 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         "where": row_text.where_text,
         "tests": table_of_tests,
         "interval": lambda limits, unit: text.interval_text(limits, unit, signed=False),
-        "linked": partial(_with_links, groups=questions["groups"]),
     }
-    scores = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
-    reference = []
-    if design:
-        for arm, numbers in design.reference.items():
-            for metric, published in numbers.items():
-                reference.append((arm, metric, published, scores.get((arm, metric))))
-    # safe inside a script element
-    questions_json = json.dumps(questions, ensure_ascii=True, separators=(",", ":"))
-    for character in "<>&":
-        questions_json = questions_json.replace(character, f"\\u{ord(character):04x}")
-    return environment.get_template("report.html.jinja").render(
-        name=design.name if design else "comparison",
-        conclusion=conclusion,
-        severities=SEVERITIES,
-        effect_title=effect_title(conclusion.table.alpha),
-        level=row_text.confidence_text(conclusion.table.alpha),
-        forest=Markup(plots.forest(conclusion.claims)),
-        curves=Markup(plots.curves(arms)),
-        reference=reference,
-        answers=answer_counts(arms),
-        trainings=trainings(arms),
-        tuned=design.tuned if design else {},
-        categories={} if conclusion.waiting else categories(arms),
-        audited=_audited(arms),
-        questions=questions,
-        question_data=Markup(questions_json),
-        commands=commands(arms, design, conclusion.aims.margins),
-        provenance=provenance(arms, design),
-        style=Markup((TEMPLATES / "report.css").read_text("utf-8")),
-        script=Markup((TEMPLATES / "questions.js").read_text("utf-8")),
-    )
+    return environment.get_template("report.html.jinja")
 
 
 def _with_links(line: str, groups: list[dict[str, Any]]) -> Markup:
