@@ -131,7 +131,7 @@ def run_compare(
         print(report_markdown(conclusion), end="")
         say(*verdict)
         return code
-    say(*conclusion_lines(conclusion))
+    say(*conclusion_lines(conclusion), is_result=bool(conclusion.claims))
     if gate:
         say("", *verdict)
         return code

@@ -75,7 +75,7 @@ def run_new(
         return _new_with_rows(data, target, new_text, overrides, origin.stage)
     text = new_text()
     write_text(target, text)
-    say(f"wrote {file}:\n{text.rstrip()}")
+    say(f"wrote {file}:\n{text.rstrip()}", fold=False)
     return next_step("check", file)
 
 
@@ -109,7 +109,7 @@ def _new_with_rows(
     text = new_text(fitted=fitted)
     write_text(target, text)
     file = shown_path(target)
-    say(f"wrote {file}:\n{text.rstrip()}", *fitted.lines)
+    say(f"wrote {file}:\n{text.rstrip()}", *fitted.lines, fold=False)
     if bad and recipe.data.on_bad_row == "error":
         raise bad.error(reading.num_read)
     for error in check_rows(load_recipe(target)):
@@ -170,7 +170,7 @@ def run_show(
     for text, comment in lines:
         if comment:
             text = f"{text:<{width}}  # {comment}"
-        say(text)
+        say(text, fold=False)
     command = shlex.join(["recipes", "data", file, *overrides, "--show", "3"])
     say(f"# next: {command}")
     return ExitCode.DONE

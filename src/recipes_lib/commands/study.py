@@ -105,7 +105,7 @@ def run_study_report(
         conclusion, missing = report_study(loaded)
     if json:
         return print_json(conclusion.to_dict())
-    say(*conclusion_lines(conclusion))
+    say(*conclusion_lines(conclusion), is_result=bool(conclusion.claims))
     say(f"\nreport: {shown_path(study_folder(loaded) / 'report' / 'report.html')}")
     if missing:
         return _next("run", loaded)

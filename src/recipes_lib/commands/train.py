@@ -58,7 +58,8 @@ def run_train(
         if line is not None:
             say(line)
             return next_step("chat", loaded.name)
-    say(f"$ {shlex.join(command)}")
+    if dry_run or debug:
+        say(f"$ {shlex.join(command)}")
     if dry_run:
         return next_step(*again)
     if launch.rank:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.extras import extras
-from recipes_lib.core.terminal import mask_secrets, printable
+from recipes_lib.core.terminal import for_stream, mask_secrets
 
 
 class ExitCode(enum.IntEnum):
@@ -116,7 +116,7 @@ def one_line(error: BaseException) -> str:
 
 def print_error(error: BaseException | str) -> None:
     """Print an error or a warning on stderr, where it does not get into what --json prints."""
-    print(printable(str(error)), file=sys.stderr, flush=True)
+    print(for_stream(str(error), sys.stderr), file=sys.stderr, flush=True)
 
 
 # what Python, torch, tokenizers, safetensors and datasets say of a disk or of memory

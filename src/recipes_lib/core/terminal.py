@@ -5,10 +5,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TextIO
 from urllib.parse import urlsplit, urlunsplit
 
 _SECRET_NAME = re.compile(
@@ -23,6 +26,17 @@ _SECRETS_OF_QUERIES = re.compile(
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
+
+_PLAIN, _RED, _GREEN, _YELLOW, _BOLD = (f"\x1b[{number}m" for number in (0, 31, 32, 33, 1))
+_ERASE_LINE = "\r\x1b[2K"
+# How a line begins -> its colour.
+_COLORS = (
+    (("next: ",), _GREEN),
+    (("warning: ", "! ", "error: ", "What cannot be said"), _YELLOW),
+    (("note: ",), ""),
+    (("finished", "report: "), _BOLD),
+)
+_NOT_FOLDED = ("next: ", "$ ")  # commands are copied whole
 
 
 @cache
@@ -79,17 +93,69 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def say(*lines: str) -> None:
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal that obeys control characters."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def for_stream(text: str, stream: TextIO, fold: bool = True, is_result: bool = False) -> str:
+    """Return a text as a stream shows it: in a pipe or a file as it is; a terminal replaces an
+    updating line, folds lines at its width, and has colours unless NO_COLOR is set.
+    """
+    text = printable(text)
+    if not is_terminal(stream):
+        return text
+    columns = shutil.get_terminal_size().columns
+    shown: list[str] = []
+    for line in text.split("\n"):
+        is_result = is_result and line != ""  # its first paragraph is the answer
+        color = _BOLD if is_result else _color_of(line, is_error=stream is sys.stderr)
+        parts = [line]
+        if fold and len(line) > columns and not line.startswith(_NOT_FOLDED):
+            indent = " " * (len(line) - len(line.lstrip()) + 2)
+            parts = textwrap.wrap(
+                line,
+                columns,
+                subsequent_indent=indent,
+                replace_whitespace=False,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+        if color and not os.environ.get("NO_COLOR"):
+            parts = [f"{color}{part}{_PLAIN}" for part in parts]
+        shown += parts
+    return _ERASE_LINE + "\n".join(shown)
+
+
+def _color_of(line: str, is_error: bool) -> str:
+    """Return the control characters that begin a line's colour; empty for a plain one."""
+    for beginnings, color in _COLORS:
+        if line.startswith(beginnings):
+            return color
+    # of an error the first line; its hints are indented
+    return _RED if is_error and not line.startswith(" ") else ""
+
+
+def say(*lines: str, fold: bool = True, is_result: bool = False) -> None:
     """Print on stdout and flush; if the reader has closed it (`| head`), drop the rest."""
     try:
-        print(printable("\n".join(lines)), flush=True)
+        print(for_stream("\n".join(lines), sys.stdout, fold, is_result), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def say_progress(text: str) -> None:
+    """Print a line that the next one replaces on a terminal; elsewhere it stays."""
+    if not is_terminal(sys.stdout):
+        say(text)
+        return
+    cut = printable(text)[: shutil.get_terminal_size().columns - 1]  # a folded one would stay
+    print(_ERASE_LINE + cut, end="", flush=True)
+
+
 def print_json(value: object) -> int:
     """Print what `--json` asks for, and return the exit code of a verb that is done."""
-    say(json.dumps(value, indent=2))
+    say(json.dumps(value, indent=2), fold=False)
     return 0
 
 

@@ -103,7 +103,15 @@ def answer_all(
                 wanted[sampling][request.key] = request
             for sampling, requests in wanted.items():
                 complete = partial(engine.complete, sampling=sampling)
-                ask_missing(store, requests, complete, _row, "answer", model.name, gone)
+                ask_missing(
+                    store,
+                    requests,
+                    complete,
+                    _row,
+                    "answer",
+                    f"{model.name} to {recipe.name}",
+                    gone,
+                )
                 for row in map(store.__getitem__, requests):
                     place = row["question_id"], row["turn"]
                     answers.texts[place] = row["answer"]

@@ -69,7 +69,9 @@ def ask_missing(
     refused: list[Completion] = []
     # after too many failures nothing more is sent, but replies still in flight are stored
     sent = takewhile(lambda _: len(longest_run) < MOST_FAILURES, waiting.values())
-    with tqdm(total=len(waiting), desc=title, unit="") as bar, closing(complete(sent)) as replies:
+    # the time left is of all answers so far: those of a batch come together
+    bar = tqdm(total=len(waiting), desc=title, unit="", smoothing=0)
+    with bar, closing(complete(sent)) as replies:
         for reply in replies:
             if reply.error is not None:
                 reasons[str(reply.error)] += 1

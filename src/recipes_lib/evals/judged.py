@@ -78,7 +78,7 @@ def judge_model(
     with run_lock(file.parent, wait=True):
         judgments_file = file.with_name(f"judgments{file.name.removeprefix('result')}l")
         store = Store(judgments_file, JudgmentRow)
-        rows = ask(items, judge, store, answers.name)
+        rows = ask(items, judge, store, f"{answers.name} on {recipe.name}")
         if not probes:
             probed = list(probe_items(items, recipe.metrics.probe_pairs))
             if probed:

@@ -5,6 +5,7 @@ before a process's first step the probe, forward and backward on the longest mic
 import contextlib
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
 from recipes_lib.core.files import Row, parsed_line, read_object, write_text
-from recipes_lib.core.terminal import say, shown_duration
+from recipes_lib.core.terminal import is_terminal, say, say_progress, shown_duration
 
 OF_ROWS = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "aux_loss")
 # how often the chosen answer has the larger implicit reward, and by how much
@@ -89,6 +90,7 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.progress = ""  # the updating line on the terminal
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start the clock."""
@@ -123,7 +125,19 @@ class MetricsCallback(TrainerCallback):
         line["peak_memory_gib"] = round(peak_memory_gib(), 3)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
-        say(f"step {step}/{state.max_steps}  {text}")
+        text = f"step {step}/{state.max_steps}  {text}"
+        if "loss" in logs:
+            self.progress = text
+            say_progress(text)
+        else:
+            self.on_train_end()
+            say(text)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Let the last updating line stand."""
+        if self.progress and is_terminal(sys.stdout):
+            say(self.progress)
+        self.progress = ""
 
 
 # ---- the probe ----
