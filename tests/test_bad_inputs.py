@@ -131,7 +131,8 @@ DATA = {
     "null as response": (rows({}, {"response": None}), "", 4, "rows.jsonl:2: 'response' None"),
     "a torn line": (rows() + '{"instruction": "a", \n', "", 4, "rows.jsonl:21"),
     "messages and no chat template": (
-        chat(*HELLO), f"{CHAT};model.name_or_path=plain", 4, "chat template data.chat_template"),
+        chat(*HELLO) * 20, f"{CHAT};model.name_or_path=plain",
+        4, "chat template data.chat_template"),
     "the assistant is not last": (chat(HELLO[0]), CHAT, 4, "rows.jsonl:1: assistant"),
     "a tool's answer without a call": (
         chat(*HELLO, {"role": "tool", "content": "3"}), CHAT, 4, "rows.jsonl:1: tool"),

@@ -1,5 +1,6 @@
 """`recipes VERB`: what every verb shares: words, errors, exit codes, and a quick start."""
 
+import json
 import os
 import subprocess
 import sys
@@ -82,6 +83,17 @@ def test_help_is_a_spelling_of_the_flag_before_and_behind_a_verb_and_an_action(c
     assert "help: no such file or recipe" in capsys.readouterr().err
 
 
+def test_verbs_and_flags_are_listed_for_tools(capsys):
+    assert cli.main(["--help", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    verbs = {row["verb"]: row for row in value["verbs"]}
+    assert {verb.partition(" ")[0] for verb in verbs} == {*cli.VERBS} and "study run" in verbs
+    flags = {row["name"]: row for row in verbs["new"]["arguments"]}
+    assert flags["--from"]["required"] and flags["--method"]["choices"] == ["lora", "qlora", "full"]
+    assert not verbs["train"]["arguments"][-1]["takes_value"] and verbs["train"]["takes_overrides"]
+    assert value["exit_codes"]["data"] == 4
+
+
 WRONG = [
     (["chek"], ["unknown verb 'chek'", "did you mean recipes check?"]),
     (["show"], ["recipes show: ", "RECIPE", "usage:"]),
@@ -94,7 +106,7 @@ WRONG = [
     (["show", RECIPE, "foo.bar=1"], ["command line: unknown key 'foo'"]),
     (["show", "README.md"], ["README.md: is not YAML", "recipes ls"]),
     (["show", "recipes"], ["recipes: is not a file", "recipes ls"]),
-    (["study", "plan", "quickstar"], ["quickstar: no such file", "recipes/studies/"]),
+    (["study", "plan", "quickstar"], ["did you mean quickstart?"]),
     (["data", RECIPE, "--against", "nope.yaml"], ["nope.yaml: no such file", "evals/"]),
     (["show", RECIPE, "--origins"], ["command line: '--origins' is not section.key=value"]),
     (["show", RECIPE, "--learning_rate=3"], ["unknown key 'learning_rate'"]),

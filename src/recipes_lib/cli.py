@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recipes_lib import __version__
-from recipes_lib.commands import declare, parameters
+from recipes_lib.commands import declare, described, parameters
 from recipes_lib.core.errors import (
     ExitCode,
     RecipeError,
@@ -29,7 +29,7 @@ from recipes_lib.core.errors import (
     one_line,
     print_error,
 )
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import next_step, print_json, say
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -121,6 +121,13 @@ def announce_slurm_job() -> None:
 
 def _run(words: Sequence[str], debug: bool) -> int:
     words = _with_help(words)
+    if sorted(words) == ["--help", "--json"]:
+        return print_json(
+            {
+                "verbs": _described_verbs(),
+                "exit_codes": {code.name.lower(): code for code in ExitCode},
+            }
+        )
     if words[0] == "--help":
         lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
         for group, verbs in (("start here", START_HERE), ("more", MORE)):
@@ -154,19 +161,40 @@ def _with_help(words: Sequence[str]) -> Sequence[str]:
     return words
 
 
+def _functions(verb: str) -> dict[str, Callable[..., int]]:
+    """Return the functions of a verb by action; of one without actions by an empty name."""
+    module = importlib.import_module(f"recipes_lib.commands.{VERBS[verb][0]}")
+    if verb not in ACTIONS:
+        return {"": getattr(module, f"run_{verb}")}
+    return {action: getattr(module, f"run_{verb}_{action}") for action in ACTIONS[verb]}
+
+
+def _described_verbs() -> list[dict[str, object]]:
+    """Return what every verb does and takes, for tools."""
+    rows: list[dict[str, object]] = []
+    for verb, (_, text) in VERBS.items():
+        for action, function in _functions(verb).items():
+            row: dict[str, object] = {"verb": f"{verb} {action}".strip(), "help": text}
+            if action:
+                row["help"] = (function.__doc__ or "").partition(".")[0]
+            row["takes_overrides"] = "overrides" in parameters(function)
+            row["arguments"] = described(function)
+            rows.append(row)
+    return rows
+
+
 def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], dict[str, object]]:
     """Return the function of a verb, and its arguments as the words say them."""
-    name, text = VERBS[verb]
-    module = importlib.import_module(f"recipes_lib.commands.{name}")
+    _, text = VERBS[verb]
     parser = _Parser(f"recipes {verb}", description=f"{text[0].upper()}{text[1:]}.")
+    functions = _functions(verb)
     if verb in ACTIONS:
-        choice = parser.add_subparsers(required=True, metavar="ACTION")
-        for action in ACTIONS[verb]:
-            function = getattr(module, f"run_{verb}_{action}")
+        choice = parser.add_subparsers(required=True, metavar=f"{{{','.join(ACTIONS[verb])}}}")
+        for action, function in functions.items():
             summary = (function.__doc__ or "").partition(".")[0]
             declare(choice.add_parser(action, help=summary), function)
     else:
-        declare(parser, getattr(module, f"run_{verb}"))
+        declare(parser, functions[""])
     namespace, unknown = parser.parse_known_args(words)
     arguments = vars(namespace)
     function = arguments.pop("function")

@@ -107,11 +107,12 @@ def test_a_gate_passes_only_what_is_shown_and_fails_by_its_exit_code(runs, tmp_p
         many[name] = str(lm_eval(tmp_path / name, [1.0] * right + [0.0] * (1000 - right)))
     gate = ("--gate", "acc=2 points")
     shown = compare(capsys, results["old"], results["less"], *gate, code=1)
-    assert "not shown: " in shown.splitlines()[-1]
+    assert "not shown: " in shown.splitlines()[-2]
+    assert shown.splitlines()[-1].startswith("next: recipes compare ")
     shown = compare(capsys, many["many_old"], many["many_less"], *gate)
-    assert shown.splitlines()[-1] == "passed: no arm is shown to be worse than many_old"
+    assert shown.splitlines()[-2] == "passed: no arm is shown to be worse than many_old"
     shown = compare(capsys, results["old"], results["worse"], *gate, code=1)
-    assert "worse scored worse than old" in shown.splitlines()[-1]
+    assert "worse scored worse than old" in shown.splitlines()[-2]
     value = json.loads(compare(capsys, results["old"], results["worse"], *gate, "--json", code=1))
     assert value["exit_code"] == 1 and "scored worse" in value["gate"][0]
 
@@ -124,7 +125,7 @@ def test_a_gate_is_about_its_own_margins_and_takes_several_trainings_of_an_arm(r
             made_up.write_values(folder, values, name=eval)
     words = ("r8=r8-s*", "r9=r9-s*", "--gate", "known/pass_rate=15 points")
     shown = compare(capsys, *words, "--margin", "open/pass_rate=0.0001")
-    assert shown.splitlines()[-1] == "passed: no arm is shown to be worse than r8"
+    assert shown.splitlines()[-2] == "passed: no arm is shown to be worse than r8"
     assert "not shown: " in compare(capsys, *words, "open/pass_rate=0.0001", code=1)
 
 

@@ -10,14 +10,20 @@ RECIPE = "quickstart/lora-r8"
 @pytest.mark.parametrize(
     ("words", "hint"),
     [
-        (["--learning_rate", "1e-4"], "train.learning_rate=VALUE"),
-        (["--lr", "1e-4"], "train.learning_rate=VALUE"),
+        (["--learning_rate", "1e-4"], "no spaces: train.learning_rate=1e-4"),
+        (["--lr"], "no spaces: train.learning_rate=VALUE"),
         (["--resume"], "the same command resumes"),
-        (["train.learning_rate", "=", "1e-4"], "in one word, for example train.learning_rate=1e-4"),
+        (["train.seed", "=", "1"], "write it without spaces: train.seed=1"),
+        (["train.seed", "=1"], "write it without spaces: train.seed=1"),
+        (["train.seed=", "1"], "write it without spaces: train.seed=1"),
+        (["train.seed"], "in one word, for example"),
+        (["accelerate_configs/ddp"], "--accelerate FILE"),
+        (["max_seq_length=9"], "write train.max_length"),
         (["train.learning_rate:1e-4"], "train.learning_rate=1e-4"),
         (["quickstart/lora-r32"], "recipes study"),
         (["lr=1e-4"], "write train.learning_rate"),
-        (["model=Qwen/Qwen3-8B"], "recipes explain model"),
+        (["model=Qwen/Qwen3-8B"], "write model.name_or_path=Qwen/Qwen3-8B"),
+        (["train=3"], "recipes explain train"),
     ],
 )
 def test_a_mistyped_word_is_answered_with_what_to_type(words, hint, capsys) -> None:
@@ -30,6 +36,32 @@ def test_the_wrong_kind_of_file_is_answered_with_the_verb_for_it(capsys) -> None
     assert "recipes train" in capsys.readouterr().err
     assert recipes(["show", "accelerate_configs/ddp.yaml"]) == 2
     assert "--accelerate FILE" in capsys.readouterr().err
+    for path, hint in (("launch/profiles/example", "--profile FILE"), ("quickstart", "lora-r")):
+        assert recipes(["show", path]) == 2
+        assert hint in capsys.readouterr().err
+
+
+def test_a_study_that_does_not_exist_is_answered_with_the_names_of_studies(capsys) -> None:
+    assert recipes(["study", "plan", "lora-rnk"]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean lora-rank?" in said and "quickstart, " in said
+
+
+@pytest.mark.parametrize(
+    ("word", "code"),
+    [
+        ("data.source=nowhere.jsonl", 4),
+        ("model.name_or_path=./nowhere", 2),
+        ("data.chat_template=nowhere.jinja", 4),
+        ("run.global_batch_size=7", 2),
+    ],
+)
+def test_what_check_finds_is_refused_before_torch_is_loaded(word, code, tmp_path, capfd) -> None:
+    words = ["data.prompt_format=chat", f"run.name={tmp_path.name}", word]
+    assert recipes(["train", RECIPE, *words]) == code
+    said = capfd.readouterr().err
+    assert word.partition("=")[0] in said or "nowhere" in said
+    assert "loading torch" not in said
 
 
 def test_help_of_a_verb_can_be_asked_in_two_ways(capsys) -> None:

@@ -36,4 +36,12 @@ def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_is_one_line(tmp_p
     for word in ("/no/where/my-frist", "my-frist"):
         with pytest.raises(RecipeError, match="no run named 'my-frist'"):
             open_run(word)
-    assert [run.name for run in all_runs()] == ["my-first"]
+    RunDirectory("recipes--my-dpo").write_state("finished")
+    for word, near in (("my-dpo", "recipes--my-dpo"), ("my-frist", "my-first")):
+        with pytest.raises(RecipeError) as error:
+            open_run(word)
+        assert error.value.hints[0] == f"did you mean {near}?"
+    with pytest.raises(RecipeError) as error:
+        open_run("recipes/my-dpo.yaml")
+    assert "name the recipe's run" in str(error.value)
+    assert [run.name for run in all_runs()] == ["my-first", "recipes--my-dpo"]

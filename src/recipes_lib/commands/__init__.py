@@ -28,9 +28,7 @@ def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> No
     for name, parameter in parameters(function).items():
         if name in GIVEN:
             continue
-        kind, text, *least = get_args(hints[name])
-        if get_origin(kind) in (Union, UnionType):  # `T | None`
-            kind = next(part for part in get_args(kind) if part is not NoneType)
+        kind, text, *least = _parts_of(hints[name])
         is_flag = parameter.kind is parameter.KEYWORD_ONLY
         is_required = parameter.default is parameter.empty
         options: dict[str, Any] = {"help": text}
@@ -59,6 +57,35 @@ def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> No
             if not is_required:
                 options.setdefault("nargs", "?")
             parser.add_argument(name, **options)
+
+
+def _parts_of(annotation: Any) -> list[Any]:
+    """Return the type of an `Annotated[type, ...]`, of `T | None` the T, and what follows it."""
+    kind, *rest = get_args(annotation)
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    return [kind, *rest]
+
+
+def described(function: Callable[..., int]) -> list[dict[str, object]]:
+    """Return the arguments and flags of a verb's function, for `recipes --help --json`."""
+    rows = []
+    hints = get_type_hints(function, include_extras=True)
+    for name, parameter in parameters(function).items():
+        if name in GIVEN:
+            continue
+        kind, text, *_ = _parts_of(hints[name])
+        word = name.rstrip("_")
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            word = f"--{word.replace('_', '-')}"
+        row: dict[str, object] = {"name": word, "help": text}
+        row["required"] = parameter.default is parameter.empty
+        row["takes_value"] = kind is not bool
+        row["repeatable"] = get_origin(kind) is list
+        if get_origin(kind) is Literal:
+            row["choices"] = get_args(kind)
+        rows.append(row)
+    return rows
 
 
 def parameters(function: Callable[..., int]) -> Mapping[str, inspect.Parameter]:

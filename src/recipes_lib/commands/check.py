@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 # What reads the other kinds of files is imported where it is needed: most files are recipes, and
 # jinja2, numpy and the schema of evals take as long as the rest.
 
+# To read more rows than this takes longer than to import torch.
+_MOST_BYTES = 50_000_000
+
 
 def run_check(
     paths: Annotated[list[str], "YAML files, names of recipes, or folders with YAML files"],
@@ -85,7 +88,7 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
     document = read(path)
     kind = document.kind
     if kind == "recipe":
-        yield from _recipe_faults(document, full, notes)
+        yield from recipe_faults(document, full, notes)
     elif kind == "study":
         from recipes_lib.study.config import load_study
         from recipes_lib.study.progress import unmet
@@ -133,9 +136,17 @@ def _warnings(
         yield RecipeError(f"warning: {need.what}", *need.hints, file=need.file, line=need.line)
 
 
-def _recipe_faults(
-    document: Document, full: bool, notes: list[RecipeError]
+def refuse_faults(recipe: Recipe) -> None:
+    """Raise what `recipes check` finds in a recipe, before torch is loaded for it."""
+    errors = list(recipe_faults(recipe.document, False, [], most_bytes=_MOST_BYTES))
+    if errors:
+        raise RecipeErrors(errors)
+
+
+def recipe_faults(
+    document: Document, full: bool, notes: list[RecipeError], most_bytes: int | None = None
 ) -> Iterator[RecipesError]:
+    """Yield what is wrong with a recipe; rows of more than `most_bytes` are not read."""
     file, wrong = check_recipe(document)
     yield from wrong
     if file is None or document.is_base:
@@ -150,7 +161,7 @@ def _recipe_faults(
         errors += check_model_files(recipe, folder)
     yield from errors
     if not errors:
-        yield from check_rows(recipe)
+        yield from check_rows(recipe, most_bytes)
         if recipe.train.get("report_to", "none") != "none":
             notes.extend(_warnings([recipe], [], full))
     try:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from recipes_lib.commands import RecipeWord
+from recipes_lib.commands.check import refuse_faults
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import RecipeErrors
@@ -32,6 +33,7 @@ def run_data(
     words = list(overrides) + late_overrides
     loaded = load_recipe(recipe, words)
     evals = [load_eval(name) for name in eval_names]
+    refuse_faults(loaded)
     quiet_libraries()
     tokenizer = load_tokenizer(loaded)
     data = prepare_data(loaded, tokenizer)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
 from recipes_lib.core.environment import quiet_libraries
-from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json, say
@@ -63,7 +63,9 @@ def run_judge_audit(
     """Ask a judge about labelled pairs, and print its scorecard."""
     from recipes_lib.evals.audit import scorecard_lines
     from recipes_lib.evals.judged import audit_on_labels
+    from recipes_lib.evals.recipe import load_judge_file
 
+    load_judge_file(judge)  # a wrong file is refused before torch is imported
     quiet_libraries()
     card, folder = audit_on_labels(judge, labels, limit, probe_pairs)
     if json:
@@ -129,16 +131,19 @@ def run_compare(
         return code
     if markdown:
         print(report_markdown(conclusion), end="")
-        say(*verdict)
+        if verdict:
+            say(*verdict)
+        # on stderr: stdout is the comment
+        print_error(f"next: {shlex.join(['recipes', 'compare', *runs, '--html', 'report.html'])}")
         return code
     say(*conclusion_lines(conclusion), is_result=bool(conclusion.claims))
     if gate:
         say("", *verdict)
-        return code
     if html:
         say(f"\nreport: {shown_path(html)}")
-        return ExitCode.DONE
-    return next_step("compare", *runs, "--html", "report.html")
+    else:
+        next_step("compare", *runs, "--html", "report.html")
+    return code
 
 
 def _margin(flag: str, word: str) -> tuple[str, Margin]:

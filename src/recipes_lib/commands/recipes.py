@@ -267,7 +267,7 @@ def _full_name(word: str, keys: Mapping[str, JsonSchemaValue]) -> str:
         last = plain.rpartition(".")[2]
         if last in section.gone:
             hints = [section.gone[last]]
-    raise RecipeError(f"unknown key '{word}'", *hints)
+    raise RecipeError(f"unknown key '{word}'", *(hints or ["all sections: recipes explain"]))
 
 
 def _type_text(schema: JsonSchemaValue) -> str:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Annotated
 
 from recipes_lib.commands import Accelerate, Gpus, Nodes, RecipeWord, flag_words
+from recipes_lib.commands.check import refuse_faults
 from recipes_lib.config.launch import TRAIN_FLAGS, Launch, place_machine, plan_launch
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import Recipe, check_launch, load_recipe
 from recipes_lib.core.environment import require_extra
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
@@ -58,6 +59,8 @@ def run_train(
         if line is not None:
             say(line)
             return next_step("chat", loaded.name)
+        check_launch(loaded, launch)
+        refuse_faults(loaded)
     if dry_run or debug:
         say(f"$ {shlex.join(command)}")
     if dry_run:

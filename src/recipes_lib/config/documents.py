@@ -58,7 +58,9 @@ _HINTS = {
     "flat": "recipes migrate turns a flat TRL config into a recipe",
     "study": "use recipes study",
     "eval": "use recipes eval",
-    "recipe": "to train it: recipes train",
+    "recipe": "to train it: recipes train; its results: recipes compare RUN",
+    "profile": "it says how Slurm runs a recipe: recipes launch RECIPE --profile FILE",
+    "judge": "an eval recipe extends it; to audit it: recipes judge audit --judge FILE",
     "accelerate": "it says how a recipe is launched: recipes train RECIPE --accelerate FILE",
 }
 _ALL_RECIPES = "all recipes: recipes ls; evals are in evals/, studies in recipes/studies/"
@@ -71,7 +73,12 @@ SHORT_NAMES = {
     "model_name_or_path": "model.name_or_path",
     "base_model": "model.name_or_path",
     "dataset": "data.source",
+    "output_dir": "run.name",
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "lora.r"),
+    **dict.fromkeys(("max_seq_length", "cutoff_len", "sequence_len"), "train.max_length"),
 }
+# The key of a section that a value is meant for where somebody gives one to the whole section.
+MAIN_KEYS = {"model": "name_or_path", "data": "source", "lora": "r", "run": "name"}
 
 
 class MissingRows(RecipeError):
@@ -225,12 +232,15 @@ def _merge(document: Document, into: Values, new: Values, at: KeyPath) -> None:
 def read_words(words: Iterable[str]) -> list[Document]:
     """Return a document for each `section.key=value`, with its one value in nested mappings."""
     documents: list[Document] = []
-    for word in words:
+    typed = list(words)
+    for number, word in enumerate(typed):
         name, separator, text = word.removeprefix("--").partition("=")
         keys = name.split(".")
         document = Document(Path(COMMAND_LINE), text=text)
         if not separator or not all(keys):
-            raise document.error(1, f"'{word}' is not section.key=value", _hint_of_word(word))
+            raise document.error(
+                1, f"'{word}' is not section.key=value", _hint_of_word(typed, number)
+            )
         document.origins[tuple(keys)] = document.origin(1)
         _compose(document, tuple(keys))
         for key in reversed(keys):
@@ -239,20 +249,30 @@ def read_words(words: Iterable[str]) -> list[Document]:
     return documents
 
 
-def _hint_of_word(word: str) -> str:
-    """Return what to type instead of a word that is no `section.key=value`."""
+def _hint_of_word(words: Sequence[str], number: int) -> str:
+    """Return what to type instead of a word that is no `section.key=value`, by its neighbours."""
+    word = words[number]
+    before = words[number - 1] if number else ""
+    after = words[number + 1] if number + 1 < len(words) else ""
     name = word.lstrip("-").replace("-", "_")
     example = "for example train.learning_rate=1e-4"
     if name.startswith("resume"):
         return "the same command resumes a run that was stopped"
     if word.startswith("-"):
         key = SHORT_NAMES.get(name, f"train.{name}")
-        return f"keys of a recipe have no dashes and no spaces: {key}=VALUE"
-    if word in ("=", ":"):
-        return f"write it without spaces, {example}"
+        value = after if after and not after.startswith("-") else "VALUE"
+        return f"keys of a recipe have no dashes and no spaces: {key}={value}; flags: --help"
+    if after.startswith("="):
+        value = after[1:] or "".join(words[number + 2 : number + 3])
+        return f"write it without spaces: {word}={value}"
+    if before.endswith("="):
+        return f"write it without spaces: {before}{word}"
     if ":" in word:
         return f"write it with =: {word.replace(':', '=', 1)}"
     if recipe_path(word).is_file():
+        kind = _read_file(recipe_path(word)).kind
+        if kind != "recipe" and kind in _HINTS:
+            return _HINTS[kind]
         return "one recipe at a time; several are a study: recipes study --help"
     return f"write key and value in one word, {example}"
 
@@ -360,6 +380,9 @@ def did_you_mean(word: str, names: Iterable[str], show: Callable[[str], object] 
 def near_file(path: Path) -> list[str]:
     """Return the hint `did you mean X?` for a file that does not exist."""
     stems = {file.stem: shown_path(file) for file in sorted(path.parent.glob("*"))}
+    inside = sorted((project_root() / "recipes" / path).glob("[!_]*.yaml"))
+    if inside:  # the folder of a model's recipes
+        return [f"did you mean {path / inside[0].stem}?"]
     return did_you_mean(path.stem, stems, stems.get)
 
 
@@ -374,5 +397,4 @@ def wrong_kind(document: Document, expected: str) -> RecipeError:
     kind = document.kind
     keys = value_text(list(document.values), 200)
     what = f"expected a YAML of kind {expected}, found {kind or 'unknown'}: its keys are {keys}"
-    hints = [_HINTS[kind]] if kind in _HINTS else []
-    return RecipeError(what, *hints, file=document.file)
+    return RecipeError(what, _HINTS.get(kind, _ALL_RECIPES), file=document.file)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recipes_lib.config.documents import (
+    MAIN_KEYS,
     SHORT_NAMES,
     Document,
     KeyPath,
@@ -150,7 +151,11 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
     if any(detail["type"] == "extra_forbidden" for detail in details):
         return _unknown(model, path)
     if kind == "model_type":  # a plain mapping has no keys of ours
-        return [f"{name} is a section, not a value", f"its keys: recipes explain {name}"]
+        hint = f"its keys: recipes explain {name}"
+        if name in MAIN_KEYS:
+            value = value_text(details[0]["input"], 60)
+            hint = f"write {name}.{MAIN_KEYS[name]}={value}, or in YAML below {name}:; {hint}"
+        return [f"{name} is a section, not a value", hint]
     what = " or ".join(dict.fromkeys(detail["msg"] for detail in details))
     what = what.replace("or Input should be", "or").replace("Value error, ", "")
     what = what.partition(" or instance of ")[0]

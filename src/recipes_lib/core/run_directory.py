@@ -5,6 +5,7 @@ run.json is the only truth about how a run ended: exit codes do not survive `acc
 lock ends with its process; a note says who holds it.
 """
 
+import difflib
 import os
 import shlex
 import socket
@@ -76,7 +77,9 @@ class RunDirectory:
         """Return run.json, where only `state` is sure; a damaged one is an EnvironmentFault."""
         if not self.exists():
             what = f"no run named '{self.name}' in {self.root}"
-            raise RecipeError(what, "train it first; all runs: recipes status")
+            if self.name.endswith((".yaml", ".yml")):
+                raise RecipeError(what, "name the recipe's run: recipes status lists them")
+            raise RecipeError(what, *self._near_runs(), "train it first; all runs: recipes status")
         state = object_or_none(self.state_file) or {}
         what = damaged_section(state)
         if state.get("state") not in get_args(State):
@@ -85,6 +88,14 @@ class RunDirectory:
             return state
         remedy = f"move it away to resume from the last complete checkpoint: {self.train_command()}"
         raise EnvironmentFault(what, remedy, file=self.state_file)
+
+    def _near_runs(self) -> list[str]:
+        """Return the hint `did you mean X?` for a run that does not exist."""
+        names = [run.name for run in all_runs(self.root)]
+        # a recipe without run.name makes runs FOLDER--NAME
+        near = [name for name in names if name.endswith(f"--{self.name}")]
+        near += difflib.get_close_matches(self.name, names, 1, cutoff=0.65)
+        return [f"did you mean {name}?" for name in near[:1]]
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""

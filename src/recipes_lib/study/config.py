@@ -4,7 +4,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -14,12 +14,18 @@ from pydantic import BeforeValidator, Field
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
 from recipes_lib.analysis.looks import Look, looks_after
-from recipes_lib.config.documents import COMMAND_LINE, Document, KeyPath, did_you_mean, read
+from recipes_lib.config.documents import (
+    COMMAND_LINE,
+    Document,
+    KeyPath,
+    did_you_mean,
+    read,
+)
 from recipes_lib.config.launch import AccelerateConfigName, Launch, plan_launch
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.recipe import Recipe, all_keys, check_launch, load_recipe
-from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.core.project import recipe_path, shown_path
+from recipes_lib.core.errors import RecipeError, RecipeErrors, RecipesError
+from recipes_lib.core.project import project_root, recipe_path, shown_path
 from recipes_lib.evals.lm_eval_files import metrics_of_task
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
@@ -192,13 +198,29 @@ def study_file(word: str) -> Path | None:
     return None
 
 
+def _no_such_study(file: Path) -> RecipeError:
+    """Return the error for a study that does not exist, with the names of those that do."""
+    names: dict[str, None] = {}  # each once: the working directory may be the checkout
+    for root in (Path("recipes"), project_root() / "recipes"):
+        for path in sorted(root.rglob("*.yaml")):
+            with suppress(RecipesError):
+                if read(path).kind == "study":
+                    name = path.relative_to(root).with_suffix("").as_posix()
+                    names[name.removeprefix("studies/")] = None
+    hints = [*did_you_mean(file.stem, names), f"studies: {', '.join(names)}"]
+    return RecipeError("no such file or study", *hints, file=shown_path(file))
+
+
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """Load and check a study, its recipes and its evals; all errors are reported at once.
     `overrides` are `section.key=value` for every recipe, and `key=value` for the study's keys.
     """
     of_recipes = [word for word in overrides if "." in _key_of(word)]
     of_study = [word for word in overrides if word not in of_recipes]
-    document = read(study_file(str(path)) or path, of_study)
+    file = study_file(str(path)) or recipe_path(path)
+    if not file.exists():
+        raise _no_such_study(file)
+    document = read(file, of_study)
     reader = _Reader(document, parse(StudyFile, document), of_recipes)
     reader.check_names()
     arms = reader.arms()
