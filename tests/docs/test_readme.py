@@ -18,7 +18,8 @@ from recipes_lib.study.config import load_study
 from recipes_lib.study.trainings import study_trainings
 
 PROJECT = Path(__file__).resolve().parents[2]
-PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+DOCS = sorted((PROJECT / "docs").glob("*.md"))
+PAGES = [PROJECT / "README.md", PROJECT / "AGENTS.md", *DOCS]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run for real, in a copy of the folders they read. Of the others only the words are checked: they
@@ -166,6 +167,14 @@ def test_every_link_and_every_file_that_a_page_names_leads_somewhere() -> None:
     assert len(proofs) > 10 and not wrong
 
 
+def test_the_page_for_agents_names_every_verb_and_its_exit_codes() -> None:
+    text = TEXTS[PROJECT / "AGENTS.md"]
+    table = " ".join(re.findall(r"^\| (`.*`) \|", text, re.MULTILINE))
+    assert {word.split()[0] for word in re.findall(r"`([^`]+)`", table)} == {*cli.VERBS}
+    said = text.partition("Exit codes:")[2].partition("\n\n")[0]
+    assert all(str(int(code)) in re.findall(r"\d+", said) for code in ExitCode)
+
+
 def test_the_exit_codes_of_the_page_are_those_of_the_program() -> None:
     page = TEXTS[PROJECT / "docs" / "training.md"]
     codes = re.findall(r"^\| (\d+) \|", page.split("\n## Exit codes\n")[1], re.MULTILINE)
@@ -173,12 +182,12 @@ def test_the_exit_codes_of_the_page_are_those_of_the_program() -> None:
 
 
 def test_pages_are_short_and_begin_with_what_their_reader_can_do_afterwards() -> None:
-    sizes = [len(text.encode()) for text in TEXTS.values()]
-    assert sizes[0] <= 7_000 and sum(sizes[1:]) <= 110_000
+    readme, agents, *docs = [len(text.encode()) for text in TEXTS.values()]
+    assert readme <= 7_000 and agents <= 4_000 and sum(docs) <= 110_000
     assert len((PROJECT / "CONTRIBUTING.md").read_bytes()) <= 4_000
     for page, text in TEXTS.items():
         lines = FENCE.sub("", text).splitlines()
         long = [line for line in lines if len(line) > 140 and not line.startswith(("| ", "!["))]
         assert not long, page.name
-    for page in PAGES[1:]:
+    for page in DOCS:
         assert TEXTS[page].partition("\n\n")[2].startswith("After this page you "), page.name
