@@ -70,9 +70,12 @@ def test_every_command_of_a_page_works_and_prints_what_is_shown(page, checkout, 
             assert not missing, f"{page.name}: {commands} does not print {missing}"
 
 
-def test_the_study_of_the_readme_is_one(checkout: Path) -> None:
-    (yaml,) = (body for language, body in FENCE.findall(TEXTS[PAGES[0]]) if language == "yaml")
-    (checkout / "recipes" / "my-study.yaml").write_text(yaml, encoding="utf-8")
+def test_the_study_and_the_second_stage_of_the_readme_are_recipes(checkout: Path) -> None:
+    bodies = [body for language, body in FENCE.findall(TEXTS[PAGES[0]]) if language == "yaml"]
+    for name, yaml in zip(("my-dpo", "my-study"), bodies, strict=True):
+        (checkout / "recipes" / f"{name}.yaml").write_text(yaml, encoding="utf-8")
+    # the run of the first stage and the pairs are the reader's
+    assert load_recipe("recipes/my-dpo.yaml", ["model.name_or_path=org/base"]).stage == "dpo"
     for verb in (["check"], ["study", "plan"]):
         assert cli.main([*verb, "recipes/my-study.yaml"]) == ExitCode.DONE
 
