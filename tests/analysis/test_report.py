@@ -9,9 +9,11 @@ import shutil
 import subprocess
 import time
 import tracemalloc
+from collections import defaultdict
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from tests.analysis.made_up import (
@@ -136,6 +138,34 @@ def test_in_a_browser_questions_can_be_paged_and_filtered_by_who_answers_better(
     # two arms and the reference that both were judged against
     expected = f"<pre>1 of 60, true, 0, 2 of 60, 3 of 60, 3, {better}, {worse}</pre>"
     assert expected in done.stdout, done.stdout
+
+
+def test_the_forest_has_whole_labels_a_dot_per_seed_and_the_better_side(tmp_path: Path) -> None:
+    made: dict[str, list[Path]] = defaultdict(list)
+    name = "questions-with-a-name-that-was-cut-in-the-middle"
+    for arm, skill in (("r8", 0.4), ("r32-with-a-name-of-its-own", 0.8)):
+        for seed in (1, 2, 3):
+            folder = write_run(tmp_path, f"{arm}-s{seed}", seed=seed)
+            values = [float((n + seed) % 10 < 10 * skill) for n in range(53)]
+            write_values(folder, values, name=name)
+            losses = [2.0 - skill + n / 100 for n in range(53)]
+            write_values(
+                folder, losses, metric="loss", name="held_out", unit="number", higher=False
+            )
+            made[arm].append(folder)
+    arms = load_arms(made)
+    conclusion = conclude(arms)
+    page = report_html(conclusion, arms)
+    figure = page.partition('id="forest">')[2].partition("</figure>")[0]
+    assert "r32-with-a-name-of-its-own − r8: " in figure and "…" not in figure
+    first_panel, second_panel = figure.split('class="panel"')[1:]
+    by_name = {"loss" in panel: panel for panel in (first_panel, second_panel)}
+    assert "← second arm better" in by_name[False] and "← first arm better" in by_name[True]
+    assert by_name[False].count('class="seed"') == 3 and "points</span>" in by_name[False]
+    places = [float(place) for place in re.findall(r"left:([\d.-]+)%", figure)]
+    assert places and all(0 <= place <= 100 for place in places)
+    row = next(row for row in conclusion.table.rows if row.unit == "share")
+    assert fmean(row.by_seed) == pytest.approx(row.difference)
 
 
 def win_rate_values(folder: Path) -> dict[str, float]:

@@ -73,13 +73,13 @@ def in_slurm(stand_in):
 
 def test_slurm_reads_a_directive_as_it_was_meant(profile_file) -> None:
     """Quotes as in bash, but a backslash takes the next character as it is, within quotes too."""
-    sbatch = {"comment": "back\\slash", "constraint": "$(touch oops)&b"}
+    sbatch = {"comment": "back\\slash", "licenses": "$(touch oops)&b"}
     profile = load_profile(str(profile_file(sbatch=sbatch)))
     job = Job("report", "report", (Task(("true",), ()),), uses_gpus=False)
     lines = directives(job, Path("/a b/it's #1"), profile)
     assert all(line.startswith("#SBATCH ") for line in lines)
     words = [shlex.split(line.removeprefix("#SBATCH ").replace("\\\\", "\\")) for line in lines]
-    assert ["--comment=back\\slash"] in words and ["--constraint=$(touch oops)&b"] in words
+    assert ["--comment=back\\slash"] in words and ["--licenses=$(touch oops)&b"] in words
     assert ["--output=/a b/it's #1/report.log"] in words
     assert ["--signal=B:USR2@300"] in words and ["--requeue"] in words
 

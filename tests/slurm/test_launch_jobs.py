@@ -122,11 +122,16 @@ def test_flags_that_are_hardly_meant_are_said(profile_file, launch: Launch) -> N
     said = launch(*CHAIN, "--dry-run", "--profile", profile_file(sbatch=sbatch, stages=stages))
     cpu = "asks for no GPU and goes to partition gpu: if that is for GPU jobs, set stages"
     assert f"# warning: train {cpu}.train.partition" in said and f"mt_bench {cpu}.eval" in said
-    assert "stage report has its own partition, but sbatch.constraint (h100)" in said
-    stages = {"report": {"partition": "cpu", "constraint": None}}
-    stages |= {name: {"partition": "cpu", "constraint": None} for name in ("train", "eval")}
-    said = launch(*CHAIN, "--dry-run", "--profile", profile_file(sbatch=sbatch, stages=stages))
-    assert "constraint" not in said and "partition gpu" not in said
+    # a partition of its own has other nodes
+    assert "--constraint=h100" in said.split("# report: ")[0]
+    assert "constraint" not in said.split("# report: ")[1]
+    stages = {name: {"partition": "cpu"} for name in ("train", "eval", "report")}
+    stages["eval"]["constraint"] = "avx"
+    srun = {"cpu-bind": "cores", "gpus-per-node": "{gpus}", "no-kill": True}
+    profile = profile_file(sbatch=sbatch, stages=stages, srun=srun)
+    said = launch(*CHAIN, "--dry-run", "--profile", profile)
+    assert "h100" not in said and "partition gpu" not in said and "--constraint=avx" in said
+    assert "run srun --cpu-bind=cores --no-kill bash " in said  # no GPU, no flag about GPUs
 
 
 def test_a_variable_that_is_not_set_is_no_folder(

@@ -1,66 +1,72 @@
-"""The two figures of a report as SVG: differences with their intervals, and training curves."""
+"""The two figures of a report: differences with their intervals, and training curves as SVG."""
 
-import itertools
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from recipes_lib.analysis.claims import Claim
 from recipes_lib.analysis.curves import CURVES
-from recipes_lib.analysis.row_text import confidence_text, where_text
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.text import difference_text, plain_number
 from recipes_lib.core.terminal import printable
 
 # All sizes are in units of the view box, which the page scales to its width.
 _WIDTH = 760
-_LABELS = 350  # width of the labels left of the forest's axis
-_HALF_AXIS = (_WIDTH - _LABELS - 20) / 2
-_MIDDLE = _LABELS + _HALF_AXIS
-_ROW_HEIGHT = 26
-_MOST_ROWS = 40
+_MOST_ROWS = 40  # of the forest
 _PANEL_WIDTH = 370
 _PANEL_HEIGHT = 200
 _COLORS = ("#2f6db3", "#c4552d", "#3b8a4c", "#8a5bb0", "#a07c1f", "#4a8f9c", "#b0486f", "#666666")
-_VERDICT_COLORS = {"better": "#2c7a43", "worse": "#b03a1e"}
 
 
-def forest(claims: Sequence[Claim]) -> str:
-    """Return every tested difference with its interval, a panel for each unit, or nothing."""
-    drawn = [claim for claim in claims if claim.row.interval and not claim.row.aside][:_MOST_ROWS]
-    if not drawn:
-        return ""
-    parts: list[str] = []
-    top = 0
-    for unit in dict.fromkeys(claim.row.unit for claim in drawn):
-        of_unit = [claim for claim in drawn if claim.row.unit == unit]
-        intervals = [claim.row.interval or () for claim in of_unit]
-        # the value at both ends of the axis
-        reach = max(map(abs, itertools.chain(*intervals))) * 1.05 or 1.0
-        bottom = top + _ROW_HEIGHT * len(of_unit)
-        parts.append(_line(_MIDDLE, top + 4, _MIDDLE, bottom + 4, "#999"))
-        for number, claim in enumerate(of_unit):
-            y = top + _ROW_HEIGHT * number + _ROW_HEIGHT / 2 + 4
-            row = claim.row
-            low, high = row.interval or (0.0, 0.0)
-            x = _x_of(row.difference or 0.0, reach)
-            color = _VERDICT_COLORS.get(claim.verdict, "#555")
-            label = f"{row.first} − {row.second}: {where_text(row)}"
-            if len(label) > 44:  # wide and bold it fits
-                label = f"{label[:43]}…"
-            parts.append(_text(_LABELS - 12, y + 4, label, "end", 12, bold=row.primary))
-            parts.append(_line(_x_of(low, reach), y, _x_of(high, reach), y, color, 2))
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>')
-        for value, anchor in ((-reach, "start"), (0.0, "middle"), (reach, "end")):
-            label = difference_text(value, unit)
-            parts.append(_text(_x_of(value, reach), bottom + 20, label, anchor, 11))
-        top = bottom + 38
-    level = confidence_text(drawn[0].row.alpha)
-    return _svg(top, parts, f"differences with {level} intervals")
+def forest(claims: Sequence[Claim]) -> dict[str, Any]:
+    """Return what the page draws: every tested difference with its interval, a panel for each unit
+    and direction, and how many rows are left out. Places are in percent of the axis.
+    """
+    shown = [claim for claim in claims if claim.row.interval and not claim.row.aside]
+    by_axis: dict[tuple[str, bool | None], list[Claim]] = defaultdict(list)
+    for claim in shown[:_MOST_ROWS]:
+        by_axis[claim.row.unit, claim.row.higher_is_better].append(claim)
+    panels = []
+    for (unit, higher_is_better), of_axis in by_axis.items():
+        values = [end for claim in of_axis for end in claim.row.interval or ()]
+        values += [value for claim in of_axis for value in claim.row.by_seed]
+        reach = max(map(abs, values)) * 1.05 or 1.0  # the value at both ends
+        step = _tick(reach)
+        ticks = [(_place(value, reach), difference_text(value, unit)) for value in (-step, 0, step)]
+        rows = [_forest_row(claim, reach) for claim in of_axis]
+        panels.append({"rows": rows, "ticks": ticks, "higher_is_better": higher_is_better})
+    return {"panels": panels, "left_out": max(0, len(shown) - _MOST_ROWS)}
 
 
-def _x_of(value: float, reach: float) -> float:
-    """Where a difference lies on an axis that reaches equally far to both sides."""
-    return _MIDDLE + value * _HALF_AXIS / reach
+def _forest_row(claim: Claim, reach: float) -> dict[str, Any]:
+    row = claim.row
+    low, high = row.interval or (0.0, 0.0)
+    return {
+        "row": row,
+        "verdict": claim.verdict,
+        "low": _place(low, reach),
+        "width": _place(high, reach) - _place(low, reach),
+        "at": _place(row.difference or 0.0, reach),
+        "seeds": [_place(value, reach) for value in row.by_seed if len(row.by_seed) > 1],
+    }
+
+
+def _place(value: float, reach: float) -> float:
+    """Where a difference lies on an axis that reaches equally far to both sides, in percent."""
+    return round(50 + 50 * value / reach, 2)
+
+
+def _tick(reach: float) -> float:
+    """Return the largest round number on an axis.
+
+    Example:
+        >>> _tick(0.63), _tick(0.3), _tick(17.0)
+        (0.5, 0.2, 10.0)
+    """
+    power = 10.0 ** math.floor(math.log10(reach))
+    return next(factor * power for factor in (5, 2, 1) if factor * power <= reach)
 
 
 def curves(arms: Arms) -> str:
@@ -131,5 +137,5 @@ def _line(x: float, y: float, x2: float, y2: float, color: str, width: float = 1
 def _svg(height: float, parts: Sequence[str], title: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" role="img"'
-        f' aria-label="{escape(title)}" font-family="sans-serif" fill="#222">{"".join(parts)}</svg>'
+        f' aria-label="{escape(title)}" fill="currentColor">{"".join(parts)}</svg>'
     )

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -31,7 +32,7 @@ from recipes_lib.analysis.printed_commands import commands, portable_command
 from recipes_lib.analysis.questions import question_data
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.files import write_text
-from recipes_lib.core.terminal import printable
+from recipes_lib.core.terminal import printable, shown_duration
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.recipe import ROW_SUITES
 from recipes_lib.evals.suites import numbers_of
@@ -57,11 +58,6 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
     """Return the page."""
     questions = question_data(arms)
     scores = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
-    reference = []
-    if design:
-        for arm, numbers in design.reference.items():
-            for metric, published in numbers.items():
-                reference.append((arm, metric, published, scores.get((arm, metric))))
     # safe inside a script element
     questions_json = json.dumps(questions, ensure_ascii=True, separators=(",", ":"))
     for character in "<>&":
@@ -72,10 +68,11 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         severities=SEVERITIES,
         effect_title=effect_title(conclusion.table.alpha),
         level=row_text.confidence_text(conclusion.table.alpha),
-        forest=Markup(plots.forest(conclusion.claims)),
+        forest=plots.forest(conclusion.claims),
         curves=Markup(plots.curves(arms)),
-        reference=reference,
-        answers=answer_counts(arms),
+        reference=design.reference if design else {},
+        scores=scores,
+        answers=answers_by_arm(arms),
         trainings=trainings(arms),
         tuned=design.tuned if design else {},
         categories={} if conclusion.waiting else categories(arms),
@@ -104,6 +101,7 @@ def _page() -> Template:
         "value": text.metric_text,
         "number": text.plain_number,
         "p": text.p_text,
+        "duration": lambda seconds: shown_duration(seconds) if seconds else "–",
         "effect": row_text.effect_text,
         "limits": row_text.limits_text,
         "where": row_text.where_text,
@@ -149,6 +147,7 @@ def trainings(arms: Arms) -> list[dict[str, Any]]:
             "rows": summary.get("training_rows"),
             "loss": summary.get("last_training_loss") or loss,
             "validation_loss": summary.get("last_validation_loss") or eval_loss,
+            "seconds": summary.get("seconds"),
             "tokens_per_second": summary.get("tokens_per_second"),
             "peak_memory_gib": summary.get("peak_memory_gib"),
             "devices": hardware,
@@ -158,18 +157,41 @@ def trainings(arms: Arms) -> list[dict[str, Any]]:
     return rows
 
 
-def answer_counts(arms: Arms) -> dict[tuple[str, str], dict[str, tuple[int, int]]]:
-    """Return the faults of answers by arm and evaluation, each as (faulty answers, all)."""
-    counts: dict[tuple[str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
-    for arm in arms:
+def answers_by_arm(arms: Arms) -> list[dict[str, Any]]:
+    """Return what is known of the answers of each arm and evaluation: their number and median
+    length, the replies of judges about them, and their faults as (faulty answers, all).
+    """
+    by_eval: dict[tuple[str, str], list[EvalLog]] = defaultdict(list)
+    for arm, log in arms.logs:
+        by_eval[arm, log.eval].append(log)
+    rows = []
+    for (arm, eval), logs in by_eval.items():
         # Results against several opponents are about the same answers: the first one counts.
-        logs = {log.file.parent: log for log in reversed(arm.logs)}
-        for log in logs.values():
-            by_fault = counts[arm.name, log.eval]
+        first_logs = {log.file.parent: log for log in reversed(logs)}
+        samples = {
+            (folder, sample.key): sample
+            for folder, log in first_logs.items()
+            for metric in log.metrics
+            for sample in metric.samples
+            if sample.answer is not None
+        }
+        faults: dict[str, tuple[int, int]] = {}
+        for log in first_logs.values():
             for fault, (faulty, n) in log.faults.items():
-                faulty_before, n_before = by_fault.get(fault, (0, 0))
-                by_fault[fault] = (faulty_before + faulty, n_before + n)
-    return {key: by_fault for key, by_fault in counts.items() if by_fault}
+                faulty_before, n_before = faults.get(fault, (0, 0))
+                faults[fault] = (faulty_before + faulty, n_before + n)
+        if samples:
+            row: dict[str, Any] = {"arm": arm, "eval": eval, "n": len(samples), "faults": faults}
+            row["median_characters"] = median(
+                len(str(sample.answer)) for sample in samples.values()
+            )
+            row["judge_replies"] = sum(_num_judge_replies(log) for log in logs)
+            rows.append(row)
+    return rows
+
+
+def _num_judge_replies(log: EvalLog) -> int:
+    return sum(len(sample.raws) for metric in log.metrics[:1] for sample in metric.samples)
 
 
 def categories(arms: Arms) -> dict[str, list[dict[str, Any]]]:
@@ -220,6 +242,7 @@ def number_rows(conclusion: Conclusion, arms: Arms) -> Iterator[dict[str, Any]]:
         row = claim.row.to_dict()
         row["flags"] = "; ".join(row["flags"])
         row["trainings"] = min(row["trainings"])
+        row["by_seed"] = "; ".join(map(str, row["by_seed"]))
         row["p_not_worse"], row["p_not_better"] = row.pop("p_margin") or (None, None)
         yield _number("comparison", row | {"verdict": claim.verdict, "within": claim.within})
     for score in conclusion.table.scores:
@@ -230,10 +253,12 @@ def number_rows(conclusion: Conclusion, arms: Arms) -> Iterator[dict[str, Any]]:
                 yield _number("category", row)
     for row in trainings(arms):
         yield _number("training", {"n": 1, **row})
-    for (arm, eval), by_fault in answer_counts(arms).items():
-        for fault, (faulty, n) in by_fault.items():
-            row = {"arm": arm, "eval": eval, "metric": fault, "value": faulty, "n": n}
-            yield _number("answers", row)
+    for of_eval in answers_by_arm(arms):
+        numbers = {fault: faulty for fault, (faulty, _) in of_eval["faults"].items()}
+        numbers |= {name: of_eval[name] for name in ("median_characters", "judge_replies")}
+        for name, value in numbers.items():
+            row = {key: of_eval[key] for key in ("arm", "eval", "n")}
+            yield _number("answers", row | {"metric": name, "value": value})
     for log in _audited(arms):
         assert log.judge and log.audit
         for check in log.audit.checks:

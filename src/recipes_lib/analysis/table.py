@@ -219,6 +219,7 @@ def _side_by_side(
         row.why_not = f"{count(int((~is_resolved).sum()), 'row')} without a value"
         return row
     row.test = compare(values, other_values, _questions(metrics, items), scale)
+    row.by_seed = _by_seed(values - other_values)
     row.first_value = _mean(values[:, is_resolved])
     row.second_value = _mean(other_values[:, is_resolved])
     row.why_not = _why_not(row)
@@ -259,11 +260,18 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: Measured, turned: b
     if turned:
         values = 1 - values
     row.test = compare(values, np.full((1, len(items)), 0.5), _questions(metrics, items))
+    row.by_seed = _by_seed(values - 0.5)
     row.first_value = _mean(values[:, ~np.isnan(values).any(axis=0)])
     if row.first_value is not None:
         row.second_value = 1 - row.first_value
     row.why_not = _why_not(row)
     return row
+
+
+def _by_seed(differences: _Values) -> tuple[float, ...]:
+    """The mean of each training over the items that have a verdict in all of them."""
+    resolved = differences[:, ~np.isnan(differences).any(axis=0)]
+    return tuple(map(float, resolved.mean(axis=1))) if resolved.size else ()
 
 
 def _median_length(answers: Sequence[str | None]) -> float | None:

@@ -25,6 +25,7 @@ class TableRow:
     first_length: float | None = None  # median characters of the first arm's answers
     second_length: float | None = None
     test: Comparison | None = None
+    by_seed: tuple[float, ...] = ()  # the difference of each pair of trainings
     n: int = 0
     trainings: tuple[int, int] = (0, 0)  # of each arm; 0 of a model not trained here
     why_not: str = ""  # why it has no verdict

@@ -80,11 +80,7 @@ def run_new(
 
 
 def _new_with_rows(
-    data: Path,
-    target: Path,
-    new_text: Callable[..., str],
-    overrides: Sequence[str],
-    stage: Stage,
+    data: Path, target: Path, new_text: Callable[..., str], overrides: Sequence[str], stage: Stage
 ) -> int:
     """Write a recipe for the user's own rows, fitted to their number; name those that are bad."""
     columns: dict[str, str] = {}

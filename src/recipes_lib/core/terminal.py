@@ -112,12 +112,11 @@ def for_stream(text: str, stream: TextIO, fold: bool = True, is_result: bool = F
         color = _BOLD if is_result else _color_of(line, is_error=stream is sys.stderr)
         parts = [line]
         if fold and len(line) > columns and not line.startswith(_NOT_FOLDED):
-            indent = " " * (len(line) - len(line.lstrip()) + 2)
+            hang = " " * (len(line) - len(line.lstrip()) + 2)
             parts = textwrap.wrap(
                 line,
                 columns,
-                subsequent_indent=indent,
-                replace_whitespace=False,
+                subsequent_indent=hang,
                 break_long_words=False,
                 break_on_hyphens=False,
             )

@@ -99,10 +99,7 @@ def _reported(
 
 
 def evaluate(
-    recipes: Sequence[EvalRecipe],
-    words: Sequence[str],
-    against: str | None = None,
-    **options: Any,
+    recipes: Sequence[EvalRecipe], words: Sequence[str], against: str | None = None, **options: Any
 ) -> list[EvalLog]:
     """Evaluate models with every eval recipe; return the logs, recipe after recipe.
 
@@ -126,10 +123,7 @@ def evaluate(
 
 
 def evaluate_tasks(
-    tasks: Sequence[EvalTask],
-    *,
-    remote_code: bool = False,
-    on_error: OnError | None = None,
+    tasks: Sequence[EvalTask], *, remote_code: bool = False, on_error: OnError | None = None
 ) -> list[EvalLog]:
     """Do every task; each base and each judge is loaded once, after all words were resolved.
 
@@ -255,11 +249,7 @@ def _ask_group(
 
 
 def _ask(
-    task: EvalTask,
-    model: Model,
-    target: Target,
-    engines: Engines,
-    down: dict[str, ServerDown],
+    task: EvalTask, model: Model, target: Target, engines: Engines, down: dict[str, ServerDown]
 ) -> None:
     """Let a suite ask one model; what no judge decides is done then."""
     recipe = task.recipe

@@ -194,11 +194,7 @@ class Planner:
         plan.evals = list(study.evals)
 
     def _add_trainings(
-        self,
-        plan: Plan,
-        trainings: Sequence[StudyRun],
-        name: str,
-        after: tuple[str, ...] = (),
+        self, plan: Plan, trainings: Sequence[StudyRun], name: str, after: tuple[str, ...] = ()
     ) -> None:
         """Add the jobs that train what is not planned yet: a job's tasks share one launch."""
         by_launch: dict[object, list[StudyRun]] = {}

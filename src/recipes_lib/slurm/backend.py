@@ -66,7 +66,7 @@ class Slurm:
             # the id: in a variable for the jobs that wait for it, in a file for `launch status`
             note = shlex.quote(str(plan.folder / f"{job.label}.job"))
             yield f"{names[job.label]}=$({' '.join(words)} | tee {note})"
-            script = directives(job, plan.folder, self.profile) + job_commands(job)
+            script = directives(job, plan.folder, self.profile) + job_commands(job, self.profile)
             for line in "\n".join(script).split("\n"):
                 yield f"#     {line}"
 

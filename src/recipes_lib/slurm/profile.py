@@ -29,7 +29,8 @@ _OURS = {
     "nodes", "ntasks", "ntasks-per-node", "array", "dependency", "output", "error", "job-name",
     "signal", "requeue", "no-requeue", "open-mode", "parsable", "wrap", "wait",
 }  # fmt: skip
-# Flags that say which nodes of a partition are wanted, or by which right.
+# Flags that say which nodes of a partition are wanted, or by which right: a stage with a partition
+# of its own has only those that it names.
 _OF_A_PARTITION = ("constraint", "nodelist", "exclude", "qos", "reservation")
 # Variables that are those of this process too, while it launches.
 _FOLDERS = ("RECIPES_RUNS_ROOT", "RECIPES_CACHE", "HF_HOME")
@@ -47,7 +48,10 @@ class Profile(Section):
     omits it. GPU flags are left out of jobs that need no GPU; a profile without GPU flags means a
     site without GPUs."""
     stages: dict[Stage, Flags] = {}
-    """Flags for one stage (train, eval, report), which replace those of `sbatch`."""
+    """Flags for one stage (train, eval, report), which replace those of `sbatch`. A stage with its
+    own partition takes no constraint, exclude, nodelist, qos and reservation from there."""
+    srun: Flags = {}
+    """Flags of srun for every step, under their long names (cpu-bind, mpi, container-image)."""
     setup: list[str] = []
     """Lines of bash that every job runs first (module load cuda); each must succeed."""
     prefix: list[str] = []
@@ -139,36 +143,20 @@ class Profile(Section):
                     what = f"{job.label} asks for no GPU and goes to partition {partition}"
                     hint = f"if that is for GPU jobs, set stages.{job.stage}.partition"
                     yield f"warning: {what}: {hint}"
-        for stage in dict.fromkeys(job.stage for job in jobs):
-            flags = self.stages.get(stage, {})
-            shared = self.sbatch.get("partition")
-            if flags.get("partition", shared) == shared:
-                continue
-            for name in _OF_A_PARTITION:
-                if self.sbatch.get(name) and name not in flags:
-                    inherited = f"sbatch.{name} ({self.sbatch[name]})"
-                    what = f"stage {stage} has its own partition, but {inherited}"
-                    yield f"warning: {what}: if that is not meant, set stages.{stage}.{name}: null"
 
     # ---- What its scripts hold ----
 
     def flags(self, stage: Stage, gpus: int, processes: int) -> list[str]:
         """Return the flags of sbatch for a job of a stage, with so many of each on a node."""
-        words = []
-        for name, value in self._all_flags(stage).items():
-            if value is None or value is False:
-                continue
-            if not gpus and ("gpu" in name or "{gpus}" in str(value)):
-                continue
-            if value is True:
-                words.append(f"--{name}")
-                continue
-            text = str(value).replace("{gpus}", str(gpus)).replace("{processes}", str(processes))
-            words.append(f"--{name}={text}")
-        return words
+        return flag_words(self._all_flags(stage), gpus, processes)
 
     def _all_flags(self, stage: Stage) -> Flags:
-        return self.sbatch | self.stages.get(stage, {})
+        shared = dict(self.sbatch)
+        own = self.stages.get(stage, {})
+        if own.get("partition", shared.get("partition")) != shared.get("partition"):
+            for name in _OF_A_PARTITION:
+                shared.pop(name, None)
+        return shared | own
 
     def variables(self) -> dict[str, str]:
         """Return the variables of a job; `{job}` stays."""
@@ -188,6 +176,21 @@ class Profile(Section):
         for name, value in self.variables().items():
             if name in _FOLDERS:
                 os.environ[name] = value
+
+
+def flag_words(flags: Flags, gpus: int, processes: int) -> list[str]:
+    """Return flags as words; those about GPUs only where there are some."""
+    words = []
+    for name, value in flags.items():
+        is_of_gpus = "gpu" in name or "{gpus}" in str(value)
+        if value is None or value is False or (is_of_gpus and not gpus):
+            continue
+        if value is True:
+            words.append(f"--{name}")
+            continue
+        text = str(value).replace("{gpus}", str(gpus)).replace("{processes}", str(processes))
+        words.append(f"--{name}={text}")
+    return words
 
 
 def known_profiles() -> dict[str, Path]:

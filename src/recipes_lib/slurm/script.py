@@ -5,7 +5,7 @@ from pathlib import Path
 
 from recipes_lib.core.project import cache_root, project_root, runs_root
 from recipes_lib.jobs.jobs import Job
-from recipes_lib.slurm.profile import Profile
+from recipes_lib.slurm.profile import Profile, flag_words
 
 # What only a node of several knows; bash puts it in there. On one node the launcher finds a port.
 _MEETING = (
@@ -44,7 +44,7 @@ def script_of(job: Job, folder: Path, profile: Profile) -> str:
     lines.append('[ -z "$TMPDIR" ] || mkdir -p "$TMPDIR" || environment_failed')
     lines += [f"{line} || environment_failed" for line in profile.setup]
     lines.append("")
-    lines += job_commands(job)
+    lines += job_commands(job, profile)
     lines.append("finish")
     return "\n".join(lines) + "\n"
 
@@ -69,9 +69,11 @@ def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
     return [f"#SBATCH {shlex.quote(word)}".replace("\\", "\\\\") for word in words]
 
 
-def job_commands(job: Job) -> list[str]:
+def job_commands(job: Job, profile: Profile) -> list[str]:
     """Return the lines of a script that do the work."""
     lines = []
+    gpus = job.processes if job.uses_gpus else 0
+    srun = ["srun", *flag_words(profile.srun, gpus, job.processes)]
     for task in job.tasks:
         on_node = shlex.join(task.launcher)
         words = task.launcher + task.args
@@ -85,7 +87,7 @@ def job_commands(job: Job) -> list[str]:
                 f'exec {on_node} "$@"'
             )
             words = ("bash", "-c", script, job.label) + task.args
-        lines.append(f"run srun {shlex.join(words)}")
+        lines.append(f"run {shlex.join([*srun, *words])}")
     if len(lines) == 1:
         return lines
     cases = ["case $SLURM_ARRAY_TASK_ID in"]

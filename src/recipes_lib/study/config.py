@@ -14,13 +14,7 @@ from pydantic import BeforeValidator, Field
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
 from recipes_lib.analysis.looks import Look, looks_after
-from recipes_lib.config.documents import (
-    COMMAND_LINE,
-    Document,
-    KeyPath,
-    did_you_mean,
-    read,
-)
+from recipes_lib.config.documents import COMMAND_LINE, Document, KeyPath, did_you_mean, read
 from recipes_lib.config.launch import AccelerateConfigName, Launch, plan_launch
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.recipe import Recipe, all_keys, check_launch, load_recipe

@@ -104,11 +104,7 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> dict[str, An
 
 
 def _fold(
-    trained: TrainedRun,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    dtype: str | None,
-    folder: Path,
+    trained: TrainedRun, tokenizer: Any, prompts: list[list[int]], dtype: str | None, folder: Path
 ) -> _Folded:
     """Write the adapter, in float32, folded into a fresh copy of its base, not quantized any more;
     return what base and adapter answered.

@@ -109,11 +109,7 @@ def numbers_of(
 
 
 def metric_of(
-    metric: str,
-    label: str,
-    samples: Sequence[Sample],
-    unit: Unit | None = None,
-    **facts: Any,
+    metric: str, label: str, samples: Sequence[Sample], unit: Unit | None = None, **facts: Any
 ) -> Metric:
     """Return a metric that is the mean of samples; those of one question are one observation."""
     kind = kind_of(metric)
