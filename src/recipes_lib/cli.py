@@ -122,12 +122,8 @@ def announce_slurm_job() -> None:
 def _run(words: Sequence[str], debug: bool) -> int:
     words = _with_help(words)
     if sorted(words) == ["--help", "--json"]:
-        return print_json(
-            {
-                "verbs": _described_verbs(),
-                "exit_codes": {code.name.lower(): code for code in ExitCode},
-            }
-        )
+        exit_codes = {code.name.lower(): code for code in ExitCode}
+        return print_json({"verbs": _described_verbs(), "exit_codes": exit_codes})
     if words[0] == "--help":
         lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
         for group, verbs in (("start here", START_HERE), ("more", MORE)):

@@ -29,10 +29,12 @@ from recipes_lib.analysis.aims import Aims, Design, TunedArm
 from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.curves import MOST_POINTS, read_curves
 from recipes_lib.analysis.lines import conclusion_lines, pair_rows, table_of_tests
+from recipes_lib.analysis.readers import ours
 from recipes_lib.analysis.readers.ours import load_arms
 from recipes_lib.analysis.report import report_html, write_report
 from recipes_lib.analysis.text import question_text
 from recipes_lib.evals.log import read_eval_log, write_lines, write_log
+from recipes_lib.evals.recipe import load_eval
 
 HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }} </script><img src=x onerror=alert(2)> \x1b[31m"
 
@@ -166,6 +168,20 @@ def test_the_forest_has_whole_labels_a_dot_per_seed_and_the_better_side(tmp_path
     assert places and all(0 <= place <= 100 for place in places)
     row = next(row for row in conclusion.table.rows if row.unit == "share")
     assert fmean(row.by_seed) == pytest.approx(row.difference)
+
+
+def test_an_evaluation_is_called_by_its_title_that_of_now_before_the_recorded_one(tmp_path) -> None:
+    folder = write_run(tmp_path, "r8")
+    recorded = {"title": "support questions"}
+    write_values(folder, [1.0, 0.0], metric="pass_rate_on_checks", recipe=recorded)
+    (run,) = ours.read(folder)
+    assert next(iter(run.metrics)).label == "pass rate on support questions"
+    for title, label in (("tickets", "pass rate on tickets"), (None, "pass rate on checks")):
+        ((_, run),) = load_arms({"r8": [folder]}, {"checks": title}).runs
+        assert next(iter(run.metrics)).label == label
+    eval = "evals/quickstart/house_style.yaml"
+    settings = load_eval(eval, ["title=the style"]).settings_key()
+    assert settings == load_eval(eval).settings_key()  # nothing is computed again
 
 
 def win_rate_values(folder: Path) -> dict[str, float]:

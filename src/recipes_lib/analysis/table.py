@@ -155,10 +155,7 @@ def _row(
         unit=metric.unit if has_one_unit else "number",
         higher_is_better=metric.higher_is_better if has_one_direction else None,
         opponent=opponent,
-        trainings=(
-            0 if first.is_base else trainings[0],
-            0 if second.is_base else trainings[1],
-        ),
+        trainings=(0 if first.is_base else trainings[0], 0 if second.is_base else trainings[1]),
         files=_files(metrics),
     )
 

@@ -315,6 +315,8 @@ class EvalRecipe(Section):
     """An eval recipe, with the judge file that it extends."""
 
     kind: ClassVar[str] = "eval"
+    title: str | None = Field(None, min_length=1)
+    """What sentences call this evaluation: `my support questions` instead of its file's name."""
     suite: SuiteSection
     data: EvalDataSection = EvalDataSection()
     generation: GenerationSection = GenerationSection()
@@ -361,6 +363,7 @@ class EvalRecipe(Section):
     def settings_key(self, code: int | None = CODE_VERSION) -> str:
         """Return hashes of what decides a result: of the settings, and of their files and code."""
         left_out: Any = {
+            "title": True,
             "metrics": {"against"},
             "generation": _ONLY_SPEED,
             "judge": _ONLY_SPEED | TEXTS.keys(),

@@ -119,7 +119,9 @@ def measured_arms(study: Study) -> Arms:
         folders.setdefault(training.arm.name, []).append(RunDirectory(training.run).path)
     results = filter(progress.is_evaluated, progress.evaluations(study))
     files = {result.file.resolve() for result in results}
-    return _with_logs(load_arms(folders), lambda log: log.file.resolve() in files, unfinished=())
+    titles = {recipe.name: recipe.title for recipe in study.evals}
+    arms = load_arms(folders, titles)
+    return _with_logs(arms, lambda log: log.file.resolve() in files, unfinished=())
 
 
 def without_duels(arms: Arms) -> Arms:

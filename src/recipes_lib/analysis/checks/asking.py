@@ -27,7 +27,7 @@ _ONE_FORMAT = (
 # Parts of an eval recipe that say how fast or where it runs; the judge has its own check, and which
 # engine answered is among the facts of `computing_facts`.
 _FREE = re.compile(
-    r"name|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine"
+    r"name|title|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine"
     r"|base_url|api_key_variable|concurrency|timeout_s|max_retries)"
 )
 

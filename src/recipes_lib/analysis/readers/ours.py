@@ -1,6 +1,7 @@
 """Reads the runs of this project: a folder with evaluations, training curves and facts."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,33 @@ def matches(path: Path) -> bool:
 
 def read(path: Path) -> list[Run]:
     """Return the run of a folder."""
-    return [load_run(path)]
+    return [_titled(load_run(path))]
 
 
-def load_arms(folders: Mapping[str, Sequence[Path]]) -> Arms:
-    """Return everything that was measured, of each arm the folders (one per seed) that exist."""
+def load_arms(
+    folders: Mapping[str, Sequence[Path]], titles: Mapping[str, str | None] | None = None
+) -> Arms:
+    """Return everything that was measured, of each arm the folders (one per seed) that exist;
+    `titles` are the evals' of now.
+    """
     arms: dict[str, ArmRuns] = {}
     for name, paths in folders.items():
-        runs = tuple(load_run(path) for path in paths if path.is_dir())
+        runs = tuple(_titled(load_run(path), titles) for path in paths if path.is_dir())
         arms[name] = ArmRuns(name, runs)
     return Arms(arms)
+
+
+def _titled(run: Run, titles: Mapping[str, str | None] | None = None) -> Run:
+    """Return a run whose metrics are named by their eval's title, by default the recorded one."""
+    evals = []
+    for log in run.evals:
+        title = log.recipe.get("title") if titles is None else titles.get(log.eval)
+        metrics = []
+        for metric in log.metrics:
+            label = metric.label.replace(log.eval, str(title or log.eval))
+            metrics.append(replace(metric, label=label))
+        evals.append(replace(log, metrics=tuple(metrics)))
+    return replace(run, evals=tuple(evals))
 
 
 def load_run(folder: Path) -> Run:

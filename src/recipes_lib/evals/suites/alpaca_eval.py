@@ -37,10 +37,7 @@ class AlpacaEval(JudgedSuite):
         outputs: list[object] = []
         annotations: list[object] = []
         for sample in log.metrics[0].samples:
-            question: dict[str, object] = {
-                "dataset": sample.category,
-                "instruction": sample.input,
-            }
+            question: dict[str, object] = {"dataset": sample.category, "instruction": sample.input}
             outputs.append(question | {"output": sample.answer or "", "generator": log.target})
             preference = None
             if sample.value is not None:
