@@ -166,6 +166,8 @@ def test_the_forest_has_whole_labels_a_dot_per_seed_and_the_better_side(tmp_path
     assert by_name[False].count('class="seed"') == 3 and "points</span>" in by_name[False]
     places = [float(place) for place in re.findall(r"left:([\d.-]+)%", figure)]
     assert places and all(0 <= place <= 100 for place in places)
+    curves = page.partition('id="curves">')[2].partition("</figure>")[0]
+    assert curves.count("<polyline") == 18 and curves.count('class="arm"') == 2  # 3 of each run
     row = next(row for row in conclusion.table.rows if row.unit == "share")
     assert fmean(row.by_seed) == pytest.approx(row.difference)
 

@@ -1,22 +1,16 @@
-"""The two figures of a report: differences with their intervals, and training curves as SVG."""
+"""The two figures of a report: differences with their intervals, and training curves."""
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from recipes_lib.analysis.claims import Claim
 from recipes_lib.analysis.curves import CURVES
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.text import difference_text, plain_number
-from recipes_lib.core.terminal import printable
 
-# All sizes are in units of the view box, which the page scales to its width.
-_WIDTH = 760
 _MOST_ROWS = 40  # of the forest
-_PANEL_WIDTH = 370
-_PANEL_HEIGHT = 200
 _COLORS = ("#2f6db3", "#c4552d", "#3b8a4c", "#8a5bb0", "#a07c1f", "#4a8f9c", "#b0486f", "#666666")
 
 
@@ -69,73 +63,35 @@ def _tick(reach: float) -> float:
     return next(factor * power for factor in (5, 2, 1) if factor * power <= reach)
 
 
-def curves(arms: Arms) -> str:
-    """Return the training curves of all runs, a panel for each kind; nothing without one."""
+def curves(arms: Arms) -> dict[str, Any]:
+    """Return what the page draws of the training curves of all runs: a panel for each kind, and the
+    color of each arm. Points are in percent of a panel, from its upper left corner.
+    """
     colors = {arm.name: _COLORS[number % len(_COLORS)] for number, arm in enumerate(arms)}
     runs = [(arm, run.curves) for arm, run in arms.runs if run.curves]
-    kinds = [kind for kind in CURVES if any(kind in of_run for _, of_run in runs)]
-    if not kinds:
-        return ""
-    parts: list[str] = []
-    for number, kind in enumerate(kinds):
-        x = (number % 2) * (_PANEL_WIDTH + 20)
-        y = (number // 2) * (_PANEL_HEIGHT + 50) + 20
-        parts.append(_text(x, y - 6, CURVES[kind], "start", 12, bold=True))
+    panels = []
+    for kind, title in CURVES.items():
         lines = [(colors[arm], of_run[kind].points) for arm, of_run in runs if kind in of_run]
-        parts += _panel(lines, x, y)
-    bottom = (len(kinds) + 1) // 2 * (_PANEL_HEIGHT + 50) + 10
-    for number, name in enumerate(dict.fromkeys(arm for arm, _ in runs)):
-        x = (number % 4) * 190
-        y = bottom + 20 * (number // 4)
-        parts.append(_line(x, y, x + 18, y, colors[name], 3))
-        parts.append(_text(x + 24, y + 4, name, "start", 11))
-    return _svg(bottom + 20 * len(colors), parts, "training curves by step")
+        if lines:
+            panels.append({"title": title} | _panel(lines))
+    return {"panels": panels, "colors": {arm: colors[arm] for arm, _ in runs}}
 
 
-def _panel(lines: Sequence[tuple[str, list[tuple[float, float]]]], x: int, y: int) -> list[str]:
-    """Lines of a color each in a rectangle whose upper left corner is given."""
-    bottom = y + _PANEL_HEIGHT
-    right = x + _PANEL_WIDTH
-    steps = [step for _, points in lines for step, _ in points]
+def _panel(lines: Sequence[tuple[str, list[tuple[float, float]]]]) -> dict[str, Any]:
+    """The points of each line with its color, and the ends of both axes."""
+    last_step = max(step for _, points in lines for step, _ in points) or 1
     values = [value for _, points in lines for _, value in points]
-    last_step = max(steps) or 1
     low = min(values)
     high = max(values)
     span = (high - low) or abs(high) or 1.0
-    digits = 4 if high < 10 else 0
-    parts = [
-        _line(x, bottom, right, bottom, "#999"),
-        _line(x, y, x, bottom, "#999"),
-        _text(x + 4, y + 12, plain_number(high, digits), "start", 10),
-        _text(x + 4, bottom - 4, plain_number(low, digits), "start", 10),
-        _text(right, bottom + 14, f"step {last_step:,.0f}", "end", 10),
-    ]
+    drawn = []
     for color, points in lines:
         path = []
         for step, value in points:
-            along = x + _PANEL_WIDTH * step / last_step
-            down = bottom - _PANEL_HEIGHT * (value - low) / span
-            path.append(f"{along:.1f},{down:.1f}")
-        style = f'fill="none" stroke="{color}" stroke-width="1.4"'
-        parts.append(f'<polyline points="{" ".join(path)}" {style}/>')
-    return parts
-
-
-def _text(x: float, y: float, text: str, anchor: str, size: int, bold: bool = False) -> str:
-    weight = ' font-weight="600"' if bold else ""
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"{weight}>'
-        f"{escape(printable(text))}</text>"
-    )
-
-
-def _line(x: float, y: float, x2: float, y2: float, color: str, width: float = 1) -> str:
-    ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{color}" stroke-width="{width}"/>'
-
-
-def _svg(height: float, parts: Sequence[str], title: str) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" role="img"'
-        f' aria-label="{escape(title)}" fill="currentColor">{"".join(parts)}</svg>'
-    )
+            path.append(f"{100 * step / last_step:.2f},{100 * (high - value) / span:.2f}")
+        drawn.append((color, " ".join(path)))
+    digits = 0
+    if high < 10:  # a loss, or a learning rate
+        digits = 4 if high > 0.1 else 7
+    ends = {"low": plain_number(low, digits), "high": plain_number(high, digits)}
+    return {"lines": drawn, "last_step": f"{last_step:,.0f}"} | ends
