@@ -62,9 +62,3 @@ def test_what_check_finds_is_refused_before_torch_is_loaded(word, code, tmp_path
     said = capfd.readouterr().err
     assert word.partition("=")[0] in said or "nowhere" in said
     assert "loading torch" not in said
-
-
-def test_help_of_a_verb_can_be_asked_in_two_ways(capsys) -> None:
-    assert recipes(["help", "chat"]) == recipes(["chat", "--help"]) == 0
-    first, second = capsys.readouterr().out.split("usage: ")[1:]
-    assert first == second

@@ -17,7 +17,7 @@ Nodes = Annotated[int | None, "machines; default: the recipe's launch.nodes"]
 GIVEN = ("overrides", "debug", "typed")  # what the command line hands over beside the words
 
 
-def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> None:
+def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> list[argparse.Action]:
     """Declare a function's parameters: arguments, and flags after the `*`; each is
     `Annotated[type, help]`, a whole number `Annotated[int, help, least]` (1 by default).
     """
@@ -25,10 +25,13 @@ def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> No
     if "overrides" in parameters(function):
         parser.epilog = f"section.key=value arguments override the YAML. {parser.epilog}"
     hints = get_type_hints(function, include_extras=True)
+    actions = []
     for name, parameter in parameters(function).items():
         if name in GIVEN:
             continue
-        kind, text, *least = _parts_of(hints[name])
+        kind, text, *least = get_args(hints[name])
+        if get_origin(kind) in (Union, UnionType):  # `T | None`
+            kind = next(part for part in get_args(kind) if part is not NoneType)
         is_flag = parameter.kind is parameter.KEYWORD_ONLY
         is_required = parameter.default is parameter.empty
         options: dict[str, Any] = {"help": text}
@@ -52,38 +55,26 @@ def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> No
             options |= {"metavar": metavar, "type": kind}
         if is_flag:
             flag = f"--{name.rstrip('_').replace('_', '-')}"
-            parser.add_argument(flag, dest=name, required=is_required, **options)
+            action = parser.add_argument(flag, dest=name, required=is_required, **options)
         else:
             if not is_required:
                 options.setdefault("nargs", "?")
-            parser.add_argument(name, **options)
-
-
-def _parts_of(annotation: Any) -> list[Any]:
-    """Return the type of an `Annotated[type, ...]`, of `T | None` the T, and what follows it."""
-    kind, *rest = get_args(annotation)
-    if get_origin(kind) in (Union, UnionType):
-        kind = next(part for part in get_args(kind) if part is not NoneType)
-    return [kind, *rest]
+            action = parser.add_argument(name, **options)
+        actions.append(action)
+    return actions
 
 
 def described(function: Callable[..., int]) -> list[dict[str, object]]:
     """Return the arguments and flags of a verb's function, for `recipes --help --json`."""
     rows = []
-    hints = get_type_hints(function, include_extras=True)
-    for name, parameter in parameters(function).items():
-        if name in GIVEN:
-            continue
-        kind, text, *_ = _parts_of(hints[name])
-        word = name.rstrip("_")
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            word = f"--{word.replace('_', '-')}"
-        row: dict[str, object] = {"name": word, "help": text}
-        row["required"] = parameter.default is parameter.empty
-        row["takes_value"] = kind is not bool
-        row["repeatable"] = get_origin(kind) is list
-        if get_origin(kind) is Literal:
-            row["choices"] = get_args(kind)
+    for action in declare(argparse.ArgumentParser(), function):
+        row: dict[str, object] = {"name": (action.option_strings or [action.dest])[0]}
+        row["help"] = action.help
+        row["required"] = action.required
+        row["takes_value"] = action.nargs != 0
+        row["repeatable"] = action.nargs in ("+", "*")
+        if action.choices:
+            row["choices"] = list(action.choices)
         rows.append(row)
     return rows
 

@@ -48,7 +48,8 @@ def run_study_run(
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         folder = study_folder(loaded)
         comparison = object_or_none(folder / "comparison.json") or {}
-        say("", *comparison.get("answer", []))
+        say()
+        say(*comparison.get("answer", []), is_result=True)
         page = folder / "report" / "report.html"
         if page.is_file():
             say(f"report: {shown_path(page)}")
