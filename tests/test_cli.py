@@ -109,6 +109,10 @@ WRONG = [
     (["data", RECIPE, "--against", "nope.yaml"], ["nope.yaml: no such file", "evals/"]),
     (["show", RECIPE, "--origins"], ["command line: '--origins' is not section.key=value"]),
     (["show", RECIPE, "train.sed=3"], ["command line: unknown key", "did you mean train.seed?"]),
+    (
+        ["eval", "quickstart/house_style", "base"],
+        ["did you mean evals/quickstart/house_style.yaml"],
+    ),
     (["export", "my-first"], ["required: --to", "usage:"]),
     (["new"], ["required: NAME, --from"]),
     (["prefetch"], ["required: FILE"]),

@@ -88,9 +88,9 @@ def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(folders) -> Non
     assert not any(name.startswith("on") for _, attrs in tags for name in attrs)
 
 
-# Loads the report at the width of a phone, turns a page by button and key, asks for questions that
-# r32 answers better, and writes what is there.
-READER = """<iframe src="report/report.html" width="390" height="800"></iframe><pre></pre><script>
+# Loads the report at the width of a phone or a screen, turns a page by button and key, asks for
+# questions that r32 answers better, and writes what is there.
+READER = """<iframe src="report/report.html" width="WIDTH" height="800"></iframe><pre></pre><script>
 onload = () => setTimeout(() => {
   const page = document.querySelector("iframe").contentDocument;
   const place = () => page.getElementById("place").textContent;
@@ -99,7 +99,7 @@ onload = () => setTimeout(() => {
     select.value = value;
     select.dispatchEvent(new Event("change"));
   };
-  const seen = [place(), page.documentElement.scrollWidth <= 390, page.images.length];
+  const seen = [place(), page.documentElement.scrollWidth <= WIDTH, page.images.length];
   page.getElementById("next").click();
   seen.push(place());
   page.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight" }));
@@ -110,16 +110,19 @@ onload = () => setTimeout(() => {
   choose("better", "r8");
   choose("worse", "r32");
   seen.push(place().replace("1 of ", ""));
+  const style = (name) => document.defaultView.getComputedStyle(page.querySelector(name));
+  seen.push(parseInt(style(".forest .label").fontSize) >= 12, style("body").backgroundColor);
   document.querySelector("pre").textContent = seen.join(", ");
 }, 500);</script>"""
 
 
 @pytest.mark.slow
 @pytest.mark.browser
+@pytest.mark.parametrize(("width", "is_dark"), [(390, False), (390, True), (1280, True)])
 def test_in_a_browser_questions_can_be_paged_and_filtered_by_who_answers_better(
-    folders, tmp_path
+    width, is_dark, folders, tmp_path
 ) -> None:
-    """And a phone shows all of it."""
+    """And a phone shows all of it, a dark screen on a dark page."""
     browser = shutil.which("chromium")
     if browser is None:
         pytest.fail("no chromium") if os.environ.get("CI") else pytest.skip("no chromium")
@@ -129,8 +132,9 @@ def test_in_a_browser_questions_can_be_paged_and_filtered_by_who_answers_better(
         )
     arms = load_arms(folders)
     write_report(tmp_path / "report", conclude(arms), arms)
-    (tmp_path / "reader.html").write_text(READER)
+    (tmp_path / "reader.html").write_text(READER.replace("WIDTH", str(width)))
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    flags += ["--blink-settings=preferredColorScheme=0"] * is_dark
     command = [browser, *flags, "--virtual-time-budget=5000", "--dump-dom", "reader.html"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     values = {arm: win_rate_values(folder) for arm, (folder,) in folders.items()}
@@ -138,8 +142,9 @@ def test_in_a_browser_questions_can_be_paged_and_filtered_by_who_answers_better(
     worse = sum(values["r32"][id] < values["r8"][id] for id in values["r8"])
     assert better > worse > 0
     # two arms and the reference that both were judged against
-    expected = f"<pre>1 of 60, true, 0, 2 of 60, 3 of 60, 3, {better}, {worse}</pre>"
-    assert expected in done.stdout, done.stdout
+    paper = "rgb(20, 25, 30)" if is_dark else "rgb(255, 255, 255)"
+    expected = f"1 of 60, true, 0, 2 of 60, 3 of 60, 3, {better}, {worse}, true, {paper}</pre>"
+    assert expected in done.stdout, done.stdout[-2000:]
 
 
 def test_the_forest_has_whole_labels_a_dot_per_seed_and_the_better_side(tmp_path: Path) -> None:

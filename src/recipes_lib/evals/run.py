@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import Row, hash_of, utc_now
-from recipes_lib.core.project import shown_path
+from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.run_directory import run_lock
 from recipes_lib.core.terminal import count, say
 from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
@@ -400,5 +400,9 @@ def split_words(
     recipes = [load_eval(file, [*values, *overrides]) for file in dict.fromkeys(files)]
     if not (recipes and models):
         what = "no model given" if recipes else "no eval recipe given"
-        raise RecipeError(what, "for example: recipes eval evals/quickstart/alpaca_eval.yaml RUN")
+        named = [recipe_path(f"evals/{word}") for word in models]
+        near = [f"did you mean {shown_path(file)}?" for file in named if file.is_file()]
+        raise RecipeError(
+            what, *near, "for example: recipes eval evals/quickstart/alpaca_eval.yaml RUN"
+        )
     return recipes, models
