@@ -13,7 +13,8 @@ import pytest
 from tests.tiers import in_ci
 
 pytestmark = pytest.mark.slow
-LONG = ("train.max_steps=400", "train.save_steps=400", "train.eval_strategy='no'")
+# as many as last longer than a second process takes to load torch
+LONG = ("train.max_steps=4000", "train.save_steps=4000", "train.eval_strategy='no'")
 
 
 def verb(launcher, *words: str) -> list[str]:
