@@ -3,6 +3,7 @@
 import json
 import time
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -52,6 +53,19 @@ def test_what_may_pass_is_tried_again_and_fails_alone_after_the_last_attempt():
         with always(fault, 1) as server:
             failed, answered = ask(engine_for(server, timeout_s=0.2, max_retries=0), 2)
             assert failed.error and answered.error is None, fault
+
+
+def test_a_slow_server_is_asked_no_more_at_once_than_it_answers_in_time():
+    """It works on what it was asked, one by one, also when nobody waits for it any more."""
+    turn = Lock()
+
+    def take_time(number: int) -> None:
+        with turn:
+            time.sleep(0.03)
+
+    with FaultyServer(faults=take_time) as server:
+        done = ask(engine_for(server, concurrency=64, max_retries=0), 64)
+        assert not [each.error for each in done if each.error]
 
 
 def test_what_a_server_refuses_is_asked_once_and_has_no_answer():
@@ -111,8 +125,9 @@ def test_refusals_are_stored_with_the_first_answer_and_never_where_there_is_none
         assert len(ask_all(server)) == 30 and not server.bodies
 
 
-def test_no_reply_is_lost_when_too_many_requests_fail(tmp_path):
+def test_no_reply_is_lost_when_too_many_requests_fail(tmp_path, monkeypatch):
     """Most of 60 requests in flight are refused; what the server answered is not asked again."""
+    monkeypatch.setattr("recipes_lib.evals.engines.server.FIRST_IN_FLIGHT", 60)
     with FaultyServer(faults=lambda number: None if number % 30 == 0 else "400") as server:
         engine, store = engine_for(server, concurrency=60), Store(tmp_path / "answers.jsonl")
         requests = {str(n): Request(key=str(n), prompt="Hi") for n in range(300)}

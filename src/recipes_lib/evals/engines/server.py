@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "openai"
 LONGEST_PAUSE_S = 60.0  # the client follows a Retry-After of up to a minute
+FIRST_IN_FLIGHT = 8  # requests at once, before the server has shown how fast it is
 # the client checks no types, so a reply may hold anything
 _UNREADABLE = (AttributeError, TypeError, LookupError, ValueError, RecursionError)
 # what servers say of a prompt that their context does not hold (vLLM, llama.cpp, OpenAI, SGLang)
@@ -62,6 +64,7 @@ class ServerEngine(base.Engine):
             raise EnvironmentFault(what)
         self._key = key
         self._limit = "max_tokens"  # or what the server asks for in its place
+        self._in_flight = min(FIRST_IN_FLIGHT, server.concurrency)
         self.version = asyncio.run(self._version())
 
     def facts(self) -> base.EngineFacts:
@@ -69,7 +72,9 @@ class ServerEngine(base.Engine):
         return base.EngineFacts(engine=NAME, server=self.version)
 
     def complete(self, requests: Iterable[Request], sampling: Sampling) -> Generator[Completion]:
-        """Yield completions as they arrive, `concurrency` requests in flight."""
+        """Yield completions as they arrive, as many requests in flight as the server is fast enough
+        for, `concurrency` at most.
+        """
         source = iter(requests)
         tasks: set[asyncio.Task[Completion]] = set()
         with asyncio.Runner() as runner:
@@ -77,7 +82,8 @@ class ServerEngine(base.Engine):
             loop = runner.get_loop()
             try:
                 while True:
-                    for request in islice(source, self.server.concurrency - len(tasks)):
+                    free = max(0, self._in_flight - len(tasks))
+                    for request in islice(source, free):
                         tasks.add(loop.create_task(self._ask(client, request, sampling)))
                     if not tasks:
                         return
@@ -115,11 +121,18 @@ class ServerEngine(base.Engine):
         """Return the completion of one request, or its error after the client's last attempt."""
         # of the whole reply: the client's timeout begins anew with each byte
         longest = (self.server.timeout_s + LONGEST_PAUSE_S) * (self.server.max_retries + 1)
+        began = time.monotonic()
         try:
             async with asyncio.timeout(longest):
                 reply = await self._send(client, request, sampling)
+            # A slow server that is asked much at once passes the limit with every request, and
+            # with every further attempt.
+            if time.monotonic() - began < self.server.timeout_s / 4:
+                self._in_flight = min(self._in_flight + 1, self.server.concurrency)
             return self._read(request, reply)
         except (self._openai.OpenAIError, TimeoutError, *_UNREADABLE) as error:
+            if isinstance(error, self._openai.APITimeoutError | TimeoutError):
+                self._in_flight = max(1, self._in_flight // 2)
             # in one line; a server may send the key back
             said = " ".join(str(error)[:3000].split()).replace(self._key, "***")
             reason = f"{self.server.address}: {valid_texts(said)[:300] or type(error).__name__}"
