@@ -408,6 +408,34 @@ def test_samples_of_a_command_without_results_are_named(tmp_path: Path) -> None:
     )
 
 
+def test_rows_of_lm_eval_that_are_gone_leave_no_verdict_and_the_file_is_named(tmp_path) -> None:
+    counts = {"n-samples": {"arc_easy": {"original": 60, "effective": 60}}}
+    whole = lm_eval(tmp_path / "b", [1.0] * 20 + [0.0] * 40, **counts)
+    folder = lm_eval(tmp_path / "a", [1.0] * 30 + [0.0] * 30, **counts)
+    (file,) = folder.rglob("samples*.jsonl")
+    lines = file.read_text().splitlines(keepends=True)
+    without_metric = lines[7].replace('"acc"', '"other"')
+    cut = [*lines[:-1], lines[-1][:40]]
+    without_losses = [line for line in lines if '"acc": 1.0' in line]
+    damaged = [
+        (59, cut),
+        (59, [*lines[:7], without_metric, *lines[8:]]),
+        (30, without_losses),
+        (0, [lines[0].replace('"acc"', '"other"')]),
+    ]
+    for found, kept in damaged:
+        file.write_text("".join(kept))
+        conclusion = compared(folder, whole)
+        (claim,) = conclusion.claims
+        assert claim.verdict == "no verdict", found
+        (unread,) = [each for each in conclusion.findings if each.code == "not-read"]
+        assert f"{file.name}: {found} of the 60 rows of acc can be read" in " ".join(
+            unread.evidence
+        )
+        is_cut = f"{file.name}:60: this line is cut" in " ".join(unread.evidence)
+        assert is_cut == (kept == cut)
+
+
 def test_the_path_that_lm_eval_was_given_is_read(tmp_path: Path) -> None:
     folder = lm_eval(tmp_path / "a", [1.0] * 10, model_folder="", name="res")
     assert read_one(folder / "res.json").evals == read_one(folder).evals

@@ -86,6 +86,10 @@ class Results:
                 rows[task] = list(read_rows(file))
         return rows
 
+    def samples_file(self, task: str) -> Path:
+        """Return where the rows of a task are."""
+        return self.file.with_name(f"samples_{task}{_date_of(self.file)}.jsonl")
+
 
 def matches(path: Path) -> bool:
     """Whether a file holds results of lm-eval, or a folder has its files in it or one below."""
@@ -208,7 +212,11 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
             unread.append(f"{results.file.name}: {_NO_SAMPLES}")
             continue
         unread += results.content.get("unread") or ()
-        logs.append(_log(results, new_tasks))
+        unread += _cut_files(results)
+        log = _log(results, new_tasks)
+        for metric in log.metrics:
+            unread += _missing_rows(results, metric)
+        logs.append(log)
         read_tasks.update(new_tasks)
     if not logs:
         raise DataError(f"it has {_NO_SAMPLES}", _AGAIN, file=newest_first[0].file)
@@ -225,6 +233,31 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
         foreign=True,
         unread=tuple(unread),
     )
+
+
+def _cut_files(results: Results) -> Iterator[str]:
+    """Say of which samples files the last line was cut off, as by a full disk."""
+    for task, rows in results.samples.items():
+        file = results.samples_file(task)
+        with file.open("rb") as lines:
+            num_lines = sum(1 for line in lines if line.strip())
+        if num_lines > len(rows):
+            yield f"{file.name}:{num_lines}: this line is cut"
+
+
+def _missing_rows(results: Results, metric: Metric) -> Iterator[str]:
+    """Say which metric has no verdict because rows of it are not there any more."""
+    name, _, pipeline = metric.metric.partition(",")
+    counts = (results.content.get("n-samples") or {}).get(metric.task) or {}
+    num_asked = counts.get("effective", 0)
+    rows = results.samples.get(metric.task, ())
+    num_rows = sum(
+        name in row and row.get("filter", "none") == (pipeline or "none") for row in rows
+    )
+    if not metric.samples and num_rows < num_asked:
+        found = f"{num_rows} of the {num_asked} rows of {metric.metric}"
+        remedy = "so it has no verdict; restore the file, or evaluate again"
+        yield f"{results.samples_file(metric.task).name}: {found} can be read, {remedy}"
 
 
 def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
