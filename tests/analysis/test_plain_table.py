@@ -143,6 +143,17 @@ def test_every_row_that_cannot_be_used_is_named_at_once(tmp_path: Path) -> None:
         read_results(file)
 
 
+def test_a_table_beside_its_copy_is_named(tmp_path: Path) -> None:
+    first = csv_file(tmp_path / "a", scores(0.3))
+    other = csv_file(tmp_path / "b", scores(0.3, seed=1))
+    copy = tmp_path / "copy.csv"
+    copy.symlink_to(first)
+    for second, is_copy in ((copy, True), (other, False)):
+        runs = [*(read_results(first) or ()), *(read_results(second) or ())]
+        codes = [finding.code for finding in conclude(arms_of(runs)).findings]
+        assert ("same-scores" in codes) == is_copy
+
+
 def test_a_wrong_header_shows_the_form(tmp_path: Path) -> None:
     file = tmp_path / "x.csv"
     for header, what in (

@@ -59,6 +59,16 @@ def check_copies(arms: Arms, design: Design | None) -> Iterator[Finding]:
                     arms=pair,
                     metrics=metric_names((log, other)),
                 )
+            elif log.source and len(_scores(log)) > 1 and _scores(log) == _scores(other):
+                yield Finding(
+                    code="same-scores",
+                    severity="warning",
+                    title=f"Every score of {both} in {log.eval} is the same",
+                    evidence=(run_place(log.file), run_place(other.file)),
+                    remedy="one may be a copy of the other, or both one model: look at the files",
+                    arms=pair,
+                    metrics=metric_names((log, other)),
+                )
     for arm in arms:
         yield from _copied_trainings(arm)
         for file_by_run in identities[arm.name].values():
@@ -120,6 +130,15 @@ def _answer_hashes(log: EvalLog) -> dict[tuple[str, int], int]:
     samples = [sample for metric in log.metrics for sample in metric.samples]
     answered = [sample for sample in samples if sample.answer is not None]
     return {sample.key: hash(tuple((sample.answer or "").split())) for sample in answered}
+
+
+def _scores(log: EvalLog) -> dict[tuple[str, str, int], float | None]:
+    """Return the values of a log by metric, question and turn."""
+    scores = {}
+    for metric in log.metrics:
+        for sample in metric.samples:
+            scores[metric.name, sample.id, sample.turn] = sample.value
+    return scores
 
 
 def check_former_opponents(arms: Arms, design: Design | None) -> Iterator[Finding]:
