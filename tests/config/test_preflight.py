@@ -4,15 +4,17 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.config import preflight, upstream
 from recipes_lib.config.launch import Active, plan_launch
-from recipes_lib.config.preflight import check_model_files, planned_launch, running_launch
+from recipes_lib.config.preflight import check_model_files, planned_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.training.launch_check import what_runs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 QLORA = """\
@@ -209,7 +211,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(write_with
 
 def test_the_launch_that_runs_is_checked_and_not_the_recipes_default(write, tiny_model_dir):
     """`recipes train --accelerate cpu` of a recipe whose own launch is four GPUs, or FSDP."""
-    alone = running_launch(Active(world_size=1, distributed_type="one process", device="cpu"))
+    alone = Active(world_size=1, distributed_type="one process", device="cpu")
     words = ["run.global_batch_size=8", "train.per_device_train_batch_size=4"]
     four = local(write, tiny_model_dir, "launch={accelerate: ddp, gpus: 4}", *words)
     assert any("multiple of" in str(error) for error in check_upstream(four))
@@ -233,9 +235,9 @@ def test_layers_that_fsdp_shall_wrap_must_be_in_the_model(
     assert "LlamaDecoderLayer" in error.hints[0]
 
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaLayer")  # by accelerate's launcher
-    running = running_launch(Active(world_size=2, distributed_type="FSDP", device="cpu"))
+    running = what_runs(SimpleNamespace(num_processes=2, distributed_type="FSDP", device="cpu"))
     (error,) = check_upstream(recipe, launch=running)
     assert "LlamaLayer" in error.what
     monkeypatch.delenv("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    alone = running_launch(Active(world_size=1, distributed_type="one process", device="cpu"))
+    alone = Active(world_size=1, distributed_type="one process", device="cpu")
     assert not check_upstream(recipe, launch=alone)

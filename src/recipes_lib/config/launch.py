@@ -99,6 +99,11 @@ def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[R
             yield document.error(f"fsdp_config.{key}", f"fsdp_config.{key} must be {value}: {why}")
 
 
+def asks_for(variable: str) -> bool:
+    """Whether accelerate's launcher, or the user in its place, has switched a variable on."""
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+
+
 def precision_conflict(train: Values, requested: str, source: str) -> list[str]:
     """Return what is wrong where a launch would silently win over the recipe's mixed precision."""
     half = "bf16"

@@ -1,7 +1,6 @@
 """What the model's files and upstream's classes say of a recipe before anything is loaded."""
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ from recipes_lib.config import upstream
 from recipes_lib.config.launch import WRAP_KEY, Active, Launch
 from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
-from recipes_lib.core.files import object_or_none
+from recipes_lib.core.files import cached_model, object_or_none
 from recipes_lib.models import families
 from recipes_lib.models.packaged import MODEL, packaged_folder
 
@@ -31,11 +30,6 @@ def planned_launch(launch: Launch) -> Active:
         wrapped_classes=str(launch.config.fsdp_config.get(WRAP_KEY) or ""),
         source=launch.config.path.name,
     )
-
-
-def running_launch(active: Active) -> Active:
-    """Return the processes that are running with what accelerate's launcher has told them."""
-    return replace(active, wrapped_classes=os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ""))
 
 
 def check_upstream(
@@ -128,12 +122,7 @@ def local_folder(recipe: Recipe) -> Path | None:
         raise recipe.error(KEY, *wrong)
     if Path(name).is_dir():
         return Path(name)
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
-    if not isinstance(config, str):  # not there, or known to be absent on the Hub
-        return None
-    return Path(config).parent
+    return cached_model(name, recipe.model.revision)
 
 
 def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:

@@ -344,14 +344,6 @@ def weights_of_run(name: str) -> list[Path] | None:
     return None
 
 
-def earlier_stage(recipe: Recipe) -> Recipe | None:
-    """Return the recipe of the run whose weights a recipe begins with; None for another base."""
-    folder = Path(recipe.model.name_or_path).parent
-    if not ((folder / "run.json").is_file() and (folder / RECIPE_FILE).is_file()):
-        return None
-    return load_recipe(folder / RECIPE_FILE)
-
-
 def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeError]]:
     """Return the errors that `recipes check` prints; a base may omit required keys."""
     model = file_model(document)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from recipes_lib.config.launch import asks_for
 from recipes_lib.config.recipe import DPO, Recipe, accumulation_steps
 from recipes_lib.core.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
     from trl import DPOConfig, SFTConfig
@@ -112,12 +113,20 @@ def check_packages(recipe: Recipe) -> None:
             raise recipe.document.fault(key, what, f"pip install {package}, or remove the key")
 
 
+def autocast_dtype(args: SFTConfig | DPOConfig) -> torch.dtype | None:
+    """Return the type of mixed precision; None without."""
+    import torch
+
+    if args.fp16:
+        return torch.float16
+    return torch.bfloat16 if args.bf16 else None
+
+
 def has_accelerator() -> bool:
     """Whether a GPU (or another accelerator) is there and the launcher did not ask for the CPU."""
     import torch
 
-    asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-    return not asked_for_cpu and bool(torch.accelerator.is_available())
+    return not asks_for("ACCELERATE_USE_CPU") and bool(torch.accelerator.is_available())
 
 
 def refused(recipe: Recipe, key: str, error: Exception) -> RecipeError:

@@ -166,16 +166,23 @@ def remembered_hash(path: Path) -> str:
     return memory.read_text("utf-8")
 
 
+def cached_model(hub_id: str, revision: str | None) -> Path | None:
+    """Return a Hub model's folder in the Hub's cache, whose name is that of its commit; None where
+    it is not on this machine.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    # else it is not there, or known to be absent on the Hub
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def model_fingerprint(model: str | Path, revision: str | None = None) -> str:
     """Return a hash of a folder's weights and settings, or of a Hub model's name and commit."""
     folder = Path(model)
     if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(str(model), "config.json", revision=revision or "main")
-        if isinstance(cached, str):  # in the folder of its commit
-            revision = Path(cached).parent.name
-        return hash_of(model, revision)
+        cached = cached_model(str(model), revision)
+        return hash_of(model, cached.name if cached else revision)
     files = sorted(folder.glob("*.safetensors"))  # no other weights are read
     parts: list[object] = [[path.name, remembered_hash(path)] for path in files]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):

@@ -13,6 +13,7 @@ import torch
 from transformers import TrainerState
 
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
+from recipes_lib.config.upstream import autocast_dtype
 from recipes_lib.core import ranks
 from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, explain_fault
@@ -260,24 +261,19 @@ def save_and_check(
     trainer: ExactTrainer, attempt: Attempt, summary: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Save the final weights, prove them, and only then give them their name; every rank calls."""
-    args = trainer.args
     recipe = attempt.recipe
     scratch = attempt.run.path / "weights.unchecked"
     ranks.on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
     trainer.save_model(str(scratch))  # a collective under FSDP2: every rank takes part
     rates = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
-    autocast = None
-    if args.bf16:
-        autocast = "bfloat16"
-    elif args.fp16:
-        autocast = "float16"
+    dtype = autocast_dtype(trainer.args)
     try:
         check = check_saved(
             trainer.model,
             scratch,
             base=model_path(recipe.model),
             base_fingerprint=ranks.on_main_rank(lambda: base_fingerprint(recipe)),
-            autocast=autocast,
+            autocast=str(dtype).removeprefix("torch.") if dtype else None,
             # a warm-up begins with a learning rate of 0
             may_change_nothing=trainer.state.max_steps == 1 and rates == [0.0],
         )

@@ -16,9 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, SFTConfig, pack_dataset
 
-from recipes_lib.config import launch
+from recipes_lib.config import launch, upstream
 from recipes_lib.config.recipe import DPO, VARLEN, Recipe, one_rank_can_read, sync_each_batch
-from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config, build_quantization_config
 from recipes_lib.core.ranks import meet, on_main_rank, say_once
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import count
@@ -43,14 +42,13 @@ def read_model(
     Under FSDP2 one rank of a machine reads, and accelerate hands the others their shares; until
     then their models are on torch's meta device. Where that cannot be, each rank reads.
     """
-    requested = os.environ.get(launch.READS_ONCE_VARIABLE, "false").lower()
-    may_read_once = requested in ("1", "true", "yes") and active.distributed_type == "FSDP"
-    reads_once = may_read_once and one_rank_can_read(recipe)
+    may_read_once = launch.asks_for(launch.READS_ONCE_VARIABLE) and one_rank_can_read(recipe)
+    reads_once = may_read_once and active.distributed_type == "FSDP"
     os.environ[launch.READS_ONCE_VARIABLE] = str(reads_once)  # accelerate and transformers ask it
     model = load_model(
         recipe,
         tokenizer,
-        build_quantization_config(recipe),
+        upstream.build_quantization_config(recipe),
         empty=reads_once and os.environ["LOCAL_RANK"] != "0",
         # also of a recipe for the CPU (`train.use_cpu`) on a machine with GPUs
         device="cpu" if active.device == "cpu" else None,
@@ -77,7 +75,7 @@ def build_trainer(
     guard: Mapping[str, object],
 ) -> CountingTrainer:
     """Return the trainer, with the adapter (if the recipe has one) already on the model."""
-    autocast = _autocast_dtype(args)
+    autocast = upstream.autocast_dtype(args)
     is_half = model.dtype.itemsize == 2
     if recipe.quantization and autocast and is_half and model.dtype != autocast:
         found = str(model.dtype).removeprefix("torch.")
@@ -88,7 +86,7 @@ def build_trainer(
     trainer_class: type[CountingTrainer] = SupervisedTrainer
     if recipe.stage == DPO:
         trainer_class = PreferenceTrainer
-    lora = build_lora_config(recipe)
+    lora = upstream.build_lora_config(recipe)
     if lora is not None:
         lora = families.settle_targets(lora, model)
     if lora is not None and getattr(args, "disable_dropout", False):
@@ -128,7 +126,7 @@ def build_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
-    if any(recipe.train.get(key) for key in COMPILE_KEYS):
+    if any(recipe.train.get(key) for key in upstream.COMPILE_KEYS):
         compile_blocks(trainer.model, recipe)
         trainer.is_compiled = True
     if lora is not None:
@@ -140,13 +138,6 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _autocast_dtype(args: SFTConfig | DPOConfig) -> torch.dtype | None:
-    """Return the type of mixed precision; None without."""
-    if args.fp16:
-        return torch.float16
-    return torch.bfloat16 if args.bf16 else None
 
 
 def compile_blocks(model: Any, recipe: Recipe) -> None:
@@ -227,7 +218,7 @@ def _use_kernel_of_gpu(
 
 def _why_no_flash(kernel: str, args: SFTConfig | DPOConfig, model: PreTrainedModel) -> str | None:
     """Why a kernel cannot compute the model on rank 0's GPU, for all ranks; or None."""
-    dtype = _autocast_dtype(args) or model.dtype
+    dtype = upstream.autocast_dtype(args) or model.dtype
     return on_main_rank(lambda: attention.why_no_flash(kernel, model, dtype, args.device))
 
 

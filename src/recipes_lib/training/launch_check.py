@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from recipes_lib.config.launch import Active, load_accelerate_config, precision_conflict
+from recipes_lib.config.launch import Active, asks_for, load_accelerate_config, precision_conflict
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.ranks import world_size
@@ -17,13 +17,9 @@ _WORKERS_PER_CPU = 8  # 200 on two CPUs took all of a machine for minutes before
 DDP_ON_CPU = "on a machine without GPUs use accelerate_configs/ddp_cpu.yaml or fsdp_cpu.yaml"
 
 
-def _asks_for(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
-
-
 def leave_gpus_out() -> None:
     """Hide the GPUs from a launch for the CPU; call it before torch is imported."""
-    if _asks_for("ACCELERATE_USE_CPU"):
+    if asks_for("ACCELERATE_USE_CPU"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -33,10 +29,15 @@ def what_runs(state: Any = None) -> Active:
 
     running = state or PartialState()
     kind = str(getattr(running.distributed_type, "value", running.distributed_type))
-    if state is None and running.num_processes > 1 and _asks_for("ACCELERATE_USE_FSDP"):
+    if state is None and running.num_processes > 1 and asks_for("ACCELERATE_USE_FSDP"):
         kind = "FSDP1" if os.getenv("FSDP_VERSION") == "1" else "FSDP"
     names = {"MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "NO": "one process"}
-    return Active(running.num_processes, names.get(kind, kind), str(running.device))
+    return Active(
+        world_size=running.num_processes,
+        distributed_type=names.get(kind, kind),
+        device=str(running.device),
+        wrapped_classes=os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", ""),
+    )
 
 
 def check_request(recipe: Recipe, num_gpus: int) -> None:
@@ -44,11 +45,11 @@ def check_request(recipe: Recipe, num_gpus: int) -> None:
     each can see, another mixed precision of the launcher than the recipe's (accelerate's wins).
     """
     for backend in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):  # by flags alone
-        if _asks_for(f"ACCELERATE_USE_{backend}"):
+        if asks_for(f"ACCELERATE_USE_{backend}"):
             hint = f"unset ACCELERATE_USE_{backend}, or use accelerate_configs/fsdp.yaml"
             raise RecipeError(f"{backend} was requested but cannot be used here", hint)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if 0 < num_gpus < processes and not _asks_for("ACCELERATE_USE_CPU"):
+    if 0 < num_gpus < processes and not asks_for("ACCELERATE_USE_CPU"):
         raise RecipeError(
             f"{processes} processes on this machine, but each of them sees {num_gpus} GPU(s)",
             f"start {num_gpus}: --gpus with recipes train, --num_processes with accelerate launch",
@@ -95,7 +96,7 @@ def check_launch(active: Active) -> str:
     if requested > running:
         what = f"{requested} processes were requested, but accelerate launch started {running}"
         raise RecipeError(what, DDP_ON_CPU)
-    if _asks_for("ACCELERATE_USE_FSDP") and active.distributed_type != "FSDP" and running > 1:
+    if asks_for("ACCELERATE_USE_FSDP") and active.distributed_type != "FSDP" and running > 1:
         what = f"FSDP was requested, but {active.distributed_type} is active"
         raise RecipeError(what, f"set fsdp_version: 2 in the accelerate config; {DDP_ON_CPU}")
     return f"{active.distributed_type}, world size {running}, {active.device}"
@@ -108,5 +109,5 @@ def shard_on_cpus() -> None:
     from recipes_lib.models import upstream_fixes
 
     on_cpus = not torch.accelerator.is_available()
-    if world_size() > 1 and on_cpus and _asks_for("ACCELERATE_USE_FSDP"):
+    if world_size() > 1 and on_cpus and asks_for("ACCELERATE_USE_FSDP"):
         upstream_fixes.let_fsdp_run_on_cpus()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from trl.trainer.utils import add_fused_lm_head
 
+from recipes_lib.config.upstream import autocast_dtype
 from recipes_lib.core.files import write_bytes
 from recipes_lib.core.ranks import meet, on_main_rank, say_once
 from recipes_lib.data.encoding import IGNORED
@@ -103,9 +104,7 @@ def _answering(model: Any, args: Any) -> Iterator[None]:
     """Have the base where it has room, as it answers: without dropout and gradients, and with the
     head that training will have.
     """
-    half = None
-    if args.bf16 or args.fp16:
-        half = torch.bfloat16 if args.bf16 else torch.float16
+    half = autocast_dtype(args)
     was_training = model.training
     own_forward = model.forward
     home = model.device

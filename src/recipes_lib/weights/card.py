@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.preflight import local_folder
-from recipes_lib.config.recipe import DPO, HUB_ID, Recipe, earlier_stage
+from recipes_lib.config.recipe import DPO, HUB_ID, RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import object_or_none
 from recipes_lib.data.sources import listed_sources
@@ -28,9 +28,7 @@ def write_card(
     stated = base_file(recipe, "README.md")
     licence = stated.get("license_name") or stated.get("license")
     data = _data_of(recipe)
-    stages = [recipe]
-    while earlier := _earlier(stages[0]):
-        stages.insert(0, earlier)
+    stages = _stages(recipe)
     is_adapter = lora is not None and merged is None
     header = ModelCardData(
         base_model=base if is_hub_id(base) else None,
@@ -77,11 +75,15 @@ def _max_lora_rank(lora: Mapping[str, Any]) -> int | None:
     return next((largest for largest in VLLM_RANKS if largest >= rank), None)
 
 
-def _earlier(recipe: Recipe) -> Recipe | None:
-    """The recipe of the run that a recipe begins with, if it is still here."""
-    with suppress(RecipesError):
-        return earlier_stage(recipe)
-    return None
+def _stages(recipe: Recipe) -> list[Recipe]:
+    """Return the recipes of the runs that a recipe builds on, as far as they are here, and itself:
+    a base that is a run's lies beside the run's recipe.
+    """
+    folder = Path(recipe.model.name_or_path).parent
+    if (folder / "run.json").is_file() and (folder / RECIPE_FILE).is_file():
+        with suppress(RecipesError):
+            return _stages(load_recipe(folder / RECIPE_FILE)) + [recipe]
+    return [recipe]
 
 
 def _data_of(recipe: Recipe) -> list[str]:

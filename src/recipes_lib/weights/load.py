@@ -66,12 +66,11 @@ def load_checked_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer after upstream's check of the recipe under the launch that runs."""
     unchecked: list[RecipeError] = []
-    launch = preflight.running_launch(active)
-    errors = check_upstream(recipe, launch=launch, remote_code=remote_code, notes=unchecked)
+    errors = check_upstream(recipe, launch=active, remote_code=remote_code, notes=unchecked)
     if not errors:
         tokenizer = load_tokenizer(recipe)
         if unchecked:  # files that came only now
-            errors = check_upstream(recipe, launch=launch, remote_code=remote_code)
+            errors = check_upstream(recipe, launch=active, remote_code=remote_code)
     if errors:
         raise RecipeErrors(errors)
     return tokenizer
