@@ -106,10 +106,11 @@ def object_or_none(path: Path) -> Row | None:
     return None
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, may_be_cut: bool = True) -> Iterator[Row]:
     """Yield the objects of a JSON-lines file; an absent file has none.
 
-    A crash may have cut the last line: it is left out. A damaged line before it is an error.
+    A crash may have cut the last line of a file of ours: it is left out. Any other damaged line is
+    an error.
     """
     if not path.is_file():
         return
@@ -118,7 +119,7 @@ def read_rows(path: Path) -> Iterator[Row]:
             row = parsed_line(line)
             if row is not None:
                 yield row
-            elif line.strip() and lines.peek(1):
+            elif line.strip() and (lines.peek(1) or not may_be_cut):
                 raise DataError("this line is damaged; restore or cut it", file=path, line=number)
 
 

@@ -83,12 +83,8 @@ class Results:
         for file in sorted(self.file.parent.glob(f"samples_*{_date_of(self.file)}.jsonl")):
             if _date_of(file) == _date_of(self.file):
                 task = file.stem.removeprefix("samples_").removesuffix(_date_of(self.file))
-                rows[task] = list(read_rows(file))
+                rows[task] = list(read_rows(file, may_be_cut=False))
         return rows
-
-    def samples_file(self, task: str) -> Path:
-        """Return where the rows of a task are."""
-        return self.file.with_name(f"samples_{task}{_date_of(self.file)}.jsonl")
 
 
 def matches(path: Path) -> bool:
@@ -212,7 +208,6 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
             unread.append(f"{results.file.name}: {_NO_SAMPLES}")
             continue
         unread += results.content.get("unread") or ()
-        unread += _cut_files(results)
         log = _log(results, new_tasks)
         for metric in log.metrics:
             unread += _missing_rows(results, metric)
@@ -235,16 +230,6 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
     )
 
 
-def _cut_files(results: Results) -> Iterator[str]:
-    """Say of which samples files the last line was cut off, as by a full disk."""
-    for task, rows in results.samples.items():
-        file = results.samples_file(task)
-        with file.open("rb") as lines:
-            num_lines = sum(1 for line in lines if line.strip())
-        if num_lines > len(rows):
-            yield f"{file.name}:{num_lines}: this line is cut"
-
-
 def _missing_rows(results: Results, metric: Metric) -> Iterator[str]:
     """Say which metric has no verdict because rows of it are not there any more."""
     name, _, pipeline = metric.metric.partition(",")
@@ -255,9 +240,9 @@ def _missing_rows(results: Results, metric: Metric) -> Iterator[str]:
         name in row and row.get("filter", "none") == (pipeline or "none") for row in rows
     )
     if not metric.samples and num_rows < num_asked:
-        found = f"{num_rows} of the {num_asked} rows of {metric.metric}"
-        remedy = "so it has no verdict; restore the file, or evaluate again"
-        yield f"{results.samples_file(metric.task).name}: {found} can be read, {remedy}"
+        file = f"samples_{metric.task}{_date_of(results.file)}.jsonl"
+        found = f"{num_rows} of the {num_asked} rows of {metric.metric} can be read"
+        yield f"{file}: {found}, so it has no verdict; restore the file, or evaluate again"
 
 
 def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
