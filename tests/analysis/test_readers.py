@@ -14,6 +14,7 @@ import pytest
 from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.readers import read_results
 from recipes_lib.analysis.runs import Run, arms_of
+from recipes_lib.core.errors import DataError
 from recipes_lib.evals.log import Metric
 
 RESULTS = Path(__file__).with_name("results")
@@ -85,6 +86,10 @@ def test_lighteval_s_newest_command_is_read_and_other_prompts_stop_the_verdict(t
     assert "tiny_choice: prompts" in title
     assert "system instruction" in " ".join(titles(conclusion, "not-recorded"))
     assert all(claim.row.higher_is_better is None for claim in conclusion.claims)
+    (tmp_path / "results/tiny-2").mkdir(parents=True)
+    (tmp_path / f"results/tiny-2/results_{folder.name}.json").write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        runs_of(tmp_path)
 
 
 @pytest.mark.parametrize("model", ["tiny-even", "tiny-odd"])

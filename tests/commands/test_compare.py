@@ -57,6 +57,7 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
         (["bare"], "none of these has an evaluation with a result"),
         (["r8", "r8"], "'r8' is named twice"),
         (["r9"], "no run named"),
+        (["gone.csv"], "gone.csv: there is no such file"),
         (["runs/"], "this folder holds no results that can be read"),
         (["r8", "r32", "--margin", "rouge=0.1"], "margin rouge: these have no such metric"),
         (["r8", "r32", "--margin", "mt_bench"], "--margin mt_bench: not METRIC=NUMBER"),

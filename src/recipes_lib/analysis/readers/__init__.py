@@ -69,9 +69,12 @@ def read_word(word: str) -> list[Run]:
     try:
         folder = open_run(word).path
     except RecipeError:
-        if not path.is_dir():
+        if path.is_dir():
+            what = "this folder holds no results that can be read"
+        elif path.suffix in (*plain_table.ENDINGS, ".json", ".eval"):
+            what = "there is no such file"
+        else:
             raise
-        what = "this folder holds no results that can be read"
         raise RecipeError(what, known_forms(), file=path) from None
     return ours.read(folder)
 

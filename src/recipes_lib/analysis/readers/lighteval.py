@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.analysis.readers.files import ADDRESS, foreign_run, scored_metric
+from recipes_lib.analysis.readers.files import ADDRESS, foreign_run, parsed_json, scored_metric
 from recipes_lib.analysis.runs import Run
-from recipes_lib.core.files import hash_of, object_or_none
+from recipes_lib.core.files import hash_of
 from recipes_lib.data.readers import read_file
 from recipes_lib.evals.log import NOT_RECORDED, AnswerFacts, Metric, Sample
 
@@ -51,9 +51,8 @@ def _files(folder: Path) -> list[Path]:
 def _results_of(details: Path) -> Mapping[str, Any]:
     """Return the results of the command that wrote a file of details; nothing where it is gone."""
     above, _, model = str(details.resolve().parent.parent).rpartition("/details/")
-    return (
-        object_or_none(Path(above, "results", model, f"results_{details.parent.name}.json")) or {}
-    )
+    file = Path(above, "results", model, f"results_{details.parent.name}.json")
+    return parsed_json(file) if file.exists() else {}
 
 
 def _run(folder: Path, newest_first: list[Path]) -> Run:

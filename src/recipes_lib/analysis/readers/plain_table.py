@@ -25,7 +25,7 @@ FORM = (
     " seed, metric, text, higher_is_better"
 )
 SOURCE = "table"
-_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
 
 class Cells(BaseModel):
@@ -49,7 +49,7 @@ class Cells(BaseModel):
 
 def matches(path: Path) -> bool:
     """Whether a file has the ending of a table."""
-    return path.is_file() and path.suffix.lower() in _ENDINGS
+    return path.is_file() and path.suffix.lower() in ENDINGS
 
 
 def read(path: Path) -> list[Run]:
@@ -92,6 +92,8 @@ def read(path: Path) -> list[Run]:
 
 def _check_header(columns: Sequence[str], path: Path) -> None:
     """Refuse a table without question or score, or with a column that is nearly one of ours."""
+    if not columns:
+        raise DataError("it has no rows", FORM, file=shown_path(path))
     missing = [f"no column {name}" for name in ("question", "score") if name not in columns]
     hints = []
     for column in columns:
@@ -99,7 +101,7 @@ def _check_header(columns: Sequence[str], path: Path) -> None:
         if near and near[0] not in columns:
             hints.append(f"did you mean {near[0]}?")
     if missing or hints:
-        found = ", ".join(map(repr, columns)) or "none, for it has no rows"
+        found = ", ".join(map(repr, columns))
         what = ", ".join([*missing, f"the columns are {found}"])
         raise DataError(what, *hints, FORM, file=shown_path(path))
 
