@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.pairs import write_pairs
 
 from recipes_lib.cli import main
 from recipes_lib.config.recipe import load_recipe
@@ -50,6 +51,7 @@ def test_every_shipped_recipe_takes_rows_of_ones_own(capsys):
     origins = [path for path in sorted(SHIPPED.glob("*/*.yaml")) if path.name[0] != "_"]
     origins = [path for path in origins if path.parent.name != "studies"]
     origins = [path for path in origins if "published-sweep" not in path.name]
+    origins.remove(SHIPPED / "quickstart" / "lora-r8-dpo.yaml")
     assert len(origins) > 25
     wrong = []
     for kind in ROWS:
@@ -62,6 +64,12 @@ def test_every_shipped_recipe_takes_rows_of_ones_own(capsys):
             if code or main(["check", f"{name}.yaml"]):
                 wrong.append((short, kind, capsys.readouterr().err))
     assert not wrong
+
+
+def test_a_recipe_of_preference_tuning_takes_pairs_of_answers(capsys):
+    write_pairs(Path("mine.jsonl"))
+    assert new("x", "--from", "quickstart/lora-r8-dpo", "--data", "mine.jsonl") == 0
+    assert main(["check", "x.yaml"]) == 0 and load_recipe("x.yaml").stage == "dpo"
 
 
 def test_a_folder_is_read_whatever_split_the_origin_reads(capsys):

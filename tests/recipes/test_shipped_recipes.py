@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ import yaml
 from recipes_lib.cli import main
 from recipes_lib.config.launch import load_accelerate_config
 from recipes_lib.config.recipe import Recipe, accumulation_steps, load_recipe
+from recipes_lib.core.files import read_rows
 from recipes_lib.core.project import project_root
 from recipes_lib.training.resume_guard import flatten
 
@@ -28,7 +30,7 @@ RECIPES = [path for path in YAMLS if not path.name.startswith("_")]
 VARIANTS = {
     "llama2-7b-dolly": {"qlora-r8", "qlora-r32", "lora-bf16-r8", "lora-bf16-r32", "full-bf16"},
     "smollm2-135m-dolly": {"lora-r8", "lora-r32", "qlora-r8", "full"},
-    "quickstart": {"lora-r8", "lora-r32"},
+    "quickstart": {"lora-r8", "lora-r32", "lora-r8-dpo"},
 }
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -188,3 +190,19 @@ def test_a_config_for_cpus_differs_from_its_config_in_the_device_only():
             for name in (gpu, cpu)
         )
         assert on_cpu == {**values, "use_cpu": True}
+
+
+def test_shipped_pairs_differ_in_style_and_not_in_length_and_held_out_ones_are_not_trained_on():
+    trained = ROOT / "recipes/quickstart/data/preferences.jsonl"
+    held_out = ROOT / "evals/quickstart/preference/pairs.jsonl"
+    prompts = set()
+    for file, number in ((trained, 45), (held_out, 15)):
+        rows = list(read_rows(file))
+        assert len(rows) == number
+        for row in rows:
+            assert re.search("^In short: .+\nGood to know: .+$", row["chosen"])
+            assert "\n" not in row["rejected"]
+            prompts.add(row["prompt"])
+        lengths = [median(len(row[name]) for row in rows) for name in ("chosen", "rejected")]
+        assert max(lengths) < 1.1 * min(lengths)
+    assert len(prompts) == 60
