@@ -109,7 +109,8 @@ def rows_of(recipe: Recipe, folder: Path) -> str:
     path = folder / "rows.jsonl"
     shape = SHAPES.get(name)
     if shape is None:
-        return str(ROWS)
+        own = ROWS.with_name(Path(name).name)
+        return str(own if own.is_file() else ROWS)
     path.write_text(
         "".join(json.dumps(shape(number, task)) + "\n" for number, task in enumerate(tasks))
     )
