@@ -199,10 +199,10 @@ def test_a_quantized_base_is_whole_on_every_card_while_it_is_loaded():
 def test_the_steps_of_a_shipped_recipe_are_of_the_rows_that_its_comments_name():
     made = plan("llama3.1-8b-tulu3/full", gpus=8)
     assert made.steps_known and made.steps.steps == pytest.approx(14_645, rel=0.01)
-    lines = {label: text for label, text, _ in rows_shown(made, None) if text}
+    lines = dict(rows_shown(made, None)[0])
     assert "per 1,000 rows" in lines["time"]
     unknown = plan("llama3.1-8b-tulu3/full", "data.source=someone/else", gpus=8)
-    lines = {label: text for label, text, _ in rows_shown(unknown, None) if text}
+    lines = dict(rows_shown(unknown, None)[0])
     assert not unknown.steps_known and "per 1,000 rows" in lines["steps"]
 
 

@@ -35,15 +35,11 @@ def run_plan(
     launch, card = launch_and_card(loaded, gpu, accelerate=accelerate, gpus=gpus, nodes=nodes)
     plan = plan_of(loaded, launch, card)
     advice = advise(plan, overrides)
-    rows = rows_shown(plan, advice)
+    lines, facts = rows_shown(plan, advice)
     if json:
-        facts: dict[str, object] = {}
-        for _, _, values in rows:
-            facts |= values
         return print_json(facts)
-    for label, text, _ in rows:
-        if text:
-            say(f"{label:<9} {text}")
+    for label, text in lines:
+        say(f"{label:<9} {text}")
     if table:
         say(*table_lines(plan, overrides))
     path = shown_path(loaded.path)

@@ -24,14 +24,6 @@ class Advice(NamedTuple):
     plan: Plan  # with the change
 
 
-class Line(NamedTuple):
-    """A line of what is printed; without a text it is not shown."""
-
-    label: str
-    text: str
-    values: dict[str, Any]  # for `--json`
-
-
 # ---- what to change ----
 
 
@@ -135,16 +127,21 @@ def _changes(plan: Plan) -> Iterator[tuple[list[str], str]]:
 # ---- what is printed ----
 
 
-def rows_shown(plan: Plan, advice: Advice | None) -> list[Line]:
-    """Return at most 15 lines."""
+def rows_shown(
+    plan: Plan, advice: Advice | None
+) -> tuple[list[tuple[str, str]], dict[str, object]]:
+    """Return at most 15 lines, a label and a text each; and what `--json` prints of them."""
     steps = plan.steps
     traced = plan.trace
     card = plan.card
-    lines: list[Line] = []
+    lines: list[tuple[str, str]] = []
+    facts: dict[str, object] = {}
 
     def add(label: str, text: str, **values: Any) -> None:
-        """Add a line, with the values that `--json` prints for it."""
-        lines.append(Line(label, text, values))
+        """Add facts, and a line unless there is nothing to say."""
+        facts.update(values)
+        if text:
+            lines.append((label, text))
 
     kind = {"NO": "one process", "FSDP": "FSDP2"}.get(plan.launch.distributed_type, "DDP")
     training = f"{plan.recipe.name}: {plan.method} on {steps.world_size} x {card.name}, {kind}"
@@ -205,4 +202,4 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[Line]:
     elif not plan.fits:
         change = "no known change of this recipe makes it fit: use more memory"
     add("try", change, advice=advice and advice.words)
-    return lines
+    return lines, facts
