@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.analysis.claims import Conclusion, conclude
+from recipes_lib.analysis.readers import read_results
+from recipes_lib.analysis.runs import Run, arms_of
 from recipes_lib.core.files import write_json
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evals.log import (
@@ -157,3 +160,16 @@ def change_lines(file: Path, how: Callable[[dict[str, Any]], dict[str, Any]]) ->
     """Change every line of a JSON-lines file."""
     rows = [how(json.loads(line)) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_one(path: Path) -> Run:
+    """Return the one run of a file or folder."""
+    (run,) = read_results(path) or ()
+    return run
+
+
+def compared_files(*paths: Path) -> Conclusion:
+    """Compare files or folders of other programs."""
+    runs = [run for path in paths for run in read_results(path) or ()]
+    assert len(runs) >= len(paths)
+    return conclude(arms_of(runs))

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.analysis.made_up import change_lines
+from tests.analysis.made_up import change_lines, read_one
+from tests.analysis.made_up import compared_files as compared
 
-from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.printed_commands import commands
 from recipes_lib.analysis.readers import read_results
 from recipes_lib.analysis.runs import Run, arms_of
@@ -63,17 +63,6 @@ def annotations(file: Path, model: str, preferences: list[float | None]) -> Path
     ]
     write_json(file, rows)
     return file
-
-
-def compared(*paths: Path) -> Any:
-    runs = [run for path in paths for run in read_results(path) or ()]
-    assert len(runs) >= len(paths)
-    return conclude(arms_of(runs))
-
-
-def read_one(path: Path) -> Run:
-    (run,) = read_results(path) or ()
-    return run
 
 
 def test_two_folders_of_lm_eval_are_compared_in_pairs(tmp_path: Path) -> None:
@@ -403,9 +392,8 @@ def test_samples_of_a_command_without_results_are_named(tmp_path: Path) -> None:
     folder = lm_eval(tmp_path / "a", [1.0] * 10)
     lm_eval(folder, [1.0] * 10, LATER, task="hellaswag")
     (folder / f"some__model/results{LATER}.json").unlink()
-    assert read_one(folder).unread == (
-        f"samples_hellaswag{LATER}.jsonl: its command has no results file here",
-    )
+    (line,) = read_one(folder).unread
+    assert line == f"samples_hellaswag{LATER}.jsonl: its command has no results file here"
 
 
 def test_rows_of_lm_eval_that_are_gone_leave_no_verdict_and_the_file_is_named(tmp_path) -> None:
@@ -431,9 +419,8 @@ def test_rows_of_lm_eval_that_are_gone_leave_no_verdict_and_the_file_is_named(tm
         (claim,) = conclusion.claims
         assert claim.verdict == "no verdict", found
         (unread,) = [each for each in conclusion.findings if each.code == "not-read"]
-        assert f"{file.name}: {found} of the 60 rows of acc can be read" in " ".join(
-            unread.evidence
-        )
+        lines_read = f"{file.name}: {found} of the 60 rows of acc can be read"
+        assert lines_read in " ".join(unread.evidence)
 
 
 def test_the_path_that_lm_eval_was_given_is_read(tmp_path: Path) -> None:
@@ -460,6 +447,32 @@ def test_rows_that_one_side_lost_count_both_ways(tmp_path: Path) -> None:
     samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:100]))
     (claim,) = compared(first, second).claims
     assert claim.row.test.unresolved == 100 and claim.verdict == "not shown"
+
+
+# Of every four questions the first arm won one, the second one, and both or neither the others.
+FOUR = {"a": [1.0, 0.0, 1.0, 0.0], "b": [0.0, 1.0, 1.0, 0.0]}
+
+
+def test_annotations_that_both_sides_lost_count_both_ways_by_the_leaderboard(tmp_path) -> None:
+    for name, values in FOUR.items():
+        file = tmp_path / name / "gpt4/annotations.json"
+        annotations(file, name, [1 + value for value in values * 50])
+        write_json(file, [row for n, row in enumerate(json.loads(file.read_text())) if n % 4])
+        file.with_name("leaderboard.csv").write_text(f",n_total\n{name},200\n")
+    claim = compared(tmp_path / "a", tmp_path / "b").claims[0]
+    assert claim.verdict == "not shown" and claim.row.test.unresolved == 50
+    assert claim.row.flags == ("150 common questions of 200",)
+
+
+def test_rows_of_lm_eval_that_are_gone_are_counted_where_both_means_are_kept(tmp_path) -> None:
+    counts = {"n-samples": {"arc_easy": {"original": 200, "effective": 200}}}
+    for (name, values), gone in zip(FOUR.items(), ((0, 3), (0, 2)), strict=True):
+        (samples,) = lm_eval(tmp_path / name, values * 50, **counts).rglob("samples*")
+        rows = enumerate(samples.read_text().splitlines(keepends=True))
+        samples.write_text("".join(row for n, row in rows if n % 4 not in gone))
+    (claim,) = compared(tmp_path / "a", tmp_path / "b").claims
+    assert claim.row.test.unresolved == 150 and claim.verdict == "not shown"
+    assert claim.row.flags == ("50 common questions of 200",)
 
 
 def test_questions_that_differ_in_digits_only_are_a_doubt_in_the_sentence(tmp_path: Path) -> None:
@@ -513,15 +526,15 @@ def test_another_configuration_of_the_annotator_stops_the_verdict(tmp_path: Path
     assert "chat template" in title
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"n-samples": {"arc_easy": 5}},
-        {"config": "x"},
-        {"group_subtasks": [1]},
-        {"results": {"arc_easy": []}},
-    ],
-)
+OTHER_SHAPES = [
+    {"n-samples": {"arc_easy": 5}},
+    {"config": "x"},
+    {"group_subtasks": [1]},
+    {"results": {"arc_easy": []}},
+]
+
+
+@pytest.mark.parametrize("content", OTHER_SHAPES)
 def test_results_of_another_shape_are_damaged_and_no_internal_error(tmp_path, content) -> None:
     with pytest.raises(DataError, match="is damaged: "):
         read_results(lm_eval(tmp_path / "a", [1.0] * 10, **content))

@@ -16,25 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.analysis.made_up import compared_files as compared
+from tests.analysis.made_up import read_one
 
-from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.readers import inspect_log, read_results
-from recipes_lib.analysis.runs import Run, arms_of
 from recipes_lib.core.errors import DataError
 from recipes_lib.evals.log import Metric
 
 LOGS = Path(__file__).parent / "inspect_logs"
+PLAIN = ("small.eval", "large.eval", "errors.eval", "limited.eval", "large.json")
 READS_ZSTANDARD = sys.version_info >= (3, 14) or importlib.util.find_spec("zipfile_zstd")
 needs_zstandard = pytest.mark.skipif(not READS_ZSTANDARD, reason="the extra inspect")
-
-
-def read_one(path: Path) -> Run:
-    (run,) = read_results(path) or ()
-    return run
-
-
-def compared(*paths: Path) -> Conclusion:
-    return conclude(arms_of([read_one(path) for path in paths]))
 
 
 def changed(file: Path, how: Any, name: str = "large.json") -> Path:
@@ -53,17 +45,7 @@ def question_means(metric: Metric) -> list[float]:
     return [statistics.fmean(numbers) for numbers in values.values()]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "small.eval",
-        "large.eval",
-        "errors.eval",
-        "limited.eval",
-        "large.json",
-        pytest.param("epochs.eval", marks=needs_zstandard),
-    ],
-)
+@pytest.mark.parametrize("name", [*PLAIN, pytest.param("epochs.eval", marks=needs_zstandard)])
 def test_means_and_standard_errors_are_those_of_inspect(name: str) -> None:
     content = inspect_log.content_of(LOGS / name)
     metrics = {metric.metric: metric for metric in read_one(LOGS / name).metrics}
@@ -89,10 +71,8 @@ def test_two_logs_are_compared_question_by_question() -> None:
     match, partly, right, length = conclusion.claims
     assert match.row.arms == ("sums-large", "sums-small") and match.row.n == 6
     assert match.sentence.startswith("No difference shown between sums-large and sums-small in ")
-    assert {sample.value for sample in next(read_one(LOGS / "small.eval").metrics).samples} == {
-        0,
-        1,
-    }
+    samples = next(read_one(LOGS / "small.eval").metrics).samples
+    assert {sample.value for sample in samples} == {0, 1}
     assert partly.verdict == "not shown"
     for claim in (right, length):  # of a mean Inspect records no direction
         assert "whether higher or lower is better" in claim.row.why_not
@@ -138,10 +118,8 @@ def test_how_inspect_asked_is_compared(tmp_path: Path) -> None:
         content["eval"]["model"] = "sums/other"
 
     first = LOGS / "large.json"
-    codes = {
-        finding.code
-        for finding in compared(first, changed(tmp_path / "x.json", other_model)).findings
-    }
+    conclusion = compared(first, changed(tmp_path / "x.json", other_model))
+    codes = {finding.code for finding in conclusion.findings}
     assert not codes & {"protocol-differs", "evaluated-differently"}
     asked = {
         "task version": lambda spec: spec.update(task_version=3),

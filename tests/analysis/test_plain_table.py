@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow.parquet import write_table
+from tests.analysis.made_up import compared_files
 
-from recipes_lib.analysis.claims import Claim, conclude
+from recipes_lib.analysis.claims import Claim
 from recipes_lib.analysis.pairs import BY_SEED
 from recipes_lib.analysis.readers import known_forms, plain_table, read_results
-from recipes_lib.analysis.runs import arms_of
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError
 
@@ -50,8 +50,7 @@ def scores(chance: float, n: int = 300, seed: int = 0, **cells: Any) -> list[dic
 
 
 def claims_of(*files: Path) -> list[Claim]:
-    runs = [run for file in files for run in read_results(file) or ()]
-    return list(conclude(arms_of(runs)).claims)
+    return list(compared_files(*files).claims)
 
 
 @pytest.mark.parametrize("write", [csv_file, jsonl_file, parquet_file])
@@ -149,8 +148,7 @@ def test_a_table_beside_its_copy_is_named(tmp_path: Path) -> None:
     copy = tmp_path / "copy.csv"
     copy.symlink_to(first)
     for second, is_copy in ((copy, True), (other, False)):
-        runs = [*(read_results(first) or ()), *(read_results(second) or ())]
-        codes = [finding.code for finding in conclude(arms_of(runs)).findings]
+        codes = [finding.code for finding in compared_files(first, second).findings]
         assert ("same-scores" in codes) == is_copy
 
 

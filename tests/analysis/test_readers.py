@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.analysis.made_up import compared_files as compared
 
-from recipes_lib.analysis.claims import Conclusion, conclude
+from recipes_lib.analysis.claims import Conclusion
 from recipes_lib.analysis.readers import read_results
-from recipes_lib.analysis.runs import Run, arms_of
+from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError
 from recipes_lib.evals.log import Metric
 
@@ -26,10 +27,6 @@ def runs_of(path: Path) -> dict[str, Run]:
 
 def metrics_of(run: Run) -> dict[str, Metric]:
     return {metric.name: metric for metric in run.metrics}
-
-
-def compared(*paths: Path) -> Conclusion:
-    return conclude(arms_of([run for path in paths for run in read_results(path) or ()]))
 
 
 def titles(conclusion: Conclusion, code: str) -> list[str]:
@@ -121,13 +118,23 @@ def test_helm_is_compared_by_folder_and_part_of_its_instances_is_named(tmp_path:
     assert "gen_kwargs" in titles(compared(tmp_path / "helm"), "protocol-differs")[0]
 
 
+def test_instances_that_both_folders_of_helm_lost_count_both_ways(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS / "helm", tmp_path / "helm")
+    for file in (tmp_path / "helm").glob("*/per_instance_stats.json"):
+        file.write_text(json.dumps(content(file)[:5]))
+    conclusion = compared(tmp_path / "helm")
+    row = conclusion.claims[0].row
+    assert row.test and row.n == 8 and row.test.unresolved == 3
+    assert row.flags == ("5 common questions of 8",) and conclusion.table.scores[0].unresolved == 3
+
+
 def test_instances_that_helm_perturbed_are_not_read_and_trials_are_one_question(tmp_path) -> None:
     shutil.copytree(RESULTS / "helm", tmp_path / "helm")
-    for folder in (tmp_path / "helm").iterdir():
-        rows = content(folder / "per_instance_stats.json")
+    for file in (tmp_path / "helm").glob("*/per_instance_stats.json"):
+        rows = content(file)
         again = [row | {"train_trial_index": 1} for row in rows]
         perturbed = [row | {"perturbation": {"name": "typos"}} for row in rows]
-        (folder / "per_instance_stats.json").write_text(json.dumps(rows + again + perturbed))
+        file.write_text(json.dumps(rows + again + perturbed))
     conclusion = compared(tmp_path / "helm")
     row = conclusion.claims[0].row
     assert row.test and row.n == 16 and row.test.resolved.questions == 8

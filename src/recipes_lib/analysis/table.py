@@ -26,6 +26,10 @@ from recipes_lib.stats import ALPHA, Limits, compare, mean_interval
 
 FEWEST_QUESTIONS = 6  # five that all agree have p = 0.06
 FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample
+_ENDS = {  # of a unit's scale, where no question tells arms apart
+    "share": {0.0: "nothing right", 1.0: "everything right"},
+    "grade": {1.0: "the lowest grades", 5.0: "the highest grades"},
+}
 _Key = tuple[tuple[str, str, str], str | None]  # eval, task, metric; opponent
 _Item = tuple[str, int]  # question, turn
 _Values: TypeAlias = NDArray[np.float64]
@@ -193,7 +197,8 @@ def _side_by_side(
         kept = first_questions | second_questions
     first_samples = [sample for sample in first_samples if sample.id in kept]
     second_samples = [sample for sample in second_samples if sample.id in kept]
-    items = _items(first_samples + second_samples)
+    asked = max(metric.asked for metric in metrics)
+    items = _items(first_samples + second_samples, asked)
     row.n = len(items)
     if not items:
         row.first_value = _mean_reported(first_metrics)
@@ -202,7 +207,7 @@ def _side_by_side(
         if first_questions and second_questions:
             row.why_not = "the two arms answered different questions"
         return row
-    most = max(len(first_questions), len(second_questions), len(kept))
+    most = max(len(first_questions), len(second_questions), len(kept), asked)
     if len(common) < most:
         flags.append(f"{count(len(common), 'common question')} of {most}")
     row.flags = tuple(flags)
@@ -281,8 +286,11 @@ def _samples(metrics: Sequence[Metric]) -> list[Sample]:
     return [sample for metric in metrics for sample in metric.samples]
 
 
-def _items(samples: Sequence[Sample]) -> list[_Item]:
-    return list(dict.fromkeys(sample.key for sample in samples))
+def _items(samples: Sequence[Sample], asked: int = 0) -> list[_Item]:
+    """The items of samples, and one for each question that was asked and has no row any more."""
+    items = list(dict.fromkeys(sample.key for sample in samples))
+    num_lost = asked - len({id for id, _ in items}) if items else 0
+    return items + [(f"lost row {number}", 1) for number in range(num_lost)]
 
 
 def _values(metrics: Sequence[Metric], items: Sequence[_Item]) -> _Values:
@@ -326,12 +334,7 @@ def _why_not(row: TableRow) -> str:
         return f"{rows} of {row.n:,} are fewer than the {FEWEST_LOSSES} that losses need"
     if test.resolved.tail_against:
         return "a few rows differ far more than the others, in the other direction"
-    ends = {}
-    if row.unit == "share":
-        ends = {0.0: "nothing right", 1.0: "everything right"}
-    elif row.unit == "grade":
-        ends = {1.0: "the lowest grades", 5.0: "the highest grades"}
-    end = ends.get(row.first_value or 0.0)
+    end = _ENDS.get(row.unit, {}).get(row.first_value or 0.0)
     if end and row.first_value == row.second_value and not test.unresolved:
         return f"both arms have {end}, so the questions cannot tell them apart"
     return ""
@@ -410,7 +413,7 @@ def _score(arm: ArmRuns, opponent: str | None, measured: Measured) -> Score:
     metrics = [metric for _, metric in measured]
     trainings = [list(training.by_opponent.values()) for training in trainings_of(measured)]
     metric = metrics[0]
-    items = _items(_samples(metrics))
+    items = _items(_samples(metrics), max(metric.asked for metric in metrics))
     values = _values_by_training(trainings, items)
     is_resolved = ~np.isnan(values).any(axis=0)
     table = values[:, is_resolved]

@@ -98,6 +98,7 @@ class Metric:
     low: float | None = None
     high: float | None = None
     n: int = 0  # samples with a value
+    asked: int = 0  # questions that another program counted: of some its files may have no row
     instead_of: str = ""  # the metric that is compared in its place, where two models share that
     parts: tuple[str, ...] = ()  # of a group of lm-eval: the tasks and groups below it
     num_fewshot: int | None = None
@@ -276,7 +277,8 @@ def write_log(log: EvalLog) -> None:
 
 def to_json(log: EvalLog) -> dict[str, object]:
     """Return the content of result.json."""
-    left_out: Any = {"file": True, "metrics": {"__all__": {"samples", "eval", "suite", "file"}}}
+    of_metrics = {"samples", "asked", "eval", "suite", "file"}
+    left_out: Any = {"file": True, "metrics": {"__all__": of_metrics}}
     values = _schema(EvalLog).dump_python(log, mode="json", exclude=left_out)
     return {"format_version": RESULT_VERSION, **values}
 
@@ -391,12 +393,14 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
     """
     for group in metrics:
         samples = []
+        asked = 0
         for task in metrics:
             if task.task in group.parts and task.metric == group.metric and not task.parts:
+                asked += task.asked
                 samples += [replace(item, id=f"{task.task}/{item.id}") for item in task.samples]
         mean = math.fsum(sample.value or 0.0 for sample in samples) / max(len(samples), 1)
         if samples and group.value is not None and abs(mean - group.value) <= 1e-6:
-            yield replace(group, samples=tuple(samples))
+            yield replace(group, samples=tuple(samples), asked=asked)
         else:
             yield group
 

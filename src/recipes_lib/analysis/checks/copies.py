@@ -3,6 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from recipes_lib.analysis.aims import Design
@@ -49,26 +50,20 @@ def check_copies(arms: Arms, design: Design | None) -> Iterator[Finding]:
             answers = hashes[id(log)]
             other_answers = hashes[id(other)]
             common = answers.keys() & other_answers.keys()
+            finding = partial(
+                Finding,
+                evidence=(run_place(log.file), run_place(other.file)),
+                arms=pair,
+                metrics=metric_names((log, other)),
+            )
             if len(common) > 1 and all(answers[key] == other_answers[key] for key in common):
-                yield Finding(
-                    code="same-answers",
-                    severity="error",
-                    title=f"All answers of {both} in {log.eval} are the same",
-                    evidence=(run_place(log.file), run_place(other.file)),
-                    remedy="equal models give equal answers; else one set is a copy: redo it",
-                    arms=pair,
-                    metrics=metric_names((log, other)),
-                )
+                title = f"All answers of {both} in {log.eval} are the same"
+                remedy = "equal models give equal answers; else one set is a copy: redo it"
+                yield finding("same-answers", "error", title, remedy=remedy)
             elif log.source and len(_scores(log)) > 1 and _scores(log) == _scores(other):
-                yield Finding(
-                    code="same-scores",
-                    severity="warning",
-                    title=f"Every score of {both} in {log.eval} is the same",
-                    evidence=(run_place(log.file), run_place(other.file)),
-                    remedy="one may be a copy of the other, or both one model: look at the files",
-                    arms=pair,
-                    metrics=metric_names((log, other)),
-                )
+                title = f"Every score of {both} in {log.eval} is the same"
+                remedy = "one may be a copy of the other, or both one model: look at the files"
+                yield finding("same-scores", "warning", title, remedy=remedy)
     for arm in arms:
         yield from _copied_trainings(arm)
         for file_by_run in identities[arm.name].values():
@@ -132,13 +127,11 @@ def _answer_hashes(log: EvalLog) -> dict[tuple[str, int], int]:
     return {sample.key: hash(tuple((sample.answer or "").split())) for sample in answered}
 
 
-def _scores(log: EvalLog) -> dict[tuple[str, str, int], float | None]:
-    """Return the values of a log by metric, question and turn."""
-    scores = {}
-    for metric in log.metrics:
-        for sample in metric.samples:
-            scores[metric.name, sample.id, sample.turn] = sample.value
-    return scores
+def _scores(log: EvalLog) -> set[tuple[str, str, int, float | None]]:
+    """Return the values of a log with their metric, question and turn."""
+    return {
+        (metric.name, *each.key, each.value) for metric in log.metrics for each in metric.samples
+    }
 
 
 def check_former_opponents(arms: Arms, design: Design | None) -> Iterator[Finding]:

@@ -40,10 +40,9 @@ def check_subsets(arms: Arms, design: Design | None) -> Iterator[Finding]:
             remedy = "ask all of them: who can choose the questions can choose the answer"
             yield finding("chosen-questions", "error", title, remedy=remedy)
             continue
+        title = f"{name} asked only some of its questions"
         remedy = "ask all of them"
-        yield finding(
-            "subset", "warning", f"{name} asked only some of its questions", remedy=remedy
-        )
+        yield finding("subset", "warning", title, remedy=remedy)
         for (arm, log), (other_arm, other) in itertools.combinations(of_eval, 2):
             why = _why_no_subset(log, other)
             if arm != other_arm and why and log.source and other.source:
@@ -85,8 +84,7 @@ def check_repeats(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 names[f"{of_all} differ from another in digits only"].append(metric.name)
         remedy = "if they are one question asked again, p is too small"
         for title, metrics in names.items():
-            touched = tuple(metrics)
-            yield Finding(REPEATED_QUESTIONS, "warning", title, remedy=remedy, metrics=touched)
+            yield Finding(REPEATED_QUESTIONS, "warning", title, (), remedy, metrics=tuple(metrics))
     for where, metrics in unknown.items():
         title = f"The texts of the questions of {where} are not recorded"
         remedy = "a question that was asked again under another id counts as another one"

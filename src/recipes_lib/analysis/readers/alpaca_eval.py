@@ -152,14 +152,18 @@ def _config(path: Path, model: str) -> dict[str, str]:
 def _metrics(
     rows: Sequence[Annotation], samples: Sequence[Sample], opponent: str, path: Path
 ) -> Iterator[Metric]:
-    yield metric_of("win_rate", "AlpacaEval win rate", samples, opponent=opponent)
     percent = None
+    asked = 0
     leaderboard = path.with_name("leaderboard.csv")
     if leaderboard.is_file():
         with leaderboard.open(newline="", encoding="utf-8") as lines:
             for row in csv.DictReader(lines):
                 if row.get("") == rows[0].generator_2:  # the first column has no name
                     percent = row.get("length_controlled_winrate")
+                    # it counts the annotations that have a verdict
+                    num_open = sum(sample.value is None for sample in samples)
+                    asked = int(float(row.get("n_total") or 0)) + num_open
+    yield metric_of("win_rate", "AlpacaEval win rate", samples, opponent=opponent, asked=asked)
     if percent:
         label = "AlpacaEval length-controlled win rate"
         value = float(percent) / 100

@@ -1,6 +1,6 @@
 """Reads runs of HELM: a folder with per_instance_stats.json, or the suite's folder of such folders.
 
-    SUITE/SCENARIO:ARGUMENTS,model=MODEL/per_instance_stats.json, run_spec.json
+    SUITE/SCENARIO:ARGUMENTS,model=MODEL/per_instance_stats.json, stats.json, run_spec.json
 
 (crfm-helm 0.5.) Each model is an arm. Instances that were perturbed are not read, nor the counts
 and times that HELM keeps beside its metrics. Trials of an instance are answers to one question.
@@ -9,6 +9,7 @@ and times that HELM keeps beside its metrics. Trials of an instance are answers 
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,12 @@ def _run(model: str, path: Path, folders: Mapping[Path, Mapping[str, Any]]) -> R
 
 
 def _metrics(folder: Path, task: str, num_fewshot: int | None) -> list[Metric]:
+    asked = 0
+    means = folder / "stats.json"  # it counts the instances of each split
+    for statistic in parsed_json(means) if means.exists() else ():
+        name = statistic["name"]
+        if name["name"] == "num_instances" and not name.get("perturbation"):
+            asked += round(statistic.get("mean", 0))
     samples: dict[str, list[Sample]] = defaultdict(list)
     for instance in parsed_json(folder / _STATS):
         if instance.get("perturbation"):
@@ -104,5 +111,5 @@ def _metrics(folder: Path, task: str, num_fewshot: int | None) -> list[Metric]:
     for name, of_metric in samples.items():
         higher = True if _RIGHT.search(name) else None
         metric = scored_metric(name, of_metric, higher, task=task, num_fewshot=num_fewshot)
-        metrics.append(metric)
+        metrics.append(replace(metric, asked=asked))
     return metrics

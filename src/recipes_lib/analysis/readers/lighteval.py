@@ -119,5 +119,4 @@ def _metrics(
         if of_rows and (total is None or abs(mean - total) <= 1e-6):
             yield scored_metric(name, of_rows, higher_is_better.get(name), **facts)
         elif total is not None:  # of all documents together
-            label = f"{facts['task']} {name}"
-            yield Metric(name, label, value=total, unit="number", **facts)
+            yield Metric(name, f"{facts['task']} {name}", value=total, unit="number", **facts)

@@ -70,8 +70,8 @@ class Results:
     @property
     def identity(self) -> list[str]:
         """What tells models of one name apart, such as `revision=step2`, and the form of asking."""
-        arguments = self.arguments
-        words = [f"{key}={arguments[key]}" for key in _OF_THE_WEIGHTS if key in arguments]
+        given = [key for key in _OF_THE_WEIGHTS if key in self.arguments]
+        words = [f"{key}={self.arguments[key]}" for key in given]
         if self.content.get("chat_template_sha"):
             words.append("chat")
         return words
@@ -85,6 +85,12 @@ class Results:
                 task = file.stem.removeprefix("samples_").removesuffix(_date_of(self.file))
                 rows[task] = list(read_rows(file, may_be_cut=False))
         return rows
+
+    def rows_of(self, metric: Metric) -> dict[str, dict[str, Any]]:
+        """Return the rows of a metric's task and filter by the number of their document."""
+        pipeline = metric.metric.partition(",")[2] or "none"
+        rows = self.samples.get(metric.task, ())
+        return {str(row["doc_id"]): row for row in rows if row.get("filter", "none") == pipeline}
 
 
 def matches(path: Path) -> bool:
@@ -231,18 +237,13 @@ def _run(name: str, folder: Path, commands: Sequence[Results]) -> Run:
 
 
 def _missing_rows(results: Results, metric: Metric) -> Iterator[str]:
-    """Say which metric has no verdict because rows of it are not there any more."""
-    name, _, pipeline = metric.metric.partition(",")
-    counts = (results.content.get("n-samples") or {}).get(metric.task) or {}
-    num_asked = counts.get("effective", 0)
-    rows = results.samples.get(metric.task, ())
-    num_rows = sum(
-        name in row and row.get("filter", "none") == (pipeline or "none") for row in rows
-    )
-    if not metric.samples and num_rows < num_asked:
+    """Say of which metric rows are not there any more."""
+    name = metric.metric.partition(",")[0]
+    num_rows = sum(name in row for row in results.rows_of(metric).values())
+    if num_rows < metric.asked and not metric.parts:
         file = f"samples_{metric.task}{_date_of(results.file)}.jsonl"
-        found = f"{num_rows} of the {num_asked} rows of {metric.metric} can be read"
-        yield f"{file}: {found}, so it has no verdict; restore the file, or evaluate again"
+        found = f"{num_rows} of the {metric.asked} rows of {metric.metric} can be read"
+        yield f"{file}: {found}; restore the file, or evaluate again"
 
 
 def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
@@ -281,11 +282,7 @@ def _log(results: Results, tasks: Sequence[str]) -> EvalLog:
 def _metrics(results: Results) -> Iterator[Metric]:
     metrics = []
     for metric in metrics_of(results.content, results.samples):
-        pipeline = metric.metric.partition(",")[2] or "none"
-        rows = {}
-        for row in results.samples.get(metric.task, ()):
-            if row.get("filter", "none") == pipeline:
-                rows[str(row["doc_id"])] = row
+        rows = results.rows_of(metric)
         samples = []
         for sample in metric.samples:
             # metrics_of begins an id with the document's number
@@ -293,8 +290,11 @@ def _metrics(results: Results) -> Iterator[Metric]:
             prompt = str(row.get("prompt_hash") or "")
             question, answer = _texts(row)
             samples.append(replace(sample, prompt=prompt, input=question, answer=answer))
+        name = metric.metric.partition(",")[0]
+        # a task may give some documents no value of a metric, which their rows then do not list
+        unscored = sum(name not in row.get("metrics", [name]) for row in rows.values())
         placed = replace(metric, samples=tuple(samples), eval=SUITE, suite=SUITE, file=results.file)
-        metrics.append(placed)
+        metrics.append(replace(placed, asked=metric.asked - unscored))
     return with_groups(metrics)
 
 
@@ -338,8 +338,6 @@ def _asked(results: Results, tasks: Sequence[str]) -> dict[str, Any]:
 
 def _facts(results: Results) -> dict[str, Any]:
     """Return how the answers of a command were computed, or that this is not recorded."""
-    content = results.content
-    config = results.config
     arguments = results.arguments
     other_keys = sorted(arguments.keys() - {*_OF_THE_WEIGHTS})
     other_arguments = ", ".join(f"{key}={arguments[key]}" for key in other_keys)
@@ -347,13 +345,13 @@ def _facts(results: Results) -> dict[str, Any]:
     names = [arguments.get(key) for key in _OF_THE_WEIGHTS if key != "tokenizer"]
     if not tokenizer or tokenizer in names:
         tokenizer = "the model's own"
-    if "model_args" not in config:
+    if "model_args" not in results.config:
         other_arguments = NOT_RECORDED
         tokenizer = NOT_RECORDED
     return {
-        "lm_eval": content.get("lm_eval_version") or NOT_RECORDED,
-        "transformers": content.get("transformers_version") or NOT_RECORDED,
-        "backend": config.get("model") or NOT_RECORDED,
+        "lm_eval": results.content.get("lm_eval_version") or NOT_RECORDED,
+        "transformers": results.content.get("transformers_version") or NOT_RECORDED,
+        "backend": results.config.get("model") or NOT_RECORDED,
         "model arguments": other_arguments or "none",
         "tokenizer": tokenizer,
     }

@@ -278,6 +278,7 @@ def _metric_of(
         "higher_is_better": (fact("higher_is_better") or {}).get(metric),
         "parts": tuple(_parts_of(results, task)),
         "num_fewshot": fact("n-shot"),
+        "asked": (fact("n-samples") or {}).get("effective", 0),
         "version": str(fact("versions") or "") or None,
     }
     if scores and abs(sum(scores) / len(scores) - value) <= 1e-6:
@@ -286,7 +287,7 @@ def _metric_of(
     error = results["results"][task].get(f"{metric}_stderr,{pipeline}")
     if isinstance(error, int | float):
         facts |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
-    return Metric(value=value, n=(fact("n-samples") or {}).get("effective", 0), **facts)
+    return Metric(value=value, n=facts["asked"], **facts)
 
 
 def is_share(metric: str) -> bool:
