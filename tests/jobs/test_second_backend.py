@@ -30,8 +30,8 @@ class Here:
 
     scheduler: str = "toy"
     python: tuple[str, ...] = (sys.executable, "-m", "tests.jobs.toy_python")
-    judge_program: str | None = None
-    trainings_at_once: int | None = None
+    vllm: str | None = None
+    max_concurrent_arms: int | None = None
     has_gpus: bool = False
     largest_array: int | None = 2
     host: Host = field(default_factory=Host)

@@ -229,18 +229,16 @@ def _merge(document: Document, into: Values, new: Values, at: KeyPath) -> None:
                 del document.origins[inner]
 
 
-def read_words(words: Iterable[str]) -> list[Document]:
+def read_words(words: Sequence[str]) -> list[Document]:
     """Return a document for each `section.key=value`, with its one value in nested mappings."""
     documents: list[Document] = []
-    typed = list(words)
-    for number, word in enumerate(typed):
+    for number, word in enumerate(words):
         name, separator, text = word.removeprefix("--").partition("=")
         keys = name.split(".")
         document = Document(Path(COMMAND_LINE), text=text)
         if not separator or not all(keys):
-            raise document.error(
-                1, f"'{word}' is not section.key=value", _hint_of_word(typed, number)
-            )
+            what = f"'{word}' is not section.key=value"
+            raise document.error(1, what, _hint_of_word(words, number))
         document.origins[tuple(keys)] = document.origin(1)
         _compose(document, tuple(keys))
         for key in reversed(keys):
@@ -255,7 +253,6 @@ def _hint_of_word(words: Sequence[str], number: int) -> str:
     before = words[number - 1] if number else ""
     after = words[number + 1] if number + 1 < len(words) else ""
     name = word.lstrip("-").replace("-", "_")
-    example = "for example train.learning_rate=1e-4"
     if name.startswith("resume"):
         return "the same command resumes a run that was stopped"
     if word.startswith("-"):
@@ -274,7 +271,7 @@ def _hint_of_word(words: Sequence[str], number: int) -> str:
         if kind != "recipe" and kind in _HINTS:
             return _HINTS[kind]
         return "one recipe at a time; several are a study: recipes study --help"
-    return f"write key and value in one word, {example}"
+    return "write key and value in one word, for example train.learning_rate=1e-4"
 
 
 def _read_file(path: Path) -> Document:

@@ -13,19 +13,21 @@ from recipes_lib.data.preferences import settle_pair
 from recipes_lib.data.rows import PAIR, DataRow, answer_row, conversation_of
 from recipes_lib.data.values import checked_text, is_blank, parsed_json
 
-# Prompt format -> the sets of our fields that it can read, the best first.
-FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "dolly": (("instruction", "response"),),
-    "alpaca": (("instruction", "response"),),
-    "raw": (("prompt", "completion"), ("text",)),
-    "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
-}
-# The same of pairs. Without a prompt, it is what both conversations begin with.
-FIELDS_OF_PAIRS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "dolly": (("instruction", *PAIR),),
-    "alpaca": (("instruction", *PAIR),),
-    "raw": (("prompt", *PAIR),),
-    "chat": (("prompt", *PAIR), ("instruction", *PAIR), PAIR),
+# Stage and prompt format -> the sets of our fields that it can read, the best first.
+FIELDS: dict[Stage, dict[str, tuple[tuple[str, ...], ...]]] = {
+    SFT: {
+        "dolly": (("instruction", "response"),),
+        "alpaca": (("instruction", "response"),),
+        "raw": (("prompt", "completion"), ("text",)),
+        "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
+    },
+    DPO: {
+        "dolly": (("instruction", *PAIR),),
+        "alpaca": (("instruction", *PAIR),),
+        "raw": (("prompt", *PAIR),),
+        # without a prompt, it is what both conversations begin with
+        "chat": (("prompt", *PAIR), ("instruction", *PAIR), PAIR),
+    },
 }
 OF_CHAT = ("system", "tools", "chat_template_kwargs")
 OF_PAIRS = ("context", "history")  # beside instruction and response; a history is read in chat
@@ -61,15 +63,11 @@ def fields_by_format(
             names[name] = there[0]
     names |= columns  # what the recipe maps wins
     readable: dict[str, tuple[str, ...]] = {}
-    for prompt_format, choices in _field_sets(stage).items():
+    for prompt_format, choices in FIELDS[stage].items():
         for fields in choices:
             if names.keys() >= set(fields):
                 readable.setdefault(prompt_format, fields)
     return names, readable
-
-
-def _field_sets(stage: Stage) -> dict[str, tuple[tuple[str, ...], ...]]:
-    return FIELDS_OF_PAIRS if stage == DPO else FIELDS
 
 
 def stage_hint(columns: Sequence[str], stage: Stage) -> list[str]:
@@ -102,7 +100,7 @@ def map_columns(
             raise SettingError("data.columns", what, *hints)
     names, fields = fields_by_format(columns, present, stage)
     if prompt_format not in fields:
-        expected = " / ".join("+".join(choice) for choice in _field_sets(stage)[prompt_format])
+        expected = " / ".join("+".join(choice) for choice in FIELDS[stage][prompt_format])
         what = f"columns are {', '.join(present)}; expected {expected}"
         remedies = [f"data.prompt_format: {other}" for other in fields]
         remedies.append("data.columns: {<our name>: <your column>}")

@@ -68,11 +68,11 @@ class Site(Protocol):
         """The words that start Python there."""
 
     @property
-    def judge_program(self) -> str | None:
+    def vllm(self) -> str | None:
         """The program that serves a judge beside its evaluation; None if nothing does."""
 
     @property
-    def trainings_at_once(self) -> int | None:
+    def max_concurrent_arms(self) -> int | None:
         """How many trainings of a study may run at the same time; None for all."""
 
     @property

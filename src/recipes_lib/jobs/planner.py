@@ -110,7 +110,6 @@ class Planner:
 
     def _plan_study(self, path: Path, stages: Sequence[str]) -> Plan:
         """Return the jobs that train what is not trained, and one that evaluates and reports."""
-        file = shown_path(path)
         if self.evals:
             raise RecipeError("--evals is for recipes: a study names its evals itself")
         overrides = list(self.overrides)
@@ -119,24 +118,25 @@ class Planner:
             if value is not None:
                 overrides.append(f"{key}={value}")
         study = load_study(path, overrides)
+        file = study.document.file
         if any(arm.tuning for arm in study.arms):
             what = f"study '{study.name}' tunes its arms: what they train is known only afterwards"
             raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
         refuse_unmet(study)
         plan = self._empty_plan(study.name)
         if study.looks:
-            self._add_looks(plan, study, file, stages)
+            self._add_looks(plan, study, stages)
         elif "train" in stages:
             self._add_trainings(plan, study_trainings(study), "train")
         evaluates = "eval" in stages or "report" in stages
         if evaluates and not study.looks and missing_of(study):
-            self._add_evaluation(plan, study, file, "eval", plan.jobs)
+            self._add_evaluation(plan, study, "eval", plan.jobs, after=())
         if not plan.jobs:
             what = f"study '{study.name}': everything is done"
             raise RecipeError(what, f"look at it: recipes study report {file}")
         return plan
 
-    def _add_looks(self, plan: Plan, study: Study, file: str, stages: Sequence[str]) -> None:
+    def _add_looks(self, plan: Plan, study: Study, stages: Sequence[str]) -> None:
         """Add a chain: the trainings of a look, its evaluations, and a decision, whose success
         starts the next look. Where the study ends, the scheduler drops what waits for that.
         """
@@ -156,10 +156,10 @@ class Planner:
             if not evaluates:
                 return
             label = f"eval-look{look.number}"
-            self._add_evaluation(plan, study, file, label, plan.jobs[first:], before)
+            self._add_evaluation(plan, study, label, plan.jobs[first:], before)
             if look.is_last or "train" not in stages:
                 break
-            words = ["status", file, *study.overrides, "--look", str(look.number)]
+            words = ["status", study.document.file, *study.overrides, "--look", str(look.number)]
             decision = Job(
                 label=f"look{look.number}",
                 stage="report",
@@ -171,16 +171,10 @@ class Planner:
             before = (decision.label,)
 
     def _add_evaluation(
-        self,
-        plan: Plan,
-        study: Study,
-        file: str,
-        label: str,
-        trainings: Sequence[Job],
-        after: tuple[str, ...] = (),
+        self, plan: Plan, study: Study, label: str, trainings: Sequence[Job], after: tuple[str, ...]
     ) -> None:
         """Add the job that evaluates and reports what is trained by then."""
-        words = ["run", file, *study.overrides, "--no-train"]
+        words = ["run", study.document.file, *study.overrides, "--no-train"]
         job = Job(
             label=label,
             stage="eval",
@@ -211,7 +205,7 @@ class Planner:
         for number, group in enumerate(groups, 1):
             # one after another: together they would exceed the limit
             before: tuple[str, ...] = ()
-            if self.site.trainings_at_once and plan.jobs:
+            if self.site.max_concurrent_arms and plan.jobs:
                 before = (plan.jobs[-1].label,)
             label = f"{name}-{number}" if len(groups) > 1 else name
             recipes = {f"{training.run}.yaml": training.recipe for training in group}
@@ -255,7 +249,7 @@ class Planner:
             nodes=launch.machines,
             processes=launch.per_machine,
             after_any=before,
-            throttle=self.site.trainings_at_once,
+            throttle=self.site.max_concurrent_arms,
         )
 
     def _command(
@@ -270,7 +264,7 @@ class Planner:
         launcher: list[str] = []
         judges = [item.judge for item in evals if item.judge and item.judge.served_here]
         names = {f"{judge.model} {judge.revision or ''}".strip() for judge in judges}
-        if judges and self.site.judge_program is None:
+        if judges and self.site.vllm is None:
             missing = "no job starts the judge that is expected at 127.0.0.1"
             plan.warnings.append(f"warning: {missing}: set vllm in the profile")
         elif len(names) > 1:

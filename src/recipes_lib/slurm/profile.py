@@ -87,16 +87,6 @@ class Profile(Section):
         return (sys.executable,)
 
     @property
-    def judge_program(self) -> str | None:
-        """The program that serves a judge beside its evaluation; None if nothing does."""
-        return self.vllm
-
-    @property
-    def trainings_at_once(self) -> int | None:
-        """How many trainings of a study may run at the same time; None for all."""
-        return self.max_concurrent_arms
-
-    @property
     def has_gpus(self) -> bool:
         """Whether there are flags that only a job with GPUs gets."""
         return self.flags("train", 1, 1) != self.flags("train", 0, 1)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -30,6 +29,7 @@ class PreferenceTrainer(CountingTrainer, DPOTrainer):
     filler = FILLER
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS)
     unit = "pairs"
+    row_lengths = staticmethod(pair_lengths)
 
     def __init__(self, **kwargs: Any) -> None:
         # For full fine-tuning, TRL would load the base a second time: by its name alone, so of
@@ -55,11 +55,6 @@ class PreferenceTrainer(CountingTrainer, DPOTrainer):
         if args.disable_dropout:
             line += "; dropout is off, of adapters too (train.disable_dropout)"
         return [line]
-
-    @staticmethod
-    def row_lengths(rows: Dataset) -> list[int]:
-        """Return the tokens of each pair: two rows, padded to the longer one."""
-        return pair_lengths(rows)
 
     def num_items(self, batch: Any) -> int:
         """Return how many pairs are none of the fillers."""
