@@ -168,7 +168,7 @@ def read_one(path: Path) -> Run:
     return run
 
 
-def compared_files(*paths: Path) -> Conclusion:
+def compared(*paths: Path) -> Conclusion:
     """Compare files or folders of other programs."""
     runs = [run for path in paths for run in read_results(path) or ()]
     assert len(runs) >= len(paths)

@@ -9,8 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.analysis.made_up import change_lines, read_one
-from tests.analysis.made_up import compared_files as compared
+from tests.analysis.made_up import change_lines, compared, read_one
 
 from recipes_lib.analysis.printed_commands import commands
 from recipes_lib.analysis.readers import read_results
@@ -304,10 +303,9 @@ def test_annotations_that_are_gone_count_both_ways_and_a_judge_has_a_name(tmp_pa
     second = annotations(tmp_path / "b.json", "theirs", wins)
     rows = json.loads(first.read_text())
     write_json(first, [row for row in rows if row["preference"] == 2.0])  # the losses are gone
-    conclusion = compared(first, second)
-    assert conclusion.claims[0].row.test.unresolved == 100
-    assert conclusion.claims[0].verdict not in ("higher", "lower")
-    assert conclusion.claims[0].row.flags == ("100 common questions of 200",)
+    (claim,) = compared(first, second).claims
+    assert claim.row.test.unresolved == 100 and claim.verdict not in ("higher", "lower")
+    assert claim.row.flags == ("100 common questions of 200",)
     for row in rows:
         del row["annotator"]
     write_json(first, rows)
@@ -326,11 +324,11 @@ def test_a_command_without_samples_is_named_beside_one_that_has_them(tmp_path: P
 
 
 def test_two_judgments_of_one_model_in_a_folder_are_not_compared_with_each_other(tmp_path) -> None:
-    for judge in ("a", "b"):
-        annotations(tmp_path / f"{judge}.annotations.json", "mine", [2.0] * 9)
+    files = [tmp_path / f"{judge}.annotations.json" for judge in ("a", "b")]
+    for file in files:
+        annotations(file, "mine", [2.0] * 9)
     with pytest.raises(DataError, match=r"a\.annotations\.json, b\.annotations\.json"):
         read_results(tmp_path)
-    files = [tmp_path / f"{judge}.annotations.json" for judge in ("a", "b")]
     arms = arms_of([read_one(file) for file in files])  # named, as the error advises
     assert [arm.name for arm in arms] == ["mine-a.annotations.json", "mine-b.annotations.json"]
 
@@ -502,8 +500,7 @@ def test_the_length_controlled_rate_is_shown_as_alpaca_eval_computed_it(shared_d
         folder = tmp_path / model / "alpaca_eval_gpt4"
         folder.mkdir(parents=True)
         (folder / "annotations.json").write_text(text.replace("llama-2-7b-chat-hf", model))
-        named = board.replace("llama-2-7b-chat-hf,", f"{model},")
-        (folder / "leaderboard.csv").write_text(named)
+        (folder / "leaderboard.csv").write_text(board.replace("llama-2-7b-chat-hf,", f"{model},"))
         paths.append(tmp_path / model)
     conclusion = compared(*paths)
     rows = {each.row.metric.rpartition("/")[2]: each.row for each in conclusion.claims}

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow.parquet import write_table
-from tests.analysis.made_up import compared_files
+from tests.analysis.made_up import compared
 
 from recipes_lib.analysis.claims import Claim
 from recipes_lib.analysis.pairs import BY_SEED
@@ -50,7 +50,7 @@ def scores(chance: float, n: int = 300, seed: int = 0, **cells: Any) -> list[dic
 
 
 def claims_of(*files: Path) -> list[Claim]:
-    return list(compared_files(*files).claims)
+    return list(compared(*files).claims)
 
 
 @pytest.mark.parametrize("write", [csv_file, jsonl_file, parquet_file])
@@ -148,7 +148,7 @@ def test_a_table_beside_its_copy_is_named(tmp_path: Path) -> None:
     copy = tmp_path / "copy.csv"
     copy.symlink_to(first)
     for second, is_copy in ((copy, True), (other, False)):
-        codes = [finding.code for finding in compared_files(first, second).findings]
+        codes = [finding.code for finding in compared(first, second).findings]
         assert ("same-scores" in codes) == is_copy
 
 

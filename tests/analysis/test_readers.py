@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.analysis.made_up import compared_files as compared
+from tests.analysis.made_up import compared
 
 from recipes_lib.analysis.claims import Conclusion
 from recipes_lib.analysis.readers import read_results
