@@ -4,43 +4,14 @@ import datetime
 import os
 import signal
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from recipes_lib.core import ranks
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
-
-
-def fork_two(folder: Path, work: Callable[[], str]) -> list[str]:
-    """Run `work` on two ranks and return what each returns."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    children = []
-    for rank in range(2):
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            code = 1
-            try:
-                (folder / str(rank)).write_text(work())
-                ranks.meet()
-                code = 0
-            except BaseException:
-                traceback.print_exc(file=sys.__stderr__)
-            finally:
-                os._exit(code)
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    assert codes == [0, 0]
-    return [(folder / str(rank)).read_text() for rank in range(2)]
 
 
 def fork_ranks(work: Callable[[], str], *, die: int | None = None) -> list[tuple[int, str]]:
@@ -76,6 +47,19 @@ def fork_ranks(work: Callable[[], str], *, die: int | None = None) -> list[tuple
             texts.append(file.read())
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
     return list(zip(statuses, texts, strict=True))
+
+
+def fork_two(work: Callable[[], str]) -> list[str]:
+    """Run `work` on two ranks that end together, and return what each returns."""
+
+    def work_and_meet() -> str:
+        text = work()
+        ranks.meet()
+        return text
+
+    ended = fork_ranks(work_and_meet)
+    assert [status for status, _ in ended] == [0, 0]
+    return [text for _, text in ended]
 
 
 @pytest.mark.timeout(60)
@@ -126,7 +110,7 @@ def fail(error: Exception) -> None:
     raise error
 
 
-def test_results_and_errors_of_rank_0_reach_every_rank_before_there_is_a_group(tmp_path):
+def test_results_and_errors_of_rank_0_reach_every_rank_before_there_is_a_group():
     def work() -> str:
         said = [
             outcome(lambda: f"made by rank {ranks.rank()}"),
@@ -138,7 +122,7 @@ def test_results_and_errors_of_rank_0_reach_every_rank_before_there_is_a_group(t
         ]
         return "\n".join(said)
 
-    first, second = fork_two(tmp_path, work)
+    first, second = fork_two(work)
     assert first.splitlines()[:-1] == second.splitlines()[:-1]
     assert first.splitlines()[:2] == ["made by rank 0", "inner and outer"]
     assert "RecipeErrors: a\nb" in first and repr(ExitCode.USAGE) in first
@@ -147,7 +131,7 @@ def test_results_and_errors_of_rank_0_reach_every_rank_before_there_is_a_group(t
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take() -> None:
     """The collectives end after 1 s: what rank 0 does for 3 s, and the files it writes for 3 s, end
     nothing.
     """
@@ -159,4 +143,4 @@ def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(tmp_path: Path)
         ranks.meet()
         return f"{said} {ranks.agree_on_largest(ranks.rank())}"
 
-    assert fork_two(tmp_path, work) == ["checked 1", "checked 1"]
+    assert fork_two(work) == ["checked 1", "checked 1"]

@@ -146,11 +146,11 @@ def test_each_machine_checks_its_own_cache(
         data = prepare_data(recipe_for(path), tiny_tokenizer)
         return data.tokens_hash + str(data.train.to_list())
 
-    first, second = fork_two(tmp_path, on_a_machine)
+    first, second = fork_two(on_a_machine)
     assert first == second
     [folder] = (tmp_path / "cache-1" / "rows").glob("*/data")
     flip(folder / "train" / "data-00000-of-00001.arrow", 2_000, 1)
-    assert fork_two(tmp_path, on_a_machine) == [first, second]
+    assert fork_two(on_a_machine) == [first, second]
     assert "data-00000-of-00001.arrow" in capfd.readouterr().err
 
 

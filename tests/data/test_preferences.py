@@ -195,16 +195,24 @@ def pair_rows(count: int) -> list[dict[str, str]]:
     return rows
 
 
-def test_all_pairs_of_a_prompt_are_on_one_side_of_the_split(
-    recipe_for, write_jsonl, tiny_tokenizer
-):
+@pytest.fixture
+def of_pairs(recipe_for, write_jsonl):
+    """A recipe of stage dpo that reads rows, without a split unless it is given."""
+
+    def of_pairs(rows, **keys):
+        return recipe_for(
+            write_jsonl(rows), stage=DPO, **{"prompt_format": "chat", "split": NO_SPLIT} | keys
+        )
+
+    return of_pairs
+
+
+def test_all_pairs_of_a_prompt_are_on_one_side_of_the_split(of_pairs, tiny_tokenizer):
     rows = pair_rows(30)
     rows[1]["prompt"] = [said("user", rows[1]["prompt"])]  # in another shape
     rows[1]["chosen"] = [said("assistant", rows[1]["chosen"])]
     rows[1]["rejected"] = [said("assistant", rows[1]["rejected"])]
-    recipe = recipe_for(
-        write_jsonl(rows), stage=DPO, prompt_format="chat", split={"validation": 0.2, "test": 0.2}
-    )
+    recipe = of_pairs(rows, split={"validation": 0.2, "test": 0.2})
     data = prepare_data(recipe, tiny_tokenizer)
     prompts = [
         {tuple(ids) for ids in part["prompt_ids"]}
@@ -215,13 +223,9 @@ def test_all_pairs_of_a_prompt_are_on_one_side_of_the_split(
     assert data.train.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "example_id"]
 
 
-def test_the_audit_counts_pairs_and_says_which_answers_are_longer(
-    recipe_for, write_jsonl, tiny_tokenizer
-):
+def test_the_audit_counts_pairs_and_says_which_answers_are_longer(of_pairs, tiny_tokenizer):
     rows = [*pair_rows(8), {"prompt": "a", "chosen": "b", "rejected": "b"}]
-    recipe = recipe_for(
-        write_jsonl(rows), stage=DPO, prompt_format="chat", split=NO_SPLIT, on_bad_row="skip"
-    )
+    recipe = of_pairs(rows, on_bad_row="skip")
     audit = prepare_data(recipe, tiny_tokenizer).audit
     assert list(audit.tokens) == ["prompt", "chosen", "rejected"]
     assert (audit.rows["read"], audit.rows["used"], audit.rows["bad"]) == (25, 24, 1)
@@ -239,46 +243,39 @@ def test_the_audit_counts_pairs_and_says_which_answers_are_longer(
     assert caught.value.line == 25 and "rows.jsonl" in str(caught.value.file)
 
 
-def test_pairs_whose_answers_are_cut_are_counted_and_train(recipe_for, write_jsonl, tiny_tokenizer):
+def test_pairs_whose_answers_are_cut_are_counted_and_train(of_pairs, tiny_tokenizer):
     rows = pair_rows(8)
     for row in rows[:3]:  # both answers, the chosen one, the rejected one
         row["chosen"] += " And so on." * 40
         row["rejected"] += " And on." * 40
     rows[1]["rejected"] = "No."
     rows[2]["chosen"] = "Yes."
-    recipe = recipe_for(
-        write_jsonl(rows),
-        stage=DPO,
-        prompt_format="chat",
-        split=NO_SPLIT,
-        train={"max_length": 96},
-    )
-    data = prepare_data(recipe, tiny_tokenizer)
+    data = prepare_data(of_pairs(rows, train={"max_length": 96}), tiny_tokenizer)
     places = {name: len(rows) for name, rows in data.audit.places.items()}
     assert (places["truncated"], places["lost_end"], places["without_end_token"]) == (3, 3, 0)
     assert len(data.train) == 24
 
 
-def test_the_hash_of_tokens_says_where_an_answer_begins(recipe_for, write_jsonl, tiny_tokenizer):
+def test_the_hash_of_tokens_says_where_an_answer_begins(of_pairs, tiny_tokenizer):
     """The same tokens in a row, divided between prompt and answers in another way."""
     divided = [("a b", " c", " d"), ("a", " b c", " d")]
     hashes, columns = [], []
     for prompt, chosen, rejected in divided:
-        rows = write_jsonl([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
-        recipe = recipe_for(rows, stage=DPO, prompt_format="raw", split=NO_SPLIT)
-        data = prepare_data(recipe, tiny_tokenizer)
+        rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]
+        data = prepare_data(of_pairs(rows, prompt_format="raw"), tiny_tokenizer)
         row = data.train[0]
         columns.append(row["prompt_ids"] + row["chosen_ids"] + row["rejected_ids"])
         hashes.append(data.tokens_hash)
     assert columns[0] == columns[1] and hashes[0] != hashes[1]
 
 
-def test_leaks_are_found_in_the_prompt_and_in_both_answers(recipe_for, write_jsonl):
+def test_leaks_are_found_in_the_prompt_and_in_both_answers(of_pairs):
     text = "A sentence of the evaluation that holds more than twelve words, as they say, all told."
     rows = pair_rows(4)
     for number, field in ((0, "prompt"), (4, "chosen"), (8, "rejected")):
         rows[number][field] = f"{text} {rows[number][field]}"
-    recipe = recipe_for(write_jsonl(rows), stage=DPO, prompt_format="chat", split=NO_SPLIT)
-    leaks = find_leaks(train_rows(recipe), {"suite": [EvalText("q1", "question", text)]})["suite"]
+    leaks = find_leaks(train_rows(of_pairs(rows)), {"suite": [EvalText("q1", "question", text)]})[
+        "suite"
+    ]
     assert leaks.leaked_rows == 3
     assert [leak.place.rpartition(":")[2] for leak in leaks.found] == ["1", "5", "9"]
