@@ -92,8 +92,7 @@ def _set_model(values: Values, target: Path, origin: Recipe, model: str) -> None
 def _set_rows(values: Values, origin: Recipe, formats: Sequence[str], chosen: set[str]) -> None:
     """Other rows: what the origin says about its own source goes with it."""
     data = values["data"]
-    for key in _OF_THE_SOURCE:
-        _reset(data, origin, key)
+    _reset(data, origin, _OF_THE_SOURCE)
     if origin.data.filters != FiltersSection():
         data["filters"] = FiltersSection().model_dump()
     prompt_format: str = origin.data.prompt_format
@@ -101,8 +100,7 @@ def _set_rows(values: Values, origin: Recipe, formats: Sequence[str], chosen: se
         prompt_format = formats[0]
         data["prompt_format"] = prompt_format
     if prompt_format != "chat":
-        for key in _OF_CHAT:
-            _reset(data, origin, key)
+        _reset(data, origin, _OF_CHAT)
         if origin.train.get("assistant_only_loss"):
             values["train"]["assistant_only_loss"] = False
     if list(formats) == ["raw"] and origin.train.get("completion_only_loss"):
@@ -110,11 +108,12 @@ def _set_rows(values: Values, origin: Recipe, formats: Sequence[str], chosen: se
     values["train"] |= {"max_steps": -1, "eval_steps": 0.2, "save_steps": 0.2}
 
 
-def _reset(data: Values, origin: Recipe, key: str) -> None:
-    """Set a key of `data` back to its default, if the origin has another value."""
-    default = DataSection.model_fields[key].default
-    if getattr(origin.data, key) != default:
-        data[key] = default or None  # null empties a mapping, which {} would only add to
+def _reset(data: Values, origin: Recipe, keys: Sequence[str]) -> None:
+    """Set keys of `data` back to their defaults, where the origin has other values."""
+    for key in keys:
+        default = DataSection.model_fields[key].default
+        if getattr(origin.data, key) != default:
+            data[key] = default or None  # null empties a mapping, which {} would only add to
 
 
 def _set_method(values: Values, origin: Recipe, method: Method) -> None:

@@ -57,36 +57,39 @@ def audit_rows(
     escaped = [re.escape(name) for name in special if len(name) > 1]
     special_text = re.compile("|".join(escaped) or "(?!)")  # which matches nothing
     contents = set[bytes]()
+    ends = Counter[int]()
+    lengths_by_title: dict[str, list[int]] = {}
     for row in rows:
         item = encoded[row.id]
-        cut: list[Encoded] = []
-        whole: list[Encoded] = []
-        for side in item.sides:
-            was_cut = len(side.ids) < side.tokens_before
-            (cut if was_cut else whole).append(side)
         facts = {
-            "truncated": bool(cut),
-            "lost_end": any(side.end_token < 0 for side in cut),
+            "truncated": False,
+            "lost_end": False,
             "no_supervised_tokens": not item.supervised,
-            "without_end_token": any(side.end_token < 0 for side in whole),
+            "without_end_token": False,
             "empty_completions": row.is_empty,
-            "changed_by_template": any(side.changed for side in item.sides),
-            "other_prompt": any(side.other_prompt for side in item.sides),
+            "changed_by_template": False,
+            "other_prompt": False,
             "special_tokens": any(map(special_text.search, row.texts)),
             "duplicates": row.content in contents,
         }
+        for side in item.sides:
+            was_cut = len(side.ids) < side.tokens_before
+            facts["truncated"] |= was_cut
+            facts["changed_by_template"] |= side.changed
+            facts["other_prompt"] |= side.other_prompt
+            if side.end_token >= 0:
+                ends[side.end_token] += 1
+            else:
+                facts["lost_end" if was_cut else "without_end_token"] = True
         for name, is_true in facts.items():
             places = audit.places.setdefault(name, [])
             if is_true:
                 places.append(row.place)
         contents.add(row.content)
-    items = [encoded[row.id] for row in rows]
-    ends = Counter(side.end_token for item in items for side in item.sides if side.end_token >= 0)
-    audit.end_tokens = {tokenizer.convert_ids_to_tokens(end): ends[end] for end in ends}
-    lengths_by_title: dict[str, list[int]] = {}
-    for item in items:
         for title, length in item.lengths.items():
             lengths_by_title.setdefault(title, []).append(length)
+    for end, num_rows in ends.items():
+        audit.end_tokens[tokenizer.convert_ids_to_tokens(end)] = num_rows
     for title, lengths in lengths_by_title.items():
         median = int(np.median(lengths))
         audit.tokens[title] = {"total": sum(lengths), "median": median, "max": max(lengths)}
@@ -116,10 +119,12 @@ def system_message_note(
     rows: Sequence[DataRow], section: DataSection, tokenizer: Any, template: str
 ) -> list[str]:
     """Return a note about the system message that the template puts where a row has none."""
-    # of a pair, the two conversations begin alike
-    rows = [answer_row(row, PAIR[0]) if PAIR[0] in row.fields else row for row in rows]
-    conversations = ((row, conversation_of(row, section.system_prompt)) for row in rows)
-    without = [row for row, messages in conversations if messages[0]["role"] != "system"]
+    without: list[DataRow] = []
+    for row in rows:
+        if PAIR[0] in row.fields:  # of a pair, the two conversations begin alike
+            row = answer_row(row, PAIR[0])
+        if conversation_of(row, section.system_prompt)[0]["role"] != "system":
+            without.append(row)
     if not without:
         return []
     messages = conversation_of(without[0], section.system_prompt)

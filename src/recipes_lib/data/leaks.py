@@ -108,13 +108,13 @@ def find_leaks(
     num_grams: dict[tuple[str, EvalText], int] = {}
     for name, texts in evals.items():
         grams = {text: _grams(text.text, FEWEST_WORDS[text.part]) for text in texts}
-        pairs = set[tuple[str, tuple[str, ...]]]()  # an answer may repeat its question
+        questions = defaultdict[tuple[str, ...], set[str]](set)  # that a gram stands in
         for text, of_text in grams.items():
-            pairs.update((text.question, gram) for gram in of_text)
-        num_questions = Counter(gram for _, gram in pairs)
+            for gram in of_text:
+                questions[gram].add(text.question)
         for text, of_text in grams.items():
             # of a question that is listed twice, no gram is in one question only
-            signs_of_text = {gram for gram in of_text if num_questions[gram] == 1} or of_text
+            signs_of_text = {gram for gram in of_text if len(questions[gram]) == 1} or of_text
             num_grams[name, text] = len(signs_of_text)
             for gram in signs_of_text:
                 owners[gram].append((name, text))
