@@ -60,6 +60,21 @@ def test_a_recipe_of_pairs_becomes_the_arguments_of_its_trainer_and_a_recipe_aga
     assert again.stage == DPO and again.to_dict() == recipe.to_dict()
 
 
+def test_a_recipe_of_pairs_extends_one_of_sft_and_drops_its_keys_by_null(write):
+    write(
+        PAIRS.replace("stage: dpo\n", "").replace("beta: 0.05", "completion_only_loss: true"),
+        "sft.yaml",
+    )
+    write("extends: sft.yaml\nstage: dpo\ntrain: {beta: 0.05}\n")
+    with pytest.raises(RecipeErrors, match=r"(?s)cannot be set here.*null drops"):
+        load_recipe("r.yaml")
+    write("extends: sft.yaml\nstage: dpo\ntrain: {beta: 0.05, completion_only_loss: null}\n")
+    recipe = load_recipe("r.yaml")
+    assert recipe.stage == DPO and recipe.train["beta"] == 0.05
+    assert "completion_only_loss" not in recipe.to_dict()["train"]
+    assert errors_of("train.packing=true").count("cannot be set here") == 1
+
+
 def test_the_stage_is_guarded_and_runs_of_one_stage_keep_their_record(write):
     write(PAIRS)
     recipe = load_recipe("r.yaml")
@@ -143,6 +158,7 @@ def test_an_editor_offers_the_keys_of_the_stage():
         json.loads((project_root() / "schema/recipe.schema.json").read_text())
     )
     assert not list(validator.iter_errors({"stage": "dpo", "train": {"beta": 0.1}}))
+    assert not list(validator.iter_errors({"stage": "dpo", "train": {"packing": None}}))
     assert list(validator.iter_errors({"train": {"beta": 0.1}}))
     assert list(validator.iter_errors({"stage": "dpo", "train": {"packing": True}}))
 

@@ -367,7 +367,7 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
     train = dict(TRAIN_DEFAULTS)
     written = document.values.get("train")
     if isinstance(written, dict):  # `recipes check` asks of bad recipes, too
-        train |= written
+        train |= file.train.without_dropped(written)
     return Recipe(
         document=document,
         name=name,

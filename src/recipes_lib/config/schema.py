@@ -11,7 +11,7 @@ from typing import Any
 
 from recipes_lib.config.documents import Values
 from recipes_lib.config.recipe import DPO, RecipeFile
-from recipes_lib.config.upstream_sections import UPSTREAM_FILE, preference_section
+from recipes_lib.config.upstream_sections import UPSTREAM_FILE, TrainSection, preference_section
 from recipes_lib.core.project import project_root
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.slurm.profile import Profile
@@ -48,6 +48,9 @@ def generated_files() -> dict[Path, str]:
 def _add_stages(schema: Values) -> None:
     """Let the value of `stage` decide what an editor offers in `train`."""
     of_pairs = preference_section().model_json_schema()
+    fields = preference_section().model_fields
+    for key in sorted(TrainSection.model_fields.keys() - fields.keys()):
+        of_pairs["properties"][key] = {"type": "null"}  # which drops a key of the base
     schema["$defs"][of_pairs["title"]] = of_pairs
     of_sft = schema["properties"].pop("train")
     schema["properties"]["train"] = {}  # a property of both

@@ -8,9 +8,9 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, create_model
+from pydantic import ConfigDict, Field, create_model, model_validator
 
 from recipes_lib.config.documents import Values
 from recipes_lib.config.parsing import Section
@@ -71,7 +71,7 @@ _WITHOUT_EFFECT_ON_PAIRS = {
     "label_smoothing_factor": "it smooths tokens; train.label_smoothing is that of pairs",
     "average_tokens_across_devices": "the loss is a mean over pairs",
 }
-_OF_SFT = f"{PREFERENCE_CLASS} has no such key: it acts in stage sft"
+_OF_SFT = f"{PREFERENCE_CLASS} has no such key: it acts in stage sft; null drops that of a base"
 _OF_DPO = "it acts in preference tuning, on rows of chosen and rejected answers: set stage: dpo"
 # Losses whose mean over the global batch is not the mean over its micro-batches.
 OF_MICRO_BATCHES = ("aot", "aot_unpaired", "sft")
@@ -155,6 +155,16 @@ _NARROWER: dict[str, dict[str, object]] = {
 class _Described(Section):
     model_config = ConfigDict(use_attribute_docstrings=False)  # looking for texts takes 15 ms
 
+    @classmethod
+    def without_dropped(cls, values: Any) -> Any:
+        """Leave out what cannot be set here and is null: so a recipe drops a key of its base."""
+        if not isinstance(values, dict):
+            return values
+        dropped = {key for key, value in values.items() if value is None and key in cls.gone}
+        return {key: value for key, value in values.items() if key not in dropped}
+
+    _drop = model_validator(mode="before")(without_dropped)
+
 
 def _section(name: str, fields: dict[str, Values], gone: dict[str, str]) -> type[Section]:
     """Return the model of a section, `gone` being the keys that cannot be set and why; its types
@@ -194,7 +204,7 @@ def preference_section() -> type[Section]:
 _FIELDS = json.loads(UPSTREAM_FILE.read_text("utf-8"))
 _RENAMED_KEYS = _WITHOUT_EFFECT | {old: _RENAMED.format(new) for old, new in RENAMES.items()}
 if TYPE_CHECKING:
-    TrainSection = Section
+    TrainSection = _Described
     LoraSection = Section
 else:
     _of_dpo = {
