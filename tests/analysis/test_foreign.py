@@ -180,6 +180,8 @@ def test_an_output_path_that_is_a_file_is_read_by_its_folder_and_by_itself(tmp_p
     file = folder / "res_2026-01-01T00-00-00.0.json"
     for path in (folder, file):
         assert read_one(path).evals[0].n == 10
+    assert read_one(folder / "res.json").evals == read_one(folder).evals
+    assert read_results(folder / "gone.json") is None
 
 
 def test_folders_of_one_basename_are_two_arms(tmp_path: Path) -> None:
@@ -313,14 +315,17 @@ def test_annotations_that_are_gone_count_both_ways_and_a_judge_has_a_name(tmp_pa
         read_results(first)
 
 
-def test_a_command_without_samples_is_named_beside_one_that_has_them(tmp_path: Path) -> None:
-    folder = lm_eval(tmp_path / "a", [1.0] * 10)
-    lm_eval(folder, [1.0] * 10, LATER, task="hellaswag")
-    (folder / f"some__model/samples_hellaswag{LATER}.jsonl").unlink()
-    run = read_one(folder)
-    assert [metric.task for metric in run.metrics] == ["arc_easy"]
-    (line,) = run.unread
-    assert line.startswith(f"results{LATER}.json: no samples beside it")
+def test_a_command_that_has_one_of_its_files_alone_is_named(tmp_path: Path) -> None:
+    results, samples = f"results{LATER}.json", f"samples_hellaswag{LATER}.jsonl"
+    whys = {results: "no samples beside it", samples: "its command has no results file here"}
+    for gone, kept in ((samples, results), (results, samples)):
+        folder = lm_eval(tmp_path / "a", [1.0] * 10)
+        lm_eval(folder, [1.0] * 10, LATER, task="hellaswag")
+        (folder / "some__model" / gone).unlink()
+        run = read_one(folder)
+        assert [metric.task for metric in run.metrics] == ["arc_easy"]
+        (line,) = run.unread
+        assert line.startswith(f"{kept}: {whys[kept]}")
 
 
 def test_two_judgments_of_one_model_in_a_folder_are_not_compared_with_each_other(tmp_path) -> None:
@@ -386,14 +391,6 @@ def test_a_folder_of_samples_alone_is_compared_and_says_what_it_lacks(tmp_path: 
     assert any("not recorded" in each.title.lower() for each in conclusion.findings)
 
 
-def test_samples_of_a_command_without_results_are_named(tmp_path: Path) -> None:
-    folder = lm_eval(tmp_path / "a", [1.0] * 10)
-    lm_eval(folder, [1.0] * 10, LATER, task="hellaswag")
-    (folder / f"some__model/results{LATER}.json").unlink()
-    (line,) = read_one(folder).unread
-    assert line == f"samples_hellaswag{LATER}.jsonl: its command has no results file here"
-
-
 def test_rows_of_lm_eval_that_are_gone_leave_no_verdict_and_the_file_is_named(tmp_path) -> None:
     counts = {"n-samples": {"arc_easy": {"original": 60, "effective": 60}}}
     whole = lm_eval(tmp_path / "b", [1.0] * 20 + [0.0] * 40, **counts)
@@ -419,12 +416,6 @@ def test_rows_of_lm_eval_that_are_gone_leave_no_verdict_and_the_file_is_named(tm
         (unread,) = [each for each in conclusion.findings if each.code == "not-read"]
         lines_read = f"{file.name}: {found} of the 60 rows of acc can be read"
         assert lines_read in " ".join(unread.evidence)
-
-
-def test_the_path_that_lm_eval_was_given_is_read(tmp_path: Path) -> None:
-    folder = lm_eval(tmp_path / "a", [1.0] * 10, model_folder="", name="res")
-    assert read_one(folder / "res.json").evals == read_one(folder).evals
-    assert read_results(folder / "gone.json") is None
 
 
 def test_one_model_with_and_without_a_chat_template_is_two_arms(tmp_path: Path) -> None:

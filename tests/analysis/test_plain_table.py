@@ -140,6 +140,9 @@ def test_every_row_that_cannot_be_used_is_named_at_once(tmp_path: Path) -> None:
     file.write_text("question,score,higher_is_better\n1,1,yes\n2,1,no\n")
     with pytest.raises(DataError, match=r"x\.csv:3: higher_is_better of score"):
         read_results(file)
+    file.write_text("question,score,arm\n1,1,a b\n2,1,a/b\n")
+    with pytest.raises(DataError, match=r"x\.csv:3: arm 'a/b' would be a-b, as 'a b' is"):
+        read_results(file)
 
 
 def test_a_table_beside_its_copy_is_named(tmp_path: Path) -> None:
@@ -184,8 +187,11 @@ def test_a_report_is_a_file_and_no_folder(tmp_path: Path, capsys) -> None:
 
 def test_a_result_that_one_arm_has_alone_is_named(tmp_path: Path, capsys) -> None:
     files = [csv_file(tmp_path / name, scores(0.1, seed=n)) for n, name in enumerate("ab")]
-    files.append(csv_file(tmp_path / "c", scores(0.1, metric="other")))
+    files.append(jsonl_file(tmp_path / "c", scores(0.1, metric="other\nmetric")))
     assert main(["compare", *map(str, files)]) == 0
-    assert "warning: c alone has other, which is compared with nothing" in capsys.readouterr().out
+    assert (
+        "warning: c alone has other metric, which is compared with nothing"
+        in capsys.readouterr().out
+    )
     assert main(["compare", *map(str, files[:2])]) == 0
     assert "compared with nothing" not in capsys.readouterr().out

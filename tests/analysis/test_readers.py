@@ -5,11 +5,13 @@ models with random weights; HELM's two say one letter, whatever they are asked.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+from pyarrow import Table
+from pyarrow.parquet import read_table, write_table
 from tests.analysis.made_up import compared
 
 from recipes_lib.analysis.claims import Conclusion
@@ -33,15 +35,11 @@ def titles(conclusion: Conclusion, code: str) -> list[str]:
     return [finding.title for finding in conclusion.findings if finding.code == code]
 
 
-def content(file: Path) -> Any:
-    return json.loads(file.read_text())
-
-
 @pytest.mark.parametrize("model", ["tiny-1", "tiny-2"])
 def test_lighteval_s_means_are_its_own(model: str) -> None:
     run = runs_of(RESULTS / "lighteval")[model]
     (file,) = (RESULTS / "lighteval/results" / model).iterdir()
-    reported = content(file)["results"]
+    reported = json.loads(file.read_text())["results"]
     metrics = metrics_of(run)
     for task, values in reported.items():
         for name, value in values.items():
@@ -63,9 +61,6 @@ def test_lighteval_is_compared_and_says_what_it_does_not_record() -> None:
 
 
 def test_lighteval_s_newest_command_is_read_and_other_prompts_stop_the_verdict(tmp_path) -> None:
-    from pyarrow import Table
-    from pyarrow.parquet import read_table, write_table
-
     shutil.copytree(RESULTS / "lighteval/details", tmp_path / "details")
     (folder,) = (tmp_path / "details/tiny-2").iterdir()
     later = folder.with_name("2027-01-01T00-00-00.0")
@@ -94,7 +89,7 @@ def test_helm_s_means_are_its_own(model: str) -> None:
     run = runs_of(RESULTS / "helm")[model]
     folder = RESULTS / f"helm/simple_mcqa:model={model.replace('-', '_')}"
     reported = {}
-    for statistic in content(folder / "stats.json"):
+    for statistic in json.loads((folder / "stats.json").read_text()):
         if "perturbation" not in statistic["name"]:
             reported[statistic["name"]["name"]] = statistic.get("mean")
     assert len(metrics_of(run)) == 8
@@ -112,7 +107,7 @@ def test_helm_is_compared_by_folder_and_part_of_its_instances_is_named(tmp_path:
     assert titles(conclusion, "no-texts")
     shutil.copytree(RESULTS / "helm", tmp_path / "helm")
     file = tmp_path / "helm/simple_mcqa:model=tiny_odd/run_spec.json"
-    specification = content(file)
+    specification = json.loads(file.read_text())
     specification["adapter_spec"]["temperature"] = 1.0
     file.write_text(json.dumps(specification))
     assert "gen_kwargs" in titles(compared(tmp_path / "helm"), "protocol-differs")[0]
@@ -121,7 +116,7 @@ def test_helm_is_compared_by_folder_and_part_of_its_instances_is_named(tmp_path:
 def test_instances_that_both_folders_of_helm_lost_count_both_ways(tmp_path: Path) -> None:
     shutil.copytree(RESULTS / "helm", tmp_path / "helm")
     for file in (tmp_path / "helm").glob("*/per_instance_stats.json"):
-        file.write_text(json.dumps(content(file)[:5]))
+        file.write_text(json.dumps(json.loads(file.read_text())[:5]))
     conclusion = compared(tmp_path / "helm")
     row = conclusion.claims[0].row
     assert row.test and row.n == 8 and row.test.unresolved == 3
@@ -131,7 +126,7 @@ def test_instances_that_both_folders_of_helm_lost_count_both_ways(tmp_path: Path
 def test_instances_that_helm_perturbed_are_not_read_and_trials_are_one_question(tmp_path) -> None:
     shutil.copytree(RESULTS / "helm", tmp_path / "helm")
     for file in (tmp_path / "helm").glob("*/per_instance_stats.json"):
-        rows = content(file)
+        rows = json.loads(file.read_text())
         again = [row | {"train_trial_index": 1} for row in rows]
         perturbed = [row | {"perturbation": {"name": "typos"}} for row in rows]
         file.write_text(json.dumps(rows + again + perturbed))
@@ -146,7 +141,7 @@ def test_lm_eval_s_means_are_its_own(model: str) -> None:
     (file,) = (RESULTS / "lm_eval" / model).glob("results*")
     metrics = metrics_of(run)
     num_shown = 0
-    for task, values in content(file)["results"].items():
+    for task, values in json.loads(file.read_text())["results"].items():
         for key, value in values.items():
             name, _, pipeline = key.partition(",")
             if pipeline and not name.endswith("_stderr"):
@@ -180,3 +175,30 @@ def test_a_mean_of_helm_that_is_no_finite_number_is_open(tmp_path: Path) -> None
     file.write_text(json.dumps(instances))
     metric = metrics_of(runs_of(tmp_path / "helm")["tiny-odd"])["helm/simple_mcqa/exact_match"]
     assert [sample.value for sample in metric.samples].count(None) == 3
+
+
+def test_a_damaged_file_is_named_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS, tmp_path / "all")
+    helm = tmp_path / "all/helm/simple_mcqa:model=tiny_odd"
+    for name in ("stats.json", "per_instance_stats.json"):
+        text = (helm / name).read_text()
+        (helm / name).write_text("{}")
+        with pytest.raises(DataError, match=rf"/{name}: is damaged: no JSON list"):
+            read_results(helm.parent)
+        (helm / name).write_text(text)
+    (helm / "per_instance_stats.json").unlink()
+    with pytest.raises(DataError, match=r"/per_instance_stats\.json: is missing, or no file"):
+        read_results(helm.parent)
+    details = next((tmp_path / "all/lighteval").rglob("*choice*.parquet"))
+    write_table(Table.from_pylist([{"doc": {"id": "1"}}]), details)
+    with pytest.raises(DataError, match=r"\.parquet row 1: has no doc or no metric"):
+        read_results(tmp_path / "all/lighteval")
+    for begin, found in (("samples_tiny_sum", "0 of the 6 rows"), ("results", "is missing, or no")):
+        (file,) = (tmp_path / "all/lm_eval/tiny-1").glob(f"{begin}*")
+        file.unlink()
+        os.mkfifo(file)
+        try:
+            said = str(runs_of(tmp_path / "all/lm_eval")["tiny-1"].unread)
+        except DataError as error:
+            said = str(error)
+        assert found in said and file.name in said

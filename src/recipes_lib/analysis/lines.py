@@ -25,7 +25,8 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
         lines.append(f"{finding.severity}: {finding.title}")
         if finding.severity != "note" and finding.remedy:
             lines.append(f"  {finding.remedy}")  # --json has the evidence
-    return [printable(line) for line in lines]
+    # a name with a new line could else write a sentence of its own
+    return [printable(line.replace("\n", " ")) for line in lines]
 
 
 def table_of_tests(table: TestedTable) -> str:

@@ -72,7 +72,7 @@ def read_word(word: str) -> list[Run]:
         if path.is_dir():
             what = "this folder holds no results that can be read"
         elif path.suffix in (*plain_table.ENDINGS, ".json", ".eval"):
-            what = "there is no such file"
+            what = "this is no file" if path.exists() else "there is no such file"
         else:
             raise
         raise RecipeError(what, known_forms(), file=path) from None

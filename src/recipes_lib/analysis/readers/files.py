@@ -15,16 +15,21 @@ from recipes_lib.evals.suites import metric_of
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of a function or object, another one in every process
 
 
-def parsed_json(path: Path) -> Any:
+def parsed_json(path: Path, kind: type = object) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        DataError: it is not JSON.
+        DataError: it cannot be read, is not JSON, or is no list or dict where `kind` is that.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError("is missing, or no file", file=path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise DataError(f"is not JSON: {error}", file=path) from None
+    if not isinstance(content, kind):
+        raise DataError(f"is damaged: no JSON {kind.__name__}", file=path)
+    return content
 
 
 def arm_name(model: str, folder: Path) -> str:

@@ -22,6 +22,7 @@ from recipes_lib.evals.log import NOT_RECORDED, Metric, Sample
 FORM = "HELM: a run's folder, or the folder of a suite's runs"
 SOURCE = "helm"
 _STATS = "per_instance_stats.json"
+_FILES = (_STATS, "run_spec.json")  # a folder that has one lacks the other by accident
 # The files do not say which values are good; of these it is known.
 _RIGHT = re.compile(r"match|f1|rouge|bleu|acc|correct|pass|iou|ndcg", re.IGNORECASE)
 _BOOKKEEPING = re.compile(
@@ -53,8 +54,8 @@ def read(path: Path) -> list[Run]:
 
 
 def _run_folders(path: Path) -> list[Path]:
-    files = [*path.glob(_STATS), *path.glob(f"*/{_STATS}")]
-    return sorted(file.parent for file in files)
+    folders = {file.parent for name in _FILES for file in path.glob(name)}
+    return sorted(folders | {file.parent for name in _FILES for file in path.glob(f"*/{name}")})
 
 
 def _run(model: str, path: Path, folders: Mapping[Path, Mapping[str, Any]]) -> Run:
@@ -90,12 +91,15 @@ def _run(model: str, path: Path, folders: Mapping[Path, Mapping[str, Any]]) -> R
 def _metrics(folder: Path, task: str, num_fewshot: int | None) -> list[Metric]:
     asked = 0
     means = folder / "stats.json"  # it counts the instances of each split
-    for statistic in parsed_json(means) if means.exists() else ():
+    for statistic in parsed_json(means, list) if means.exists() else ():
         name = statistic["name"]
         if name["name"] == "num_instances" and not name.get("perturbation"):
             asked += round(statistic.get("mean", 0))
     samples: dict[str, list[Sample]] = defaultdict(list)
-    for instance in parsed_json(folder / _STATS):
+    instances = parsed_json(folder / _STATS, list)
+    if not instances:
+        raise DataError("holds no instances", "evaluate again", file=folder / _STATS)
+    for instance in instances:
         if instance.get("perturbation"):
             continue
         id = instance["instance_id"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from recipes_lib.analysis.readers.files import ADDRESS, foreign_run, parsed_json, scored_metric
 from recipes_lib.analysis.runs import Run
+from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import hash_of
 from recipes_lib.data.readers import read_file
 from recipes_lib.evals.log import NOT_RECORDED, AnswerFacts, Metric, Sample
@@ -52,7 +53,7 @@ def _results_of(details: Path) -> Mapping[str, Any]:
     """Return the results of the command that wrote a file of details; nothing where it is gone."""
     above, _, model = str(details.resolve().parent.parent).rpartition("/details/")
     file = Path(above, "results", model, f"results_{details.parent.name}.json")
-    return parsed_json(file) if file.exists() else {}
+    return parsed_json(file, dict) if file.exists() else {}
 
 
 def _run(folder: Path, newest_first: list[Path]) -> Run:
@@ -103,6 +104,8 @@ def _metrics(
     higher_is_better = {str(each["metric_name"]): each["higher_is_better"] for each in declared}
     samples: dict[str, list[Sample]] = defaultdict(list)
     for row in read_file(file):
+        if not row.fields.keys() >= {"doc", "metric"}:
+            raise DataError("has no doc or no metric", file=row.file, line=row.line)
         document = row.fields["doc"]
         text = "\n".join([document["query"], *document.get("choices", ())])
         asked = hash_of(*[document.get(key) for key in _ASKED])

@@ -175,7 +175,8 @@ def _is_results(file: Path) -> bool:
 def _samples_files(folder: Path) -> list[Path]:
     """Return the files of rows of lm-eval: their first row has the number of its document."""
     found = []
-    for file in sorted([*folder.glob("samples_*.jsonl"), *folder.glob("*/samples_*.jsonl")]):
+    files = sorted([*folder.glob("samples_*.jsonl"), *folder.glob("*/samples_*.jsonl")])
+    for file in filter(Path.is_file, files):
         with file.open("rb") as lines:
             row = parsed_line(lines.readline()) or {}
         if "doc_id" in row:

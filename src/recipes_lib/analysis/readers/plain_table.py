@@ -64,6 +64,7 @@ def read(path: Path) -> list[Run]:
         _check_header(list(dict.fromkeys(name for row in rows for name in row.fields)), path)
     runs: dict[tuple[str, int | None], dict[tuple[str, str], Cells]] = defaultdict(dict)
     directions: dict[str, bool] = {}  # of each metric
+    as_written: dict[str, str] = {}  # of the name of each arm
     are_seeded: dict[str, bool] = {}  # of each arm
     for row in rows:
         given = {name: cell for name, cell in row.fields.items() if str(cell).strip()}
@@ -75,11 +76,14 @@ def read(path: Path) -> list[Run]:
                 bad.add(row, BadRow(f"{column} {given.get(column, '')!r}: {details['msg']}"))
             continue
         arm = arm_name(cells.arm or path.stem, path)
+        written = as_written.setdefault(arm, cells.arm)
         scores = runs[arm, cells.seed]
         is_seeded = cells.seed is not None
         if (cells.metric, cells.question) in scores:
             what = f"a second {cells.metric} of {arm} for question {cells.question!r}"
             bad.add(row, BadRow(what, "give repeated answers ids of their own, and one text"))
+        elif written != cells.arm:
+            bad.add(row, BadRow(f"arm {cells.arm!r} would be {arm}, as {written!r} is"))
         elif directions.setdefault(cells.metric, cells.higher_is_better) != cells.higher_is_better:
             bad.add(row, BadRow(f"higher_is_better of {cells.metric} is not that of earlier rows"))
         elif are_seeded.setdefault(arm, is_seeded) != is_seeded:
