@@ -514,18 +514,11 @@ def test_another_configuration_of_the_annotator_stops_the_verdict(tmp_path: Path
     assert "chat template" in title
 
 
-OTHER_SHAPES = [
-    {"n-samples": {"arc_easy": 5}},
-    {"config": "x"},
-    {"group_subtasks": [1]},
-    {"results": {"arc_easy": []}},
-]
-
-
-@pytest.mark.parametrize("content", OTHER_SHAPES)
-def test_results_of_another_shape_are_damaged_and_no_internal_error(tmp_path, content) -> None:
-    with pytest.raises(DataError, match="is damaged: "):
-        read_results(lm_eval(tmp_path / "a", [1.0] * 10, **content))
+def test_results_of_another_shape_are_damaged_and_no_internal_error(tmp_path: Path) -> None:
+    shapes: list[dict[str, Any]] = [{"n-samples": {"arc_easy": 5}}, {"config": "x"}]
+    for content in [*shapes, {"group_subtasks": [1]}, {"results": {"arc_easy": []}}]:
+        with pytest.raises(DataError, match="is damaged: "):
+            read_results(lm_eval(tmp_path / "a", [1.0] * 10, **content))
 
 
 def test_json_of_too_many_levels_is_damaged(tmp_path: Path) -> None:

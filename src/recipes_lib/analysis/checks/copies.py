@@ -71,9 +71,7 @@ def check_copies(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 title = f"{len(file_by_run)} trainings of {arm.name} ended with the same weights"
                 evidence = tuple(sorted(file_by_run))
                 remedy = "one training must not count twice: did the seed reach the training?"
-                yield Finding(
-                    "same-seeds", "error", title, evidence=evidence, remedy=remedy, arms=(arm.name,)
-                )
+                yield Finding("same-seeds", "error", title, evidence, remedy, (arm.name,))
 
 
 def _copied_trainings(arm: ArmRuns) -> Iterator[Finding]:
@@ -90,9 +88,7 @@ def _copied_trainings(arm: ArmRuns) -> Iterator[Finding]:
         if len(places) > 1:
             title = f"{len(places)} trainings of {arm.name} have the same answers and scores"
             remedy = "one training must not count twice: leave out the copy"
-            yield Finding(
-                "same-seeds", "error", title, tuple(places), remedy=remedy, arms=(arm.name,)
-            )
+            yield Finding("same-seeds", "error", title, tuple(places), remedy, (arm.name,))
 
 
 def _identities(arms: Arms) -> dict[str, _Identities]:

@@ -70,8 +70,7 @@ class Results:
     @property
     def identity(self) -> list[str]:
         """What tells models of one name apart, such as `revision=step2`, and the form of asking."""
-        given = [key for key in _OF_THE_WEIGHTS if key in self.arguments]
-        words = [f"{key}={self.arguments[key]}" for key in given]
+        words = [f"{key}={self.arguments[key]}" for key in _OF_THE_WEIGHTS if key in self.arguments]
         if self.content.get("chat_template_sha"):
             words.append("chat")
         return words
