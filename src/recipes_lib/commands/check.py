@@ -1,7 +1,5 @@
 """`recipes check`: what is wrong with YAML files of any kind. Imports no torch, but with --full."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -126,7 +124,7 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
 
 
 def _warnings(
-    recipes: Sequence[Recipe], evals: Sequence[EvalRecipe], full: bool
+    recipes: Sequence[Recipe], evals: "Sequence[EvalRecipe]", full: bool
 ) -> Iterator[RecipeError]:
     """Yield a warning for what is not there yet: a judge's key or server, a tracker's login."""
     from recipes_lib.study.needs import Host, missing_needs

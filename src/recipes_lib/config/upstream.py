@@ -1,7 +1,5 @@
 """Upstream's own objects of a recipe, and what upstream refuses, as errors at the key."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Callable
@@ -25,7 +23,7 @@ COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 def build_train_config(
     recipe: Recipe, output_dir: str | Path, world_size: int
-) -> SFTConfig | DPOConfig:
+) -> "SFTConfig | DPOConfig":
     """Return TRL's arguments for `world_size` processes on this machine; do not change them."""
     import torch
     from transformers import Trainer, get_scheduler
@@ -68,7 +66,7 @@ def build_train_config(
     return config
 
 
-def build_lora_config(recipe: Recipe) -> LoraConfig | None:
+def build_lora_config(recipe: Recipe) -> "LoraConfig | None":
     """Return PEFT's config, or None for full fine-tuning."""
     if recipe.lora is None:
         return None
@@ -78,7 +76,7 @@ def build_lora_config(recipe: Recipe) -> LoraConfig | None:
     return _built(recipe, "lora", lambda: LoraConfig(**values))
 
 
-def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
+def build_quantization_config(recipe: Recipe) -> "BitsAndBytesConfig | None":
     """Return the bitsandbytes config, or None when the weights stay as they are."""
     if recipe.quantization is None:
         return None
@@ -113,7 +111,7 @@ def check_packages(recipe: Recipe) -> None:
             raise recipe.document.fault(key, what, f"pip install {package}, or remove the key")
 
 
-def autocast_dtype(args: SFTConfig | DPOConfig) -> torch.dtype | None:
+def autocast_dtype(args: "SFTConfig | DPOConfig") -> "torch.dtype | None":
     """Return the type of mixed precision; None without."""
     import torch
 

@@ -1,7 +1,5 @@
 """From a pair of answers to the tokens of one prompt and of both answers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +85,7 @@ def encode_pair(
     return pair
 
 
-def pair_lengths(rows: Dataset) -> list[int]:
+def pair_lengths(rows: "Dataset") -> list[int]:
     """Return the tokens of each pair as it trains: two rows, padded to the longer one."""
     import pyarrow.compute
 

@@ -2,8 +2,6 @@
 an audit that counts and names what would happen silently.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os
@@ -43,9 +41,9 @@ class PreparedData:
     tokens are dropped.
     """
 
-    train: Dataset
-    validation: Dataset | None
-    test: Dataset | None
+    train: "Dataset"
+    validation: "Dataset | None"
+    test: "Dataset | None"
     audit: DataAudit  # supervision.json, where all dropped rows are named
     splits: dict[str, Any]  # splits.json
     fingerprint: str  # of the ids and texts of all rows, in order

@@ -2,8 +2,6 @@
 path wins over a Hub id of the same name.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,7 +111,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
     return by_split[split]
 
 
-def hub_data_set(source: SourcePart) -> Dataset:
+def hub_data_set(source: SourcePart) -> "Dataset":
     """Return a Hub data set as `datasets` loads it, from its cache where it is offline."""
     import datasets
 

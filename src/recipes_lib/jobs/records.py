@@ -5,8 +5,6 @@ JOB.job            the id of a job that was submitted by hand
 JOB.exit_code      how a job ended; of several tasks, JOB.N.exit_code
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,7 +55,7 @@ class TaskState:
 # ---- Writing ----
 
 
-def write_jobs(plan: Plan, ids: Mapping[str, str]) -> None:
+def write_jobs(plan: "Plan", ids: Mapping[str, str]) -> None:
     """Note a plan's jobs, with the ids of those that were submitted."""
     rows = []
     for job in plan.jobs:

@@ -2,8 +2,6 @@
 a model without its weights.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import re
@@ -156,7 +154,7 @@ def has_plain_head(model: Any) -> bool:
 # ---- adapters ----
 
 
-def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
+def settle_targets(config: "LoraConfig", model: Any) -> "LoraConfig":
     """Return a LoRA config without what reads images, routers and what takes no adapter."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -297,7 +295,7 @@ def known_config(name: str) -> Any:
 
 
 def on_meta(
-    config: Any, dtype: torch.dtype, lora: LoraConfig | None = None, attention: str = "eager"
+    config: Any, dtype: "torch.dtype", lora: "LoraConfig | None" = None, attention: str = "eager"
 ) -> Any:
     """Return the model that a recipe trains, without weights; ValueError where it cannot be."""
     import peft
@@ -316,7 +314,7 @@ def on_meta(
         return peft.get_peft_model(model, lora)
 
 
-def text_decoder(model: Any) -> torch.nn.Module:
+def text_decoder(model: Any) -> "torch.nn.Module":
     """Return the part of a model that reads text, without its head."""
     if hasattr(model, "get_base_model"):  # PEFT's
         model = model.get_base_model()
@@ -329,7 +327,7 @@ def text_decoder(model: Any) -> torch.nn.Module:
     return decoder
 
 
-def layers(model: Any) -> list[torch.nn.Module]:
+def layers(model: Any) -> "list[torch.nn.Module]":
     """Return the blocks of a model's text part, in their order."""
     parts = text_decoder(model).modules()
     return list(next(part for part in parts if type(part).__name__ == "ModuleList"))

@@ -1,7 +1,5 @@
 """The memory of one process of a training, part by part."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from recipes_lib.config.recipe import DPO, sync_each_batch
@@ -27,7 +25,7 @@ OPTIMIZERS = {"ademamix_8bit": 3.1, "ademamix": 12, "lion_8bit": 1.1, "lion": 4,
 OPTIMIZERS |= {"rmsprop": 4, "adagrad": 4, "paged": 8, "bnb": 8, "sgd": 0.1, "adafactor": 0.1}
 
 
-def memory_of(plan: Plan) -> dict[str, float]:
+def memory_of(plan: "Plan") -> dict[str, float]:
     """Return GiB of one process, by what they are for."""
     sizes = _of_weights(plan) | _of_activations(plan)
     memory = {part: size / GIB for part, size in sizes.items()}
@@ -39,7 +37,7 @@ def memory_of(plan: Plan) -> dict[str, float]:
     return memory | {"context": context + GAPS * sum(memory.values())}
 
 
-def _of_weights(plan: Plan) -> dict[str, float]:
+def _of_weights(plan: "Plan") -> dict[str, float]:
     """Return the bytes of weights and of what is kept for each of them."""
     traced = plan.trace
     launch = plan.launch
@@ -86,7 +84,7 @@ def _of_weights(plan: Plan) -> dict[str, float]:
     }
 
 
-def _of_activations(plan: Plan) -> dict[str, float]:
+def _of_activations(plan: "Plan") -> dict[str, float]:
     """Return the bytes of what the forward pass keeps, and of the most that is there beside it."""
     traced = plan.trace
     steps = plan.steps

@@ -1,7 +1,5 @@
 """An adapter folded into its base: written, read again, and compared by logits."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 from dataclasses import dataclass
@@ -56,8 +54,8 @@ def merge(trained: TrainedRun, dtype: str | None) -> tuple[dict[str, Any], bool]
 class _Folded:
     """What the model told that is not in memory any more, once its files are written."""
 
-    base: torch.Tensor  # logits without the adapter
-    adapter: torch.Tensor  # logits with it
+    base: "torch.Tensor"  # logits without the adapter
+    adapter: "torch.Tensor"  # logits with it
     dtype: str  # of the files
 
 
@@ -158,7 +156,7 @@ def _fold(
     return _Folded(base=base, adapter=adapter, dtype=written)
 
 
-def logits_on(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+def logits_on(model: Any, prompts: list[list[int]]) -> "torch.Tensor":
     """Return the logits of all prompts' tokens, shape (tokens, vocabulary)."""
     import torch
 

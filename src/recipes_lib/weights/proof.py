@@ -2,8 +2,6 @@
 name in the files.
 """
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Iterator
@@ -116,7 +114,7 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
         yield error.what
 
 
-def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
+def trained_tensors(model: Any) -> "Iterator[tuple[str, torch.Tensor | None]]":
     """Yield each trained tensor under its name in the file, whole, one at a time.
 
     Every rank has to call (FSDP2 gathers the shards); only rank 0 gets the tensors, and all of them
@@ -127,7 +125,7 @@ def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
     from torch.distributed.tensor import DTensor
     from transformers.core_model_loading import revert_weight_conversion
 
-    def whole(tensor: torch.Tensor) -> torch.Tensor | None:
+    def whole(tensor: "torch.Tensor") -> "torch.Tensor | None":
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         return tensor.detach().cpu() if rank() == 0 else None
@@ -157,13 +155,13 @@ def _trained_names(model: Any) -> set[str]:
     return {name for name, parameter in _named(model) if parameter.requires_grad}
 
 
-def _named(model: Any, once: bool = False) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _named(model: Any, once: bool = False) -> "Iterator[tuple[str, torch.nn.Parameter]]":
     """Yield every parameter, tied ones by each of their names unless only `once`."""
     for name, parameter in model.named_parameters(remove_duplicate=once):
         yield name.replace("_orig_mod.", ""), parameter
 
 
-def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
+def same_bytes(first: "torch.Tensor", second: "torch.Tensor") -> bool:
     """Return whether two tensors have one dtype, one shape and the same bytes."""
     import torch
 

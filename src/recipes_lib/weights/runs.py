@@ -2,8 +2,6 @@
 every adapter that leaves it as it is.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import defaultdict
@@ -199,14 +197,14 @@ class Family:
             model = load.attach(base, folders)
         self.model = ready_to_answer(model)
 
-    def prompting(self, name: str) -> tuple[DataSection, PreTrainedTokenizerBase]:
+    def prompting(self, name: str) -> "tuple[DataSection, PreTrainedTokenizerBase]":
         """Return how `name` is asked: as it was trained; the base as the first run was."""
         if name == BASE:
             name = next(iter(self.runs))
         return self.runs[name].prompt_section, self.tokenizers[name]
 
     @contextmanager
-    def answering(self, name: str) -> Iterator[PreTrainedModel]:
+    def answering(self, name: str) -> "Iterator[PreTrainedModel]":
         """Give the model with the adapter of a run, or none for `base`, in the run's precision."""
         import torch
 
