@@ -26,7 +26,9 @@ _Identities = dict[tuple[str, str], dict[str, str]]
 def check_copies(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield arms that share a run, final weights or all answers, and seeds of equal weights."""
     identities = _identities(arms)
-    hashes = {id(log): _answer_hashes(log) for _, log in arms.logs}  # each is in many pairs
+    # each log is in many pairs
+    hashes = {id(log): _answer_hashes(log) for _, log in arms.logs}
+    scores = {id(log): _scores(log) for _, log in arms.logs if log.source}
     for first, second in itertools.combinations(arms, 2):
         of_first = identities[first.name]
         of_second = identities[second.name]
@@ -60,7 +62,7 @@ def check_copies(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 title = f"All answers of {both} in {log.eval} are the same"
                 remedy = "equal models give equal answers; else one set is a copy: redo it"
                 yield finding("same-answers", "error", title, remedy=remedy)
-            elif log.source and len(_scores(log)) > 1 and _scores(log) == _scores(other):
+            elif len(scores.get(id(log), ())) > 1 and scores[id(log)] == scores.get(id(other)):
                 title = f"Every score of {both} in {log.eval} is the same"
                 remedy = "one may be a copy of the other, or both one model: look at the files"
                 yield finding("same-scores", "warning", title, remedy=remedy)
@@ -71,7 +73,14 @@ def check_copies(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 title = f"{len(file_by_run)} trainings of {arm.name} ended with the same weights"
                 evidence = tuple(sorted(file_by_run))
                 remedy = "one training must not count twice: did the seed reach the training?"
-                yield Finding("same-seeds", "error", title, evidence, remedy, (arm.name,))
+                yield Finding(
+                    code="same-seeds",
+                    severity="error",
+                    title=title,
+                    evidence=evidence,
+                    remedy=remedy,
+                    arms=(arm.name,),
+                )
 
 
 def _copied_trainings(arm: ArmRuns) -> Iterator[Finding]:
@@ -88,7 +97,14 @@ def _copied_trainings(arm: ArmRuns) -> Iterator[Finding]:
         if len(places) > 1:
             title = f"{len(places)} trainings of {arm.name} have the same answers and scores"
             remedy = "one training must not count twice: leave out the copy"
-            yield Finding("same-seeds", "error", title, tuple(places), remedy, (arm.name,))
+            yield Finding(
+                code="same-seeds",
+                severity="error",
+                title=title,
+                evidence=tuple(places),
+                remedy=remedy,
+                arms=(arm.name,),
+            )
 
 
 def _identities(arms: Arms) -> dict[str, _Identities]:

@@ -84,7 +84,13 @@ def check_repeats(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 names[f"{of_all} differ from another in digits only"].append(metric.name)
         remedy = "if they are one question asked again, p is too small"
         for title, metrics in names.items():
-            yield Finding(REPEATED_QUESTIONS, "warning", title, (), remedy, metrics=tuple(metrics))
+            yield Finding(
+                code=REPEATED_QUESTIONS,
+                severity="warning",
+                title=title,
+                remedy=remedy,
+                metrics=tuple(metrics),
+            )
     for where, metrics in unknown.items():
         title = f"The texts of the questions of {where} are not recorded"
         remedy = "a question that was asked again under another id counts as another one"
