@@ -168,7 +168,8 @@ def check_presence(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 remedy = "the same recipes eval command finishes it and asks nothing twice"
                 yield finding("unfinished-evaluation", "warning", title, remedy=remedy)
             if run.unread:
-                title = f"Some results of {arm.name} are not in this comparison"
+                more = f", and {len(run.unread) - 1} more" if len(run.unread) > 1 else ""
+                title = f"Not in this comparison, of {arm.name}: {run.unread[0]}{more}"
                 remedy = "choosing among results after a look makes chance look like an effect"
                 yield finding("not-read", "warning", title, evidence=run.unread, remedy=remedy)
 
