@@ -37,18 +37,24 @@ def make_run(folder: Path, rank: int = 8, base: str = "org/base model", **config
 
 
 def test_a_run_is_served_as_whole_weights_or_on_its_base_with_a_rank_that_suffices(serve, tmp_path):
+    here = ["--host", "127.0.0.1"]
     _, words = serve("org/judge", "--port", "8001")
-    assert words == ["serve", "org/judge", "--served-model-name", "org/judge", "--port", "8001"]
+    judge = ["serve", "org/judge", "--served-model-name", "org/judge"]
+    assert words == [*judge, *here, "--port", "8001"]
     ranks = ((4, {}, "8"), (8, {}, "8"), (9, {}, "16"), (16, {"q_proj": 100}, "128"))
     for number, (rank, pattern, limit) in enumerate(ranks):
         run = make_run(tmp_path / f"run{number}", rank, rank_pattern=pattern)
         base = ["serve", "org/base model", "--served-model-name", "org/base model"]
         lora = ["--enable-lora", "--max-lora-rank", limit, "--lora-modules"]
-        assert serve(f"{run}/")[1] == [*base, *lora, f"run{number}={run}/adapter"]
+        assert serve(f"{run}/")[1] == [*base, *lora, f"run{number}={run}/adapter", *here]
+    quantized = {"guard": {"quantization": {"load_in_4bit": True}}}
+    (run / "run.json").write_text(json.dumps(quantized))
+    done, words = serve(run)
+    assert done.returncode == 2 and f"recipes merge {run.name}" in done.stderr and not words
     for folder in ("model", "merged"):
         (run / folder).mkdir()
         (run / folder / "config.json").write_text("{}")
-        assert serve(run)[1] == ["serve", f"{run}/{folder}", "--served-model-name", run.name]
+        assert serve(run)[1] == ["serve", f"{run}/{folder}", "--served-model-name", run.name, *here]
 
 
 def test_what_cannot_be_served_is_said_with_our_exit_codes(serve, tmp_path):
