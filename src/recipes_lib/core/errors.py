@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.extras import extras
 from recipes_lib.core.terminal import for_stream, mask_secrets
 
 
@@ -143,6 +142,9 @@ _SMALLER = {
 def missing_extra(error: BaseException) -> EnvironmentFault | None:
     """Return the error that names the extra of a module that is not installed; None for others."""
     if isinstance(error, ModuleNotFoundError) and error.name:
+        # importlib.metadata, which would add half to the time of `recipes --help`
+        from recipes_lib.core.extras import extras
+
         module = error.name.partition(".")[0]
         for extra in extras():
             if module.replace("_", "-") in extra.missing:
