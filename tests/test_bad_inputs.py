@@ -90,15 +90,14 @@ def test_a_model_that_cannot_be_trained_is_refused(
 
 @pytest.mark.parametrize("damage", [without_tokenizer, deep_config])
 def test_a_model_that_cannot_be_read_is_one_line(
-    damage, tiny_recipe, tiny_model_dir, tmp_path, capsys
+    damage, tiny_recipe, tiny_model_dir, tmp_path, said
 ):
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     damage(folder)
     tiny_recipe.write_text(tiny_recipe.read_text().replace(str(tiny_model_dir), str(folder)))
     for verb in (["check", "--full"], ["data"], ["plan"] if damage is deep_config else ["data"]):
-        assert recipes([*verb, str(tiny_recipe)]) == 2
-        said = capsys.readouterr().err
-        assert "tiny.yaml:2: " in said and "internal error" not in said, said
+        answer = said(*verb, tiny_recipe, code=2)
+        assert "tiny.yaml:2: " in answer and "internal error" not in answer, answer
 
 
 def rows(*changes: dict[str, object], count: int = 20) -> str:
@@ -162,12 +161,12 @@ def test_unusable_data_is_refused(case, tiny_recipe, tiny_model_dir, tmp_path, c
         assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
 
 
-def test_a_folder_whose_files_differ_in_columns_is_refused(tiny_recipe, tmp_path, capsys):
+def test_a_folder_whose_files_differ_in_columns_is_refused(tiny_recipe, tmp_path, said):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "a.jsonl").write_text(rows())
     (tmp_path / "parts" / "b.jsonl").write_text('{"text": "x"}\n')
-    assert recipes(["data", str(tiny_recipe), f"data.source={tmp_path / 'parts'}"]) == 4
-    assert not missing_words(capsys.readouterr().err, "b.jsonl column")
+    answer = said("data", tiny_recipe, f"data.source={tmp_path / 'parts'}", code=4)
+    assert not missing_words(answer, "b.jsonl column")
 
 
 def test_a_defect_is_one_message_and_a_kept_traceback(tiny_recipe, tmp_path, monkeypatch, capsys):

@@ -52,41 +52,33 @@ for argv in {LIGHT!r}:
     assert done.returncode == 0, done.stderr
 
 
-def test_without_arguments_the_verbs_are_listed_in_groups_and_each_documents_itself(capsys):
-    assert cli.main([]) == 0
-    out = capsys.readouterr().out
+def test_without_arguments_the_verbs_are_listed_in_groups_and_each_documents_itself(said):
+    out = said()
     assert "\nstart here\n  new " in out and "\nmore\n  ls " in out
     assert out.splitlines()[-1] == "next: recipes ls"
     for verb, (_, text) in cli.VERBS.items():
-        assert cli.main([verb, "--help"]) == 0
-        printed = " ".join(capsys.readouterr().out.split())
+        printed = " ".join(said(verb, "--help").split())
         assert text[1:] in printed  # names keep their capitals
         takes_values = verb not in ("migrate", "ls", "status", "doctor", "explain")
         assert takes_values or "section.key=value" not in printed, verb
 
 
-def test_help_is_a_spelling_of_the_flag_before_and_behind_a_verb_and_an_action(capsys):
-    def printed(*words: str) -> str:
-        assert cli.main(words) == 0, words
-        return capsys.readouterr().out
-
+def test_help_is_a_spelling_of_the_flag_before_and_behind_a_verb_and_an_action(said):
     for same in (["help"], ["-h"], ["--help"], ["help", "help"], ["help", "--help"]):
-        assert printed(*same) == printed(), same
+        assert said(*same) == said(), same
     for verb in cli.VERBS:
-        wanted = printed(verb, "--help")
+        wanted = said(verb, "--help")
         for words in (["help", verb], ["--help", verb], [verb, "help"], ["--debug", "help", verb]):
-            assert printed(*words) == wanted, words
+            assert said(*words) == wanted, words
     for words in (["help", "study", "run"], ["study", "help", "run"], ["study", "run", "help"]):
-        assert printed(*words) == printed("study", "run", "--help"), words
-    assert cli.main(["help", "chek"]) == 2
-    assert "did you mean recipes check?" in capsys.readouterr().err
-    assert cli.main(["plan", "help", "train.seed=1"]) == 2  # it may be a name here
-    assert "help: no such file or recipe" in capsys.readouterr().err
+        assert said(*words) == said("study", "run", "--help"), words
+    assert "did you mean recipes check?" in said("help", "chek", code=2)
+    as_a_name = said("plan", "help", "train.seed=1", code=2)
+    assert "help: no such file or recipe" in as_a_name
 
 
-def test_verbs_and_flags_are_listed_for_tools(capsys):
-    assert cli.main(["--help", "--json"]) == 0
-    value = json.loads(capsys.readouterr().out)
+def test_verbs_and_flags_are_listed_for_tools(said):
+    value = json.loads(said("--help", "--json"))
     verbs = {row["verb"]: row for row in value["verbs"]}
     assert {verb.partition(" ")[0] for verb in verbs} == {*cli.VERBS} and "study run" in verbs
     flags = {row["name"]: row for row in verbs["new"]["arguments"]}
@@ -122,23 +114,20 @@ WRONG = [
 ]
 
 
-def test_wrong_usage_is_one_message_and_exit_2(capsys):
-    wrong = []
+def test_wrong_usage_is_one_message_and_exit_2(said):
     for argv, words in WRONG:
-        code, err = cli.main(argv), capsys.readouterr().err
-        if code != 2 or "Traceback" in err or not all(word in err for word in words):
-            wrong.append((argv, code, err))
-    assert not wrong
+        err = said(*argv, code=2)
+        assert "Traceback" not in err and all(word in err for word in words), argv
 
 
-def test_an_error_ends_with_its_own_exit_code_and_words(monkeypatch, capsys):
+def test_an_error_ends_with_its_own_exit_code_and_words(monkeypatch, recipes, said):
     errors: list[BaseException] = []
 
     def fail() -> int:
         raise errors[-1]
 
     monkeypatch.setattr("recipes_lib.commands.overview.run_ls", fail)
-    for error, code, said in (
+    for error, code, words in (
         (DataError("no rows", "add some", file="a.jsonl", line=3), 4, "a.jsonl:3: no rows\n  add "),
         (KeyboardInterrupt(), 130, "interrupted; the same command continues\n"),
         (FileNotFoundError(2, "No file", "rows"), 5, "cannot read, write or allocate: [Errno 2] "),
@@ -146,12 +135,11 @@ def test_an_error_ends_with_its_own_exit_code_and_words(monkeypatch, capsys):
         (RuntimeError("broken\ndeep down"), 1, "internal error: RuntimeError: broken deep down\n"),
     ):
         errors.append(error)
-        assert cli.main(["ls"]) == code
-        out, err = capsys.readouterr()
-        assert err.startswith(said) and not out and "Traceback" not in err
-    assert cli.main(["ls", "--debug"]) == 1 and "Traceback" in capsys.readouterr().err
-    assert cli.main(["show", "nowhere.yaml", "--debug"]) == 2
-    err = capsys.readouterr().err
+        found, out, err = recipes("ls")
+        assert found == code and not out
+        assert err.startswith(words) and "Traceback" not in err
+    assert "Traceback" in said("ls", "--debug", code=1)
+    err = said("show", "nowhere.yaml", "--debug", code=2)
     assert "Traceback" in err and "nowhere.yaml: no such file" in err
 
 

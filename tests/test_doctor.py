@@ -3,14 +3,12 @@
 import sys
 
 from recipes_lib import doctor
-from recipes_lib.cli import main
 from recipes_lib.core.environment import describe_devices, quiet_libraries
 
 
-def test_each_topic_has_its_line_and_no_token_is_printed(monkeypatch, capsys):
+def test_each_topic_has_its_line_and_no_token_is_printed(monkeypatch, said):
     monkeypatch.setenv("HF_TOKEN", "hf_plantedplantedplanted")
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
+    out = said("doctor")
     for word in (" versions ", " device ", "a token is set", "GiB free"):
         assert word in out
     assert "planted" not in out and out.splitlines()[-1] == "next: recipes ls"
@@ -26,23 +24,20 @@ def test_torch_is_announced_before_it_loads_and_threads_are_counted(monkeypatch,
     assert capsys.readouterr().err == "loading torch ...\n"
 
 
-def test_a_check_that_crashes_is_a_finding_with_exit_code_5(monkeypatch, capsys):
+def test_a_check_that_crashes_is_a_finding_with_exit_code_5(monkeypatch, recipes):
     def check_broken():
         raise ImportError("libtorch.so is damaged")
 
     monkeypatch.setattr(doctor, "DOCTOR_CHECKS", (check_broken, doctor.check_disk))
-    assert main(["doctor"]) == 5
-    out = capsys.readouterr().out
-    assert "GiB free" in out
+    code, out, _ = recipes("doctor")
+    assert code == 5 and "GiB free" in out
     assert "fail  broken        ImportError: libtorch.so is damaged -> make setup" in out
 
 
 def test_what_would_stop_or_change_a_training_is_found(tmp_path, monkeypatch):
     installed = doctor.installed_version
-    versions = {"peft": "0.0.1"}
-    monkeypatch.setattr(
-        doctor, "installed_version", lambda name: versions.get(name, installed(name))
-    )
+    old = {"peft": "0.0.1"}
+    monkeypatch.setattr(doctor, "installed_version", lambda name: old.get(name, installed(name)))
     (other,) = doctor.check_versions()
     assert other[0] == doctor.WARN and "peft 0.0.1" in other[1]
     for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):

@@ -4,8 +4,6 @@ import codecs
 
 from tests.test_bad_inputs import missing_words
 
-from recipes_lib.cli import main
-
 # (section, line written into it, words of the answer); the sections' first keys stand on these
 # lines.
 LINES = {"model": 2, "data": 4, "lora": 6, "train": 8, "run": 10}
@@ -90,72 +88,61 @@ BAD_FILES = [
 ]  # fmt: skip
 
 
-def test_a_bad_line_is_answered_at_its_file_and_line_with_a_remedy(write_with, capsys):
-    wrong = []
+def test_a_bad_line_is_answered_at_its_file_and_line_with_a_remedy(write_with, said):
     for section, line, words in BAD_LINES:
-        code, said = main(["check", str(write_with(section, line))]), capsys.readouterr().err
-        place, errors = f"r.yaml:{LINES[section]}: ", said.count("r.yaml:")
-        missing = missing_words(said, words)
-        if code != 2 or place not in said or errors != 1 or missing or len(said) > 2000:
-            wrong.append((line[:80], code, said, missing))
-    assert not wrong
+        answer = said("check", write_with(section, line), code=2)
+        assert f"r.yaml:{LINES[section]}: " in answer and answer.count("r.yaml:") == 1
+        assert not missing_words(answer, words) and len(answer) <= 2000, line
 
 
-def test_a_bad_file_is_answered_at_its_line(write, capsys):
-    wrong = []
+def test_a_bad_file_is_answered_at_its_line(write, said):
     for content, number, words in BAD_FILES:
-        code, said = main(["check", str(write(content))]), capsys.readouterr().err
+        answer = said("check", write(content), code=2)
         place = "r.yaml: " if number is None else f"r.yaml:{number}: "
-        if code != 2 or place not in said or "Traceback" in said or missing_words(said, words):
-            wrong.append((content, code, said, missing_words(said, words)))
-    assert not wrong
+        assert place in answer and not missing_words(answer, words), content
 
 
-def test_all_errors_come_at_once_in_the_order_of_lines(write, capsys):
+def test_all_errors_come_at_once_in_the_order_of_lines(write, said):
     path = write(
         GOOD.replace("rows", "nowhere")
         + "train:\n  learning_rte: 1\n  seed: 1\n  seed: 2\n  max_length: 0\n  ? [a]\n  : 1\n"
         "  bf16: nein\nlora: {r: 0}\nquantization: {}\n"
     )
     for verb in ("check", "show", "plan"):
-        assert main([verb, str(path)]) == 2
-        said = capsys.readouterr().err
-        places = [line.split(": ")[0] for line in said.splitlines() if line.startswith("r.yaml")]
+        answer = said(verb, path, code=2)
+        places = [line.split(": ")[0] for line in answer.splitlines() if line.startswith("r.yaml")]
         lines = (4, 6, 8, 9, 10, 12, 13, 14)[verb != "check" :]  # others read no rows
         assert places == [f"r.yaml:{line}" for line in lines]
-        assert "duplicate key 'train.seed', also at r.yaml:7" in said
+        assert "duplicate key 'train.seed', also at r.yaml:7" in answer
 
 
-def test_mistakes_are_placed_in_the_parent_or_on_the_command_line(write, capsys):
+def test_mistakes_are_placed_in_the_parent_or_on_the_command_line(write, said):
     write("train: {sed: 1}\n", "_b.yaml")
-    path = str(write("extends: _b.yaml\n" + GOOD))
-    assert main(["check", path, "_b.yaml"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("_b.yaml:1: unknown key 'train.sed'") == 1 and "did you mean" in said
+    path = write("extends: _b.yaml\n" + GOOD)
+    answer = said("check", path, "_b.yaml", code=2)
+    assert answer.count("_b.yaml:1: unknown key 'train.sed'") == 1 and "did you mean" in answer
     write("train: {seed: 1}\n", "_b.yaml")
-    assert main(["show", path, "train.sed=1"]) == 2
-    assert "command line: unknown key 'train.sed'" in capsys.readouterr().err
+    assert "command line: unknown key 'train.sed'" in said("show", path, "train.sed=1", code=2)
     for word in ("run.notes='open", "lora={r: 8", "train.optim_args={a: 1, a: 2}", "run.tags=[a"):
-        assert main(["show", path, word]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("command line: ") and " line " not in said and "None" not in said
-    assert main(["check", "_b.yaml"]) == 0  # a base needs no model
-    assert main(["show", str(write("modle: {name_or_path: a}\n"))]) == 2
-    assert "did you mean model?" in capsys.readouterr().err  # what a verb expects, it is
+        answer = said("show", path, word, code=2)
+        assert answer.startswith("command line: ")
+        assert " line " not in answer and "None" not in answer
+    said("check", "_b.yaml")  # a base needs no model
+    misspelt = write("modle: {name_or_path: a}\n")
+    assert "did you mean model?" in said("show", misspelt, code=2)  # what a verb expects, it is
 
 
-def test_extends_that_leads_nowhere_or_in_a_circle_is_named_at_its_line(write, capsys):
+def test_extends_that_leads_nowhere_or_in_a_circle_is_named_at_its_line(write, said):
     write("extends: _b.yaml\n", "r.yaml")
     for name, words in (
         ("r.yaml", "_b.yaml:2: circular extends: r.yaml -> _b.yaml"),
         ("_bb.yaml", "_b.yaml:2: extends a file that does not exist: _bb.yaml"),
     ):
         write(f"lora: {{r: 8}}\nextends: {name}\n", "_b.yaml")
-        assert main(["check", "r.yaml"]) == 2
-        assert words in capsys.readouterr().err
+        assert words in said("check", "r.yaml", code=2)
 
 
-def test_missing_files_and_short_names_name_similar_ones_alone(write, capsys, tmp_path):
+def test_missing_files_and_short_names_name_similar_ones_alone(write, said, tmp_path):
     write(GOOD, "lora-r8.yaml")
     (tmp_path / "empty").mkdir()
     write(GOOD.replace("rows.jsonl", "row.jsonl"), "a.yaml")
@@ -168,28 +155,25 @@ def test_missing_files_and_short_names_name_similar_ones_alone(write, capsys, tm
         ("a.yaml", 4, "a.yaml:4: did you mean rows.jsonl?"),
         ("b.yaml", 4, "b.yaml:4: no such file"),
     ):
-        assert main(["check", path]) == code
-        said = capsys.readouterr().err
-        assert not missing_words(said, words), path
-        assert ("did you mean" in said) is ("did you mean" in words), said
-    assert main(["check", "quickstart/lora-r8"]) == 0
+        answer = said("check", path, code=code)
+        assert not missing_words(answer, words), path
+        assert ("did you mean" in answer) is ("did you mean" in words), answer
+    said("check", "quickstart/lora-r8")
 
 
-def test_rows_that_fill_no_step_are_named_by_check(write, capsys):
-    for size, code in ((16, 0), (24, 4)):
-        assert main(["check", str(write(GOOD + f"run: {{global_batch_size: {size}}}\n"))]) == code
-    said = capsys.readouterr().err
-    assert not missing_words(said, "r.yaml:3: of 20; a step needs 24 run.global_batch_size"), said
+def test_rows_that_fill_no_step_are_named_by_check(write, said):
+    said("check", write(GOOD + "run: {global_batch_size: 16}\n"))
+    answer = said("check", write(GOOD + "run: {global_batch_size: 24}\n"), code=4)
+    assert not missing_words(answer, "r.yaml:3: of 20; a step needs 24 run.global_batch_size")
 
 
-def test_a_file_that_would_take_long_is_not_read(write, capsys):
-    assert main(["check", str(write(GOOD + "# comment\n" * 1_100_000))]) == 2
-    assert "r.yaml: is larger than 10 MB" in capsys.readouterr().err
+def test_a_file_that_would_take_long_is_not_read(write, said):
+    large = write(GOOD + "# comment\n" * 1_100_000)
+    assert "r.yaml: is larger than 10 MB" in said("check", large, code=2)
 
 
-def test_what_may_never_end_is_not_read(capsys):
-    assert main(["train", "/dev/zero"]) == 2
-    assert "/dev/zero: is not a file" in capsys.readouterr().err
+def test_what_may_never_end_is_not_read(said):
+    assert "/dev/zero: is not a file" in said("train", "/dev/zero", code=2)
 
 
 TAKEN = [
@@ -205,9 +189,6 @@ TAKEN = [
 ]
 
 
-def test_what_upstream_takes_is_taken(write_with, capsys):
-    wrong = []
+def test_what_upstream_takes_is_taken(write_with, said):
     for section, line in TAKEN:
-        if main(["check", str(write_with(section, line))]):
-            wrong.append((line, capsys.readouterr().err))
-    assert not wrong
+        said("check", write_with(section, line))

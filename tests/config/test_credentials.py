@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, print_error
 from recipes_lib.core.terminal import holds_secret, is_secret_name, mask_secrets, say
 
@@ -58,14 +57,14 @@ def test_values_of_secret_variables_are_masked_whatever_their_form(monkeypatch) 
     assert str(DataError("the server echoed plain words and 7")) == "the server echoed ***"
 
 
-def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(tmp_path, capsys) -> None:
+def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(tmp_path, recipes) -> None:
     recipe = tmp_path / "eval.yaml"
     judge = "judge: {model: m, engine: openai, base_url: 'http://u:PLANTED@127.0.0.1:8000/v1'}\n"
     recipe.write_text(f"suite: {{name: alpaca_eval}}\ndata: {{questions: q.json}}\n{judge}")
-    for command in (["check", str(recipe)], ["eval", str(recipe), "x"]):
-        assert main(command) == 2
-        out, err = capsys.readouterr()
-        assert "eval.yaml:3: this looks like a secret" in err and "PLANTED" not in out + err
+    for command in (["check", recipe], ["eval", recipe, "x"]):
+        code, out, err = recipes(*command)
+        assert code == 2 and "eval.yaml:3: this looks like a secret" in err
+        assert "PLANTED" not in out + err
 
 
 def test_a_secret_of_a_server_is_refused_wherever_an_eval_recipe_holds_it(tmp_path, said) -> None:
@@ -77,9 +76,9 @@ def test_a_secret_of_a_server_is_refused_wherever_an_eval_recipe_holds_it(tmp_pa
         "extra_body: {headers: {Authorization: PLANTED}}",
     ):
         (tmp_path / "e.yaml").write_text(f"{text}  {line}\n")
-        told = said("check", str(tmp_path / "e.yaml"), code=2)
+        told = said("check", tmp_path / "e.yaml", code=2)
         assert "e.yaml:5: " in told and "secret" in told, line
         assert "PLANTED" not in told, line
     (tmp_path / "e.yaml").write_text(text)
-    told = said("eval", str(tmp_path / "e.yaml"), "x", "judge.extra_body.api_key=PLANTED", code=2)
+    told = said("eval", tmp_path / "e.yaml", "x", "judge.extra_body.api_key=PLANTED", code=2)
     assert "judge.extra_body.api_key is a secret" in told and "PLANTED" not in told

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes_lib.cli import main
 from recipes_lib.config.documents import read
 from recipes_lib.config.migrate import LORA_DEFAULTS
 
@@ -18,7 +17,7 @@ SHORT = "model_name_or_path: a/b\ndataset_name: org/rows\n"
 
 
 @pytest.fixture
-def migrated(tmp_path, capsys):
+def migrated(tmp_path, said):
     """Migrate a file of flat_configs, or a text: (values, text of the recipe, what was printed)."""
 
     def work(style: str, code: int = 0):
@@ -27,26 +26,24 @@ def migrated(tmp_path, capsys):
             source = tmp_path / "flat.yaml"
             source.write_text(style, encoding="utf-8")
         output = tmp_path / "out" / "recipe.yaml"
-        command = ["migrate", str(source), "--output", str(output)]
+        command = ["migrate", source, "--output", output]
         if output.exists():  # it is replaced only with --force
             before = output.read_bytes()
-            assert main(command) == 2 and output.read_bytes() == before
-            capsys.readouterr()
-        assert main([*command, "--force"]) == code
-        out, err = capsys.readouterr()
+            said(*command, code=2)
+            assert output.read_bytes() == before
+        printed = said(*command, "--force", code=code)
         if code:
-            return err
-        text = output.read_text(encoding="utf-8")
-        return read(output).values, text, out
+            return printed
+        return read(output).values, output.read_text(encoding="utf-8"), printed
 
     return work
 
 
-def test_every_style_passes_and_accounts_for_keys_and_comments(migrated, tmp_path, capsys):
+def test_every_style_passes_and_accounts_for_keys_and_comments(migrated, tmp_path, recipes):
     for path in FLAT.glob("*.yaml"):
         _, text, printed = migrated(path.stem)
-        assert main(["check", str(tmp_path / "out" / "recipe.yaml")]) == 0
-        assert "warning" not in capsys.readouterr().err
+        code, _, err = recipes("check", tmp_path / "out" / "recipe.yaml")
+        assert code == 0 and "warning" not in err
         flat = path.read_text(encoding="utf-8")
         assert not [key for key in yaml.safe_load(flat) if f": {key} " not in printed]
         commented = [line for line in flat.splitlines() if line[:1] == "#" or "   # " in line]
@@ -155,7 +152,7 @@ BY_ROWS = [
 ]
 
 
-def test_rows_of_this_machine_decide_what_a_silent_file_means(migrated, tmp_path):
+def test_rows_of_this_machine_decide_what_a_silent_file_means(migrated, tmp_path, said):
     """TRL puts no loss on a prompt that has its completion beside it, and learns all of messages;
     `completion_only_loss: false` was written for both.
     """
@@ -166,7 +163,7 @@ def test_rows_of_this_machine_decide_what_a_silent_file_means(migrated, tmp_path
         assert values["data"]["prompt_format"] == prompt_format, (row, line)
         assert values.get("train", {}).get("completion_only_loss") is loss, (row, line)
         assert values["data"]["source"] == "../rows.jsonl"  # from where the recipe lies
-        assert main(["check", str(tmp_path / "out" / "recipe.yaml")]) == 0
+        said("check", tmp_path / "out" / "recipe.yaml")
 
 
 def test_of_rows_elsewhere_trls_default_of_the_loss_stays(migrated):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipes_lib.cli import main
 from recipes_lib.config import preflight, upstream
 from recipes_lib.config.launch import Active, plan_launch
 from recipes_lib.config.preflight import check_model_files, planned_launch
@@ -73,7 +72,7 @@ def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, m
     assert (args.use_cpu, args.n_gpu) == (False, 1)
 
 
-def test_what_trl_peft_or_the_machine_refuses_is_placed_at_its_key(write_with, capsys):
+def test_what_trl_peft_or_the_machine_refuses_is_placed_at_its_key(write_with, said):
     refused = {
         ("train", "fp16: true"): "r.yaml:8: train.fp16 does nothing on a CPU",
         ("train", "dataloader_prefetch_factor: 2"): "r.yaml:8: train: --dataloader_prefetch",
@@ -84,10 +83,9 @@ def test_what_trl_peft_or_the_machine_refuses_is_placed_at_its_key(write_with, c
         ("lora", "layers_pattern: h"): "r.yaml:6: lora: ",
     }
     for (section, line), words in refused.items():
-        path = write_with(section, f"{line}")
+        path = write_with(section, line)
         path.write_text(path.read_text() + "launch: {accelerate: cpu}\n")
-        assert main(["check", "--full", str(path)]) == 2, line
-        assert words in (said := capsys.readouterr().err), said
+        assert words in said("check", "--full", path, code=2)
 
 
 def test_lora_and_quantization_become_the_real_objects(write):
@@ -204,9 +202,9 @@ def test_a_causal_model_with_allowed_code_and_plain_weights_is_taken(write, mode
         assert words in said if words else not said, said
 
 
-def test_a_package_that_is_missing_is_named_before_anything_is_loaded(write_with, capsys):
-    assert main(["check", "--full", str(write_with("train", "report_to: [swanlab]"))]) == 5
-    assert "r.yaml:8: train.report_to: swanlab is not installed" in capsys.readouterr().err
+def test_a_package_that_is_missing_is_named_before_anything_is_loaded(write_with, said):
+    answer = said("check", "--full", write_with("train", "report_to: [swanlab]"), code=5)
+    assert "r.yaml:8: train.report_to: swanlab is not installed" in answer
 
 
 def test_the_launch_that_runs_is_checked_and_not_the_recipes_default(write, tiny_model_dir):

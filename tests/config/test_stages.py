@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from recipes_lib.cli import main
 from recipes_lib.config import upstream
 from recipes_lib.config.recipe import DPO, SFT, load_recipe
 from recipes_lib.config.upstream_sections import TrainSection, preference_section
@@ -138,7 +137,7 @@ def test_losses_with_the_keys_that_act_on_them_are_taken(write):
         assert load_recipe("r.yaml", words).stage == DPO
 
 
-def test_keys_of_preferences_are_explained_where_they_stand_in_the_other_stage(write, capsys):
+def test_keys_of_preferences_are_explained_where_they_stand_in_the_other_stage(write, said):
     write(PAIRS)
     assert "set stage: dpo" in errors_of("stage=sft")
     for word, line in {
@@ -147,8 +146,7 @@ def test_keys_of_preferences_are_explained_where_they_stand_in_the_other_stage(w
         "train.packing": "not in stage dpo",
         "stage": "sft, dpo",
     }.items():
-        assert main(["explain", word]) == 0
-        assert line in capsys.readouterr().out
+        assert line in said("explain", word)
 
 
 def test_an_editor_offers_the_keys_of_the_stage():

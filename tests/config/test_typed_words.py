@@ -26,25 +26,20 @@ RECIPE = "quickstart/lora-r8"
         (["train=3"], "recipes explain train"),
     ],
 )
-def test_a_mistyped_word_is_answered_with_what_to_type(words, hint, capsys) -> None:
-    assert recipes(["show", RECIPE, *words]) == 2
-    assert hint in capsys.readouterr().err
+def test_a_mistyped_word_is_answered_with_what_to_type(words, hint, said) -> None:
+    assert hint in said("show", RECIPE, *words, code=2)
 
 
-def test_the_wrong_kind_of_file_is_answered_with_the_verb_for_it(capsys) -> None:
-    assert recipes(["study", "plan", RECIPE]) == 2
-    assert "recipes train" in capsys.readouterr().err
-    assert recipes(["show", "accelerate_configs/ddp.yaml"]) == 2
-    assert "--accelerate FILE" in capsys.readouterr().err
-    for path, hint in (("launch/profiles/example", "--profile FILE"), ("quickstart", "lora-r")):
-        assert recipes(["show", path]) == 2
-        assert hint in capsys.readouterr().err
+def test_the_wrong_kind_of_file_is_answered_with_the_verb_for_it(said) -> None:
+    assert "recipes train" in said("study", "plan", RECIPE, code=2)
+    assert "--accelerate FILE" in said("show", "accelerate_configs/ddp.yaml", code=2)
+    assert "--profile FILE" in said("show", "launch/profiles/example", code=2)
+    assert "lora-r" in said("show", "quickstart", code=2)
 
 
-def test_a_study_that_does_not_exist_is_answered_with_the_names_of_studies(capsys) -> None:
-    assert recipes(["study", "plan", "lora-rnk"]) == 2
-    said = capsys.readouterr().err
-    assert "did you mean lora-rank?" in said and "quickstart, " in said
+def test_a_study_that_does_not_exist_is_answered_with_the_names_of_studies(said) -> None:
+    answer = said("study", "plan", "lora-rnk", code=2)
+    assert "did you mean lora-rank?" in answer and "quickstart, " in answer
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 from packaging.requirements import Requirement
 
 from recipes_lib import doctor
-from recipes_lib.cli import main
 from recipes_lib.core import extras
 from recipes_lib.core.environment import require_extra
 from recipes_lib.core.errors import ExitCode, missing_extra
@@ -116,14 +115,13 @@ def test_a_missing_module_is_named_with_the_smallest_extra_that_brings_it(monkey
 
 
 @pytest.mark.parametrize("verb", ["data", "plan", "train", "prefetch", "study run"])
-def test_a_verb_without_its_extra_says_which_before_it_begins(verb, monkeypatch, capsys) -> None:
+def test_a_verb_without_its_extra_says_which_before_it_begins(verb, monkeypatch, recipes) -> None:
     uninstall(monkeypatch, "trl", "bitsandbytes")
     word = "quickstart" if verb == "study run" else RECIPE
-    assert main([*verb.split(), word]) == ExitCode.ENVIRONMENT
-    out, err = capsys.readouterr()
+    code, out, err = recipes(*verb.split(), word)
+    assert code == ExitCode.ENVIRONMENT and not out
     assert err.splitlines()[0] == "not installed: trl, bitsandbytes"
     assert err.splitlines()[1].endswith(f"pip install -e '{PROJECT}[train]'")
-    assert not out
 
 
 def test_versions_that_an_extra_does_not_take_are_a_warning(monkeypatch, capsys) -> None:
@@ -134,49 +132,44 @@ def test_versions_that_an_extra_does_not_take_are_a_warning(monkeypatch, capsys)
     assert line.startswith("warning: ") and "transformers 5.2.0 (needs " in line
 
 
-def test_rows_in_parquet_name_the_extra_that_reads_them(tmp_path, monkeypatch, capsys) -> None:
+def test_rows_in_parquet_name_the_extra_that_reads_them(tmp_path, monkeypatch, said) -> None:
     uninstall(monkeypatch, "pyarrow")
     monkeypatch.chdir(tmp_path)
     Path("rows.parquet").write_bytes(b"PAR1")
     command = ["new", "mine", "--from", "quickstart/lora-r8", "--data", "rows.parquet"]
-    assert main(command) == ExitCode.ENVIRONMENT
-    err = capsys.readouterr().err
+    err = said(*command, code=ExitCode.ENVIRONMENT)
     assert "pyarrow is not installed" in err and "[parquet]'" in err
     assert not Path("mine.yaml").exists()
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python reads Zstandard itself")
-def test_a_newer_log_of_inspect_names_the_extra_that_reads_it(monkeypatch, capsys) -> None:
+def test_a_newer_log_of_inspect_names_the_extra_that_reads_it(monkeypatch, said) -> None:
     uninstall(monkeypatch, "zipfile-zstd")
     log = PROJECT / "tests/analysis/inspect_logs/epochs.eval"
-    assert main(["compare", str(log)]) == ExitCode.ENVIRONMENT
-    err = capsys.readouterr().err
+    err = said("compare", log, code=ExitCode.ENVIRONMENT)
     assert "zipfile_zstd is not installed" in err and "[inspect]'" in err
 
 
-def test_check_notes_what_it_cannot_look_at_and_checks_the_rest(monkeypatch, capsys) -> None:
+def test_check_notes_what_it_cannot_look_at_and_checks_the_rest(monkeypatch, recipes) -> None:
     uninstall(monkeypatch, "trl")
     recipe = "llama3.1-8b-tulu3/lora-r64"
-    assert main(["check", recipe]) == ExitCode.DONE
-    out, err = capsys.readouterr()
-    assert "1 file ok" in out
+    code, out, err = recipes("check", recipe)
+    assert code == ExitCode.DONE and "1 file ok" in out
     assert "note: not all is checked: trl is not installed" in err and "[train]'" in err
-    folder = PROJECT / "recipes"
-    assert main(["check", str(folder / "quickstart"), recipe]) == ExitCode.DONE
+    code, _, _ = recipes("check", PROJECT / "recipes/quickstart", recipe)
+    assert code == ExitCode.DONE
 
 
-def test_what_cannot_be_prefetched_without_its_package_names_the_extra(monkeypatch, capsys) -> None:
+def test_what_cannot_be_prefetched_without_its_package_names_the_extra(monkeypatch, said) -> None:
     uninstall(monkeypatch, "lm-eval")
-    assert main(["prefetch", str(PROJECT / "evals/lm_eval.yaml")]) == ExitCode.ENVIRONMENT
-    err = capsys.readouterr().err
+    err = said("prefetch", PROJECT / "evals/lm_eval.yaml", code=ExitCode.ENVIRONMENT)
     assert "lm_eval is not installed" in err and "[eval]'" in err
 
 
-def test_doctor_says_what_is_installed_of_each_extra(monkeypatch, capsys) -> None:
+def test_doctor_says_what_is_installed_of_each_extra(monkeypatch, said) -> None:
     monkeypatch.setattr(doctor, "DOCTOR_CHECKS", (doctor.check_extras, doctor.check_device))
     uninstall(monkeypatch, "torch", "openai")
-    assert main(["doctor"]) == ExitCode.DONE
-    lines = capsys.readouterr().out.splitlines()
+    lines = said("doctor").splitlines()
     (train,) = [line for line in lines if " train: not installed: torch ->" in line]
     assert train.startswith("note ") and train.endswith(f"pip install -e '{PROJECT}[train]'")
     assert [line for line in lines if " eval: not installed: openai ->" in line]
