@@ -41,7 +41,7 @@ rm -f "$WANTED" "$WANTED.answers"
 COMMAND=$!
 while kill -0 "$COMMAND" 2> /dev/null; do
   if [ -z "$SERVER" ] && [ -e "$WANTED" ]; then
-    "$HERE/vllm_server.sh" "$MODEL" --host 127.0.0.1 --port "$PORT" "${WORDS[@]}" --served-model-name "$MODEL" "$NAME" >> "$LOG" 2>&1 &
+    "$HERE/vllm_server.sh" "$MODEL" --port "$PORT" "${WORDS[@]}" --served-model-name "$MODEL" "$NAME" >> "$LOG" 2>&1 &
     SERVER=$! SECONDS=0
     echo "judge: $MODEL starts at $RECIPES_JUDGE_URL (log: $LOG)"
   elif [ -n "$SERVER" ] && [ -z "$ANSWERED" ]; then
