@@ -57,9 +57,6 @@ class JudgedSuite(Suite):
         """Write files for other programs beside a log."""
 
 
-# ---- one model ----
-
-
 def judge_model(
     suite: JudgedSuite, answers: Answers, opponent: Answers | None, judge: Judge, probes: list[Row]
 ) -> EvalLog:
@@ -161,9 +158,6 @@ def _banners(
     if model in judged_models:
         banners.append(f"{model} judges its own answers: expect self-preference")
     return tuple(banners)
-
-
-# ---- recipes judge audit ----
 
 
 def audit_on_labels(

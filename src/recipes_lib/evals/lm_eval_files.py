@@ -144,9 +144,6 @@ def _installed_file(module: str) -> Path | None:
     return Path(spec.origin).resolve()
 
 
-# ---- the metrics of a task ----
-
-
 def metrics_of_task(task: str, include_path: str | None) -> tuple[str, ...] | None:
     """Return the metrics that lm-eval will report of a task or a group, by the names that a result
     has (`acc`, `exact_match,strict-match`; `acc,*` with any filter); None where only a run can

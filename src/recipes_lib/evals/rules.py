@@ -118,9 +118,6 @@ def _letters(answer: str) -> set[str]:
     return set(_ALONE.findall(text)[:1])
 
 
-# ---- a set of rules ----
-
-
 def see_form_alone(checks: Sequence[Sequence[AnswerRule]], passing: Sequence[str]) -> bool:
     """Whether one and the same answer would pass the checks of nearly all questions, so that these
     cannot tell a good answer from a fixed one.

@@ -24,9 +24,6 @@ class Advice(NamedTuple):
     plan: Plan  # with the change
 
 
-# ---- what to change ----
-
-
 def advise(plan: Plan, overrides: Sequence[str] = ()) -> Advice | None:
     """Return the first change that fits; for what fits, only to keep activations."""
     # it fits, and computes nothing twice
@@ -122,9 +119,6 @@ def _changes(plan: Plan) -> Iterator[tuple[list[str], str]]:
         if not plan.fits:
             words += batch(1)
         yield words, "QLoRA, the base in 4 bits; a different experiment"
-
-
-# ---- what is printed ----
 
 
 def rows_shown(

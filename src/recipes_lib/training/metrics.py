@@ -140,9 +140,6 @@ class MetricsCallback(TrainerCallback):
         self.progress = ""
 
 
-# ---- the probe ----
-
-
 def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     """Run the longest micro-batch as a step would, and return a line on its time and memory.
 

@@ -31,8 +31,6 @@ CHOOSING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # saved at the end of its last step.
 TRAINING_PROTOCOL = 3
 
-# ---- checkpoints ----
-
 
 def mark_complete(checkpoint: Path, **facts: Any) -> None:
     """Flush every file of a checkpoint to the disk, then write its marker with these facts."""
@@ -117,9 +115,6 @@ def set_aside(folder: Path, ending: str) -> Path:
         aside = folder.with_name(f"{folder.name}{ending}-{number}")
         number += 1
     return folder.rename(aside)
-
-
-# ---- values ----
 
 
 def guarded_values(

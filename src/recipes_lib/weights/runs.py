@@ -28,9 +28,6 @@ OnBase = TypeVar("OnBase", bound=Any)  # what has run, recipe and full: a Traine
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-# ---- a finished run ----
-
-
 @dataclass(frozen=True)
 class TrainedRun:
     """A finished run: its recipe as it was resolved, and where its weights lie."""
@@ -162,9 +159,6 @@ def changed_files(folder: Path, recorded: Mapping[str, str]) -> list[str]:
     gone = [name for name in recorded if not (folder / name).is_file()]
     now = recorded_hashes(folder, recorded.keys() - gone)
     return gone + [name for name in recorded if name in now and recorded[name] != now[name]]
-
-
-# ---- runs that answer ----
 
 
 class Family:
