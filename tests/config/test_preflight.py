@@ -61,6 +61,30 @@ def test_of_missing_trackers_the_first_that_is_written_is_named(write_with, monk
             upstream.check_packages(recipe)
 
 
+def test_kernels_of_a_version_that_transformers_does_not_take_are_refused(write_with, monkeypatch):
+    from transformers.utils import import_utils
+
+    monkeypatch.setattr(import_utils, "is_kernels_available", lambda: False)
+    recipe = load_recipe(write_with("model", "use_kernels: true"))
+    with pytest.raises(EnvironmentFault, match=r"use_kernels: .* needs kernels>=\S+,<\S+\n.*pip "):
+        upstream.check_packages(recipe)
+
+
+def test_what_trl_2_removes_is_a_warning_with_what_to_write_instead(write_with, recipes):
+    replacements = {
+        "use_liger_kernel: true": "model.use_kernels: true",
+        "truncation_mode: keep_end": "leave the key out",
+        "loss_type: chunked_nll": "train.loss_type: nll",
+        "pad_token: <pad>": "leave the key out",
+    }
+    for line, instead in replacements.items():
+        _, _, words = recipes("check", write_with("train", line))
+        assert f"r.yaml:8: warning: TRL 2.0 removes train.{line.split(':')[0]}" in words
+        assert instead in words
+    allowed = write_with("train", "truncation_mode: keep_start")
+    assert "TRL 2.0" not in "".join(recipes("check", allowed)[1:])
+
+
 def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, monkeypatch):
     """transformers would wrap the model in nn.DataParallel."""
     import torch

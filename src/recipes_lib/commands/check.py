@@ -1,5 +1,6 @@
 """`recipes check`: what is wrong with YAML files of any kind. Imports no torch, but with --full."""
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from recipes_lib.config.launch import AccelerateConfig, accelerate_rules, plan_l
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.preflight import check_model_files, check_upstream, planned_launch
 from recipes_lib.config.recipe import Recipe, check_recipe, recipe_of
+from recipes_lib.config.upstream_sections import GOING_IN_TRL_2
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import (
     DataError,
@@ -150,6 +152,7 @@ def recipe_faults(
     if file is None or document.is_base:
         return
     recipe = recipe_of(file, document)
+    notes.extend(_going_keys(recipe))
     folder = Path(recipe.model.name_or_path)
     errors: list[RecipeError] = []
     if not wrong and full:
@@ -167,6 +170,15 @@ def recipe_faults(
             chat_template(recipe.data, None)
     except DataError as error:
         yield place(recipe, error)
+
+
+def _going_keys(recipe: Recipe) -> Iterator[RecipeError]:
+    """Yield a warning for each value of `train` that TRL 2.0 removes."""
+    for key, (removed, instead) in GOING_IN_TRL_2.items():
+        value = recipe.train.get(key)
+        if value is not None and removed in (None, value):
+            what = f"warning: TRL 2.0 removes train.{key}: {json.dumps(value)}"
+            yield recipe.error(f"train.{key}", what, instead)
 
 
 def _files(path: Path) -> Iterable[Path]:

@@ -105,6 +105,9 @@ class ModelSection(Section):
     """Run the model's own Python code; also needs --trust-remote-code on the command line."""
     resize_embeddings: bool = False
     """Grow the embedding matrix when the tokenizer has more entries than the model."""
+    use_kernels: bool | None = None
+    """Take faster layers for this GPU from the Hub, with the package `kernels`; follows TRL's
+    `use_liger_kernel`. Where there is none for a layer, its own code computes."""
 
 
 class QuantizationSection(Section):

@@ -109,6 +109,14 @@ def check_packages(recipe: Recipe) -> None:
         if not importlib.util.find_spec(package):
             what = f"{key}: {package} is not installed"
             raise recipe.document.fault(key, what, f"pip install {package}, or remove the key")
+    if recipe.model.use_kernels:
+        from transformers.utils import import_utils as limits
+
+        if not limits.is_kernels_available():
+            wanted = f"kernels>={limits.KERNELS_MIN_VERSION},<{limits.KERNELS_MAX_VERSION}"
+            what = f"model.use_kernels: transformers needs {wanted}"
+            hint = f"pip install '{wanted}', or remove the key"
+            raise recipe.document.fault("model.use_kernels", what, hint)
 
 
 def autocast_dtype(args: "SFTConfig | DPOConfig") -> "torch.dtype | None":

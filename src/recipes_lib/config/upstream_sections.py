@@ -71,6 +71,14 @@ _WITHOUT_EFFECT_ON_PAIRS = {
     "label_smoothing_factor": "it smooths tokens; train.label_smoothing is that of pairs",
     "average_tokens_across_devices": "the loss is a mean over pairs",
 }
+# Key of `train` -> its value that TRL 2.0 removes (any, if None), and what to write instead: the
+# deprecation warnings of TRL 1.16.
+GOING_IN_TRL_2: dict[str, tuple[object, str]] = {
+    "use_liger_kernel": (True, "set model.use_kernels: true"),
+    "truncation_mode": ("keep_end", "leave the key out: rows keep their start"),
+    "loss_type": ("chunked_nll", "set train.loss_type: nll, which is the same"),
+    "pad_token": (None, "leave the key out: the tokenizer's padding token is taken"),
+}
 _OF_SFT = f"{PREFERENCE_CLASS} has no such key: it acts in stage sft; null drops that of a base"
 _OF_DPO = "it acts in preference tuning, on rows of chosen and rejected answers: set stage: dpo"
 # Losses whose mean over the global batch is not the mean over its micro-batches.

@@ -84,7 +84,9 @@ def quiet_libraries() -> None:
 
     # without a network it tells of each of its retries, 14 to 21 lines before the error
     huggingface_hub.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", "", FutureWarning, r"(transformers|trl|peft|torch)\.")
+    warnings.filterwarnings(
+        "ignore", "", FutureWarning, r"(transformers|trl|peft|torch|recipes_lib)\."
+    )
     # PEFT looks for the pattern of experts' fused matrices, which are parameters, among modules
     warnings.filterwarnings("ignore", r".*_pattern keys did not match .*\.gate_up_proj'\]")
     transformers.logging.set_verbosity_error()

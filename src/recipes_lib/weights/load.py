@@ -104,6 +104,8 @@ def load_model(
     # else transformers 5.24 takes a bot's conversion of pickles, from another revision
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     options = _source(section) | {"dtype": section.dtype}
+    if section.use_kernels:
+        options["use_kernels"] = True
     if attention:  # a training switches to varlen; answers are sdpa's
         options["attn_implementation"] = "sdpa" if attention == VARLEN else attention
     try:
@@ -129,10 +131,12 @@ def load_model(
     except OSError as error:
         raise explain_load_failure(section, error) from None
     except (ImportError, ValueError) as error:
-        if attention is None:
+        key, value = "model.attn_implementation", attention
+        if section.use_kernels and "ernels are not available" in str(error):
+            key, value = "model.use_kernels", "true"
+        if value is None:
             raise
-        key = "model.attn_implementation"
-        what = f"{key}: {attention} cannot be used: {one_line(error)}"
+        what = f"{key}: {value} cannot be used: {one_line(error)}"
         raise recipe.document.fault(key, what, "leave the key out") from None
     for module in model.modules():
         # bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 processors in the first
