@@ -417,9 +417,6 @@ def _within(row: TableRow) -> Within:
     return ""
 
 
-# ---- The text ----
-
-
 def _sentence(claim: Claim) -> str:
     row = claim.row
     first = row.first

@@ -206,9 +206,6 @@ def _value(key: str, values: KeyValues) -> Any:
     return keys_of(model).get(key, {}).get("default")
 
 
-# ---- What runs recorded ----
-
-
 def base_weights(run: Run) -> str:
     """Return the hash of the weights that a training began with; of a base, of those it is."""
     records = [run.state, run.state.get("weights_check") or {}]

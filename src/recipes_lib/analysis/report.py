@@ -121,9 +121,6 @@ def _with_links(line: str, groups: list[dict[str, Any]]) -> Markup:
     return Markup(html)
 
 
-# ---- Trainings, answers, categories, audits ----
-
-
 def trainings(arms: Arms) -> list[dict[str, Any]]:
     """Return the numbers of each training; losses are per token, of one run, and not tested."""
     rows = []
@@ -233,9 +230,6 @@ def _audited(arms: Arms) -> list[EvalLog]:
     return list({(log.eval, log.judge and log.judge.fingerprint): log for log in logs}.values())
 
 
-# ---- Numbers ----
-
-
 def number_rows(conclusion: Conclusion, arms: Arms) -> Iterator[dict[str, Any]]:
     """Yield every number of a report with its kind, n, interval and file."""
     for claim in conclusion.claims:
@@ -294,9 +288,6 @@ def _cell(value: object) -> object:
     if isinstance(value, str) and value.startswith(_FORMULA):
         return f"'{value}"
     return value
-
-
-# ---- Where it comes from ----
 
 
 def provenance(arms: Arms, design: Design | None) -> list[tuple[str, str]]:

@@ -100,9 +100,6 @@ def build_table(arms: Arms, aims: Aims, is_stopped: Callable[[TableRow], bool]) 
     return TestedTable(tuple(rows), tuple(scores), alpha_of(aims))
 
 
-# ---- One row ----
-
-
 def _rows(
     first: ArmRuns, second: ArmRuns, measured: Mapping[str, dict[_Key, Measured]], aims: Aims
 ) -> list[TableRow]:
@@ -359,9 +356,6 @@ def _mean_reported(metrics: Sequence[Metric]) -> float | None:
 
 def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
     return tuple(dict.fromkeys("/".join(metric.file.parts[-4:]) for metric in metrics))
-
-
-# ---- The whole table ----
 
 
 def _set_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:

@@ -60,8 +60,6 @@ class Planner:
     def _empty_plan(self, name: str) -> Plan:
         return Plan(name, runs_root().resolve() / name / self.site.scheduler)
 
-    # ---- A recipe ----
-
     def _plan_recipe(self, target: str, stages: Sequence[str]) -> Plan:
         recipe = load_recipe(target, self.overrides)
         launch = plan_launch(recipe.launch, self.accelerate, self.gpus, self.nodes)
@@ -105,8 +103,6 @@ class Planner:
             )
             plan.jobs.append(job)
         return plan
-
-    # ---- A study ----
 
     def _plan_study(self, path: Path, stages: Sequence[str]) -> Plan:
         """Return the jobs that train what is not trained, and one that evaluates and reports."""
@@ -213,8 +209,6 @@ class Planner:
             launch = group[0].arm.launch
             job = self._training_job(plan, label, recipes, launch, before)
             plan.jobs.append(replace(job, after=after))
-
-    # ---- Tasks ----
 
     def _training_job(
         self,

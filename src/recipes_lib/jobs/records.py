@@ -52,9 +52,6 @@ class TaskState:
         return self.label.rpartition(".")[0] if "_" in self.job else self.label
 
 
-# ---- Writing ----
-
-
 def write_jobs(plan: "Plan", ids: Mapping[str, str]) -> None:
     """Note a plan's jobs, with the ids of those that were submitted."""
     rows = []
@@ -67,9 +64,6 @@ def write_jobs(plan: "Plan", ids: Mapping[str, str]) -> None:
         }
         rows.append(row)
     write_json(plan.folder / JOBS_FILE, {"jobs": rows})
-
-
-# ---- Reading ----
 
 
 def submitted_tasks(folder: Path) -> list[TaskState]:

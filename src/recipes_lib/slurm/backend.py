@@ -34,8 +34,6 @@ class Slurm:
         assert self.site is not None
         return self.site
 
-    # ---- Submission ----
-
     def prepare(self, plan: Plan) -> None:
         """Write the jobs' scripts and their recipes over an earlier submission's; logs stay."""
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -98,8 +96,6 @@ class Slurm:
                 error.hints += (f"nothing is queued: {accepted}",)
             raise
         return ids
-
-    # ---- Afterwards ----
 
     def states(self, folder: Path) -> list[TaskState]:
         """Return the state of every task of a submission, in order."""

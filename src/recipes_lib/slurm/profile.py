@@ -72,8 +72,6 @@ class Profile(Section):
     max_concurrent_arms: int | None = Field(None, ge=1)
     """Arms of a study that train at the same time; null means no limit."""
 
-    # ---- What `jobs` asks of a site ----
-
     @property
     def scheduler(self) -> str:
         """Name of the folder with a launch's files in that of its run."""
@@ -133,8 +131,6 @@ class Profile(Section):
                     what = f"{job.label} asks for no GPU and goes to partition {partition}"
                     hint = f"if that is for GPU jobs, set stages.{job.stage}.partition"
                     yield f"warning: {what}: {hint}"
-
-    # ---- What its scripts hold ----
 
     def flags(self, stage: Stage, gpus: int, processes: int) -> list[str]:
         """Return the flags of sbatch for a job of a stage, with so many of each on a node."""

@@ -179,9 +179,6 @@ class Study:
         )
 
 
-# ---- Reading ----
-
-
 def study_file(word: str) -> Path | None:
     """Return the file of a study given by path or short name, or None."""
     path = recipe_path(word)

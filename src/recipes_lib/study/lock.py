@@ -32,9 +32,6 @@ SHOWN_HASH = "shown_hash"
 _FREE = {"train.seed", "launch.accelerate", "launch.gpus", "launch.nodes"}
 
 
-# ---- Writing it ----
-
-
 def lock_design(study: Study) -> None:
     """Write the lock while nothing is evaluated; copy its hash into every run without a result."""
     evaluated = {folder.name for folder in evaluated_folders(study)}
@@ -99,9 +96,6 @@ def design_values(study: Study) -> dict[str, Any]:
         "primary": study.aims.primary,
         "margins": {metric: margin.size for metric, margin in study.aims.margins.items()},
     }
-
-
-# ---- Reading it ----
 
 
 def read_lock(study: Study) -> Row | None:
@@ -180,9 +174,6 @@ def _early_results(study: Study, evaluated: list[Path], lock: Row) -> Iterator[s
                 yield f"{name} was evaluated before the design was locked"
 
 
-# ---- The looks that were taken ----
-
-
 def shown_looks(study: Study) -> dict[int, Row]:
     """Return what was noted of each look, by its number."""
     lock = read_lock(study) or {}
@@ -217,9 +208,6 @@ def current_part(study: Study) -> Study:
         if record is None or record["stops"]:
             return study.at(look)
     return study
-
-
-# ---- The runs that were looked at ----
 
 
 def evaluated_folders(study: Study) -> list[Path]:

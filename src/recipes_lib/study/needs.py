@@ -69,9 +69,6 @@ def missing_needs(
     return list(first.values())
 
 
-# ---- Trackers ----
-
-
 def _missing_trackers(recipe: Recipe, host: Host) -> Iterator[RecipesError]:
     """Yield an error for a tracker that is not installed, or that does not know who sends."""
     if host.own_python:
@@ -112,9 +109,6 @@ def _wandb_knows_the_user(host: Host) -> bool:
                 return netrc.netrc(file).authenticators(server) is not None
             return False
     return False
-
-
-# ---- Judges ----
 
 
 def _missing_keys(evaluation: EvalRecipe, host: Host) -> Iterator[EnvironmentFault]:

@@ -29,8 +29,6 @@ from recipes_lib.study.needs import Host, missing_needs
 from recipes_lib.study.trainings import is_trained, study_trainings, study_tunings, what_changed
 from recipes_lib.weights.load import base_fingerprint
 
-# ---- Evaluations ----
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -108,9 +106,6 @@ def is_evaluated(result: Evaluation) -> bool:
         judge = Judge(recipe.judge, fetch=False).fingerprint if recipe.judge else None
         return is_current(result.file, recipe.settings_key(), model, opponent, judge)
     return False
-
-
-# ---- What is done, and what the rest takes ----
 
 
 def progress_of(study: Study) -> dict[str, str]:
@@ -232,9 +227,6 @@ def _look_lines(
     yield line
     if study.file.include_base and looks[0] < 4:
         yield "  pairs with the base are not in it: a look under 4 seeds seldom decides one"
-
-
-# ---- What forbids it ----
 
 
 def refuse_unmet(study: Study, fetch: bool = False) -> None:
