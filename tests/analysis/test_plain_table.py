@@ -13,7 +13,7 @@ from tests.analysis.made_up import compared
 
 from recipes_lib.analysis.claims import Claim
 from recipes_lib.analysis.pairs import BY_SEED
-from recipes_lib.analysis.readers import known_forms, plain_table, read_results
+from recipes_lib.analysis.readers import known_forms, plain_table, read_results, read_word
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError
 
@@ -95,6 +95,18 @@ def test_each_seed_is_a_training_and_is_paired_with_the_same_seed(tmp_path: Path
     rows[-1]["seed"] = None
     with pytest.raises(DataError, match=r"both\.csv:1801: give a seed to each row of r32, or to"):
         read_results(csv_file(tmp_path / "both", rows))
+
+
+def test_arms_keep_names_of_any_script(tmp_path: Path) -> None:
+    rows = scores(0.1, arm="日本") + scores(0.4, arm="中国")
+    (claim,) = claims_of(csv_file(tmp_path / "both", rows))
+    assert claim.sentence.startswith("中国 scored better than 日本 in score")
+
+
+def test_a_file_whose_name_is_a_pattern_is_not_taken_for_others(tmp_path: Path) -> None:
+    csv_file(tmp_path / "a", scores(0.4))
+    file = csv_file(tmp_path / "[ab]", scores(0.1))
+    assert [run.folder for run in read_word(f"arm={file}")] == [file]
 
 
 def test_scores_that_are_missing_count_both_ways(tmp_path: Path) -> None:

@@ -82,11 +82,11 @@ def read_word(word: str) -> list[Run]:
 def _trainings(word: str) -> list[Run]:
     """Return the runs of NAME=GLOB; a pattern that matches no path is one of runs' names."""
     name, _, pattern = word.partition("=")
-    paths: list[Path] = []
+    paths = [Path(pattern)] if Path(pattern).exists() else []  # as "[1].csv" is a name too
     for root in (Path(), runs_root()):
         found = glob(pattern, root_dir=root, recursive=True)  # noqa: PTH207 - that raises on "."
         paths = paths or [root / match for match in sorted(found)]
-    if not name or not paths:
+    if not name or not pattern or not paths:
         hint = "several trainings of an arm are NAME=GLOB, such as 'r8=out/r8-s*'"
         raise RecipeError(f"{word}: there are no results of this name", hint)
     trainings: list[Run] = []

@@ -33,8 +33,8 @@ def parsed_json(path: Path, kind: type = object) -> Any:
 
 
 def arm_name(model: str, folder: Path) -> str:
-    """Return a model's name as the name of an arm: letters, digits, dots and dashes."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", model).strip("-.")
+    """Return a model's name as the name of an arm: letters of any script, digits, dots, dashes."""
+    name = re.sub(r"[^\w.-]+", "-", model).strip("-.")
     return name or folder.name
 
 
