@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recipes_lib.analysis.looks import Look
-from recipes_lib.evals.suites import UNIT_SCALES, kind_of
+from recipes_lib.evals.suites import UNIT_SCALES, unit_of
 
 WIDEST_MARGIN = 0.25  # of the scale
 
@@ -48,7 +48,7 @@ class Margin:
     def fits(self, metric: str, unit: str | None = None) -> str:
         """Return why the margin cannot be one of a metric; its name tells the unit without one."""
         if unit is None:
-            unit = kind_of(metric.rpartition("/")[2]).unit
+            unit = unit_of(metric.rpartition("/")[2])
         if self.points and unit != "share":
             return f"{metric} is not a share, so has no points: give a number in its unit"
         scale = UNIT_SCALES.get(unit)

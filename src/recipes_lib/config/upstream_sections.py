@@ -2,8 +2,6 @@
 wrote them to `upstream.json`, so that `check` needs no torch. `upstream.py` builds the objects.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from functools import cache

@@ -4,8 +4,6 @@ A pair is judged in both orders. What a rule decides (an empty answer, identical
 that will never come) is stored beside the rest and not asked.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -56,7 +54,7 @@ class JudgeRequest:
         return VERDICTS[len(self.answers)]
 
 
-def ask(items: Sequence[Item], judge: Judge, store: Store, name: str = "") -> list[Row]:
+def ask(items: Sequence[Item], judge: "Judge", store: Store, name: str = "") -> list[Row]:
     """Return the judgments of items; ask for those not stored, and store each as it arrives.
 
     Args:
@@ -73,7 +71,7 @@ def ask(items: Sequence[Item], judge: Judge, store: Store, name: str = "") -> li
     return [store[key] for key in requests if key in store]
 
 
-def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest]:
+def build_requests(items: Sequence[Item], judge: "Judge") -> Iterator[JudgeRequest]:
     """Yield the requests of each item, in both orders of a pair; arguments as for `ask`."""
     if not items:
         return

@@ -50,17 +50,14 @@ def search_recipe(
         return leaks | dict.fromkeys(texts, Leaks(why=error.what))
 
 
-def leak_error(
-    name: str, leaks: Leaks, recipe: Recipe, owner: str = "", limit: int = 10
-) -> RecipeError:
+def leak_error(name: str, leaks: Leaks, recipe: Recipe, limit: int = 10) -> RecipeError:
     """Return the error about an eval whose questions are in training rows, or a warning."""
-    kind = ""
+    what = leaks.summary(name)
     remedy = "remove these rows from the data, or these questions from the eval"
     if not leaks.is_error:
-        kind = "warning"
+        what = f"warning: {what}"
         share = leaks.leaked_questions / leaks.questions
         remedy = f"few questions, all short: they decide at most {share:.1%} of the result"
-    what = ": ".join(filter(None, [kind, owner, leaks.summary(name)]))
     return RecipeError(what, *leaks.lines(limit), remedy, file=shown_path(recipe.path))
 
 

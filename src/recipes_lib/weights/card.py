@@ -24,12 +24,14 @@ def write_card(
     from huggingface_hub import ModelCardData
 
     base = public_name(recipe)
-    lora = recipe.lora
+    lora = recipe.lora or {}
+    rank = max(lora.get("r") or 8, *(lora.get("rank_pattern") or {}).values(), 0)
+    max_lora_rank = next((known for known in VLLM_RANKS if known >= rank), None)  # None beyond
     stated = base_file(recipe, "README.md")
     licence = stated.get("license_name") or stated.get("license")
     data = _data_of(recipe)
     stages = _stages(recipe)
-    is_adapter = lora is not None and merged is None
+    is_adapter = recipe.lora is not None and merged is None
     header = ModelCardData(
         base_model=base if is_hub_id(base) else None,
         datasets=[name for name in data if "/" in name] or None,
@@ -60,19 +62,13 @@ def write_card(
         is_on_hub=is_hub_id(base),
         data=data,
         merged=merged,
-        max_lora_rank=_max_lora_rank(lora or {}),
+        max_lora_rank=max_lora_rank,
         numbers=numbers,
         is_adapter=is_adapter,
-        has_embeddings=recipe.model.resize_embeddings or bool((lora or {}).get("modules_to_save")),
+        has_embeddings=recipe.model.resize_embeddings or bool(lora.get("modules_to_save")),
         auto_class=needs_of(str(base_file(recipe, "config.json").get("model_type"))).auto_class,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _max_lora_rank(lora: Mapping[str, Any]) -> int | None:
-    """Return the smallest rank that vLLM can be told which holds the adapter's; None beyond."""
-    rank = max(lora.get("r") or 8, *(lora.get("rank_pattern") or {}).values(), 0)
-    return next((largest for largest in VLLM_RANKS if largest >= rank), None)
 
 
 def _stages(recipe: Recipe) -> list[Recipe]:

@@ -2,12 +2,9 @@
 is one file in this folder and one line in `evals.recipe.SUITES`.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,25 +19,14 @@ if TYPE_CHECKING:
 UNIT_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
 
 
-@dataclass(frozen=True)
-class MetricKind:
-    """What the values of a metric are, and which are good."""
-
-    unit: Unit = "share"
-    higher_is_better: bool = True
-
-
 # of the suites' own metrics that are no share; those of lm-eval's tasks are known from its results
-METRICS = {
-    "grade": MetricKind("grade"),
-    "loss": MetricKind("number", higher_is_better=False),
-    "bits_per_byte": MetricKind("number", higher_is_better=False),
-}
+_UNITS: dict[str, Unit] = {"grade": "grade", "loss": "number", "bits_per_byte": "number"}
+_LOWER_IS_BETTER = ("loss", "bits_per_byte")
 
 
-def kind_of(metric: str) -> MetricKind:
+def unit_of(metric: str) -> Unit:
     """Return what the values of a metric are, by its name."""
-    return METRICS.get(metric, MetricKind())
+    return _UNITS.get(metric, "share")
 
 
 class Suite:
@@ -52,22 +38,22 @@ class Suite:
 
     title: ClassVar[str] = ""
 
-    def __init__(self, recipe: EvalRecipe, chosen: QuestionSet) -> None:
+    def __init__(self, recipe: EvalRecipe, chosen: "QuestionSet") -> None:
         self.recipe = recipe
         self.chosen = chosen
 
-    def prepare(self, models: Sequence[Model]) -> None:
+    def prepare(self, models: "Sequence[Model]") -> None:
         """See which models will be asked, before the first one is loaded."""
 
     def reads(self, model: Any) -> Any:
         """Return what decides a result beside the eval recipe and the model: the questions."""
         return self.chosen.questions
 
-    def log(self, answers: Answers) -> EvalLog:
+    def log(self, answers: "Answers") -> EvalLog:
         """Return the log of one model's answers."""
         raise NotImplementedError
 
-    def measure(self, model: Model, network: Any) -> EvalLog:
+    def measure(self, model: "Model", network: Any) -> EvalLog:
         """Return the log of one model, whose network is in memory."""
         raise NotImplementedError
 
@@ -112,9 +98,8 @@ def metric_of(
     metric: str, label: str, samples: Sequence[Sample], unit: Unit | None = None, **facts: Any
 ) -> Metric:
     """Return a metric that is the mean of samples; those of one question are one observation."""
-    kind = kind_of(metric)
-    unit = unit or kind.unit
-    facts.setdefault("higher_is_better", kind.higher_is_better)
+    unit = unit or unit_of(metric)
+    facts.setdefault("higher_is_better", metric not in _LOWER_IS_BETTER)
     clusters = [sample.same_as or sample.id for sample in samples]
     numbers = numbers_of([sample.value for sample in samples], clusters, unit)
     return Metric(metric, label, tuple(samples), unit=unit, **numbers, **facts)

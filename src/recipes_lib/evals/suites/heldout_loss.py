@@ -67,7 +67,12 @@ class HeldOutRows(Suite):
         """Return the rows that a model reads, tokenized for it, by column."""
         source = self.recipes[model.name]
         if self.split and source.stage != self.stage:
-            raise RecipeError(*self._other_rows(model.name))
+            held_out = f"the {self.split} rows of {model.name}"
+            if self.stage == DPO:
+                what = f"{held_out} have one answer each, so none is preferred"
+                raise RecipeError(what, "name a file of pairs (data.questions)")
+            what = f"{held_out} are pairs, whose loss is not that of rows"
+            raise RecipeError(what, "name a file of rows with one answer (data.questions)")
         if self.split is None:
             source = source.reading(str(self.recipe.path_of("data.questions")), self.stage)
         rows = getattr(prepare_data(source, model.tokenizer), self.split or TRAIN)
@@ -82,15 +87,6 @@ class HeldOutRows(Suite):
             places = chosen_places([hash_of(name) for name in columns["example_id"]], most)
             columns = {key: [values[place] for place in places] for key, values in columns.items()}
         return columns
-
-    def _other_rows(self, name: str) -> tuple[str, str]:
-        """What is wrong where a model's recipe has rows of the other stage, and what to do."""
-        rows = f"the {self.split} rows of {name}"
-        if self.stage == DPO:
-            hint = "name a file of pairs (data.questions)"
-            return f"{rows} have one answer each, so none is preferred", hint
-        hint = "name a file of rows with one answer (data.questions)"
-        return f"{rows} are pairs, whose loss is not that of rows", hint
 
     def log_of(self, metrics: Sequence[Metric], model: Model, n: int, **facts: Any) -> EvalLog:
         """Return the log of one model, which says what its rows are not."""

@@ -50,11 +50,13 @@ class Preference(HeldOutRows):
             chosen = values["chosen"][number]
             rejected = values["rejected"][number]
             first = first_pair.setdefault(hash_of(pairs["prompt_ids"][number]), name)
-            is_known = math.isfinite(chosen) and math.isfinite(rejected)
+            value = None
+            if math.isfinite(chosen) and math.isfinite(rejected):
+                value = 0.5 if chosen == rejected else float(chosen > rejected)
             sample = Sample(
                 id=name,
-                value=_preferred(chosen, rejected) if is_known else None,
-                outcome="graded" if is_known else UNRESOLVED,
+                value=value,
+                outcome=UNRESOLVED if value is None else "graded",
                 verdicts=(f"chosen {chosen:.4f}, rejected {rejected:.4f}",),
                 same_as=first if first != name else "",
             )
@@ -94,10 +96,3 @@ def _log_probabilities(
         rows.append(prompt + answer)
         labels.append([IGNORED] * len(prompt) + answer)
     return [-loss for loss in row_losses(network, rows, labels)]
-
-
-def _preferred(chosen: float, rejected: float) -> float:
-    """Return 1 for the chosen answer, 0 for the rejected one, 0.5 for neither."""
-    if chosen == rejected:
-        return 0.5
-    return float(chosen > rejected)
