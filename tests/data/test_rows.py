@@ -235,6 +235,8 @@ def test_a_new_recipe_reads_rows_as_their_first_one_asks(write_jsonl):
         assert formats_of(write_jsonl([row])) == formats
     with pytest.raises(DataError, match="columns a are not understood"):
         formats_of(write_jsonl([{"a": "b"}]))
+    with pytest.raises(DataError, match="the file has no rows"):
+        formats_of(write_jsonl([]))
 
 
 # ---- conversations ----

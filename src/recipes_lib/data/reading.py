@@ -118,12 +118,13 @@ def formats_of(
     rows = read_file(file, bad)
     if bad and not rows:
         raise bad.error()
-    names = list(rows[0].fields) if rows else []
+    if not rows:
+        raise DataError("the file has no rows", file=shown_path(file))
+    names = list(rows[0].fields)
     formats = tuple(fields_by_format(columns or {}, names, stage)[1])
     if not formats:
-        what = f"columns {', '.join(names)} are not understood" if names else "0 rows or columns"
+        what = f"columns {', '.join(names) or '(none)'} are not understood"
         hints = ["say which is which: data.columns={instruction: NAME, response: NAME}"]
-        hints.append("docs/data.md lists the known names")
-        hints += stage_hint(names, stage)
+        hints += ["docs/data.md lists the known names", *stage_hint(names, stage)]
         raise DataError(what, *hints, file=shown_path(file), line=1)
     return formats
