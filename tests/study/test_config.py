@@ -96,13 +96,14 @@ def test_a_bad_study_is_answered_with_its_line(study_folder, capsys):
     assert not wrong
 
 
-def test_check_says_that_one_arm_without_a_base_is_compared_with_nothing(study_folder, capsys):
+@pytest.mark.parametrize("verb", [["check"], ["study", "plan"]])
+def test_one_arm_without_a_base_is_said_to_be_compared_with_nothing(verb, study_folder, capsys):
     file = study_folder / "tiny.yaml"
     text = file.read_text()
     for alone in ("include_base: true", "include_base: false"):
         without_r8 = re.sub(r"(?m)^  r8: .*\n", "", text)
         file.write_text(re.sub(r"(?m)^include_base: .*\n", "", without_r8) + f"{alone}\n")
-        code = main(["check", str(file)])
+        code = main([*verb, str(file)])
         said = capsys.readouterr()
         assert code == 0, said.err
         warned = "one arm without a base: the report will compare nothing" in said.out + said.err

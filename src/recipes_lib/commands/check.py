@@ -91,13 +91,11 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
         yield from recipe_faults(document, full, notes)
     elif kind == "study":
         from recipes_lib.study.config import load_study
-        from recipes_lib.study.progress import unmet
+        from recipes_lib.study.progress import nothing_to_compare, unmet
 
         study = load_study(path)
         yield from unmet(study, study.arms)
-        if len(study.arms) == 1 and not study.file.include_base:
-            title = "warning: one arm without a base: the report will compare nothing"
-            notes.append(RecipeError(title, "add an arm, or set include_base: true", file=path))
+        notes.extend(nothing_to_compare(study))
         notes.extend(_warnings([arm.recipe for arm in study.arms], study.evals, full))
         if full:
             for arm in study.arms:

@@ -24,6 +24,8 @@ def run_study_plan(study: _StudyWord, overrides: Sequence[str]) -> int:
     """Show what is left to do and what it takes; change nothing."""
     loaded = with_choices(load_study(study, overrides))
     progress.refuse_unmet(loaded)
+    for note in progress.nothing_to_compare(loaded):
+        print_error(note)
     for need in progress.missing_needs_of(current_part(loaded)):
         print_error(f"warning: {need}")
     say(*progress.plan_lines(loaded))

@@ -11,7 +11,7 @@ from recipes_lib.analysis.differences import arm_differences
 from recipes_lib.analysis.runs import ArmRuns
 from recipes_lib.analysis.text import question_text, sentence_list
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.errors import RecipesError, print_error
+from recipes_lib.core.errors import RecipeError, RecipesError, print_error
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, describe_holder, is_held
 from recipes_lib.core.terminal import count
@@ -233,6 +233,15 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
     """Refuse a study if its evaluations would fail later; only `fetch` asks the Hub."""
     arms = study.arms if is_untrained(study) else ()
     raise_all(list(unmet(study, arms, fetch)))
+
+
+def nothing_to_compare(study: Study) -> list[RecipeError]:
+    """Return a warning where the study has one arm and no base to compare it with."""
+    if len(study.arms) > 1 or study.file.include_base:
+        return []
+    title = "warning: one arm without a base: the report will compare nothing"
+    hint = "add an arm, or set include_base: true"
+    return [RecipeError(title, hint, file=study.document.file)]
 
 
 def is_untrained(study: Study) -> bool:
