@@ -75,6 +75,7 @@ def test_help_is_a_spelling_of_the_flag_before_and_behind_a_verb_and_an_action(s
     assert "did you mean recipes check?" in said("help", "chek", code=2)
     as_a_name = said("plan", "help", "train.seed=1", code=2)
     assert "help: no such file or recipe" in as_a_name
+    assert "takes files, not overrides" in said("check", "quickstart/lora-r8", "lora.r=4", code=2)
 
 
 def test_verbs_and_flags_are_listed_for_tools(said):

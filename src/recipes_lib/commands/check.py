@@ -183,6 +183,9 @@ def _files(path: Path) -> Iterable[Path]:
     """Return the YAML files of a path; hidden folders and runs are left out."""
     if not path.is_dir():
         path = recipe_path(path)
+        if "=" in path.name and not path.exists():
+            what = f"recipes check takes files, not overrides: {path}"
+            raise RecipeError(what, f"recipes show FILE {path} checks a recipe with it")
         if not os.path.lexists(path):  # a link that leads nowhere is there
             raise no_such_file(path)
         return [path]
