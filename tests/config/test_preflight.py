@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests.families import build_family
 
 from recipes_lib.config import preflight, upstream
 from recipes_lib.config.launch import Active, plan_launch
@@ -181,6 +182,17 @@ def test_names_are_checked_against_a_local_model(write, tiny_model_dir):
         errors = check_upstream(local(write, tiny_model_dir, override))
         assert [error.what for error in errors if words in error.what] if words else not errors
         assert not words or errors[0].file == "command line"
+
+
+def test_experts_that_quantization_leaves_as_they_are_are_a_note(write, tmp_path, tiny_model_dir):
+    for family, experts in {"qwen3_moe": 2 * 4 * 3 * 64 * 32, "llama": 0}.items():
+        model = build_family(family, tmp_path / family, tiny_model_dir)
+        notes: list[RecipeError] = []
+        recipe = load_recipe(write(QLORA.replace("a/b", str(model))))
+        assert not check_upstream(recipe, notes=notes)
+        said = [note.what for note in notes if "not quantized" in note.what]
+        assert len(said) == bool(experts)
+        assert all(f"{experts:,} parameters" in what for what in said)
 
 
 @pytest.fixture

@@ -107,6 +107,8 @@ def test_models_are_traced_in_every_precision_and_with_their_own_kinds_of_layers
     experts = family_config("qwen3_moe")
     for half in (None, "float16", "bfloat16"):  # torch's fake kernel takes bfloat16 alone
         assert trace_now(experts, LORA, half or "float32", half).per_token > 0, half
+    # gate, up and down of four experts in each of two layers
+    assert trace_now(experts, LORA).fused_experts == 2 * 4 * 3 * 64 * 32
     gpt2 = [trace_now(family_config("gpt2"), LORA, packed=bytes_) for bytes_ in (None, NF4)]
     linear = 2 * (64 * 192 + 64 * 64 + 2 * 64 * 256)  # all Conv1D
     saved = gpt2[0].weight_bytes - gpt2[1].weight_bytes

@@ -202,6 +202,10 @@ def check_names(
         what = f"{WRAP_KEY} '{layer}' of {launch.source} is not in the model"
         hint = f"its layer classes: {', '.join(sorted(model._no_split_modules or classes))}"
         yield recipe.error("launch.accelerate", what, hint)
+    experts = families.fused_experts(model)
+    if experts and recipe.quantization and notes is not None:
+        what = f"note: {experts:,} parameters are not quantized: {families.FUSED_EXPERTS}"
+        notes.append(recipe.error("quantization", what, "recipes plan says what fits"))
     rows = model.get_input_embeddings().weight.shape[0]  # now: an adapter may wrap them
     try:
         if recipe.lora is not None:

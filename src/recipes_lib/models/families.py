@@ -71,6 +71,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 _NO_VARLEN = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping", "v_head_dim")
 # layers that know where one example of a row ends; chunks of attention do not
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+FUSED_EXPERTS = "experts in one tensor, while bitsandbytes quantizes linear layers"
 # peft 0.21 puts it into all-linear where experts became parameters: it was a linear layer once
 ROUTER = "gate.weight"
 _LOGITS_CHANGED_BY = (
@@ -105,6 +106,15 @@ def not_quantized(config: Any) -> list[str]:
     if needs.because == _READS_WEIGHT:
         left_alone = list(needs.left_out) + left_alone
     return ["lm_head"] + left_alone if left_alone else []
+
+
+def fused_experts(model: Any) -> int:
+    """Return the parameters of experts that stand in one tensor, not in linear layers."""
+    experts = 0
+    for name, weight in model.named_parameters():
+        if ".experts." in name and weight.ndim == 3 and "lora_" not in name:
+            experts += weight.numel()
+    return experts
 
 
 # ---- rows, kernels and the head ----

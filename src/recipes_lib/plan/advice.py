@@ -12,6 +12,7 @@ from recipes_lib.config.new import FOUR_BITS
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.terminal import aligned, shown_duration
+from recipes_lib.models import families
 from recipes_lib.plan.plan import Plan, plan_of
 from recipes_lib.plan.steps import ASSUMED_TOKENS
 
@@ -143,6 +144,8 @@ def rows_shown(
     name = plan.recipe.model.name_or_path
     model = f"{name}, {traced.parameters:,} parameters, {traced.trained:,} trained"
     add("model", model, model=name, **asdict(traced))
+    if traced.fused_experts and plan.recipe.quantization:
+        add("", f"{traced.fused_experts:,} of them are not quantized: {families.FUSED_EXPERTS}")
 
     batch = f"{steps.per_device} per device x {steps.accumulation} x {steps.world_size}"
     number = f"{steps.steps:,} of {steps.examples} examples ({batch})"

@@ -35,6 +35,7 @@ class Trace:
     parameters: int
     trained: int
     active: int  # parameters that multiply each token; of experts, those that it is sent to
+    fused_experts: int  # parameters of experts, which quantization leaves as they are
     weight_bytes: int
     trained_bytes: int
     per_token: float  # kept for the backward pass
@@ -146,6 +147,7 @@ def _trace_with(
         parameters=parameters,
         trained=trained_count,
         active=active,
+        fused_experts=families.fused_experts(model),
         weight_bytes=round(weight_bytes),
         trained_bytes=trained_bytes,
         per_token=per_token,
