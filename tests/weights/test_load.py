@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from tests.conftest import NF4
@@ -22,6 +23,7 @@ from recipes_lib.weights.load import (
     explain_load_failure,
     load_base,
     load_saved,
+    load_tokenizer,
 )
 
 
@@ -49,6 +51,23 @@ def test_an_adapter_on_another_base_is_refused_by_the_name_of_a_layer(tiny_model
         with pytest.raises(RecipeError, match="base") as caught:
             attach(LlamaForCausalLM(config), {"default": adapter})
         assert "another base model" in caught.value.hints[0], change
+
+
+def test_layers_come_from_the_hub_only_where_the_recipe_says_so(tiny_recipe, monkeypatch) -> None:
+    """transformers 5.25 takes them by itself, so a recipe would compute other numbers there."""
+    asked = []
+    loader = transformers.AutoModelForCausalLM
+    load = loader.from_pretrained
+
+    def recorded(path: str, use_kernels: bool | None = None, **options: Any) -> Any:
+        asked.append(use_kernels)
+        return load(path, **options)
+
+    monkeypatch.setattr(loader, "from_pretrained", recorded)
+    for words in ([], ["model.use_kernels=false"], ["model.use_kernels=true"]):
+        recipe = load_recipe(tiny_recipe, words)
+        load_base(recipe, load_tokenizer(recipe))
+    assert asked == [False, False, True]
 
 
 def test_a_base_is_known_by_the_content_of_its_weights(

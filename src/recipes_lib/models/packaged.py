@@ -114,7 +114,7 @@ def _convert(weights: Path, folder: Path) -> None:
     modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # its bar would fill a log
     say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
     file = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**file, dtype="bfloat16")
+    loaded = AutoModelForCausalLM.from_pretrained(**file, dtype="bfloat16", use_kernels=False)
     del loaded.config.quantization_config
     # transformers refuses to save the model that it read, so its tensors go into a fresh one
     fresh = AutoModelForCausalLM.from_config(loaded.config, dtype="bfloat16")

@@ -111,7 +111,9 @@ def load_whole(model: Any, folder: Path) -> None:
     # of tied tensors a file has one name, under which all are loaded
     if all(id(tensor) in loaded for tensor in by_name.values()):
         return
-    saved = type(model).from_pretrained(folder, dtype=model.dtype, use_safetensors=True)
+    saved = type(model).from_pretrained(
+        folder, dtype=model.dtype, use_safetensors=True, use_kernels=False
+    )
     model.load_state_dict(saved.state_dict())
 
 

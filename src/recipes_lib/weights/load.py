@@ -104,8 +104,8 @@ def load_model(
     # else transformers 5.24 takes a bot's conversion of pickles, from another revision
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     options = _source(section) | {"dtype": section.dtype}
-    if section.use_kernels:
-        options["use_kernels"] = True
+    # said also where it is false: transformers 5.25 takes kernels of the Hub by itself
+    options["use_kernels"] = bool(section.use_kernels)
     if attention:  # a training switches to varlen; answers are sdpa's
         options["attn_implementation"] = "sdpa" if attention == VARLEN else attention
     try:

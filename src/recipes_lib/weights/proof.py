@@ -86,7 +86,7 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
         kind = kind.__mro__[2]
     if plain is model:
         _, info = kind.from_pretrained(
-            folder, device_map="meta", dtype="auto", output_loading_info=True
+            folder, device_map="meta", dtype="auto", use_kernels=False, output_loading_info=True
         )
         missing = set(info["missing_keys"]) | set(map(str, info["mismatched_keys"]))
         for name in sorted(_trained_names(model) & missing):
