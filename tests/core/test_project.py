@@ -52,5 +52,3 @@ def test_an_installed_package_brings_its_recipes(monkeypatch, tmp_path):
     assert project.project_root() == shipped
     assert project.recipe_path("quickstart/lora-r8") == shipped / "recipes/quickstart/lora-r8.yaml"
     assert project.cache_root() == Path.home() / ".cache/recipes"
-    judge = "judges/prometheus-7b-v2.yaml"  # as the hint on a missing judge spells it
-    assert project.recipe_path(judge) == shipped / "evals" / judge

@@ -32,12 +32,12 @@ def cache_root() -> Path:
 
 def recipe_path(name: str | Path) -> Path:
     """Return the file of a path or short name (`quickstart/lora-r8`, or of another shipped file
-    `launch/profiles/example`, `judges/quickstart`); the name where it is none.
+    `launch/profiles/example`); the name where it is none.
     """
     path = Path(name)
     file = path if path.suffix in (".yaml", ".yml") else Path(f"{name}.yaml")
-    folders = ("recipes", project_root() / "recipes", project_root(), project_root() / "evals")
-    for candidate in (path, file, *(folder / file for folder in folders)):
+    shipped = project_root()
+    for candidate in (path, file, "recipes" / file, shipped / "recipes" / file, shipped / file):
         if candidate.is_file():
             return candidate
     return path
