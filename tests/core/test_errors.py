@@ -40,6 +40,8 @@ def test_a_fault_of_the_machine_says_what_it_is_and_what_to_do() -> None:
         assert fault.exit_code == ExitCode.ENVIRONMENT
     fault = explain_fault(OutOfMemoryError("CUDA out of memory"))
     assert fault and "out of GPU memory" in fault.what
+    fault = explain_fault(OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), 300 * "x"))
+    assert fault and "shorter name" in fault.hints[0]
 
 
 def test_out_of_memory_names_what_the_verb_can_change() -> None:

@@ -66,7 +66,7 @@ def run_check(
         errors |= {str(error): error for error in errors_of_file}
         if errors_of_file:
             num_wrong += 1
-    for note in {note.what: note for note in notes}.values():
+    for note in {str(note): note for note in notes}.values():
         print_error(note)
     num_files = count(len(files), "file")
     if errors:
@@ -96,6 +96,8 @@ def _faults(path: Path, full: bool, notes: list[RecipeError]) -> Iterator[Recipe
         study = load_study(path)
         yield from unmet(study, study.arms)
         notes.extend(nothing_to_compare(study))
+        for arm in study.arms:
+            notes.extend(_going_keys(arm.recipe))
         notes.extend(_warnings([arm.recipe for arm in study.arms], study.evals, full))
         if full:
             for arm in study.arms:

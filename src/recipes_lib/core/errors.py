@@ -3,6 +3,7 @@ Any other exception is a defect; `--debug` shows its traceback.
 """
 
 import enum
+import errno
 import re
 import sys
 from collections.abc import Iterable
@@ -171,9 +172,11 @@ def explain_fault(error: BaseException, verb: str = "train") -> EnvironmentFault
         if isinstance(filename, str | Path) and Path(filename).is_relative_to(_PACKAGE):
             what = f"this installation is not whole: {filename} is missing"
             return EnvironmentFault(what, "install the package again: pip install recipes-lib")
-        is_os_error = cause is error and isinstance(error, OSError) and error.errno
-        if is_os_error or _FAULT.search(text):
+        number = error.errno if cause is error and isinstance(error, OSError) else None
+        if number or _FAULT.search(text):
             remedy = "free space (disk, quota, job memory) or make the file accessible, then rerun"
+            if number == errno.ENAMETOOLONG:
+                remedy = "use a shorter name"
             return EnvironmentFault(f"cannot read, write or allocate: {text}", remedy)
         # as Python prints them: an error raised `from None` has no cause
         context = None if cause.__suppress_context__ else cause.__context__
