@@ -4,16 +4,15 @@ asked.
 
 import pytest
 
+ON_CPU = "use_cpu: true\nnum_machines: 1\nmain_process_port: 0\n"
 SHORT = ("train.max_steps=1", "train.eval_strategy='no'")
 
 
 @pytest.mark.slow
 def test_multi_gpu_on_a_cpu_trains_once_on_two_ranks_not_twice(launcher, tmp_path) -> None:
     config = tmp_path / "multi_gpu.yaml"
-    config.write_text(
-        "{distributed_type: MULTI_GPU, use_cpu: true, num_processes: 2, num_machines: 1,"
-        " main_process_port: 0, mixed_precision: 'no'}"
-    )
+    ranks = "distributed_type: MULTI_GPU\nnum_processes: 2\nmixed_precision: 'no'\n"
+    config.write_text(ranks + ON_CPU)
     said = launcher.train("run.name=trap-gpu", *SHORT, config=config)
     assert said.count("DDP, world size 2") == 1 and said.count("step 1/1  loss") == 1
 
@@ -33,10 +32,8 @@ def test_what_accelerate_starts_otherwise_than_it_was_asked_is_refused(launcher)
 def test_a_precision_that_the_recipe_does_not_have_is_refused(launcher, tmp_path) -> None:
     """accelerate's word wins over `train.bf16: false`."""
     config = tmp_path / "foreign.yaml"
-    config.write_text(
-        "{distributed_type: 'NO', use_cpu: true, num_processes: 1, num_machines: 1,"
-        " mixed_precision: bf16}"
-    )
+    half = "distributed_type: 'NO'\nnum_processes: 1\nmixed_precision: bf16\n"
+    config.write_text(half + ON_CPU)
     code, said = launcher.start("run.name=trap-precision", *SHORT, config=config).wait()
     assert code != 0 and "mixed_precision bf16, but the recipe for no" in said, said[-3000:]
     assert "internal error" not in said and not launcher.run("trap-precision").exists()

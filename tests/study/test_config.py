@@ -110,6 +110,14 @@ def test_one_arm_without_a_base_is_said_to_be_compared_with_nothing(verb, study_
         assert warned == (alone == "include_base: false")
 
 
+def test_a_warning_of_two_arms_names_the_file_of_each(study_folder, recipes):
+    for name in ("r4.yaml", "r8.yaml"):
+        text = (study_folder / name).read_text().replace("seed: 42", "truncation_mode: keep_end")
+        (study_folder / name).write_text(text)
+    _, _, said = recipes("check", study_folder / "tiny.yaml")
+    assert re.findall(r"(r\d)\.yaml:\d+: warning: TRL 2", said) == ["r4", "r8"]
+
+
 def test_words_of_the_command_line_change_the_study_and_win_over_every_arm(study_folder):
     file = study_folder / "tiny.yaml"
     own = "r4: {recipe: r4.yaml, overrides: [train.max_steps=2], seeds: [7]}"

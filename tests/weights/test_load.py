@@ -56,14 +56,13 @@ def test_an_adapter_on_another_base_is_refused_by_the_name_of_a_layer(tiny_model
 def test_layers_come_from_the_hub_only_where_the_recipe_says_so(tiny_recipe, monkeypatch) -> None:
     """transformers 5.25 takes them by itself, so a recipe would compute other numbers there."""
     asked = []
-    loader = transformers.AutoModelForCausalLM
-    load = loader.from_pretrained
+    load = transformers.AutoModelForCausalLM.from_pretrained
 
     def recorded(path: str, use_kernels: bool | None = None, **options: Any) -> Any:
         asked.append(use_kernels)
         return load(path, **options)
 
-    monkeypatch.setattr(loader, "from_pretrained", recorded)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", recorded)
     for words in ([], ["model.use_kernels=false"], ["model.use_kernels=true"]):
         recipe = load_recipe(tiny_recipe, words)
         load_base(recipe, load_tokenizer(recipe))
