@@ -7,6 +7,8 @@ PYTHON ?= python3
 # Further arguments for pip, for example PIP_ARGS="--index-url ..." to choose a torch build.
 PIP_ARGS ?=
 VENV := .venv
+# What pip is told of versions; test-newest takes none but those of setup.py.
+VERSIONS := -c constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # pytest workers; 1 switches the parallel runner off.
@@ -17,12 +19,12 @@ SLOW_WORKERS ?= 3
 # Of setup.py: everything that the project and its tests need.
 EXTRAS := quickstart,dev,alpaca-eval
 # Modules are compiled when they are first imported: half of the set-up's time went into modules that nothing imports.
-INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[$(EXTRAS)]'
+INSTALL = $(BIN)/python -m pip install --no-compile --disable-pip-version-check $(VERSIONS) $(PIP_ARGS) -e '.[$(EXTRAS)]'
 COUNT = awk -v live=$$([ -t 1 ] && echo 1 || echo 0) '/^Collecting/ { count++; if (live) { printf "\r  %d packages: %-60.60s", count, $$2; fflush() } } \
     /^Successfully installed/ { done = 1 } \
     END { if (live && count) print ""; if (done) print "  " (count ? count " packages were missing and are installed" : "all packages are there") }'
 
-.PHONY: help setup quickstart test test-slow test-nightly check style schema
+.PHONY: help setup quickstart test test-slow test-nightly test-newest check style schema
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +39,8 @@ $(STAMP): setup.py constraints.txt
 	    echo "  name another one: make setup PYTHON=python3.12" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || { echo "setup: creating $(VENV) with $$($(PYTHON) --version)"; \
 	    $(PYTHON) -m venv $(VENV) || { echo "setup: could not create $(VENV) (Debian and Ubuntu: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }; }
-	@echo "setup: installing the packages of constraints.txt into $(VENV) (about 2 GB with the CPU build of torch; minutes on a first run)"
-	@if command -v uv > /dev/null && uv pip install --quiet --python $(BIN)/python -c constraints.txt $(PIP_ARGS) -e '.[$(EXTRAS)]'; \
+	@echo "setup: installing the packages of setup.py into $(VENV) (about 2 GB with the CPU build of torch; minutes on a first run)"
+	@if command -v uv > /dev/null && uv pip install --quiet --python $(BIN)/python $(VERSIONS) $(PIP_ARGS) -e '.[$(EXTRAS)]'; \
 	    then echo "  installed by uv"; else $(INSTALL) | $(COUNT); fi
 	@touch $@
 
@@ -55,6 +57,10 @@ test-slow: setup  ## run the tests that take minutes or start several processes
 
 test-nightly: setup  ## run grids of model families, kill moments, disks and simulations; not in CI
 	$(BIN)/python -m pytest -m nightly -n $(SLOW_WORKERS) --dist worksteal
+
+test-newest:  ## run the fast tests on the newest versions that setup.py allows, in an environment of their own
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest VERSIONS=
 
 check: setup  ## check style, types and every YAML
 	$(BIN)/ruff check .
