@@ -63,12 +63,12 @@ def test_of_missing_trackers_the_first_that_is_written_is_named(write_with, monk
 
 
 def test_kernels_of_a_version_that_transformers_does_not_take_are_refused(write_with, monkeypatch):
-    from transformers.utils import import_utils
-
-    monkeypatch.setattr(import_utils, "is_kernels_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.import_utils.is_kernels_available", lambda: False)
     recipe = load_recipe(write_with("model", "use_kernels: true"))
     with pytest.raises(EnvironmentFault, match=r"use_kernels: .* needs kernels>=\S+,<\S+\n.*pip "):
         upstream.check_packages(recipe)
+    sharded = load_recipe(recipe.path, ["launch.accelerate=fsdp"])
+    assert any("under FSDP one rank alone" in error.what for error in check_upstream(sharded))
 
 
 def test_what_trl_2_removes_is_a_warning_with_what_to_write_instead(write_with, recipes):

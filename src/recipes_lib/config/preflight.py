@@ -101,6 +101,10 @@ def _joins_rows(recipe: Recipe) -> str | None:
 
 def _changed_by_shards(recipe: Recipe) -> Iterator[RecipeError]:
     """FSDP2 shards tensors of one type, and gathers packed 4-bit values too in the compute type."""
+    if recipe.model.use_kernels:
+        what = "model.use_kernels: under FSDP one rank alone has weights, by whose device kernels"
+        hint = "remove the key, or launch with ddp"
+        yield recipe.error("model.use_kernels", f"{what} are chosen", hint)
     section = recipe.quantization
     if not section:
         return

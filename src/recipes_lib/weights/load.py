@@ -105,7 +105,7 @@ def load_model(
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     options = _source(section) | {"dtype": section.dtype}
     # said also where it is false: transformers 5.25 takes kernels of the Hub by itself
-    options["use_kernels"] = bool(section.use_kernels)
+    options["use_kernels"] = bool(section.use_kernels) and not empty
     if attention:  # a training switches to varlen; answers are sdpa's
         options["attn_implementation"] = "sdpa" if attention == VARLEN else attention
     try:
